@@ -1,0 +1,143 @@
+"""What an adapter says, in memory: targets, each with a kind, its factors, and how strongly it acts.
+
+Records only. Readers of schemes build them, kinds give them meaning, nothing here reads a file.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from loraformat.dtypes import Dtype
+
+
+class Factor(Protocol):
+    """One tensor of a target, read when asked for (`loraformat.spans.StoredTensor` is one)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> Dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def elements(self) -> int: ...
+    def read(self) -> NDArray[Any]: ...
+
+
+class ScalingRule(StrEnum):
+    """How a target's multiplier follows from alpha and rank. The values are those of the manifest."""
+
+    ALPHA_OVER_RANK = "alpha/rank"
+    ALPHA_OVER_SQRT_RANK = "alpha/sqrt(rank)"
+    MULTIPLIER = "multiplier"
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """The rule and the number it starts from; the effective scale is always stated, never implied.
+
+    Attributes:
+        rule: how to compute the multiplier.
+        value: alpha for the two alpha rules, the multiplier itself otherwise.
+    """
+
+    rule: ScalingRule
+    value: float
+
+    def effective(self, rank: int) -> float:
+        """Return the multiplier for a target of this rank (rsLoRA: arXiv 2312.03732 divides by sqrt(rank))."""
+        if self.rule is ScalingRule.ALPHA_OVER_RANK:
+            return self.value / rank
+        if self.rule is ScalingRule.ALPHA_OVER_SQRT_RANK:
+            return self.value / math.sqrt(rank)
+        return self.value
+
+
+class SlotKind(StrEnum):
+    """What a target expects to find in the base. The values are those of the manifest.
+
+    `linear` is a matrix `(out, in)`; `linear-transposed` the same stored `(in, out)` (GPT-2's Conv1D); `conv` a kernel
+    `(out, in, *kernel)`; `embedding` a table `(vocabulary, dim)`.
+    """
+
+    LINEAR = "linear"
+    LINEAR_TRANSPOSED = "linear-transposed"
+    CONV = "conv"
+    EMBEDDING = "embedding"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What an adapter does to one module of the base.
+
+    Attributes:
+        name: module path in the base, without wrapper prefixes: `model.layers.0.self_attn.q_proj`.
+        kind: name of the adapter kind, a file in `loraformat/kinds/`.
+        slot: what kind of slot it expects.
+        factors: role (`lora_A.weight` ...) to tensor.
+        rank: rank as stated or as the factors have it.
+        scaling: how strongly it acts.
+    """
+
+    name: str
+    kind: str
+    slot: SlotKind
+    factors: Mapping[str, Factor]
+    rank: int
+    scaling: Scaling
+
+    @property
+    def scale(self) -> float:
+        """The effective multiplier."""
+        return self.scaling.effective(self.rank)
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained numbers."""
+        return sum(factor.elements for factor in self.factors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class BaseBinding:
+    """Which base the adapter was trained on, as its author gave it.
+
+    Attributes:
+        name: model name or path.
+        revision: version of that model.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One adapter.
+
+    Attributes:
+        targets: what it changes, sorted by name.
+        base: the base it belongs to.
+        scheme: name of the naming scheme that it was read from.
+        source: the path it was read from, for messages.
+        metadata: free annotations that travel along (`x.*` of the manifest).
+        provenance: what the source said that has no place of its own, e.g. PEFT's raw configuration.
+        notes: what the reader normalised or found odd, in words.
+    """
+
+    targets: tuple[Target, ...]
+    base: BaseBinding = BaseBinding()
+    scheme: str = "native"
+    source: str = ""
+    metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained numbers."""
+        return sum(target.parameters for target in self.targets)

@@ -1,0 +1,115 @@
+"""What can be adapted: one file for each way of being a model.
+
+A base offers *sites*: places where a module applies a weight. In a checkpoint a site is a named tensor; in an ONNX graph
+it is a node and its weight input, since exporters rename, share and transpose tensors.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from loraformat.adapter import SlotKind
+from loraformat.images import FileImage
+from loraformat.problems import Problem
+from loraformat.registry import Registry
+from loraformat.spans import InputFile, StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A stored tensor that sites use.
+
+    Attributes:
+        key: identifies it within the base.
+        name: its name, for people.
+        tensor: where its bytes are.
+        consumers: ids of everything that reads it, sites among them.
+    """
+
+    key: str
+    name: str
+    tensor: StoredTensor
+    consumers: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place where a module applies a weight.
+
+    Attributes:
+        id: identifies it within the base.
+        module: module path that the evidence names.
+        evidence: how the path is known: `name scopes`, `node name`, `initializer name` ...
+        transposed: for each kind of slot that the site can be, whether the stored matrix is the transpose of the
+            canonical `(out, in * kernel)`.
+        weight: the weight, or None when there is an obstacle.
+        divisor: the site multiplies its weight by this number, so a delta is divided by it (`alpha` of Gemm).
+        obstacle: why nothing can be merged here.
+    """
+
+    id: str
+    module: str
+    evidence: str
+    transposed: Mapping[SlotKind, bool]
+    weight: Weight | None
+    divisor: float = 1.0
+    obstacle: Problem | None = None
+
+
+class BaseModel(Protocol):
+    """An opened base.
+
+    Attributes:
+        path: the file that the user named.
+        format: name of the kind of base, e.g. `onnx`.
+        suffix: file name ending of an output.
+        sites: everything that can be adapted, or that looks so but cannot.
+        files: all files that belong to it.
+        structure_sha256: digest of everything but the weights' payloads.
+        parent_receipt: the receipt that it carries, when it is itself a merged model.
+        problems: what is odd about it.
+    """
+
+    path: Path
+    format: str
+    suffix: str
+    sites: Sequence[Site]
+    files: Sequence[InputFile]
+    structure_sha256: str
+    parent_receipt: Mapping[str, Any] | None
+    problems: Sequence[Problem]
+
+    def list_tensors(self) -> Sequence[StoredTensor]:
+        """Return every stored tensor, for `inspect`."""
+        ...
+
+    def describe_images(self, output: Path, blank_bytes: int, fresh: str) -> list[FileImage]:
+        """Return the output files: this base plus a blank of `blank_bytes` for the receipt, the entry file last.
+
+        `fresh` distinguishes data files whose usual name is taken.
+        """
+        ...
+
+
+class BaseFormat(Protocol):
+    """What a file in this folder provides as `BASE`.
+
+    Attributes:
+        name: for messages and `--json`.
+        suffixes: file name endings that are usual for it, lower case with the dot.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+
+    def accepts(self, path: Path, head: bytes, size_bytes: int) -> bool:
+        """Say whether the file, which starts with `head` (up to 64 bytes), is such a base."""
+        ...
+
+    def open(self, path: Path) -> BaseModel:
+        """Index the base; raises LoraformatError."""
+        ...
+
+
+BASES: Registry[BaseFormat] = Registry("loraformat.bases", "BASE")

@@ -1,0 +1,47 @@
+"""File formats: one file each, from bytes to named tensors that are read only when asked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from loraformat.registry import Registry
+from loraformat.spans import InputFile, StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """The index of one opened file.
+
+    Attributes:
+        file: the open file.
+        tensors: name to unread tensor, in the order of the file.
+        metadata: the file's own text annotations.
+    """
+
+    file: InputFile
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+
+
+class Container(Protocol):
+    """What a file in this folder provides as `CONTAINER`.
+
+    Attributes:
+        name: for messages.
+        suffixes: file name endings that are usual for it, lower case with the dot.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+
+    def sniff(self, head: bytes, size_bytes: int) -> bool:
+        """Say whether a file that starts with `head` (up to 64 bytes) is of this format."""
+        ...
+
+    def open(self, path: Path) -> TensorFile:
+        """Check the whole index of the file and return it; raises LoraformatError."""
+        ...
+
+
+CONTAINERS: Registry[Container] = Registry("loraformat.containers", "CONTAINER")

@@ -1,0 +1,87 @@
+"""Number forms, by every name they have: safetensors, ONNX, numpy.
+
+numpy and ml_dtypes are imported when a numpy type is asked for, so that naming a number form stays cheap.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Family = Literal["float", "int", "uint", "bool", "complex", "string"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """One number form.
+
+    Attributes:
+        name: numpy's or ml_dtypes' name, e.g. `bfloat16`; the name used everywhere in this project.
+        bits: bits of one element as stored.
+        family: what kind of number it is.
+        safetensors: its name in a safetensors header, or None.
+        onnx: its number in `onnx.TensorProto.DataType`, or None.
+    """
+
+    name: str
+    bits: int
+    family: Family
+    safetensors: str | None = None
+    onnx: int | None = None
+
+    def count_bytes(self, elements: int) -> int:
+        """Return the bytes that `elements` elements take, sub-byte forms packed."""
+        return (elements * self.bits + 7) // 8
+
+    def numpy(self) -> "np.dtype[Any]":
+        """Return the numpy dtype (little-endian); bfloat16 and float8 come from ml_dtypes."""
+        return _numpy_dtype(self.name)
+
+
+_ALL: Final = (
+    Dtype("float64", 64, "float", "F64", 11),
+    Dtype("float32", 32, "float", "F32", 1),
+    Dtype("float16", 16, "float", "F16", 10),
+    Dtype("bfloat16", 16, "float", "BF16", 16),
+    Dtype("float8_e4m3fn", 8, "float", "F8_E4M3", 17),
+    Dtype("float8_e4m3fnuz", 8, "float", "F8_E4M3FNUZ", 18),
+    Dtype("float8_e5m2", 8, "float", "F8_E5M2", 19),
+    Dtype("float8_e5m2fnuz", 8, "float", "F8_E5M2FNUZ", 20),
+    Dtype("float8_e8m0fnu", 8, "float", "F8_E8M0", 24),
+    Dtype("float4_e2m1fn", 4, "float", "F4", 23),
+    Dtype("float6_e2m3fn", 6, "float", "F6_E2M3"),
+    Dtype("float6_e3m2fn", 6, "float", "F6_E3M2"),
+    Dtype("int64", 64, "int", "I64", 7),
+    Dtype("int32", 32, "int", "I32", 6),
+    Dtype("int16", 16, "int", "I16", 5),
+    Dtype("int8", 8, "int", "I8", 3),
+    Dtype("int4", 4, "int", None, 22),
+    Dtype("int2", 2, "int", None, 26),
+    Dtype("uint64", 64, "uint", "U64", 13),
+    Dtype("uint32", 32, "uint", "U32", 12),
+    Dtype("uint16", 16, "uint", "U16", 4),
+    Dtype("uint8", 8, "uint", "U8", 2),
+    Dtype("uint4", 4, "uint", None, 21),
+    Dtype("uint2", 2, "uint", None, 25),
+    Dtype("bool", 8, "bool", "BOOL", 9),
+    Dtype("complex64", 64, "complex", "C64", 14),
+    Dtype("complex128", 128, "complex", None, 15),
+    Dtype("string", 0, "string", None, 8),
+)
+
+BY_NAME: Final = {dtype.name: dtype for dtype in _ALL}
+BY_SAFETENSORS: Final = {dtype.safetensors: dtype for dtype in _ALL if dtype.safetensors}
+BY_ONNX: Final = {dtype.onnx: dtype for dtype in _ALL if dtype.onnx is not None}
+
+
+@cache
+def _numpy_dtype(name: str) -> "np.dtype[Any]":
+    import numpy as np
+
+    if name in np.sctypeDict:
+        return np.dtype(name).newbyteorder("<")
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, name))

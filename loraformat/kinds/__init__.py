@@ -1,0 +1,89 @@
+"""Adapter kinds: one file each. A kind knows its roles, its shape law and how its factors change a weight."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from loraformat.adapter import SlotKind, Target
+from loraformat.problems import Problem
+from loraformat.registry import Registry
+
+
+class Nature(StrEnum):
+    """The three natures of change, which compose differently."""
+
+    ADDITIVE = "additive"
+    FUNCTION_OF_BASE = "function of the base"
+    REPLACEMENT = "replacement"
+
+
+class Delta(Protocol):
+    """An additive change of a matrix, never formed whole.
+
+    Attributes:
+        shape: `(rows, columns)` of the matrix that it changes.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def transposed(self) -> "Delta":
+        """Return the change of the transposed matrix."""
+        ...
+
+    def write_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Write rows `start:stop` of the change into `out: (stop - start, columns)` of a float form."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSet:
+    """The factors of one slot kind: role suffixes as they stand in files, `<target>.<role>`."""
+
+    slots: tuple[SlotKind, ...]
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+class Kind(Protocol):
+    """What a file in this folder provides as `KIND`.
+
+    Attributes:
+        name: as in the manifest.
+        nature: how it composes with others.
+        formula: the merged weight, on one line.
+        source: the paper or file that defines it.
+        role_sets: which factors belong to which slot.
+    """
+
+    name: str
+    nature: Nature
+    formula: str
+    source: str
+    role_sets: Sequence[RoleSet]
+
+    def check(self, target: Target) -> list[Problem]:
+        """Return what is wrong with the target's factors, from names, shapes and number forms alone."""
+        ...
+
+    def rank(self, factors: Mapping[str, Any]) -> int:
+        """Return the rank that the factors have; 0 when they cannot tell."""
+        ...
+
+    def weight_shape(self, target: Target) -> tuple[int, ...]:
+        """Return the shape of the weight that the target changes, `(out, in, *kernel)`."""
+        ...
+
+    def delta(self, target: Target, factors: Mapping[str, NDArray[Any]], scale: float) -> Delta:
+        """Return the change of the weight as a matrix `(out, in * kernel)`, from factors in float32 or wider."""
+        ...
+
+    def norm(self, target: Target, factors: Mapping[str, NDArray[Any]]) -> float:
+        """Return the Frobenius norm of the change at the target's own scale, without forming it."""
+        ...
+
+
+KINDS: Registry[Kind] = Registry("loraformat.kinds", "KIND")

@@ -1,0 +1,62 @@
+"""Caps on what a file may ask of us, each with its reason.
+
+A file is hostile until checked: a number from a file is compared with one of these, or with the file's own size, before
+anything is allocated for it.
+"""
+
+from typing import Final
+
+MAX_SAFETENSORS_HEADER_BYTES: Final = 100_000_000
+"""The cap of the safetensors library itself: a header beyond it cannot be read by anyone else."""
+
+MAX_CONFIG_BYTES: Final = 10_000_000
+"""`adapter_config.json` and `config.json` are kilobytes; ten megabytes hold any rank pattern."""
+
+MAX_METADATA_BYTES: Final = 10_000_000
+"""One free-text metadata value."""
+
+MAX_JSON_DEPTH: Final = 32
+"""Real headers nest three deep. Far below the depth at which parsers overflow their stack."""
+
+MAX_JSON_INTEGER_DIGITS: Final = 20
+"""A 64-bit number has at most 20 digits; longer ones cost quadratic time to convert."""
+
+MAX_TENSORS: Final = 1_000_000
+"""Tensors in one file. Packed mixture-of-experts models have some hundred thousand."""
+
+MAX_NAME_BYTES: Final = 4096
+"""One tensor name. Exporters' flattened paths reach some hundreds."""
+
+MAX_DIMS: Final = 8
+"""Dimensions of one tensor; a 3-d convolution has five."""
+
+MAX_PROTO_DEPTH: Final = 100
+"""Nesting of protobuf messages, as in the protobuf libraries' own default."""
+
+MAX_SKELETON_BYTES: Final = 1_000_000_000
+"""An ONNX graph without its weights. Below the 2 GiB that protobuf libraries can parse."""
+
+MAX_GRAPH_VISITS: Final = 5_000_000
+"""Nodes walked with functions expanded; nested calls can multiply without end."""
+
+KEEP_INLINE_BYTES: Final = 4096
+"""Tensor payloads up to this size stay in an ONNX skeleton: shapes and axes, which graphs are read by."""
+
+MAX_EVIDENCE_BYTES: Final = 100_000
+"""One node's name-scope metadata, which is parsed as a Python literal."""
+
+TILE_BYTES: Final = 1 << 20
+"""float32 bytes of one tile: its buffers stay in a core's second-level cache."""
+
+COPY_CHUNK_BYTES: Final = 64 << 20
+"""Bytes of one copying step: large enough to be cheap, small enough to show progress and to stop."""
+
+DEFAULT_MEMORY_BYTES: Final = 128 << 20
+"""What the tiles and factors in flight may take, unless `--max-memory` says otherwise."""
+
+RETAINED_WARN: Final = 0.9
+RETAINED_REFUSE: Final = 0.5
+"""Share of a delta that survives rounding: below the first a warning, below the second a refusal (reason LF504)."""
+
+NEAR_MISSES: Final = 3
+"""How many similar names a message about an unmatched target lists."""

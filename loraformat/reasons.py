@@ -1,0 +1,57 @@
+"""The one list of reason codes, read from `spec/reasons.toml`.
+
+Errors, `--json`, `loraformat explain CODE` and the documentation all speak from this list. It is read only when
+something has to be said.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Final
+
+EXIT_FINDING: Final = 1
+EXIT_INPUT: Final = 3
+EXIT_REFUSED: Final = 4
+EXIT_OUTPUT: Final = 5
+EXIT_BUG: Final = 70
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One reason code.
+
+    Attributes:
+        code: `LF` and three digits: 1xx container, 2xx adapter, 3xx names, 4xx match, 5xx numbers, 6xx output, 9xx safety.
+        title: what it means, in a few words.
+        exit: the exit code of a command that ends for this reason.
+        mend: how to mend it.
+        since: the version of the specification that introduced it.
+    """
+
+    code: str
+    title: str
+    exit: int
+    mend: str
+    since: str
+
+
+@cache
+def all_reasons() -> dict[str, Reason]:
+    """Return every reason code, in ascending order."""
+    import tomllib
+
+    table = tomllib.loads(_source().read_text(encoding="utf-8"))
+    return {code: Reason(code=code, **fields) for code, fields in sorted(table.items())}
+
+
+def find_reason(code: str) -> Reason:
+    """Return the reason behind `code`; raises KeyError for a code that the list lacks."""
+    return all_reasons()[code]
+
+
+def _source() -> Traversable:
+    """Return the packaged list, or the checkout's own when the package runs from source."""
+    packaged = files("loraformat") / "_spec" / "reasons.toml"
+    return packaged if packaged.is_file() else Path(__file__).parent.parent / "spec" / "reasons.toml"

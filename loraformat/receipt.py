@@ -1,0 +1,69 @@
+"""What a merge did, as data: kept inside the merged model and printed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loraformat.problems import Problem
+
+RECEIPT_KEY = "loraformat.receipt"
+"""The metadata key under which a merged model carries its receipt."""
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedAdapter:
+    """One adapter of a merge.
+
+    Attributes:
+        name: file or folder name.
+        sha256: digest of the file with the factors, hexadecimal.
+        weight: the factor that the user gave it.
+        targets: number of its targets that were merged.
+    """
+
+    name: str
+    sha256: str
+    weight: float
+    targets: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergedWeight:
+    """One weight of the base that was rewritten.
+
+    Attributes:
+        name: its name in the base.
+        targets: the adapter targets that it took in, one entry for each adapter.
+        scales: effective multiplier of each entry of `targets`, the user's weight included.
+        retained: share of the delta that survived rounding: Σ Δ·(W′−W) / Σ Δ²; 1.0 for a zero delta.
+        relative: ‖Δ‖ / ‖W‖, both Frobenius norms.
+    """
+
+    name: str
+    targets: tuple[str, ...]
+    scales: tuple[float, ...]
+    retained: float
+    relative: float
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a merge did.
+
+    Attributes:
+        output: path of the merged model; not part of the bytes kept in it.
+        base: name, size in bytes and digest of the base's structure (everything but the weights' payloads).
+        plan_sha256: digest of the plan that was carried out.
+        adapters: the adapters, in order.
+        weights: the rewritten weights, sorted by name.
+        problems: warnings and notes of the merge.
+        parent: the receipt that the base carried, when it was itself a merged model.
+    """
+
+    output: str
+    base: Mapping[str, Any]
+    plan_sha256: str
+    adapters: tuple[AppliedAdapter, ...]
+    weights: tuple[MergedWeight, ...]
+    problems: tuple[Problem, ...] = ()
+    parent: Mapping[str, Any] | None = None

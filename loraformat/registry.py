@@ -1,0 +1,59 @@
+"""How a room finds its members: every module in its folder, and every entry point that third parties declare.
+
+A member is one file; adding it is adding the file. Listing names imports nothing; a member is imported when it is asked
+for. Modules whose name starts with an underscore are the room's own machinery.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Generic, TypeVar, cast
+
+Member = TypeVar("Member")
+
+
+class Registry(Generic[Member]):
+    """The members of one room.
+
+    Args:
+        package: the room's package name, also the group of its entry points.
+        attribute: the name that each member module gives its member, e.g. `KIND`.
+    """
+
+    def __init__(self, package: str, attribute: str) -> None:
+        self._package = package
+        self._attribute = attribute
+
+    @cached_property
+    def _locations(self) -> dict[str, str]:
+        """Name to `module:attribute`; a third party cannot take the name of a member of ours."""
+        folder = Path(cast(str, import_module(self._package).__file__)).parent
+        third_party = {entry.name: entry.value for entry in entry_points(group=self._package)}
+        own = {
+            module.name: f"{self._package}.{module.name}:{self._attribute}"
+            for module in iter_modules([str(folder)])
+            if not module.name.startswith("_")
+        }
+        return dict(sorted((third_party | own).items()))
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all members, sorted, without importing any."""
+        return tuple(self._locations)
+
+    def find(self, name: str) -> Member | None:
+        """Return the member called `name`, importing it, or None."""
+        location = self._locations.get(name)
+        if location is None:
+            return None
+        module, _, attribute = location.partition(":")
+        return cast(Member, getattr(import_module(module), attribute))
+
+    def __iter__(self) -> Iterator[tuple[str, Member]]:
+        """Yield every member with its name, importing each."""
+        for name in self.names():
+            member = self.find(name)
+            if member is not None:
+                yield name, member

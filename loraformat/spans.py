@@ -1,0 +1,157 @@
+"""Byte ranges of files, and tensors that are read only when asked for.
+
+Reads go through `pread` on a descriptor that is opened once: memory stays bounded, and a file that is cut off while we
+read it gives an error instead of killing the process, as a memory map would.
+"""
+
+import math
+import os
+import stat
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraformat.dtypes import Dtype
+from loraformat.errors import refuse
+from loraformat.limits import MAX_CONFIG_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A byte range of a file.
+
+    Attributes:
+        path: the file.
+        offset: bytes from its start.
+        length: bytes.
+    """
+
+    path: Path
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The byte after the last one."""
+        return self.offset + self.length
+
+
+class InputFile:
+    """A regular file, opened once for reading by position; safe to share between threads.
+
+    Raises:
+        InputError: LF100 no such file, LF906 changed while read.
+        RefusedError: LF905 not a regular file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self._descriptor = _open_regular(self.path)
+        state = os.fstat(self._descriptor)
+        self._state = (state.st_size, state.st_mtime_ns, state.st_ino, state.st_dev)
+        self.size_bytes = state.st_size
+        self.close: Callable[[], object] = weakref.finalize(self, os.close, self._descriptor)
+
+    @property
+    def descriptor(self) -> int:
+        """The open descriptor, for copying between files."""
+        return self._descriptor
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode: equal for two names of one file."""
+        return self._state[3], self._state[2]
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`; LF906 when the file no longer has them."""
+        buffer = bytearray(length)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_into(self, buffer: memoryview | NDArray[Any], offset: int) -> None:
+        """Fill `buffer` from `offset`; LF906 when the file no longer has the bytes."""
+        view = memoryview(buffer).cast("B")
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._descriptor, [view[done:]], offset + done)
+            if count == 0:
+                found = f"the file ends at byte {offset + done}"
+                raise refuse("LF906", self.path, found, f"{self.size_bytes} bytes, as when it was opened")
+            done += count
+
+    def check_unchanged(self) -> None:
+        """Raise LF906 when size, time of change or identity differ from when the file was opened."""
+        state = os.fstat(self._descriptor)
+        if (state.st_size, state.st_mtime_ns, state.st_ino, state.st_dev) != self._state:
+            raise refuse("LF906", self.path, "another size or time of change than at the start", "an unchanged file")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A named tensor in a file, unread.
+
+    Attributes:
+        name: its name in the file.
+        dtype: its number form.
+        shape: its dimensions.
+        span: where its bytes are: little-endian, C order, `dtype.count_bytes` long.
+        file: the open file that holds the span.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    span: Span
+    file: InputFile
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    def read(self) -> NDArray[Any]:
+        """Return the tensor in its own number form, freshly read."""
+        array: NDArray[Any] = np.empty(self.shape, dtype=self.dtype.numpy())
+        if self.span.length:
+            self.file.read_into(array.reshape(-1).view(np.uint8), self.span.offset)
+        return array
+
+
+def read_small(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> bytes:
+    """Return the contents of a small file such as a configuration; LF110 above `limit_bytes`."""
+    file = InputFile(path)
+    if file.size_bytes > limit_bytes:
+        raise refuse("LF110", path, f"{file.size_bytes} bytes", f"at most {limit_bytes}")
+    return file.read(0, file.size_bytes)
+
+
+def _open_regular(path: Path) -> int:
+    """Open for reading without ever blocking on a pipe or a device."""
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise refuse("LF905", path, f"a {_name_of(mode)}", "a regular file")
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise refuse("LF100", path, "nothing at this path") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise refuse("LF100", path, f"cannot be opened: {reason}", "a readable file") from error
+
+
+_KINDS_OF_FILE = (
+    (stat.S_ISDIR, "folder"),
+    (stat.S_ISFIFO, "pipe"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "device"),
+)
+
+
+def _name_of(mode: int) -> str:
+    return next((name for test, name in _KINDS_OF_FILE if test(mode)), "special file")
