@@ -19,14 +19,28 @@ class Factor(Protocol):
     """One tensor of a target, read when asked for (`loraformat.spans.StoredTensor` is one)."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name in the source."""
+        ...
+
     @property
-    def dtype(self) -> Dtype: ...
+    def dtype(self) -> Dtype:
+        """Its number form."""
+        ...
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        ...
+
     @property
-    def elements(self) -> int: ...
-    def read(self) -> NDArray[Any]: ...
+    def elements(self) -> int:
+        """The number of elements."""
+        ...
+
+    def read(self) -> NDArray[Any]:
+        """Return its numbers."""
+        ...
 
 
 class ScalingRule(StrEnum):

@@ -84,4 +84,5 @@ def _numpy_dtype(name: str) -> "np.dtype[Any]":
         return np.dtype(name).newbyteorder("<")
     import ml_dtypes
 
-    return np.dtype(getattr(ml_dtypes, name))
+    form: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return form

@@ -76,5 +76,5 @@ def error_for(problems: Iterable[Problem]) -> LoraformatError:
 
 
 def refuse(code: str, where: object, found: str, expected: str = "", mend: str = "") -> LoraformatError:
-    """Return the error for one problem: `raise refuse("LF101", path, "3 bytes", "at least 8")`."""
+    """Return the error for one problem, to be raised: `raise refuse("LF101", path, "3 bytes", "at least 8")`."""
     return error_for([Problem(code, str(where), found, expected, mend)])

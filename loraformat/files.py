@@ -1,7 +1,7 @@
 """Paths from outside, copying at disk speed, and output that appears whole or not at all.
 
-An output is written beside its final name, as `.<name>.loraformat-<pid>-<random>.part`, and moved into place last. A run
-that fails or is killed leaves what was there before, and at most a part that the next run into that folder removes.
+An output is written beside its final name, as `.<name>.loraformat-<pid>-<random>.part`, and moved into place last. A
+run that fails or is killed leaves what was there before, and at most a part that the next run into that folder removes.
 """
 
 import contextlib
@@ -44,7 +44,8 @@ def resolve_inside(model: Path, location: str) -> Path:
     real = Path(os.path.realpath(candidate))
     allowed = {Path(os.path.realpath(model.parent)), Path(os.path.realpath(model)).parent}
     if not any(real.is_relative_to(folder) for folder in allowed):
-        raise refuse("LF903", model, f"the location {location!r}, which leads to {real}", "a file below the model's folder")
+        found = f"the location {location!r}, which leads to {real}"
+        raise refuse("LF903", model, found, "a file below the model's folder")
     return candidate
 
 

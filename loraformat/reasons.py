@@ -23,7 +23,8 @@ class Reason:
     """One reason code.
 
     Attributes:
-        code: `LF` and three digits: 1xx container, 2xx adapter, 3xx names, 4xx match, 5xx numbers, 6xx output, 9xx safety.
+        code: `LF` and three digits; the first says what it is about (1 container, 2 adapter, 3 names, 4 match,
+            5 numbers, 6 output, 9 safety).
         title: what it means, in a few words.
         exit: the exit code of a command that ends for this reason.
         mend: how to mend it.

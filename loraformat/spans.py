@@ -75,7 +75,7 @@ class InputFile:
 
     def read_into(self, buffer: memoryview | NDArray[Any], offset: int) -> None:
         """Fill `buffer` from `offset`; LF906 when the file no longer has the bytes."""
-        view = memoryview(buffer).cast("B")
+        view = buffer.cast("B") if isinstance(buffer, memoryview) else buffer.data.cast("B")
         done = 0
         while done < len(view):
             count = os.preadv(self._descriptor, [view[done:]], offset + done)

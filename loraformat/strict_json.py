@@ -1,7 +1,7 @@
 """JSON without surprises: what I-JSON (RFC 7493) forbids is refused, and writing is canonical.
 
-Python's parser keeps the last of two equal keys, accepts `NaN` and turns `1e999` into infinity. A header that two readers
-read differently is a way to hide something, so all of these are errors here.
+Python's parser keeps the last of two equal keys, accepts `NaN` and turns `1e999` into infinity. A header that two
+readers read differently is a way to hide something, so all of these are errors here.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import NoReturn, TypeAlias
 from loraformat.errors import LoraformatError, refuse
 from loraformat.limits import MAX_JSON_DEPTH, MAX_JSON_INTEGER_DIGITS
 
-JsonValue: TypeAlias = "None | bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue]"
+JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
 
 
 def parse_json(data: bytes, where: object) -> JsonValue:
@@ -67,8 +67,8 @@ def write_canonical(value: JsonValue) -> bytes:
 def _unique(pairs: list[tuple[str, JsonValue]], where: object) -> dict[str, JsonValue]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        keys = [key for key, _ in pairs]
+        twice = next(key for position, key in enumerate(keys) if key in keys[:position])
         raise refuse("LF105", where, f"key {twice!r} stands twice in one object", "each key once")
     return found
 

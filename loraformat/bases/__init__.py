@@ -1,7 +1,7 @@
 """What can be adapted: one file for each way of being a model.
 
-A base offers *sites*: places where a module applies a weight. In a checkpoint a site is a named tensor; in an ONNX graph
-it is a node and its weight input, since exporters rename, share and transpose tensors.
+A base offers *sites*: places where a module applies a weight. In a checkpoint a site is a named tensor; in an ONNX
+graph it is a node and its weight input, since exporters rename, share and transpose tensors.
 """
 
 from collections.abc import Mapping, Sequence

@@ -28,7 +28,9 @@ class Delta(Protocol):
     """
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """`(rows, columns)`."""
+        ...
 
     def transposed(self) -> "Delta":
         """Return the change of the transposed matrix."""

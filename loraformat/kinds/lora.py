@@ -66,8 +66,8 @@ class Lora:
         """Return problems of partners, number forms, dimensions and rank."""
         down, up = _pair(target.factors)
         if down is None or up is None:
-            have, lack = (target.factors and next(iter(target.factors)), "A" if down is None else "B")
-            return [Problem("LF201", target.name, f"only {have!r}", f"a factor {lack} beside it")]
+            have, lack = sorted(target.factors), "A" if down is None else "B"
+            return [Problem("LF201", target.name, f"only {', '.join(have)}", f"a factor {lack} beside it")]
         problems = [
             Problem("LF210", f"{target.name}: {factor.name}", factor.dtype.name, "a floating-point form")
             for factor in (down, up)
@@ -82,22 +82,19 @@ class Lora:
 
     def weight_shape(self, target: Target) -> tuple[int, ...]:
         """Return `(out, in, *kernel)`; for an embedding `(dim, vocabulary)`."""
-        down, up = _pair(target.factors)
-        assert down is not None and up is not None, "checked before"
+        down, up = _checked_pair(target.factors)
         return up.shape[0], *down.shape[1:]
 
     def delta(self, target: Target, factors: Mapping[str, NDArray[Any]], scale: float) -> Delta:
         """Return s·B·A as `(out, in * kernel)`; the scale is folded into B in float64, rounded once."""
-        down, up = _pair(factors)
-        assert down is not None and up is not None, "checked before"
+        down, up = _checked_pair(factors)
         right = down.reshape(down.shape[0], -1)
         left = (up.reshape(up.shape[0], -1).astype(np.float64) * scale).astype(right.dtype)
         return LowRankDelta(np.ascontiguousarray(left), np.ascontiguousarray(right))
 
     def norm(self, target: Target, factors: Mapping[str, NDArray[Any]]) -> float:
         """Return |s|·‖B·A‖ from the two small Gram matrices: ‖BA‖² = tr((BᵀB)(AAᵀ))."""
-        down, up = _pair(factors)
-        assert down is not None and up is not None, "checked before"
+        down, up = _checked_pair(factors)
         right = down.reshape(down.shape[0], -1).astype(np.float64)
         left = up.reshape(up.shape[0], -1).astype(np.float64)
         squared = float(np.sum((left.T @ left) * (right @ right.T)))
@@ -108,6 +105,14 @@ def _pair(factors: Mapping[str, Any]) -> tuple[Any, Any]:
     """Return A and B, whichever names they have here, None for a missing one."""
     down = next((factors[role] for role in _DOWN if role in factors), None)
     up = next((factors[role] for role in _UP if role in factors), None)
+    return down, up
+
+
+def _checked_pair(factors: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return A and B of a target that `check` has found complete."""
+    down, up = _pair(factors)
+    if down is None or up is None:
+        raise ValueError("a factor is missing: check the target first")
     return down, up
 
 
