@@ -1,4 +1,62 @@
 """loraformat: a file format for LoRA adapters, and the tools that merge them without torch.
 
 The public face. Names are imported when they are first used, so `import loraformat` is cheap.
+
+    import loraformat
+
+    adapter = loraformat.load("my-adapter")
+    receipt = loraformat.merge("base.onnx", [(adapter, 0.7)], "merged.onnx")
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loraformat.adapter import Adapter, Target
+    from loraformat.api import inspect, load, merge, plan_merge, save
+    from loraformat.errors import FindingError, InputError, LoraformatError, OutputError, RefusedError
+    from loraformat.inspection import AdapterInspection, BaseInspection
+    from loraformat.plan import Plan
+    from loraformat.problems import Problem
+    from loraformat.receipt import Receipt
+
+__all__ = [
+    "Adapter",
+    "AdapterInspection",
+    "BaseInspection",
+    "FindingError",
+    "InputError",
+    "LoraformatError",
+    "OutputError",
+    "Plan",
+    "Problem",
+    "Receipt",
+    "RefusedError",
+    "Target",
+    "inspect",
+    "load",
+    "merge",
+    "plan_merge",
+    "save",
+]
+
+_HOMES = {
+    "loraformat.adapter": ("Adapter", "Target"),
+    "loraformat.api": ("inspect", "load", "merge", "plan_merge", "save"),
+    "loraformat.errors": ("FindingError", "InputError", "LoraformatError", "OutputError", "RefusedError"),
+    "loraformat.inspection": ("AdapterInspection", "BaseInspection"),
+    "loraformat.plan": ("Plan",),
+    "loraformat.problems": ("Problem",),
+    "loraformat.receipt": ("Receipt",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *globals()]

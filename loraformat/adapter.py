@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from loraformat.dtypes import Dtype
+from loraformat.problems import Problem
 
 
 class Factor(Protocol):
@@ -76,13 +77,14 @@ class SlotKind(StrEnum):
     """What a target expects to find in the base. The values are those of the manifest.
 
     `linear` is a matrix `(out, in)`; `linear-transposed` the same stored `(in, out)` (GPT-2's Conv1D); `conv` a kernel
-    `(out, in, *kernel)`; `embedding` a table `(vocabulary, dim)`.
+    `(out, in, *kernel)`; `embedding` a table `(vocabulary, dim)`; `parameter` any tensor, taken as it is.
     """
 
     LINEAR = "linear"
     LINEAR_TRANSPOSED = "linear-transposed"
     CONV = "conv"
     EMBEDDING = "embedding"
+    PARAMETER = "parameter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,7 @@ class Target:
         kind: name of the adapter kind, a file in `loraformat/kinds/`.
         slot: what kind of slot it expects.
         factors: role (`lora_A.weight` ...) to tensor.
-        rank: rank as stated or as the factors have it.
+        rank: rank as stated or as the factors have it; 0 for kinds without one.
         scaling: how strongly it acts.
     """
 
@@ -108,7 +110,7 @@ class Target:
     @property
     def scale(self) -> float:
         """The effective multiplier."""
-        return self.scaling.effective(self.rank)
+        return self.scaling.effective(self.rank) if self.rank else self.scaling.value
 
     @property
     def parameters(self) -> int:
@@ -138,18 +140,21 @@ class Adapter:
         base: the base it belongs to.
         scheme: name of the naming scheme that it was read from.
         source: the path it was read from, for messages.
+        sha256: digest of the file with the factors, hexadecimal; empty for one made in memory.
         metadata: free annotations that travel along (`x.*` of the manifest).
         provenance: what the source said that has no place of its own, e.g. PEFT's raw configuration.
-        notes: what the reader normalised or found odd, in words.
+        problems: what the reader normalised or found odd; those of severity `error` stand against a merge, not
+            against a look.
     """
 
     targets: tuple[Target, ...]
     base: BaseBinding = BaseBinding()
     scheme: str = "native"
     source: str = ""
+    sha256: str = ""
     metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    notes: tuple[str, ...] = ()
+    problems: tuple[Problem, ...] = ()
 
     @property
     def parameters(self) -> int:

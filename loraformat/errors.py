@@ -16,7 +16,7 @@ Every problem has a reason code (`spec/reasons.toml`), and the code decides the 
 """
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from loraformat.problems import Problem
 from loraformat.reasons import EXIT_FINDING, EXIT_INPUT, EXIT_OUTPUT, EXIT_REFUSED, find_reason
@@ -35,6 +35,10 @@ class LoraformatError(Exception):
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems: tuple[Problem, ...] = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[type[Self], tuple[tuple[Problem, ...]]]:
+        """Pickle from the problems; the default would hand the message to the constructor."""
+        return type(self), (self.problems,)
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -76,5 +80,5 @@ def error_for(problems: Iterable[Problem]) -> LoraformatError:
 
 
 def refuse(code: str, where: object, found: str, expected: str = "", mend: str = "") -> LoraformatError:
-    """Return the error for one problem, to be raised: `raise refuse("LF101", path, "3 bytes", "at least 8")`."""
+    """Return the error for one problem; the caller raises it."""
     return error_for([Problem(code, str(where), found, expected, mend)])

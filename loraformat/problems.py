@@ -61,7 +61,8 @@ class Problem:
             lines.append(f"  expected: {self.expected}")
         if self.advice:
             lines.append(f"  mend: {self.advice}")
-        return "\n".join(escape_controls(line) for line in lines)
+        # A line break inside a part could forge a line of ours.
+        return "\n".join(escape_controls(line).replace("\n", "\\n") for line in lines)
 
 
 _BIDI_MARKS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")

@@ -1,13 +1,16 @@
 """What a merge did, as data: kept inside the merged model and printed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from loraformat.problems import Problem
+from loraformat.strict_json import write_canonical
 
 RECEIPT_KEY = "loraformat.receipt"
 """The metadata key under which a merged model carries its receipt."""
+
+RECEIPT_VERSION = "1.0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class Receipt:
         plan_sha256: digest of the plan that was carried out.
         adapters: the adapters, in order.
         weights: the rewritten weights, sorted by name.
+        unmatched: targets that the user allowed to be left out.
         problems: warnings and notes of the merge.
         parent: the receipt that the base carried, when it was itself a merged model.
     """
@@ -65,5 +69,26 @@ class Receipt:
     plan_sha256: str
     adapters: tuple[AppliedAdapter, ...]
     weights: tuple[MergedWeight, ...]
+    unmatched: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
     parent: Mapping[str, Any] | None = None
+
+    def embedded_text(self) -> str:
+        """Return the JSON text that the merged model carries: nothing in it depends on where files stand."""
+        return write_canonical(self._lasting()).decode("utf-8")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record for `--json`: what the model carries, the output's path, and the problems."""
+        problems = [dict(problem.as_json()) for problem in self.problems]
+        return self._lasting() | {"output": self.output, "problems": problems}
+
+    def _lasting(self) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "version": RECEIPT_VERSION,
+            "base": dict(self.base),
+            "plan_sha256": self.plan_sha256,
+            "adapters": [asdict(adapter) for adapter in self.adapters],
+            "weights": [asdict(weight) for weight in self.weights],
+            "unmatched": list(self.unmatched),
+        }
+        return record | ({"parent": dict(self.parent)} if self.parent is not None else {})

@@ -115,7 +115,14 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def read(self) -> NDArray[Any]:
-        """Return the tensor in its own number form, freshly read."""
+        """Return the tensor in its own number form, freshly read.
+
+        Raises:
+            InputError: LF106 packed numbers below one byte, of which an array cannot hold the bytes as they are.
+        """
+        if self.dtype.bits < 8:
+            where = f"{self.file.path}, tensor {self.name!r}"
+            raise refuse("LF106", where, f"packed {self.dtype.name}", "elements of whole bytes")
         array: NDArray[Any] = np.empty(self.shape, dtype=self.dtype.numpy())
         if self.span.length:
             self.file.read_into(array.reshape(-1).view(np.uint8), self.span.offset)

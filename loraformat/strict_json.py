@@ -6,6 +6,7 @@ readers read differently is a way to hide something, so all of these are errors 
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NoReturn, TypeAlias
 
@@ -67,8 +68,7 @@ def write_canonical(value: JsonValue) -> bytes:
 def _unique(pairs: list[tuple[str, JsonValue]], where: object) -> dict[str, JsonValue]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for position, key in enumerate(keys) if key in keys[:position])
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise refuse("LF105", where, f"key {twice!r} stands twice in one object", "each key once")
     return found
 
@@ -77,7 +77,9 @@ def _refuse_constant(word: str, where: object) -> NoReturn:
     raise refuse("LF104", where, f"the literal {word}", "a finite number")
 
 
-def _parse_integer(digits: str, where: object) -> int:
+def _parse_integer(digits: str, where: object) -> int | float:
+    if digits == "-0":  # As other parsers have it: an int has no negative zero.
+        return -0.0
     if len(digits) > MAX_JSON_INTEGER_DIGITS:
         raise refuse("LF104", where, f"an integer of {len(digits)} digits", f"at most {MAX_JSON_INTEGER_DIGITS}")
     return int(digits)

@@ -65,20 +65,26 @@ class BaseModel(Protocol):
         format: name of the kind of base, e.g. `onnx`.
         suffix: file name ending of an output.
         sites: everything that can be adapted, or that looks so but cannot.
-        files: all files that belong to it.
         structure_sha256: digest of everything but the weights' payloads.
         parent_receipt: the receipt that it carries, when it is itself a merged model.
-        problems: what is odd about it.
     """
 
     path: Path
     format: str
     suffix: str
     sites: Sequence[Site]
-    files: Sequence[InputFile]
     structure_sha256: str
     parent_receipt: Mapping[str, Any] | None
-    problems: Sequence[Problem]
+
+    @property
+    def files(self) -> Sequence[InputFile]:
+        """All files that belong to it."""
+        ...
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """What is odd about it."""
+        ...
 
     def list_tensors(self) -> Sequence[StoredTensor]:
         """Return every stored tensor, for `inspect`."""
@@ -89,6 +95,14 @@ class BaseModel(Protocol):
 
         `fresh` distinguishes data files whose usual name is taken.
         """
+        ...
+
+    def encode_receipt(self, text: str) -> bytes:
+        """Return the bytes that put `text` into a blank; the rest of the blank is filled with spaces."""
+        ...
+
+    def list_stale(self, output: Path) -> list[Path]:
+        """Return the files that only the model at `output`, about to be replaced, still needs."""
         ...
 
 

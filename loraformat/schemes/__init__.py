@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Final, Protocol
 
 from loraformat.adapter import Adapter, Factor
 from loraformat.registry import Registry
@@ -39,6 +39,9 @@ class StatedScale:
 
     alpha: float | None = None
     multiplier: float | None = None
+
+
+NOT_STATED: Final = StatedScale()
 
 
 class Scheme(Protocol):

@@ -1,1 +1,1 @@
-"""One file for each command."""
+"""One file per command; the file's name is the command's, its attribute `command` the command itself."""

@@ -1,0 +1,136 @@
+"""`loraformat merge`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE
+from loraformat_cli.options import adapter_options, check_stated, common_options, json_option
+from loraformat_cli.params import ByteSize, Finite, WeightedAdapter
+from loraformat_cli.screen import Screen
+
+if TYPE_CHECKING:
+    from loraformat.receipt import Receipt
+
+_FILE: Final = click.Path(path_type=Path)
+_ONLY_MERGING: Final = frozenset({"min_retained", "force", "jobs", "max_memory_bytes"})
+"""Flags that a plan has no use for."""
+
+
+@click.command(short_help="Merge adapters into a base model.")
+@click.argument("base", type=_FILE)
+@click.argument("adapters", type=WeightedAdapter(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
+@click.option("-o", "--output", type=_FILE, metavar="FILE", help="Where to write; beside the base if not given.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads no weights, writes nothing.")
+@json_option
+@adapter_options
+@click.option("--allow-unmatched", multiple=True, metavar="GLOB", help="Targets that the base may lack; repeatable.")
+@click.option("--strip-prefix", metavar="PREFIX", help="Remove this from the front of the adapters' target names.")
+@click.option(
+    "--min-retained",
+    type=Finite(0.0, 1.0),
+    metavar="SHARE",
+    help=f"Refuse when less of a change survives rounding.  [default: {RETAINED_REFUSE}]",
+)
+@click.option("--allow-zero", is_flag=True, help="Accept adapters that change nothing.")
+@click.option("-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: by the machine]")
+@click.option(
+    "--max-memory",
+    "max_memory_bytes",
+    type=ByteSize(),
+    metavar="SIZE",
+    help=f"Memory for the work in flight, as 256MiB or 2GB.  [default: {DEFAULT_MEMORY_BYTES >> 20}MiB]",
+)
+@common_options
+@click.pass_obj
+def command(
+    screen: Screen,
+    /,
+    base: Path,
+    adapters: tuple[tuple[Path, float | None], ...],
+    output: Path | None,
+    dry_run: bool,
+    **flags: Any,
+) -> None:
+    r"""Merge adapters into a base model, each with its weight (1 if not given).
+
+    BASE is an ONNX model or a safetensors checkpoint, ADAPTER a file or a folder. What names an existing path is a
+    path, colons and all; otherwise the number after the last colon is the weight. The path of the merged model is all
+    that stdout gets.
+
+    \b
+    Examples:
+      loraformat merge model.onnx adapter/ -o merged.onnx
+      loraformat merge model.safetensors style.safetensors:0.8 subject.safetensors:0.5
+      loraformat merge model.onnx adapter/ --dry-run
+    """
+    import loraformat
+
+    check_stated(flags["alpha"], flags["scale"])
+    asked = {name: value for name, value in flags.items() if value is not None}
+    pairs = [path if weight is None else (path, weight) for path, weight in adapters]
+    if dry_run:
+        planning = {name: value for name, value in asked.items() if name not in _ONLY_MERGING}
+        _show_plan(screen, loraformat.plan_merge(base, pairs, output, **planning))
+        return
+    with screen.progress("merging") as progress:
+        receipt = loraformat.merge(base, pairs, output, progress=progress, **asked)
+    _show_receipt(screen, receipt)
+
+
+def _show_plan(screen: Screen, plan: Any) -> None:
+    for problem in plan.problems:
+        screen.problem(problem)
+    if screen.json:
+        screen.document(plan.as_json())
+        return
+    screen.table(
+        ("target", "weight", ">rank", ">scale", "kind", "form", "evidence"),
+        (
+            (_listed(w.targets), w.name, _listed(w.ranks), _numbers(w.scales), _listed(w.kinds), _form(w), w.evidence)
+            for w in plan.weights
+        ),
+    )
+    for target in plan.unmatched:
+        screen.note(f"left out, as allowed: {target}")
+    screen.note(f"{len(plan.weights)} weights would be rewritten, into {plan.output} ({plan.format})")
+
+
+def _show_receipt(screen: Screen, receipt: "Receipt") -> None:
+    """Print the path, or the receipt, on stdout; what a person wants to know on stderr."""
+    for problem in receipt.problems:
+        screen.problem(problem)
+    screen.table(
+        ("adapter", ">weight", ">targets"),
+        ((a.name, f"{a.weight:g}", a.targets) for a in receipt.adapters),
+        to="stderr",
+    )
+    if screen.verbose:
+        screen.table(
+            ("rewritten", ">scale", ">retained", ">change"),
+            ((w.name, _numbers(w.scales), f"{w.retained:.3%}", f"{w.relative:.3g}") for w in receipt.weights),
+            to="stderr",
+        )
+    least = min(receipt.weights, key=lambda weight: weight.retained, default=None)
+    survived = f"; smallest share that survived rounding: {least.retained:.3%} ({least.name})" if least else ""
+    screen.note(f"{len(receipt.weights)} weights rewritten{survived}")
+    if screen.json:
+        screen.document(receipt.as_json())
+    else:
+        screen.path(receipt.output)
+
+
+def _listed(values: Sequence[object]) -> str:
+    """Return the values without repetition, in order."""
+    return ", ".join(dict.fromkeys(map(str, values)))
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def _form(weight: Any) -> str:
+    return f"{weight.dtype} [{', '.join(map(str, weight.shape))}]"

@@ -1,0 +1,58 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from loraformat_cli.params import Finite
+from loraformat_cli.screen import COLOUR_MODES, Screen
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+def _onto_screen(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Set the screen's attribute of this name; an option that is not given leaves it as it is."""
+    if value:
+        setattr(ctx.ensure_object(Screen), str(param.name), value)
+
+
+_SCREEN: dict[str, Any] = {"callback": _onto_screen, "expose_value": False, "is_eager": True}
+
+
+def common_options(function: Decorated) -> Decorated:
+    """Add -q, -v and --color, which stand before the command or after it."""
+    modes = click.Choice(COLOUR_MODES)
+    for add in (
+        click.option(
+            "--color", "color", type=modes, help="Colours; auto heeds NO_COLOR, FORCE_COLOR and TERM.", **_SCREEN
+        ),
+        click.option("-v", "--verbose", is_flag=True, help="Say more.", **_SCREEN),
+        click.option("-q", "--quiet", is_flag=True, help="Print results and errors only.", **_SCREEN),
+    ):
+        function = add(function)
+    return function
+
+
+def json_option(function: Decorated) -> Decorated:
+    """Add --json."""
+    return click.option("--json", is_flag=True, help="Print exactly one JSON object on stdout.", **_SCREEN)(function)
+
+
+def adapter_options(function: Decorated) -> Decorated:
+    """Add what a user may have to say about an adapter that does not say it itself."""
+    for add in (
+        click.option("--scale", type=Finite(), metavar="X", help="The adapter's multiplier, where it states none."),
+        click.option(
+            "--alpha", type=Finite(), metavar="X", help="lora_alpha of the training run, where it is not stated."
+        ),
+        click.option("--scheme", metavar="NAME", help="Naming scheme of the adapter, where it cannot be told."),
+    ):
+        function = add(function)
+    return function
+
+
+def check_stated(alpha: float | None, scale: float | None) -> None:
+    """Refuse --alpha beside --scale."""
+    if alpha is not None and scale is not None:
+        raise click.UsageError("Give --alpha or --scale, not both.", click.get_current_context())

@@ -1,0 +1,91 @@
+"""How words of the command line become values."""
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+_UNITS: Final = {"": 1} | {
+    prefix + unit: base**power
+    for power, prefix in enumerate(("", "k", "m", "g", "t"))
+    for unit, base in (("b", 1000), ("ib", 1024), ("", 1024))
+    if prefix or unit == "b"
+}
+"""Suffix in lower case to bytes: `MB` is decimal, `MiB` and the bare `M` of other tools are binary."""
+
+
+class Finite(click.ParamType[float]):
+    """A number that is neither NaN nor infinite, between bounds."""
+
+    name = "number"
+
+    def __init__(self, low: float = -math.inf, high: float = math.inf) -> None:
+        self._low = low
+        self._high = high
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number, or fail with a usage error."""
+        number = finite(str(value))
+        if number is None:
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        if not self._low <= number <= self._high:
+            self.fail(f"{number:g} is not between {self._low:g} and {self._high:g}.", param, ctx)
+        return number
+
+
+class ByteSize(click.ParamType[int]):
+    """A number of bytes with a unit: `512MiB`, `2GB`, `1.5G`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bytes, or fail with a usage error."""
+        text = str(value).strip()
+        digits = text.rstrip("bBiIkKmMgGtT ")
+        unit = _UNITS.get(text[len(digits) :].strip().lower())
+        number = finite(digits)
+        if unit is None or number is None or number <= 0:
+            self.fail(f"{value!r} is not a size such as 512MiB or 2GB.", param, ctx)
+        return int(number * unit)
+
+
+class WeightedAdapter(click.ParamType[tuple[Path, float | None]]):
+    """`ADAPTER` or `ADAPTER:WEIGHT`; what names an existing path is a path, colons and all."""
+
+    name = "adapter[:weight]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Path, float | None]:
+        """Return path and weight, or fail with a usage error."""
+        if isinstance(value, tuple):  # click converts a converted value again
+            return value
+        path, colon, tail = str(value).rpartition(":")
+        if os.path.lexists(value) or not colon:
+            return Path(value), None
+        weight = finite(tail)
+        if weight is None or not path:
+            self.fail(f"{value!r} is neither an existing path nor ADAPTER:WEIGHT with a finite weight.", param, ctx)
+        return Path(path), weight
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> "list[CompletionItem[str]]":
+        """Let the shell complete paths."""
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type="file")]
+
+
+def finite(text: str) -> float | None:
+    """Return the number that `text` is, or None; `1_000` is a name here, not a number."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and "_" not in text else None

@@ -1,0 +1,190 @@
+"""The functions of the public face."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from loraformat.adapter import Adapter
+from loraformat.apply import Progress, Work, apply_plan, count_workers
+from loraformat.bases import BaseModel
+from loraformat.containers.safetensors import write_safetensors
+from loraformat.files import PendingOutput, check_output
+from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
+from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE
+from loraformat.loading import FACTORS_NAME, is_base, load_adapter, open_base
+from loraformat.plan import Plan, WeightedAdapter, build_plan, default_output
+from loraformat.receipt import Receipt
+from loraformat.schemes import StatedScale
+from loraformat.schemes.native import write_tensors
+
+StrPath: TypeAlias = str | os.PathLike[str]
+AdapterSource: TypeAlias = StrPath | Adapter
+AdapterArgument: TypeAlias = AdapterSource | tuple[AdapterSource, float]
+
+
+def load(
+    path: StrPath, *, scheme: str | None = None, alpha: float | None = None, scale: float | None = None
+) -> Adapter:
+    """Read an adapter: a loraformat file, a PEFT folder, or PEFT's file alone with its scale given.
+
+    Args:
+        path: the file or folder.
+        scheme: name of the naming scheme; None finds it from the content.
+        alpha: lora_alpha of the training run, for a source that does not state it.
+        scale: the multiplier itself, for a source that states no alpha.
+
+    Raises:
+        LoraformatError: with every problem that was found.
+    """
+    return load_adapter(Path(path), scheme, StatedScale(alpha, scale))
+
+
+def save(adapter: Adapter, path: StrPath, *, force: bool = False) -> Path:
+    """Write `adapter` as one loraformat file; the same adapter gives the same bytes on any machine.
+
+    Args:
+        adapter: what to write.
+        path: the `.safetensors` file to make.
+        force: replace an existing file.
+
+    Raises:
+        LoraformatError: the file exists, cannot be written, or is the adapter's own source.
+    """
+    output = Path(path)
+    check_output(output, _sources(adapter), force=force)
+    tensors, metadata = write_tensors(adapter)
+    with PendingOutput([output], force=force) as pending:
+        entries = [(name, factor.dtype, factor.shape, factor.read) for name, factor in tensors.items()]
+        write_safetensors(pending.descriptors[0], entries, metadata)
+        pending.commit()
+    return output
+
+
+def inspect(
+    path: StrPath, *, scheme: str | None = None, alpha: float | None = None, scale: float | None = None
+) -> AdapterInspection | BaseInspection:
+    """Say what is in an adapter or a base, and what stands against merging it.
+
+    Args:
+        path: an adapter's file or folder, or a base model's file.
+        scheme: as in `load`.
+        alpha: as in `load`.
+        scale: as in `load`.
+    """
+    place = Path(path)
+    if scheme is None and is_base(place):
+        return inspect_base(open_base(place))
+    return inspect_adapter(place, scheme, StatedScale(alpha, scale))
+
+
+def plan_merge(
+    base: StrPath,
+    adapters: Sequence[AdapterArgument],
+    output: StrPath | None = None,
+    *,
+    scheme: str | None = None,
+    alpha: float | None = None,
+    scale: float | None = None,
+    allow_unmatched: Sequence[str] = (),
+    strip_prefix: str | None = None,
+    allow_zero: bool = False,
+) -> Plan:
+    """Return what `merge` would do with the same arguments; reads no weight of the base and writes nothing."""
+    opened, weighted = _open(base, adapters, scheme, StatedScale(alpha, scale))
+    return _plan(opened, weighted, output, allow_unmatched, strip_prefix, allow_zero=allow_zero)
+
+
+def merge(
+    base: StrPath,
+    adapters: Sequence[AdapterArgument],
+    output: StrPath | None = None,
+    *,
+    scheme: str | None = None,
+    alpha: float | None = None,
+    scale: float | None = None,
+    allow_unmatched: Sequence[str] = (),
+    strip_prefix: str | None = None,
+    allow_zero: bool = False,
+    min_retained: float = RETAINED_REFUSE,
+    jobs: int | None = None,
+    max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Receipt:
+    """Merge adapters into a copy of a base model: its numbers change, its structure does not.
+
+    Args:
+        base: `.onnx` model or `.safetensors` state dict.
+        adapters: paths or loaded adapters, each alone or as `(adapter, weight)`; their deltas are summed in float32 and
+            rounded once.
+        output: the merged model; None names it after base and adapters, beside the base.
+        scheme: naming scheme of the adapters; None finds it.
+        alpha: lora_alpha for adapters that do not state it.
+        scale: multiplier for adapters that state no alpha.
+        allow_unmatched: glob patterns of adapter targets that may be left out when the base has nothing for them.
+        strip_prefix: removed from the front of the targets' names.
+        allow_zero: accept a scale of zero.
+        min_retained: refuse when a smaller share of a weight's delta survives rounding.
+        jobs: worker threads; None takes one for each processor.
+        max_memory_bytes: cap on tiles and factors in flight.
+        force: replace an existing output.
+        progress: told how far the work is, in bytes.
+
+    Returns:
+        What was done; `receipt.output` is the path of the merged model.
+
+    Raises:
+        LoraformatError: with every problem that was found; the output is what it was before.
+    """
+    opened, weighted = _open(base, adapters, scheme, StatedScale(alpha, scale))
+    plan = _plan(opened, weighted, output, allow_unmatched, strip_prefix, allow_zero=allow_zero)
+    for item in weighted:
+        check_output(plan.output, _sources(item.adapter), force=True)
+    return apply_plan(
+        plan, opened, weighted, Work(count_workers(jobs), max_memory_bytes, min_retained, force, progress)
+    )
+
+
+def _open(
+    base: StrPath, adapters: Sequence[AdapterArgument], scheme: str | None, stated: StatedScale
+) -> tuple[BaseModel, list[WeightedAdapter]]:
+    return open_base(Path(base)), [_weigh(argument, scheme, stated) for argument in adapters]
+
+
+def _weigh(argument: AdapterArgument, scheme: str | None, stated: StatedScale) -> WeightedAdapter:
+    source, weight = argument if isinstance(argument, tuple) else (argument, 1.0)
+    if isinstance(source, Adapter):
+        return WeightedAdapter(source, weight, _name_of(Path(source.source or "adapter")))
+    return WeightedAdapter(load_adapter(Path(source), scheme, stated), weight, _name_of(Path(source)))
+
+
+def _name_of(path: Path) -> str:
+    """Return the adapter's own name: the folder's where the file has the name that all PEFT files have."""
+    path = path.absolute()
+    if path.name == FACTORS_NAME:
+        return path.parent.name
+    return path.name.removesuffix(".safetensors")
+
+
+def _plan(
+    base: BaseModel,
+    adapters: Sequence[WeightedAdapter],
+    output: StrPath | None,
+    allow_unmatched: Sequence[str],
+    strip_prefix: str | None,
+    *,
+    allow_zero: bool,
+) -> Plan:
+    place = Path(output) if output is not None else default_output(base.path, base.suffix, adapters)
+    return build_plan(
+        base, adapters, place, allow_unmatched=allow_unmatched, strip_prefix=strip_prefix, allow_zero=allow_zero
+    )
+
+
+def _sources(adapter: Adapter) -> list[Path]:
+    """Return the files that an adapter's factors are read from."""
+    if not adapter.source:
+        return []
+    source = Path(adapter.source)
+    return [source / FACTORS_NAME] if source.is_dir() else [source]

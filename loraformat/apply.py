@@ -1,0 +1,318 @@
+"""Carry out a plan: copy what stays, rewrite what changes, and move the result into place when it is whole.
+
+Spans are independent, so worker threads take them in any order; the bytes that come out are the same for any number of
+workers, because tile boundaries are part of the plan and every tile is computed alone.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Final, Protocol
+
+from loraformat.bases import BaseModel
+from loraformat.errors import error_for, refuse
+from loraformat.files import PendingOutput, check_output, copy_range, output_errors, reserve_bytes, write_at
+from loraformat.images import Blank, Copy, FileImage, Literal
+from loraformat.limits import COPY_CHUNK_BYTES, RETAINED_WARN, TILE_BYTES
+from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
+from loraformat.problems import Problem, Severity
+from loraformat.receipt import AppliedAdapter, MergedWeight, Receipt
+from loraformat.spans import StoredTensor
+from loraformat.tiles import TileBuffers, TileSums, WeightWork, merge_tile
+
+_RUN_BYTES: Final = 8 << 20
+_BUFFERS_PER_WORKER: Final = 4
+_FACTOR_COPIES: Final = 3
+
+
+class Progress(Protocol):
+    """Told how far the work is, in bytes of output, from any thread."""
+
+    def start(self, total_bytes: int) -> None:
+        """Be told the total."""
+        ...
+
+    def advance(self, done_bytes: int) -> None:
+        """Be told that so many more bytes are done."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How to carry out a plan.
+
+    Attributes:
+        jobs: worker threads.
+        max_memory_bytes: cap on tiles and factors in flight.
+        min_retained: refuse when less of a weight's delta survives rounding.
+        force: replace an existing output.
+        progress: told how far it is.
+    """
+
+    jobs: int
+    max_memory_bytes: int
+    min_retained: float
+    force: bool = False
+    progress: Progress | None = None
+
+
+def apply_plan(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter], work: Work) -> Receipt:
+    """Write the merged model and return the receipt.
+
+    Args:
+        plan: what to do, made from the same `base` and `adapters`.
+        base: the opened base.
+        adapters: the adapters, in the plan's order.
+        work: how to do it.
+
+    Raises:
+        LoraformatError: nothing of the output remains then.
+    """
+    blank_bytes = len(base.encode_receipt(_embed(_draft_receipt(plan, base)))) + _slack_bytes(plan)
+    images = base.describe_images(plan.output, blank_bytes, plan.sha256[:8])
+    inputs = [file.path for file in base.files]
+    for image in images:
+        if image is not images[-1]:
+            image.path.parent.mkdir(parents=True, exist_ok=True)
+        check_output(image.path, inputs, force=work.force)
+    stale = base.list_stale(plan.output) if work.force else []
+    with PendingOutput([image.path for image in images], force=work.force) as pending:
+        sums = _Run(plan, base, adapters, work, images, pending.descriptors).carry_out()
+        receipt = _finish_receipt(plan, base, sums, work.min_retained)
+        _fill_blank(images[-1], pending.descriptors[-1], base.encode_receipt(_embed(receipt)))
+        for file in base.files:
+            file.check_unchanged()
+        pending.commit()
+    for path in set(stale) - {image.path for image in images}:
+        with suppress(OSError):
+            path.unlink()
+    return receipt
+
+
+class _Run:
+    """The jobs of one merge, and what they need to share."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        base: BaseModel,
+        adapters: Sequence[WeightedAdapter],
+        work: Work,
+        images: Sequence[FileImage],
+        descriptors: Sequence[int],
+    ) -> None:
+        self._plan = plan
+        self._work = work
+        self._images = images
+        self._descriptors = descriptors
+        self._tensors = _index_tensors(base)
+        self._targets = [{target.name: target for target in item.adapter.targets} for item in adapters]
+        self._buffers = TileBuffers()
+        self._lock = threading.Lock()
+
+    def carry_out(self) -> list[TileSums]:
+        """Do all jobs and return the sums of each weight, in the plan's order."""
+        from threadpoolctl import threadpool_limits
+
+        for image, descriptor in zip(self._images, self._descriptors, strict=True):
+            with output_errors(image.path):
+                reserve_bytes(descriptor, image.size_bytes)
+        if self._work.progress:
+            self._work.progress.start(sum(image.size_bytes for image in self._images))
+        jobs = self._fit_memory()
+        with threadpool_limits(limits=1), ThreadPoolExecutor(jobs, thread_name_prefix="loraformat") as pool:
+            try:
+                futures = [self._submit_weight(pool, weight) for weight in self._plan.weights]
+                copies = [pool.submit(self._copy, *job) for job in self._list_copies()]
+                _await([future for group in futures for future in group] + copies)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        return [sum((future.result() for future in group), TileSums()) for group in futures]
+
+    def _fit_memory(self) -> int:
+        """Return how many workers the memory budget allows, at most as many as asked for."""
+        for jobs in range(self._work.jobs, 0, -1):
+            need = jobs * max(map(self._need_bytes, self._plan.weights), default=0)
+            if need <= self._work.max_memory_bytes:
+                return jobs
+        raise refuse("LF607", "memory", f"a budget of {self._work.max_memory_bytes} bytes", f"at least {need} bytes")
+
+    def _need_bytes(self, weight: PlannedWeight) -> int:
+        """Return the bytes that one worker on `weight` holds: tiles, and factors with their working copies."""
+        tile = max(TILE_BYTES, weight.matrix[1] * 8)
+        factors = sum(4 * self._targets[change.adapter][change.target].parameters for change in weight.changes)
+        return _BUFFERS_PER_WORKER * tile + _FACTOR_COPIES * factors
+
+    def _submit_weight(self, pool: ThreadPoolExecutor, weight: PlannedWeight) -> "list[Future[TileSums]]":
+        targets = [self._targets[change.adapter][change.target] for change in weight.changes]
+        work = WeightWork(weight, self._tensors[weight.key], targets)
+        image, offset = _locate(self._images, work.tensor)
+        runs = list(_split_runs(weight, work.stored_form.itemsize))
+        work.runs_left = len(runs)
+        return [pool.submit(self._merge_run, work, run, image, offset) for run in runs]
+
+    def _merge_run(self, work: WeightWork, run: range, image: int, offset: int) -> TileSums:
+        """Merge the tiles of stored rows `run`, in order."""
+        sums = TileSums()
+        step = work.weight.tile_rows
+        row_bytes = work.weight.matrix[1] * work.stored_form.itemsize
+        for start in range(run.start, run.stop, step):
+            rows = range(start, min(start + step, run.stop))
+            with output_errors(self._images[image].path):
+                sums += merge_tile(work, self._buffers, rows, self._descriptors[image], offset)
+            self._advance(len(rows) * row_bytes)
+        work.finish_run()
+        return sums
+
+    def _list_copies(self) -> Iterator[tuple[int, Copy | Literal, int]]:
+        """Yield what is to be copied: image, piece, and its offset there; touched spans are left out."""
+        touched = sorted(
+            _locate(self._images, self._tensors[weight.key]) + (weight.nbytes,) for weight in self._plan.weights
+        )
+        for index, image in enumerate(self._images):
+            holes = [(offset, offset + length) for where, offset, length in touched if where == index]
+            for offset, piece in image.placed():
+                if isinstance(piece, Literal):
+                    yield index, piece, offset
+                elif isinstance(piece, Copy):
+                    yield from ((index, part, start) for start, part in _cut(offset, piece, holes))
+
+    def _copy(self, image: int, piece: Copy | Literal, offset: int) -> None:
+        with output_errors(self._images[image].path):
+            if isinstance(piece, Literal):
+                write_at(self._descriptors[image], piece.data, offset)
+            else:
+                source = piece.file.descriptor
+                copy_range(source, piece.offset, self._descriptors[image], offset, piece.length)
+        self._advance(piece.length)
+
+    def _advance(self, done_bytes: int) -> None:
+        if self._work.progress:
+            with self._lock:
+                self._work.progress.advance(done_bytes)
+
+
+def _await(futures: "Sequence[Future[Any]]") -> None:
+    """Wait for all, or raise the first error in the order of submission."""
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in futures:
+        if future in done:
+            future.result()
+
+
+def _index_tensors(base: BaseModel) -> Mapping[str, StoredTensor]:
+    return {site.weight.key: site.weight.tensor for site in base.sites if site.weight is not None}
+
+
+def _locate(images: Sequence[FileImage], tensor: StoredTensor) -> tuple[int, int]:
+    """Return which image holds the tensor, and where."""
+    for index, image in enumerate(images):
+        offset = image.locate(tensor.span)
+        if offset is not None:
+            return index, offset
+    raise ValueError(f"{tensor.name} is in no output file")
+
+
+def _split_runs(weight: PlannedWeight, itemsize: int) -> Iterator[range]:
+    """Yield the rows of one job each: whole tiles, about `_RUN_BYTES`."""
+    rows, columns = weight.matrix
+    step = weight.tile_rows * max(1, _RUN_BYTES // (weight.tile_rows * columns * itemsize))
+    for start in range(0, rows, step):
+        yield range(start, min(start + step, rows))
+
+
+def _cut(offset: int, piece: Copy, holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Copy]]:
+    """Yield the parts of `piece`, which lands at `offset`, outside `holes` and at most a chunk long."""
+    position, end = offset, offset + piece.length
+    for start, stop in [*(hole for hole in holes if offset <= hole[0] < end), (end, end)]:
+        while position < start:
+            length = min(COPY_CHUNK_BYTES, start - position)
+            yield position, replace(piece, offset=piece.offset + position - offset, length=length)
+            position += length
+        position = max(position, stop)
+
+
+def _draft_receipt(plan: Plan, base: BaseModel) -> Receipt:
+    """Return a receipt with the longest numbers it could have, to fix its size."""
+    longest = -1.23457e-05
+    weights = tuple(MergedWeight(w.name, w.targets, w.scales, longest, longest) for w in plan.weights)
+    return _compose_receipt(plan, base, weights, ())
+
+
+def _slack_bytes(plan: Plan) -> int:
+    return 64 + 8 * len(plan.weights)
+
+
+def _compose_receipt(
+    plan: Plan, base: BaseModel, weights: Sequence[MergedWeight], problems: Sequence[Problem]
+) -> Receipt:
+    return Receipt(
+        output=str(plan.output),
+        base=plan.base,
+        plan_sha256=plan.sha256,
+        adapters=tuple(AppliedAdapter(a.name, a.sha256, a.weight, a.targets) for a in plan.adapters),
+        weights=tuple(weights),
+        unmatched=plan.unmatched,
+        problems=tuple(problems),
+        parent=base.parent_receipt,
+    )
+
+
+def _embed(receipt: Receipt) -> str:
+    return receipt.embedded_text()
+
+
+def _finish_receipt(plan: Plan, base: BaseModel, sums: Sequence[TileSums], min_retained: float) -> Receipt:
+    """Return the receipt, or raise what the numbers say against the merge."""
+    pairs = list(zip(plan.weights, sums, strict=True))
+    found = [problem for weight, total in pairs for problem in _judge(weight, total, min_retained)]
+    errors = [problem for problem in found if problem.severity == "error"]
+    if errors:
+        raise error_for(errors)
+    weights = [
+        MergedWeight(w.name, w.targets, w.scales, _shorten(total.retained), _shorten(total.relative))
+        for w, total in pairs
+    ]
+    return _compose_receipt(plan, base, weights, [*plan.problems, *found])
+
+
+def _judge(weight: PlannedWeight, sums: TileSums, min_retained: float) -> list[Problem]:
+    """Return what the numbers of one merged weight say."""
+    problems = []
+    if sums.overflowed > 0:
+        found = f"{sums.overflowed} numbers beyond the range of {weight.dtype}"
+        problems.append(Problem("LF503", weight.name, found, "numbers that it holds"))
+    if sums.not_finite:
+        found = f"{sums.not_finite} numbers of the base"
+        problems.append(Problem("LF502", weight.name, found, "finite numbers", severity="warning"))
+    if sums.retained < max(min_retained, RETAINED_WARN):
+        severity: Severity = "error" if sums.retained < min_retained else "warning"
+        found = f"{sums.retained:.3f} of the delta survives rounding to {weight.dtype}"
+        problems.append(
+            Problem("LF504", weight.name, found, f"at least {max(min_retained, RETAINED_WARN)}", severity=severity)
+        )
+    return problems
+
+
+def _shorten(number: float) -> float:
+    return float(f"{number:.6g}")
+
+
+def _fill_blank(image: FileImage, descriptor: int, data: bytes) -> None:
+    """Write the receipt into its blank and pad the rest with spaces."""
+    offset, blank = next((offset, piece) for offset, piece in image.placed() if isinstance(piece, Blank))
+    if len(data) > blank.length:
+        raise ValueError("the receipt outgrew its draft")
+    with output_errors(image.path):
+        write_at(descriptor, data.ljust(blank.length), offset)
+
+
+def count_workers(jobs: int | None) -> int:
+    """Return the number of worker threads: as asked, else one for each processor that this process may use."""
+    if jobs is not None:
+        return max(1, jobs)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,248 @@
+"""The values of an ONNX graph: where each comes from and who reads it, through subgraphs and function calls.
+
+Functions are expanded in place, call by call, so that a weight handed to a function, or held by it, has the readers
+that it has when the model runs.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from loraformat.errors import refuse
+from loraformat.limits import MAX_GRAPH_VISITS, MAX_PROTO_DEPTH
+
+if TYPE_CHECKING:
+    import onnx
+
+_STEPS: Final = 32
+_PASSING: Final = frozenset({"Identity", "Cast", "Transpose"})
+_SHAPE_ONLY: Final = frozenset({"Shape", "Size"})
+_DEFAULT_DOMAINS: Final = frozenset({"", "ai.onnx"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Visit:
+    """One node as it runs: a node of a function is visited once for each call.
+
+    Attributes:
+        scope: where its names live.
+        node: the node.
+        index: its position in its graph.
+        call: the call that led here, None in a graph.
+    """
+
+    scope: "Scope"
+    node: "onnx.NodeProto"
+    index: int
+    call: "Visit | None"
+
+    @property
+    def op(self) -> str:
+        """Operator type, with the domain where it is not ONNX's own."""
+        domain = self.node.domain
+        return self.node.op_type if domain in _DEFAULT_DOMAINS else f"{domain}.{self.node.op_type}"
+
+    def describe(self, position: int) -> str:
+        """Return words for its input at `position`, unique in the model."""
+        return f"{self.op} {self.node.name!r} ({self.scope.label} node {self.index}, input {position})"
+
+
+Producer: TypeAlias = "Visit | onnx.TensorProto"
+
+
+@dataclass(slots=True, eq=False)
+class Scope:
+    """The names of one graph, or of one call of a function.
+
+    Attributes:
+        label: for messages.
+        parent: the scope around a subgraph.
+        aliases: inputs of a function, and what the caller passes.
+        producers: what makes each value; graph inputs have none.
+        readers: who reads each value of this scope.
+        outputs: values that leave the graph.
+    """
+
+    label: str
+    parent: "Scope | None" = None
+    aliases: "dict[str, tuple[Scope, str]]" = field(default_factory=dict)
+    producers: dict[str, Producer] = field(default_factory=dict)
+    readers: dict[str, list[tuple[Visit, int]]] = field(default_factory=lambda: defaultdict(list))
+    outputs: set[str] = field(default_factory=set)
+
+    def find(self, name: str) -> "tuple[Scope, str]":
+        """Return the scope that owns the value called `name` here, and its name there."""
+        scope: Scope | None = self
+        while scope is not None:
+            if name in scope.producers:
+                return scope, name
+            if name in scope.aliases:
+                scope, name = scope.aliases[name]
+            elif scope.parent is None:
+                return scope, name
+            else:
+                scope = scope.parent
+        raise AssertionError("unreachable")
+
+    def producer(self, name: str) -> "Producer | None":
+        """Return what makes the value called `name` here, None for an input of the model."""
+        scope, own = self.find(name)
+        return scope.producers.get(own)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A value followed back to a stored tensor.
+
+    Attributes:
+        tensor: the tensor.
+        scope: where its name lives.
+        name: the value's name there.
+        flipped: whether an odd number of transpositions lies between.
+        steps: the nodes between, nearest first.
+        blocked: the operator that stands in the way, when the value is constant but cannot be followed.
+    """
+
+    tensor: "onnx.TensorProto | None"
+    scope: Scope
+    name: str
+    flipped: bool
+    steps: tuple[Visit, ...]
+    blocked: str = ""
+
+
+class GraphIndex:
+    """All nodes of a model as they run.
+
+    Args:
+        model: the model; weights may be left out of it.
+        where: for messages.
+    """
+
+    def __init__(self, model: "onnx.ModelProto", where: object) -> None:
+        self._where = where
+        self._functions = {(f.domain, f.name, f.overload): f for f in model.functions}
+        self.visits: list[Visit] = []
+        self._pending: list[tuple[Scope, Sequence[onnx.NodeProto], Visit | None, int]] = []
+        self._open_graph(model.graph, None, "graph", None, 0)
+        while self._pending:
+            self._walk(*self._pending.pop())
+
+    def _open_graph(
+        self, graph: "onnx.GraphProto", parent: Scope | None, label: str, call: Visit | None, depth: int
+    ) -> None:
+        scope = Scope(label, parent)
+        scope.producers.update((tensor.name, tensor) for tensor in graph.initializer)
+        for output in graph.output:
+            scope.outputs.add(output.name)
+        self._pending.append((scope, graph.node, call, depth))
+
+    def _walk(self, scope: Scope, nodes: "Sequence[onnx.NodeProto]", call: Visit | None, depth: int) -> None:
+        if depth > MAX_PROTO_DEPTH:
+            raise refuse("LF110", self._where, f"graphs and calls nested {depth} deep", f"at most {MAX_PROTO_DEPTH}")
+        visits = [Visit(scope, node, index, call) for index, node in enumerate(nodes)]
+        if len(self.visits) + len(visits) > MAX_GRAPH_VISITS:
+            raise refuse("LF110", self._where, "a graph that unfolds too far", f"at most {MAX_GRAPH_VISITS} nodes")
+        self.visits += visits
+        for visit in visits:
+            scope.producers.update((name, visit) for name in visit.node.output if name)
+        for name in scope.outputs:
+            owner, own = scope.find(name)
+            owner.outputs.add(own)
+        for visit in visits:
+            self._enter(visit, depth)
+
+    def _enter(self, visit: Visit, depth: int) -> None:
+        node, scope = visit.node, visit.scope
+        function = self._functions.get((node.domain, node.op_type, node.overload))
+        if function is not None:
+            aliases = {formal: (scope, actual) for formal, actual in zip(function.input, node.input, strict=False)}
+            inner = Scope(f"{scope.label}/{node.name or node.op_type}", None, aliases)
+            self._pending.append((inner, function.node, visit, depth + 1))
+            return
+        for position, name in enumerate(node.input):
+            if name:
+                owner, own = scope.find(name)
+                owner.readers[own].append((visit, position))
+        for attribute in node.attribute:
+            graphs = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+            for graph in graphs:
+                label = f"{scope.label}/{node.name or node.op_type}.{attribute.name}"
+                self._open_graph(graph, scope, label, visit.call, depth + 1)
+
+
+def trace_constant(scope: Scope, name: str) -> Trace | None:
+    """Follow a value back through Identity, Cast and matrix Transpose; None when it is not a constant."""
+    steps: list[Visit] = []
+    flipped = False
+    for _ in range(_STEPS):
+        owner, own = scope.find(name)
+        made_by = owner.producers.get(own)
+        if made_by is None:
+            return None
+        if not isinstance(made_by, Visit):
+            return Trace(made_by, owner, own, flipped, tuple(steps))
+        if made_by.op == "Constant":
+            return _trace_constant_node(made_by, own, flipped, steps)
+        if made_by.op not in _PASSING or not _passes(made_by):
+            return Trace(None, owner, own, flipped, tuple(steps), made_by.op) if _is_constant(made_by) else None
+        flipped ^= made_by.op == "Transpose" and not _keeps_order(made_by)
+        steps.append(made_by)
+        scope, name = made_by.scope, made_by.node.input[0]
+    return None
+
+
+def _trace_constant_node(visit: Visit, name: str, flipped: bool, steps: Sequence[Visit]) -> Trace | None:
+    for attribute in visit.node.attribute:
+        if attribute.name == "value" and attribute.HasField("t"):
+            return Trace(attribute.t, visit.scope, name, flipped, tuple(steps))
+    return None
+
+
+def _permutation(visit: Visit) -> list[int]:
+    return next((list(a.ints) for a in visit.node.attribute if a.name == "perm"), [1, 0])
+
+
+def _passes(visit: Visit) -> bool:
+    """Say whether a Transpose is of a matrix; without a permutation it may be of anything, and shapes tell later."""
+    return visit.op != "Transpose" or sorted(_permutation(visit)) == [0, 1]
+
+
+def _keeps_order(visit: Visit) -> bool:
+    return _permutation(visit) == [0, 1]
+
+
+def _is_constant(visit: Visit) -> bool:
+    """Say whether a node's result does not depend on the model's inputs, looking a bounded number of nodes back."""
+    pending, seen = [visit], {id(visit)}
+    while pending:
+        current = pending.pop()
+        for name in filter(None, current.node.input):
+            made_by = current.scope.producer(name)
+            if made_by is None or len(seen) > _STEPS:
+                return False
+            if isinstance(made_by, Visit) and id(made_by) not in seen:
+                seen.add(id(made_by))
+                pending.append(made_by)
+    return bool(visit.node.input)
+
+
+def list_readers(trace: Trace) -> Iterator[str]:
+    """Yield words for everything that reads the traced tensor, through Identity, Cast and Transpose.
+
+    What asks only for its shape does not count.
+    """
+    pending, seen = [(trace.scope, trace.name)], set()
+    while pending:
+        scope, name = pending.pop()
+        if (id(scope), name) in seen:
+            continue
+        seen.add((id(scope), name))
+        if name in scope.outputs:
+            yield f"output {name!r} of the {scope.label}"
+        for visit, position in scope.readers.get(name, ()):
+            if visit.op in _PASSING:
+                pending += [visit.scope.find(output) for output in visit.node.output]
+            elif visit.op not in _SHAPE_ONLY:
+                yield visit.describe(position)

@@ -1,0 +1,106 @@
+"""An ONNX graph: a site is a node and its weight input."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from loraformat.bases import BaseModel, Site, Weight
+from loraformat.bases._onnx_scopes import GraphIndex, list_readers
+from loraformat.bases._onnx_sites import RawSite, find_sites
+from loraformat.containers.onnx_file import CONTAINER, OnnxFile, open_onnx
+from loraformat.images import FileImage
+from loraformat.problems import Problem
+from loraformat.spans import InputFile, StoredTensor
+
+
+class OnnxGraph:
+    """An opened ONNX model; the attributes are those of `BaseModel`."""
+
+    format = "onnx"
+    suffix = ".onnx"
+
+    def __init__(self, path: Path) -> None:
+        self._opened: OnnxFile = open_onnx(path)
+        self.path = self._opened.path
+        self._tensors = _list_tensors(self._opened)
+        index = GraphIndex(self._opened.model, self.path)
+        self.sites: Sequence[Site] = [_make_site(self._opened, raw) for raw in find_sites(index.visits) if raw.module]
+        self.structure_sha256: str = self._opened.structure_sha256
+        self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
+
+    @property
+    def files(self) -> Sequence[InputFile]:
+        """The model's file and its data files."""
+        return self._opened.files
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """What is odd about the files."""
+        return self._opened.problems
+
+    def list_tensors(self) -> Sequence[StoredTensor]:
+        """Return every stored tensor, in graphs, attributes and functions."""
+        return self._tensors
+
+    def describe_images(self, output: Path, blank_bytes: int, fresh: str) -> list[FileImage]:
+        """Return the data files and, last, the model: the same bytes and a metadata entry for the receipt."""
+        return self._opened.images(output, blank_bytes, fresh)
+
+    def encode_receipt(self, text: str) -> bytes:
+        """Return the text as protobuf stores it."""
+        return text.encode("utf-8")
+
+    def list_stale(self, output: Path) -> list[Path]:
+        """Return the data files of the model at `output` that bear its name."""
+        return self._opened.stale_data(output) if output.is_file() else []
+
+
+def _list_tensors(opened: OnnxFile) -> list[StoredTensor]:
+    """Return every stored tensor; this also checks each against its file and opens all data files."""
+    stored = (opened.stored_tensor(proto) for _, proto in opened.tensors())
+    return [tensor for tensor in stored if isinstance(tensor, StoredTensor)]
+
+
+def _make_site(opened: OnnxFile, raw: RawSite) -> Site:
+    weight, obstacle = _find_weight(opened, raw)
+    return Site(
+        id=raw.visit.describe(raw.position),
+        module=raw.module,
+        evidence=raw.evidence,
+        transposed={kind: turned ^ raw.trace.flipped for kind, turned in raw.use.orientations.items()},
+        weight=weight,
+        divisor=raw.use.divisor,
+        obstacle=obstacle,
+    )
+
+
+def _find_weight(opened: OnnxFile, raw: RawSite) -> tuple[Weight | None, Problem | None]:
+    if raw.obstacle is not None or raw.trace.tensor is None:
+        return None, raw.obstacle
+    stored = opened.stored_tensor(raw.trace.tensor)
+    if isinstance(stored, Problem):
+        return None, stored
+    name = stored.name or raw.trace.name
+    if stored.dtype.family != "float":
+        return None, Problem("LF403", name, f"numbers stored as {stored.dtype.name}", "a floating-point form")
+    overlapping = (f"the tensor {other!r}, whose bytes overlap its own" for other in opened.overlaps(stored))
+    readers = frozenset([*list_readers(raw.trace), *overlapping])
+    return Weight(f"{stored.span.path.name}@{stored.span.offset}", name, stored, readers), None
+
+
+class OnnxFormat:
+    """The base format `onnx`."""
+
+    name = "onnx"
+    suffixes = (".onnx",)
+
+    def accepts(self, path: Path, head: bytes, size_bytes: int) -> bool:
+        """Recognise the fields that a model begins with."""
+        return CONTAINER.sniff(head, size_bytes)
+
+    def open(self, path: Path) -> BaseModel:
+        """Index the graph."""
+        return OnnxGraph(path)
+
+
+BASE: Final = OnnxFormat()

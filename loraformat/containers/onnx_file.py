@@ -1,0 +1,271 @@
+"""ONNX models: weights inside the model's file or in data files beside it, found without reading them.
+
+The model's file is never serialised again: the graph is read from a skeleton without weights, and an output is the same
+bytes with a few of them replaced.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Final
+
+from loraformat.containers import TensorFile
+from loraformat.containers._onnx_external import DataNames, read_external
+from loraformat.containers._onnx_skeleton import build_skeleton
+from loraformat.containers._onnx_tensors import SharedBytes, iterate_tensors
+from loraformat.containers._onnx_walk import walk_model
+from loraformat.containers._protobuf import Leaf, decode_varint, encode_bytes, encode_tag, encode_varint, splice
+from loraformat.dtypes import BY_ONNX, Dtype
+from loraformat.errors import LoraformatError, refuse
+from loraformat.files import resolve_inside
+from loraformat.images import Blank, Edit, FileImage, Literal, edit_file
+from loraformat.limits import MAX_DIMS
+from loraformat.problems import Problem
+from loraformat.receipt import RECEIPT_KEY
+from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.strict_json import JsonValue, parse_json_object
+
+if TYPE_CHECKING:
+    import onnx
+
+_EXTERNAL: Final = 1
+_METADATA_PROPS: Final = 14
+_KEY: Final = 1
+_VALUE: Final = 2
+_LENGTH: Final = 2
+_TOP_LEVEL: Final = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}
+"""Fields of ModelProto and their wire types."""
+_LFS: Final = b"version https://git-lfs"
+_TYPED_FIELDS: Final = {7: "int64_data", 8: "string_data", 12: "uint64_data", 13: "uint64_data"}
+_FLOAT_FIELDS: Final = {1: "float_data", 14: "float_data", 11: "double_data", 15: "double_data"}
+
+
+class OnnxFile:
+    """An opened ONNX model.
+
+    Attributes:
+        path: the model's file, absolute, symlinks kept.
+        file: the same, open.
+        model: the skeleton: the model without large payloads. A tensor whose numbers are one run of bytes of this file
+            has a `segment` (begin and end); because of it onnx.numpy_helper refuses the tensor: use `stored_tensor`.
+        structure_sha256: digest of the skeleton's bytes without our own receipt.
+        receipt: what an earlier merge left in the model, or None.
+        problems: warnings and notes met so far.
+
+    Raises:
+        InputError: LF100 no such file, LF111 a git-LFS pointer, LF118 not a well-formed model.
+        RefusedError: LF903 a tensor with two locations, LF110 beyond a limit, LF905 not a regular file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.file = InputFile(path)
+        self.path = self.file.path
+        self.problems: list[Problem] = []
+        self._data: dict[Path, InputFile] = {}
+        if self.file.read(0, min(len(_LFS), self.file.size_bytes)) == _LFS:
+            raise refuse("LF111", self.path, "a git-LFS pointer, not the model itself", "an ONNX model", "git lfs pull")
+        walk = walk_model(self.file)
+        self._externals = walk.externals
+        self._receipts = [frame.field for frame in walk.receipts]
+        self.model, self.structure_sha256 = build_skeleton(self.file, walk.cuts, self._receipts)
+        self.receipt = self._read_receipt()
+
+    @property
+    def files(self) -> list[InputFile]:
+        """The files opened so far: the model's own, then its data files."""
+        return [self.file, *self._data.values()]
+
+    def tensors(self) -> "Iterator[tuple[str, onnx.TensorProto]]":
+        """Yield every tensor of the model, wherever it stands, with a text that says where."""
+        return iterate_tensors(self.model)
+
+    def stored_tensor(self, proto: "onnx.TensorProto") -> StoredTensor | Problem:
+        """Return where a tensor's numbers are, checked against its shape and the file.
+
+        Args:
+            proto: a tensor of `model`.
+
+        Returns:
+            The tensor unread; or the problem when it is sound, but not a run of bytes in a form that we know (LF403,
+            LF106).
+
+        Raises:
+            InputError: LF116 the tensor contradicts itself or its file, LF100 its data file is missing.
+            RefusedError: LF903 its data file lies elsewhere, LF905 is not a regular file.
+        """
+        where = f"{self.path}: tensor {proto.name!r}"
+        dtype = BY_ONNX.get(proto.data_type)
+        if dtype is None or dtype.family == "string":
+            found = f"data type {proto.data_type}" if dtype is None else "strings"
+            return Problem("LF106", where, found, "numbers of a known form")
+        shape = tuple(proto.dims)
+        if len(shape) > MAX_DIMS or any(size < 0 for size in shape):
+            raise refuse(
+                "LF116", where, f"shape {list(shape[: MAX_DIMS + 1])}", f"at most {MAX_DIMS} sizes, none negative"
+            )
+        needed = dtype.count_bytes(math.prod(shape))
+        if proto.data_location != _EXTERNAL:
+            return self._inline(proto, dtype, shape, needed, where)
+        if proto.HasField("segment"):
+            return Problem("LF403", where, "numbers both in the model and in a data file", "one of the two")
+        file, span = self._external(proto, needed, where)
+        return StoredTensor(proto.name, dtype, shape, span, file)
+
+    def _inline(
+        self, proto: "onnx.TensorProto", dtype: Dtype, shape: tuple[int, ...], needed: int, where: str
+    ) -> StoredTensor | Problem:
+        if not proto.HasField("segment"):
+            form = _FLOAT_FIELDS.get(proto.data_type, _TYPED_FIELDS.get(proto.data_type, "int32_data"))
+            return Problem("LF403", where, f"stored as {form}, or in several runs", "raw_data or external data")
+        span = Span(self.path, proto.segment.begin, proto.segment.end - proto.segment.begin)
+        if span.length != needed or not 0 <= span.offset <= span.end <= self.file.size_bytes:
+            raise refuse("LF116", where, f"{span.length} bytes", f"{needed} bytes of {dtype.name} {list(shape)}")
+        return StoredTensor(proto.name, dtype, shape, span, self.file)
+
+    def _external(self, proto: "onnx.TensorProto", needed: int, where: str) -> tuple[InputFile, Span]:
+        data = read_external(proto, where)
+        if data.length not in (None, needed):
+            raise refuse("LF116", where, f"{data.length} bytes of external data", f"{needed} bytes for its shape")
+        file = self._open_data(data.location)
+        if data.offset + needed > file.size_bytes:
+            found = f"bytes {data.offset} to {data.offset + needed} of {data.location}"
+            raise refuse("LF116", where, found, f"at most {file.size_bytes}, where the file ends")
+        return file, Span(file.path, data.offset, needed)
+
+    def _open_data(self, location: str) -> InputFile:
+        """Return the open data file, opening it once."""
+        path = resolve_inside(self.path, location)
+        if path not in self._data:
+            file = self._first_open(path, location)
+            self._data[path] = file
+        return self._data[path]
+
+    def _first_open(self, path: Path, location: str) -> InputFile:
+        if not os.path.lexists(path):
+            mend = f"It was looked for at {path}. Fetch the data files together with the model."
+            raise refuse("LF100", self.path, f"no data file {location!r}", "the file beside the model", mend)
+        file = InputFile(path)
+        if file.identity == self.file.identity:
+            raise refuse("LF116", self.path, f"external data in {location!r}, the model itself", "a file of its own")
+        links = os.fstat(file.descriptor).st_nlink
+        if links > 1:
+            self.problems.append(Problem("LF904", str(path), f"{links} hard links", "one", severity="warning"))
+        return file
+
+    @cached_property
+    def _shared(self) -> SharedBytes:
+        stored = ((scope, proto, self.stored_tensor(proto)) for scope, proto in self.tensors())
+        return SharedBytes((proto.name or scope, it) for scope, proto, it in stored if isinstance(it, StoredTensor))
+
+    def overlaps(self, tensor: StoredTensor) -> list[str]:
+        """Return the names of the other tensors that share bytes with `tensor`; raises as `stored_tensor` does."""
+        return self._shared.find(tensor)
+
+    def _read_receipt(self) -> Mapping[str, JsonValue] | None:
+        values = [entry.value for entry in self.model.metadata_props if entry.key == RECEIPT_KEY]
+        if not values:
+            return None
+        try:
+            return parse_json_object(values[-1].encode(), self.path)
+        except LoraformatError as error:
+            found = f"a receipt that cannot be read: {error.problems[0].found}"
+            self.problems.append(Problem("LF104", str(self.path), found, severity="note"))
+            return None
+
+    def images(self, output: Path, blank_bytes: int, fresh: str) -> list[FileImage]:
+        """Return the files of a copy of the model: data files first, the model last.
+
+        The copy differs in its receipt, which is the last entry of the file, and in the names of its data files.
+
+        Args:
+            output: where the copy will stand.
+            blank_bytes: room for the receipt.
+            fresh: digits to insert into the name of a data file that is taken.
+        """
+        output = output.absolute()
+        names = DataNames(self.path.name, output, fresh)
+        chosen: dict[Path, PurePosixPath] = {}
+        data: list[FileImage] = []
+        leaves = [Leaf(Edit(field.start, field.end - field.start, ()), None) for field in self._receipts]
+        for site in self._externals:
+            file, old = self._open_data(site.location), PurePosixPath(site.location)
+            if file.path not in chosen:
+                chosen[file.path] = names.choose(old, {str(name).casefold() for name in chosen.values()})
+                data.append(FileImage(output.parent / chosen[file.path], edit_file(file, ())))
+            if chosen[file.path] != old:
+                literal = Literal(str(chosen[file.path]).encode())
+                field = site.value.field
+                leaves.append(Leaf(Edit(field.begin, field.end - field.begin, (literal,)), site.value))
+            if "checksum" in site.entries:  # A digest of the old data file.
+                entry = site.entries["checksum"]
+                leaves.append(Leaf(Edit(entry.field.start, entry.field.end - entry.field.start, ()), entry.parent))
+        pieces = edit_file(self.file, splice(leaves), _receipt_entry(blank_bytes))
+        return [*data, FileImage(output, pieces)]
+
+    @staticmethod
+    def stale_data(output: Path) -> list[Path]:
+        """Return the data files of a model about to be replaced that are its own by name; none when unreadable."""
+        try:
+            walk = walk_model(InputFile(output))
+            paths = {resolve_inside(output, site.location) for site in walk.externals}
+        except LoraformatError:
+            return []
+        return sorted(path for path in paths if path.name.startswith(output.stem) and path.is_file())
+
+
+def _receipt_entry(blank_bytes: int) -> list[Literal | Blank]:
+    """Return the pieces of a metadata entry with room for the receipt."""
+    key = encode_bytes(_KEY, RECEIPT_KEY.encode()) + encode_tag(_VALUE, _LENGTH) + encode_varint(blank_bytes)
+    head = encode_tag(_METADATA_PROPS, _LENGTH) + encode_varint(len(key) + blank_bytes)
+    return [Literal(head + key), Blank(blank_bytes)]
+
+
+def open_onnx(path: str | os.PathLike[str]) -> OnnxFile:
+    """Open an ONNX model; raises as `OnnxFile` does."""
+    return OnnxFile(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Onnx:
+    """The ONNX container."""
+
+    name: str = "onnx"
+    suffixes: tuple[str, ...] = (".onnx",)
+
+    def sniff(self, head: bytes, size_bytes: int) -> bool:
+        """Say whether `head` begins with fields that a model has; protobuf has no magic number."""
+        index = fields = 0
+        try:
+            while index < len(head):
+                tag, index = decode_varint(head, index)
+                if _TOP_LEVEL.get(tag >> 3) != tag & 7:
+                    return False
+                value, index = decode_varint(head, index)
+                index += value if tag & 7 == _LENGTH else 0
+                fields += 1
+        except IndexError:
+            return fields > 0
+        except ValueError:
+            return False
+        return index <= size_bytes and fields > 0
+
+    def open(self, path: Path) -> TensorFile:
+        """Return the main graph's initializers that are a run of bytes; raises as `OnnxFile` does, LF116 included."""
+        opened = open_onnx(path)
+        tensors: dict[str, StoredTensor] = {}
+        seen: set[str] = set()
+        for proto in opened.model.graph.initializer:
+            if proto.name in seen:
+                raise refuse("LF118", path, f"two initializers named {proto.name!r}", "each name once")
+            seen.add(proto.name)
+            stored = opened.stored_tensor(proto)
+            if isinstance(stored, StoredTensor):
+                tensors[proto.name] = stored
+        metadata = {entry.key: entry.value for entry in opened.model.metadata_props}
+        return TensorFile(opened.file, tensors, metadata)
+
+
+CONTAINER: Final = Onnx()

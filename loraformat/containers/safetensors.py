@@ -1,0 +1,323 @@
+"""safetensors: eight bytes of header length, a JSON header, then the tensors without holes.
+
+The reader is our own and stricter than the library's: duplicate keys, unknown fields and names that could drive a
+terminal are refused, and nothing is allocated from a number of the header before it is compared with the file's size.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final, TypeAlias, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraformat.containers import TensorFile
+from loraformat.dtypes import BY_SAFETENSORS, Dtype
+from loraformat.errors import LoraformatError, refuse
+from loraformat.images import Blank, Copy, FileImage, Literal
+from loraformat.limits import (
+    MAX_DIMS,
+    MAX_METADATA_BYTES,
+    MAX_NAME_BYTES,
+    MAX_SAFETENSORS_HEADER_BYTES,
+    MAX_TENSORS,
+)
+from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
+
+Payload: TypeAlias = NDArray[Any] | Callable[[], "NDArray[Any] | bytes | bytearray | memoryview"]
+NewTensor: TypeAlias = tuple[str, Dtype, Sequence[int], Payload]
+"""Name, number form, shape, and the numbers: an array, or a function that returns it (or its bytes) when it is due."""
+
+_LENGTH_BYTES: Final = 8
+_METADATA: Final = "__metadata__"
+_FIELDS: Final = {"dtype", "shape", "data_offsets"}
+_MAX_ARRAY_BYTES: Final = 2**63 - 1
+
+# Not str.isprintable: its answer changes with Python's Unicode tables, and a file must mean the same everywhere.
+_UNFIT_IN_NAMES: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+_IMPOSTORS: Final = (
+    (rb"version https://git-lfs", "a git-LFS pointer, not the file itself", "git lfs pull"),
+    (rb"(?i)\s*<(!doctype|html|\?xml|head|!--)", "an HTML or XML page", "Fetch the file itself, not a page."),
+    (rb"PK\x03\x04", "a zip archive, such as torch.save writes", "Give it its real name, .pt or .zip."),
+    (rb"GGUF", "a GGUF file", "Give it its real name, .gguf."),
+    (rb"\x1f\x8b", "a gzip archive", "Unpack it."),
+    (rb"\x80[\x02-\x05][\x8a\x95\]})(cNKX]", "a Python pickle", "It could run code: convert it where it was made."),
+    (rb"(\xef\xbb\xbf)?\s*[{\[]", "plain JSON", "Fetch the file itself; the index of a sharded model is another file."),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Safetensors:
+    """The safetensors container."""
+
+    name: str = "safetensors"
+    suffixes: tuple[str, ...] = (".safetensors",)
+
+    def sniff(self, head: bytes, size_bytes: int) -> bool:
+        """Say whether `head` has a header length that the file can hold, followed by `{`."""
+        length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+        plausible = 2 <= length <= min(size_bytes - _LENGTH_BYTES, MAX_SAFETENSORS_HEADER_BYTES)
+        return plausible and head[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{"
+
+    def open(self, path: Path) -> TensorFile:
+        """Check the header and return the tensors in the order of their offsets.
+
+        Raises:
+            InputError: LF101, LF102, LF103, LF104, LF105, LF106, LF107, LF108, LF109, LF111, LF301.
+            RefusedError: LF110.
+        """
+        file = InputFile(path)
+        try:
+            return _index(file)
+        except LoraformatError:
+            file.close()
+            raise
+
+
+CONTAINER: Final = Safetensors()
+
+
+def find_data_start(file: InputFile) -> int:
+    """Return the offset of the first tensor byte; the file must have been opened by `CONTAINER`."""
+    return _LENGTH_BYTES + int.from_bytes(file.read(0, _LENGTH_BYTES), "little")
+
+
+def _index(file: InputFile) -> TensorFile:
+    header = _read_header(file)
+    entries = dict(parse_json_object(header, f"{file.path}, header"))
+    metadata = _check_metadata(entries.pop(_METADATA, {}), file.path)
+    if len(entries) > MAX_TENSORS:
+        raise refuse("LF110", file.path, f"{len(entries)} tensors", f"at most {MAX_TENSORS}")
+    start = _LENGTH_BYTES + len(header)
+    tensors = sorted(
+        (_check_entry(file, name, entry, start) for name, entry in entries.items()),
+        key=lambda tensor: (tensor.span.offset, tensor.span.length, tensor.name),
+    )
+    _check_tiling(file, tensors, start)
+    return TensorFile(file, {tensor.name: tensor for tensor in tensors}, metadata)
+
+
+def _read_header(file: InputFile) -> bytes:
+    head = file.read(0, min(file.size_bytes, 64))
+    if not CONTAINER.sniff(head, file.size_bytes):
+        _refuse_impostor(file.path, head)
+    if len(head) < _LENGTH_BYTES:
+        raise refuse("LF101", file.path, f"{len(head)} bytes", f"at least {_LENGTH_BYTES}")
+    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+    room = file.size_bytes - _LENGTH_BYTES
+    if length > room:
+        raise refuse(
+            "LF102", file.path, f"a header of {length} bytes", f"at most the {room} bytes that the file has left"
+        )
+    if not 2 <= length <= MAX_SAFETENSORS_HEADER_BYTES:
+        expected = f"between 2 and {MAX_SAFETENSORS_HEADER_BYTES} bytes"
+        raise refuse("LF102", file.path, f"a header of {length} bytes", expected)
+    first = head[_LENGTH_BYTES : _LENGTH_BYTES + 1]
+    if first != b"{":
+        raise refuse("LF103", file.path, f"byte {_LENGTH_BYTES} is {first!r}", "`{`, without a byte order mark")
+    return file.read(_LENGTH_BYTES, length)
+
+
+def _refuse_impostor(path: Path, head: bytes) -> None:
+    for pattern, found, mend in _IMPOSTORS:
+        if re.match(pattern, head):
+            raise refuse("LF111", path, found, "a safetensors file", mend)
+
+
+def _check_metadata(value: JsonValue, path: Path) -> Mapping[str, str]:
+    where = f"{path}, {_METADATA}"
+    if not isinstance(value, Mapping):
+        raise refuse("LF109", where, f"{value!r:.100}", "an object of strings")
+    metadata: dict[str, str] = {}
+    for key, text in value.items():
+        if not isinstance(text, str):
+            raise refuse("LF109", where, f"{key!r:.100} is {text!r:.100}", "a string")
+        _check_metadata_size(where, key, text)
+        metadata[key] = text
+    return metadata
+
+
+def _check_metadata_size(where: str, key: str, text: str) -> None:
+    size = len(text.encode())
+    if size > MAX_METADATA_BYTES:
+        raise refuse("LF110", where, f"{key!r:.100} of {size} bytes", f"at most {MAX_METADATA_BYTES}")
+
+
+def _check_entry(file: InputFile, name: str, entry: JsonValue, start: int) -> StoredTensor:
+    _check_name(file.path, name)
+    where = f"{file.path}, tensor {name!r}"
+    if not isinstance(entry, Mapping) or set(entry) != _FIELDS:
+        found = sorted(entry) if isinstance(entry, Mapping) else entry
+        raise refuse("LF109", where, f"{found!r:.200}", "an object with exactly dtype, shape and data_offsets")
+    dtype = BY_SAFETENSORS.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise refuse("LF106", where, f"dtype {entry['dtype']!r:.100}", f"one of {', '.join(BY_SAFETENSORS)}")
+    shape = _check_shape(where, entry["shape"], dtype)
+    begin, end = _check_offsets(where, entry["data_offsets"], file.size_bytes - start)
+    bits = math.prod(shape) * dtype.bits
+    if bits % 8 or end - begin != bits // 8:
+        found = f"{end - begin} bytes (data_offsets [{begin}, {end}])"
+        raise refuse("LF108", where, found, f"{bits / 8:g} bytes for {dtype.safetensors} {list(shape)}")
+    return StoredTensor(name, dtype, shape, Span(file.path, start + begin, end - begin), file)
+
+
+def _check_name(path: object, name: str) -> None:
+    if not name or name == _METADATA or _UNFIT_IN_NAMES.search(name):
+        raise refuse(
+            "LF301", path, f"the tensor name {name!a:.200}", "a name without control characters and bidi marks"
+        )
+    size = len(name.encode())
+    if size > MAX_NAME_BYTES:
+        raise refuse("LF110", path, f"a tensor name of {size} bytes, {name[:60]!r}...", f"at most {MAX_NAME_BYTES}")
+
+
+def _are_counts(values: JsonValue) -> TypeGuard[Sequence[int]]:
+    """Say whether `values` is a list of non-negative integers; in Python a bool is an int, here it is not."""
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _check_shape(where: str, shape: JsonValue, dtype: Dtype) -> tuple[int, ...]:
+    if not _are_counts(shape):
+        raise refuse("LF109", where, f"shape {shape!r:.100}", "a list of non-negative integers")
+    if len(shape) > MAX_DIMS:
+        raise refuse("LF110", where, f"{len(shape)} dimensions", f"at most {MAX_DIMS}")
+    # A zero elsewhere in the shape does not save an array library from the overflow.
+    if math.prod(size or 1 for size in shape) * dtype.bits > 8 * _MAX_ARRAY_BYTES:
+        raise refuse("LF108", where, f"shape {list(shape)!r:.200}", "fewer than 2^63 bytes")
+    return tuple(shape)
+
+
+def _check_offsets(where: str, offsets: JsonValue, data_bytes: int) -> tuple[int, int]:
+    if not _are_counts(offsets) or len(offsets) != 2:
+        raise refuse("LF109", where, f"data_offsets {offsets!r:.100}", "two non-negative integers")
+    begin, end = offsets
+    if not begin <= end <= data_bytes:
+        expected = f"begin <= end <= {data_bytes}, the size of the data"
+        raise refuse("LF107", where, f"data_offsets [{begin}, {end}]", expected)
+    return begin, end
+
+
+def _check_tiling(file: InputFile, tensors: Sequence[StoredTensor], start: int) -> None:
+    """Require that the tensors cover the data area, each byte once: a hole could hide anything."""
+    position = start
+    for tensor in tensors:
+        if tensor.span.offset != position:
+            what = "a hole before it" if tensor.span.offset > position else "an overlap with another tensor"
+            found = f"it begins at {tensor.span.offset - start}: {what}"
+            raise refuse("LF107", f"{file.path}, tensor {tensor.name!r}", found, f"{position - start}")
+        position = tensor.span.end
+    if position != file.size_bytes:
+        last = f"tensor {tensors[-1].name!r}" if tensors else "no tensor"
+        found = f"the last tensor ends at {position - start}"
+        raise refuse("LF107", f"{file.path}, {last}", found, f"{file.size_bytes - start}, the end of the data")
+
+
+def write_safetensors(sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> None:
+    """Write a file at the sink's position: the same tensors and metadata give the same bytes on any machine.
+
+    One tensor is held at a time. Arrays may have any strides and byte order.
+
+    Args:
+        sink: a descriptor or binary file, open for writing.
+        tensors: what to write, in any order: wide number forms come first, so that all are aligned, then by name.
+        metadata: text annotations; when empty the header has none.
+
+    Raises:
+        InputError: LF105 a name given twice, LF301 an unfit name.
+        RefusedError: LF110 a name or metadata value too long.
+        ValueError: an array that is not of the stated number form and shape.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (-tensor[1].bits, tensor[0]))
+    header = _write_header(ordered, metadata)
+    # `closefd` is legal only for a descriptor, so a file object is passed through as it is.
+    with open(sink, "wb", closefd=False) if isinstance(sink, int) else nullcontext(sink) as stream:
+        stream.write(header)
+        for name, dtype, shape, payload in ordered:
+            stream.write(_payload_bytes(name, dtype, tuple(shape), payload))
+
+
+def _write_header(ordered: Sequence[NewTensor], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, JsonValue] = {}
+    end = 0
+    for name, dtype, shape, _ in ordered:
+        _check_name("new file", name)
+        if name in entries:
+            raise refuse("LF105", "new file", f"tensor {name!r} stands twice", "each name once")
+        if dtype.safetensors is None or math.prod(shape) * dtype.bits % 8:
+            raise ValueError(f"tensor {name!r}: safetensors cannot hold {dtype.name} {list(shape)}")
+        begin, end = end, end + dtype.count_bytes(math.prod(shape))
+        entries[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [begin, end]}
+    for key, value in metadata.items():
+        _check_metadata_size("new file", key, value)
+    text = write_canonical(entries | {_METADATA: dict(metadata)} if metadata else entries)
+    return _frame(len(text)) + text + b" " * (-len(text) % 8)
+
+
+def _frame(text_bytes: int) -> bytes:
+    """Return the length field for a header text that is padded to a multiple of eight."""
+    length = text_bytes + -text_bytes % 8
+    if length > MAX_SAFETENSORS_HEADER_BYTES:
+        raise refuse("LF110", "new file", f"a header of {length} bytes", f"at most {MAX_SAFETENSORS_HEADER_BYTES}")
+    return length.to_bytes(_LENGTH_BYTES, "little")
+
+
+def _payload_bytes(name: str, dtype: Dtype, shape: tuple[int, ...], payload: Payload) -> memoryview:
+    """Return the tensor's bytes: little-endian, C order."""
+    content = payload() if callable(payload) else payload
+    if isinstance(content, np.ndarray):
+        form = dtype.numpy()
+        if content.shape != shape or content.dtype.newbyteorder("<") != form:
+            found = f"{content.dtype} {list(content.shape)}"
+            raise ValueError(f"tensor {name!r}: an array {found} for {dtype.name} {list(shape)}")
+        content = np.ascontiguousarray(content, dtype=form).reshape(-1).view(np.uint8).data
+    view = memoryview(content).cast("B")
+    if len(view) != dtype.count_bytes(math.prod(shape)):
+        raise ValueError(f"tensor {name!r}: {len(view)} bytes for {dtype.name} {list(shape)}")
+    return view
+
+
+def escape_for_header(text: str) -> bytes:
+    """Return the bytes that stand for `text` in the blank that `describe_images` leaves.
+
+    The blank lies inside a JSON string: the caller pads these bytes with spaces to the blank's length, so a reader gets
+    `text` followed by spaces.
+    """
+    return write_canonical(text)[1:-1]
+
+
+def describe_images(file: TensorFile, output: Path, metadata_key: str, blank_bytes: int) -> list[FileImage]:
+    """Return the image of the same file with the metadata entry `metadata_key`, whose value is a blank for now.
+
+    The blank is to be filled with `escape_for_header(text)`. Tensors keep their order and offsets; an older entry of
+    that key gives way.
+
+    Raises:
+        RefusedError: LF110 a blank or header that readers would refuse.
+    """
+    if blank_bytes > MAX_METADATA_BYTES:
+        raise refuse("LF110", output, f"a metadata value of {blank_bytes} bytes", f"at most {MAX_METADATA_BYTES}")
+    start = find_data_start(file.file)
+    others = [(key, text) for key, text in sorted(file.metadata.items()) if key != metadata_key]
+    kept = b"".join(write_canonical(key) + b":" + write_canonical(text) + b"," for key, text in others)
+    before = b'{"%b":{%b%b:"' % (_METADATA.encode(), kept, write_canonical(metadata_key))
+    entries = [b",%b:%b" % (write_canonical(t.name), _write_entry(t, start)) for t in file.tensors.values()]
+    after = b'"}%b}' % b"".join(entries)
+    text_bytes = len(before) + blank_bytes + len(after)
+    pieces = (
+        Literal(_frame(text_bytes) + before),
+        Blank(blank_bytes),
+        Literal(after + b" " * (-text_bytes % 8)),
+        Copy(file.file, start, file.file.size_bytes - start),
+    )
+    return [FileImage(output, pieces)]
+
+
+def _write_entry(tensor: StoredTensor, start: int) -> bytes:
+    offsets = [tensor.span.offset - start, tensor.span.end - start]
+    return write_canonical({"dtype": tensor.dtype.safetensors, "shape": list(tensor.shape), "data_offsets": offsets})

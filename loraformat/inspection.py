@@ -1,0 +1,179 @@
+"""What is in an adapter or a base, as data for people and for `--json`."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loraformat.adapter import Adapter, Target
+from loraformat.bases import BaseModel, Site
+from loraformat.kinds import KINDS
+from loraformat.loading import choose_scheme, open_bundle
+from loraformat.problems import Problem
+from loraformat.schemes import StatedScale
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSummary:
+    """One target of an adapter.
+
+    Attributes:
+        name: module path.
+        kind: adapter kind.
+        slot: kind of slot that it expects.
+        rank: its rank.
+        scale: effective multiplier.
+        scaling: the rule and number behind it.
+        shape: shape of the weight that it changes, `(out, in, *kernel)`; None for kinds that this version lacks.
+        parameters: trained numbers.
+        norm: Frobenius norm of the change, found without forming it; None where it cannot be had.
+    """
+
+    name: str
+    kind: str
+    slot: str
+    rank: int
+    scale: float
+    scaling: str
+    shape: tuple[int, ...] | None
+    parameters: int
+    norm: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInspection:
+    """What is in an adapter."""
+
+    path: Path
+    scheme: str
+    evidence: str
+    adapter: Adapter
+    bytes: int
+    targets: tuple[TargetSummary, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of all changes together."""
+        return math.sqrt(math.fsum(target.norm**2 for target in self.targets if target.norm is not None))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record for `--json`."""
+        factors = [factor for target in self.adapter.targets for factor in target.factors.values()]
+        return {
+            "kind": "adapter",
+            "path": str(self.path),
+            "scheme": self.scheme,
+            "evidence": self.evidence,
+            "base": asdict(self.adapter.base),
+            "sha256": self.adapter.sha256,
+            "kinds": _count(target.kind for target in self.targets),
+            "ranks": _count(target.rank for target in self.targets if target.rank),
+            "scales": _count(f"{target.scale:.6g}" for target in self.targets if target.rank),
+            "parameters": self.adapter.parameters,
+            "bytes": self.bytes,
+            "dtypes": _count(factor.dtype.name for factor in factors),
+            "norm": self.norm,
+            "targets": [asdict(target) for target in self.targets],
+            "problems": [dict(problem.as_json()) for problem in self.problems],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInspection:
+    """What is in a base."""
+
+    base: BaseModel
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """What is odd about it."""
+        return tuple(self.base.problems)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record for `--json`."""
+        tensors = self.base.list_tensors()
+        return {
+            "kind": "base",
+            "path": str(self.base.path),
+            "format": self.base.format,
+            "structure_sha256": self.base.structure_sha256,
+            "files": [{"name": str(file.path), "bytes": file.size_bytes} for file in self.base.files],
+            "tensors": len(tensors),
+            "parameters": sum(tensor.elements for tensor in tensors),
+            "bytes": sum(tensor.span.length for tensor in tensors),
+            "dtypes": _count(tensor.dtype.name for tensor in tensors),
+            "sites": [_describe_site(site) for site in self.base.sites],
+            "receipt": dict(self.base.parent_receipt) if self.base.parent_receipt is not None else None,
+            "problems": [dict(problem.as_json()) for problem in self.problems],
+        }
+
+
+def inspect_adapter(path: Path, scheme: str | None, stated: StatedScale) -> AdapterInspection:
+    """Read the adapter at `path` and summarise it; what stands against a merge is listed, not raised."""
+    bundle, file = open_bundle(path)
+    reader, evidence = choose_scheme(bundle, scheme)
+    adapter = reader.read(bundle, stated)
+    problems = list(adapter.problems)
+    targets = []
+    for target in adapter.targets:
+        summary, found = _summarise(target)
+        targets.append(summary)
+        problems += found
+    return AdapterInspection(path, adapter.scheme, evidence, adapter, file.size_bytes, tuple(targets), tuple(problems))
+
+
+def inspect_base(base: BaseModel) -> BaseInspection:
+    """Summarise an opened base."""
+    return BaseInspection(base)
+
+
+def _summarise(target: Target) -> tuple[TargetSummary, list[Problem]]:
+    kind = KINDS.find(target.kind)
+    if kind is None:
+        found = f"the kind {target.kind!r} (tensors {', '.join(sorted(target.factors))})"
+        problems = [Problem("LF209", target.name, found, f"one of {', '.join(KINDS.names())}")]
+        return _describe_target(target, None, None), problems
+    problems = kind.check(target)
+    if any(problem.severity == "error" for problem in problems):
+        return _describe_target(target, None, None), problems
+    factors = {role: factor.read().astype(np.float64) for role, factor in target.factors.items()}
+    norm = kind.norm(target, factors)
+    return _describe_target(target, kind.weight_shape(target), norm if math.isfinite(norm) else None), problems
+
+
+def _describe_target(target: Target, shape: tuple[int, ...] | None, norm: float | None) -> TargetSummary:
+    return TargetSummary(
+        name=target.name,
+        kind=target.kind,
+        slot=target.slot.value,
+        rank=target.rank,
+        scale=target.scale,
+        scaling=f"{target.scaling.rule.value} of {target.scaling.value:g}",
+        shape=shape,
+        parameters=target.parameters,
+        norm=norm,
+    )
+
+
+def _describe_site(site: Site) -> Mapping[str, Any]:
+    weight = site.weight
+    return {
+        "module": site.module,
+        "evidence": site.evidence,
+        "slot": "|".join(sorted(kind.value for kind in site.transposed)),
+        "weight": weight.name if weight else None,
+        "shape": list(weight.tensor.shape) if weight else None,
+        "dtype": weight.tensor.dtype.name if weight else None,
+        "obstacle": dict(site.obstacle.as_json()) if site.obstacle else None,
+    }
+
+
+def _count(values: Any) -> dict[str, int]:
+    """Return how often each value occurs, most frequent first."""
+    counted: Sequence[tuple[Any, int]] = Counter(values).most_common()
+    return {str(value): count for value, count in counted}

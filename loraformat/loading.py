@@ -1,0 +1,179 @@
+"""From a path that a user named to an adapter or a base: which container, which scheme, which kind of base."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from loraformat.adapter import Adapter
+from loraformat.bases import BASES, BaseFormat, BaseModel
+from loraformat.containers import CONTAINERS, Container
+from loraformat.errors import refuse
+from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, Scheme, StatedScale
+from loraformat.signatures import HEAD_BYTES, describe_head
+from loraformat.spans import InputFile, read_small
+from loraformat.strict_json import JsonValue, parse_json_object
+
+FACTORS_NAME: Final = "adapter_model.safetensors"
+CONFIG_NAME: Final = "adapter_config.json"
+_DIGEST_STEP_BYTES: Final = 1 << 22
+_PICKLES: Final = ("adapter_model.bin", "adapter_model.pt")
+
+_KNOWN_ENDINGS: Final = (
+    ("lora_down.weight", "kohya's scheme"),
+    ("lora.down.weight", "the older scheme of diffusers"),
+    ("_lora.down.weight", "the oldest scheme of diffusers"),
+    ("hada_w1_a", "LyCORIS LoHa"),
+    ("lokr_w1", "LyCORIS LoKr"),
+    ("lokr_w1_a", "LyCORIS LoKr"),
+    ("lora_a", "the scheme of mlx-lm"),
+    ("lora_A", "the scheme of loralib or litgpt"),
+    (":up", "the scheme of cloneofsimo/lora"),
+    ("lora_A.weight", "the scheme of diffusers or ai-toolkit"),
+    ("prompt_embeddings", "prompt tuning, which changes no weight"),
+)
+
+
+def load_adapter(path: Path, scheme: str | None = None, stated: StatedScale = NOT_STATED) -> Adapter:
+    """Read the adapter at `path`, a file or a PEFT folder; its tensors stay unread.
+
+    Args:
+        path: a file, or a folder with `adapter_config.json`.
+        scheme: name of the scheme; None finds it from the content.
+        stated: the scale, for sources that do not state one.
+
+    Raises:
+        LoraformatError: the file, its scheme or its meaning is not sound.
+    """
+    bundle, file = open_bundle(path)
+    reader, _ = choose_scheme(bundle, scheme)
+    return replace(reader.read(bundle, stated), sha256=_digest(file))
+
+
+def open_bundle(path: Path) -> tuple[Bundle, InputFile]:
+    """Return the named tensors at `path` with what lies beside them, and the file that holds them."""
+    factors = _find_factors(path) if path.is_dir() else path
+    head, size = _read_head(factors)
+    opened = _choose_container(factors, head, size).open(factors)
+    return Bundle(path, opened.tensors, opened.metadata, _read_config(factors)), opened.file
+
+
+def _digest(file: InputFile) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, file.size_bytes, _DIGEST_STEP_BYTES):
+        digest.update(file.read(start, min(_DIGEST_STEP_BYTES, file.size_bytes - start)))
+    return digest.hexdigest()
+
+
+def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
+    """Return the scheme of `bundle` and the evidence for it.
+
+    Raises:
+        InputError: LF121 no scheme knows these tensors, or none is called `name`.
+        FindingError: LF303 several do.
+    """
+    if name is not None:
+        chosen = SCHEMES.find(name)
+        if chosen is None:
+            raise refuse("LF121", bundle.path, f"no scheme {name!r}", f"one of {', '.join(SCHEMES.names())}")
+        return chosen, "named by the user"
+    found = [(scheme, evidence) for _, scheme in SCHEMES if (evidence := scheme.detect(bundle)) is not None]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        readings = "; ".join(f"{scheme.name} ({evidence})" for scheme, evidence in found)
+        raise refuse("LF303", bundle.path, readings, "one reading")
+    raise refuse("LF121", bundle.path, _describe_names(bundle), f"a scheme among {', '.join(SCHEMES.names())}")
+
+
+def open_base(path: Path) -> BaseModel:
+    """Index the model at `path`; raises LoraformatError."""
+    if path.is_dir():
+        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors"})
+        found = f"a folder with {', '.join(inside[:4]) or 'no model'}"
+        raise refuse("LF121", path, found, "one model file", "Name the file itself; folders are not read yet.")
+    head, size = _read_head(path)
+    matching = [base for _, base in BASES if base.accepts(path, head, size)]
+    if matching:
+        return matching[0].open(path)
+    by_suffix = [base for _, base in BASES if path.suffix.lower() in base.suffixes]
+    return _refuse_or_open(path, head, by_suffix)
+
+
+def _refuse_or_open(path: Path, head: bytes, by_suffix: list[BaseFormat]) -> BaseModel:
+    """Open a file whose name says what its content does not, for the error that this gives; else say what it is."""
+    described = describe_head(head)
+    if described is None and by_suffix:
+        return by_suffix[0].open(path)
+    raise _unreadable(path, head, "a model as .onnx or .safetensors")
+
+
+def is_base(path: Path) -> bool:
+    """Say whether `path` is a model rather than an adapter, from its content: an adapter's tensors have a scheme."""
+    if path.is_dir():
+        return False
+    bundle, _ = open_bundle(path)
+    return not any(scheme.detect(bundle) for _, scheme in SCHEMES) and not _recognise(bundle)
+
+
+def _find_factors(folder: Path) -> Path:
+    factors = folder / FACTORS_NAME
+    if factors.exists():
+        return factors
+    for name in _PICKLES:
+        if (folder / name).exists():
+            head, _ = _read_head(folder / name)
+            raise _unreadable(folder / name, head, FACTORS_NAME)
+    inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
+    raise refuse("LF121", folder, f"a folder with {inside}", f"a folder with {FACTORS_NAME}")
+
+
+def _read_config(factors: Path) -> Mapping[str, JsonValue] | None:
+    """Return the configuration beside PEFT's file name; beside any other name it may belong to another file."""
+    path = factors.with_name(CONFIG_NAME)
+    if factors.name != FACTORS_NAME or not path.exists():
+        return None
+    return parse_json_object(read_small(path), path)
+
+
+def _read_head(path: Path) -> tuple[bytes, int]:
+    file = InputFile(path)
+    try:
+        return file.read(0, min(HEAD_BYTES, file.size_bytes)), file.size_bytes
+    finally:
+        file.close()
+
+
+def _choose_container(path: Path, head: bytes, size: int) -> Container:
+    containers = [container for _, container in CONTAINERS]
+    for container in containers:
+        if container.sniff(head, size):
+            return container
+    for container in containers:  # Its own reader says best what is wrong with a file of its name.
+        if path.suffix.lower() in container.suffixes:
+            return container
+    raise _unreadable(path, head, "an adapter as .safetensors or a PEFT folder")
+
+
+def _unreadable(path: Path, head: bytes, expected: str) -> Exception:
+    described = describe_head(head)
+    if described is None:
+        return refuse("LF121", path, "a file of no known format", expected)
+    return refuse("LF111", path, described.what, expected, described.mend)
+
+
+def _recognise(bundle: Bundle) -> str | None:
+    """Return what the tensors' names look like, among schemes that this version knows of but does not read."""
+    for ending, what in _KNOWN_ENDINGS:
+        key = next((key for key in bundle.tensors if key == ending or key.endswith((f".{ending}", ending))), None)
+        if key is not None:
+            return f"tensors such as {key}: {what}"
+    return None
+
+
+def _describe_names(bundle: Bundle) -> str:
+    if not bundle.tensors:
+        return "a file without tensors"
+    names = ", ".join(sorted(bundle.tensors)[:3])
+    return _recognise(bundle) or f"{len(bundle.tensors)} tensors such as {names}"

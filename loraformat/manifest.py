@@ -1,0 +1,193 @@
+"""The manifest of spec/SPEC.md: the JSON text that makes a safetensors file an adapter.
+
+It stands in the header's `__metadata__` under the key `loraformat`. This module knows its fields, their types and their
+defaults; it does not know files.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from loraformat.adapter import Adapter, BaseBinding, Scaling, ScalingRule, SlotKind, Target
+from loraformat.errors import refuse
+from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
+
+MANIFEST_KEY: Final = "loraformat"
+VERSION: Final = "1.0"
+_MAJOR: Final = 1
+_VALUE_FIELD: Final = {
+    ScalingRule.ALPHA_OVER_RANK: "alpha",
+    ScalingRule.ALPHA_OVER_SQRT_RANK: "alpha",
+    ScalingRule.MULTIPLIER: "multiplier",
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TargetEntry:
+    """What the manifest says about one target: everything but its tensors."""
+
+    kind: str
+    slot: SlotKind
+    rank: int
+    scaling: Scaling
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A parsed manifest.
+
+    Attributes:
+        version: `major.minor` of the specification that the writer followed.
+        targets: module path to entry.
+        base: the base that the adapter belongs to.
+        annotations: free text under reverse-domain or `x.` keys.
+        provenance: what an earlier format said.
+    """
+
+    version: str
+    targets: Mapping[str, TargetEntry]
+    base: BaseBinding
+    annotations: Mapping[str, str]
+    provenance: Mapping[str, Any]
+
+
+def build_manifest(adapter: Adapter) -> bytes:
+    """Return the canonical manifest text of `adapter`, UTF-8."""
+    manifest: dict[str, JsonValue] = {
+        "version": VERSION,
+        "targets": {target.name: _entry_as_json(target) for target in adapter.targets},
+    }
+    base = {name: value for name, value in (("name", adapter.base.name), ("revision", adapter.base.revision)) if value}
+    optional = {"base": base, "annotations": dict(adapter.metadata), "provenance": dict(adapter.provenance)}
+    return write_canonical(manifest | {name: value for name, value in optional.items() if value})
+
+
+def _entry_as_json(target: Target) -> JsonValue:
+    scaling = target.scaling
+    return {
+        "kind": target.kind,
+        "slot": target.slot.value,
+        "rank": target.rank,
+        "scaling": {"rule": scaling.rule.value, _VALUE_FIELD[scaling.rule]: scaling.value},
+    }
+
+
+def parse_manifest(text: str, where: object) -> Manifest:
+    """Parse a manifest.
+
+    Raises:
+        InputError: LF104/LF105 not strict JSON, LF119 newer major version, LF120 unknown field, LF122 wrong type.
+    """
+    place = f"{where}: manifest"
+    fields = _Fields(parse_json_object(text.encode("utf-8", "surrogatepass"), place), place)
+    version = fields.take("version", _text)
+    if not _is_readable(version, place):
+        raise refuse("LF119", place, f"version {version}", f"version {_MAJOR}.x")
+    targets = fields.take("targets", _object)
+    base = _Fields(fields.take("base", _object, {}), f"{place}: base")
+    manifest = Manifest(
+        version=version,
+        targets={name: _parse_entry(name, entry, place) for name, entry in targets.items()},
+        base=BaseBinding(base.take("name", _optional_text, None), base.take("revision", _optional_text, None)),
+        annotations=fields.take("annotations", _texts, {}),
+        provenance=fields.take("provenance", _object, {}),
+    )
+    base.refuse_rest()
+    fields.refuse_rest()
+    return manifest
+
+
+def _is_readable(version: str, where: str) -> bool:
+    major, dot, minor = version.partition(".")
+    if not (dot and major.isascii() and major.isdigit() and minor.isascii() and minor.isdigit()):
+        raise refuse("LF122", where, f"version {version!r}", "major.minor, such as 1.0")
+    return int(major) == _MAJOR
+
+
+def _parse_entry(name: str, value: JsonValue, where: str) -> TargetEntry:
+    place = f"{where}: target {name!r}"
+    fields = _Fields(_checked(_object, value, place), place)
+    scaling = _Fields(fields.take("scaling", _object), f"{place}: scaling")
+    rule = scaling.take("rule", _enum(ScalingRule))
+    entry = TargetEntry(
+        kind=fields.take("kind", _text),
+        slot=fields.take("slot", _enum(SlotKind)),
+        rank=fields.take("rank", _rank),
+        scaling=Scaling(rule, scaling.take(_VALUE_FIELD[rule], _number)),
+    )
+    scaling.refuse_rest()
+    fields.refuse_rest()
+    return entry
+
+
+class _Fields:
+    """The fields of one JSON object, taken one by one; what is left must be allowed to be left."""
+
+    def __init__(self, value: Mapping[str, JsonValue], where: str) -> None:
+        self._left = dict(value)
+        self._where = where
+
+    def take(self, name: str, check: Callable[[JsonValue], T], *default: T) -> T:
+        if name not in self._left:
+            if default:
+                return default[0]
+            raise refuse("LF122", self._where, f"no field {name!r}", f"a field {name!r}")
+        return _checked(check, self._left.pop(name), f"{self._where}: {name}")
+
+    def refuse_rest(self) -> None:
+        for name, value in self._left.items():
+            if not (isinstance(value, Mapping) and value.get("must_understand") is False):
+                raise refuse("LF120", self._where, f"the field {name!r}", "known fields")
+
+
+def _checked(check: Callable[[JsonValue], T], value: JsonValue, where: str) -> T:
+    try:
+        return check(value)
+    except (TypeError, ValueError) as error:
+        raise refuse("LF122", where, f"{value!r:.80}", str(error)) from error
+
+
+def _text(value: JsonValue) -> str:
+    if not isinstance(value, str):
+        raise TypeError("text")
+    return value
+
+
+def _optional_text(value: JsonValue) -> str | None:
+    return _text(value)
+
+
+def _object(value: JsonValue) -> Mapping[str, JsonValue]:
+    if not isinstance(value, Mapping):
+        raise TypeError("an object")
+    return value
+
+
+def _texts(value: JsonValue) -> Mapping[str, str]:
+    return {name: _text(item) for name, item in _object(value).items()}
+
+
+def _number(value: JsonValue) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError("a finite number")
+    return float(value)
+
+
+def _rank(value: JsonValue) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TypeError("a whole number, not negative")
+    return value
+
+
+def _enum(kind: type[T]) -> Callable[[JsonValue], T]:
+    def check(value: JsonValue) -> T:
+        try:
+            return kind(value)  # type: ignore[call-arg]
+        except ValueError as error:
+            known = ", ".join(sorted(str(member) for member in kind))  # type: ignore[attr-defined]
+            raise ValueError(f"one of {known}") from error
+
+    return check

@@ -1,0 +1,324 @@
+"""What a merge will do, as plain data, made without reading a weight of the base.
+
+Everything that can fail before a byte is written fails here: kinds, shapes, scales, names, number forms, NaN in factors.
+"""
+
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from loraformat.adapter import Adapter, Target
+from loraformat.bases import BaseModel
+from loraformat.encodings import ENCODINGS
+from loraformat.errors import error_for
+from loraformat.kinds import KINDS, Nature
+from loraformat.limits import TILE_BYTES
+from loraformat.problems import Problem
+from loraformat.resolve import Match, resolve
+from loraformat.strict_json import write_canonical
+
+_FLOAT32_BYTES: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedAdapter:
+    """An adapter and how strongly the user wants it.
+
+    Attributes:
+        adapter: the adapter.
+        weight: factor on its delta.
+        name: file or folder name, for the plan and the receipt.
+    """
+
+    adapter: Adapter
+    weight: float
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedAdapter:
+    """One adapter of a plan, as the receipt will name it."""
+
+    name: str
+    sha256: str
+    weight: float
+    targets: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedChange:
+    """What one target of one adapter does to a weight.
+
+    Attributes:
+        adapter: position of the adapter in the plan.
+        target: name of the target.
+        kind: its kind.
+        rank: its rank.
+        scale: the whole multiplier: the target's own, the user's weight, and what the graph multiplies by.
+        transposed: whether the stored matrix is the transpose of the canonical `(out, in * kernel)`.
+    """
+
+    adapter: int
+    target: str
+    kind: str
+    rank: int
+    scale: float
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedWeight:
+    """One weight that will be rewritten.
+
+    Attributes:
+        key: identifies it within the base.
+        name: its name, for people.
+        file: name of the file that holds it.
+        offset: bytes from the start of that file.
+        nbytes: bytes.
+        dtype: number form.
+        shape: as stored.
+        encoding: the encoding that reads and writes it.
+        tile_rows: rows of the stored matrix that are computed at a time; part of the plan, since it can decide last bits.
+        changes: what is added, in the order of the adapters.
+        evidence: how it was found.
+    """
+
+    key: str
+    name: str
+    file: str
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    encoding: str
+    tile_rows: int
+    changes: tuple[PlannedChange, ...]
+    evidence: str
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the stored tensor as a matrix: its first dimension and the rest."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the targets, one for each change."""
+        return tuple(change.target for change in self.changes)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Multipliers, one for each change."""
+        return tuple(change.scale for change in self.changes)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks, one for each change."""
+        return tuple(change.rank for change in self.changes)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds, one for each change."""
+        return tuple(change.kind for change in self.changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a merge will do.
+
+    Attributes:
+        base: name, size and structure digest of the base.
+        format: what kind of base it is.
+        output: where the merged model will stand; not part of the digest.
+        adapters: the adapters, in order.
+        weights: the weights to rewrite, sorted by name.
+        unmatched: targets that the user allowed to be left out.
+        problems: warnings and notes.
+    """
+
+    base: Mapping[str, Any]
+    format: str
+    output: Path
+    adapters: tuple[PlannedAdapter, ...]
+    weights: tuple[PlannedWeight, ...]
+    unmatched: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of everything that decides the merged numbers: equal plans give equal bytes."""
+        return hashlib.sha256(write_canonical(self._decisive())).hexdigest()
+
+    def _decisive(self) -> dict[str, Any]:
+        return {
+            "base": dict(self.base),
+            "format": self.format,
+            "adapters": [asdict(adapter) for adapter in self.adapters],
+            "weights": [asdict(weight) for weight in self.weights],
+            "unmatched": list(self.unmatched),
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record for `--json`."""
+        problems = [dict(problem.as_json()) for problem in self.problems]
+        return self._decisive() | {"output": str(self.output), "sha256": self.sha256, "problems": problems}
+
+
+def build_plan(
+    base: BaseModel,
+    adapters: Sequence[WeightedAdapter],
+    output: Path,
+    *,
+    allow_unmatched: Sequence[str] = (),
+    strip_prefix: str | None = None,
+    allow_zero: bool = False,
+) -> Plan:
+    """Plan the merge of `adapters` into `base`.
+
+    Args:
+        base: the opened base.
+        adapters: what to merge, in the order in which deltas are summed.
+        output: where the merged model will stand.
+        allow_unmatched: glob patterns of targets that may be left out.
+        strip_prefix: removed from the front of target names.
+        allow_zero: accept scales of zero.
+
+    Raises:
+        LoraformatError: with every problem that was found, not only the first.
+    """
+    problems: list[Problem] = [*base.problems]
+    changes: dict[str, list[tuple[Match, PlannedChange]]] = defaultdict(list)
+    unmatched: list[str] = []
+    counts: list[int] = []
+    for position, item in enumerate(adapters):
+        found = _check_adapter(item, allow_zero=allow_zero)
+        problems += found
+        if any(problem.severity == "error" for problem in found):
+            counts.append(0)
+            continue
+        resolution = resolve(item.adapter, base.sites, allow_unmatched=allow_unmatched, strip_prefix=strip_prefix)
+        problems += resolution.problems
+        unmatched += resolution.unmatched
+        counts.append(len(resolution.matches))
+        if not resolution.matches and not resolution.problems:
+            problems.append(Problem("LF401", item.name, "none of its targets, all left out on request", "at least one"))
+        for match in resolution.matches:
+            changes[match.weight.key].append((match, _plan_change(position, match, item)))
+    weights = [_plan_weight(group, problems) for group in changes.values()]
+    if any(problem.severity == "error" for problem in problems):
+        raise error_for([problem for problem in problems if problem.severity == "error"])
+    return Plan(
+        base=describe_base(base),
+        format=base.format,
+        output=output,
+        adapters=tuple(
+            PlannedAdapter(item.name, item.adapter.sha256, item.weight, count)
+            for item, count in zip(adapters, counts, strict=True)
+        ),
+        weights=tuple(sorted((weight for weight in weights if weight), key=lambda weight: (weight.name, weight.key))),
+        unmatched=tuple(unmatched),
+        problems=tuple(problems),
+    )
+
+
+def describe_base(base: BaseModel) -> dict[str, Any]:
+    """Return what a plan and a receipt say about the base: names, sizes, and the digest of its structure."""
+    files = sorted({file.path.name: file.size_bytes for file in base.files}.items())
+    return {
+        "name": base.path.name,
+        "structure_sha256": base.structure_sha256,
+        "files": [{"name": name, "bytes": size} for name, size in files],
+    }
+
+
+def _check_adapter(item: WeightedAdapter, *, allow_zero: bool) -> list[Problem]:
+    """Return everything that is wrong with one adapter, whatever the base."""
+    problems = list(item.adapter.problems)
+    if not math.isfinite(item.weight):
+        problems.append(Problem("LF207", item.name, f"weight {item.weight}", "a finite number"))
+    if item.weight == 0 and not allow_zero:
+        problems.append(Problem("LF208", item.name, "weight 0", "a weight other than 0, or --allow-zero"))
+    for target in item.adapter.targets:
+        problems += _check_target(target, allow_zero=allow_zero)
+    return problems
+
+
+def _check_target(target: Target, *, allow_zero: bool) -> list[Problem]:
+    kind = KINDS.find(target.kind)
+    if kind is None or kind.nature is not Nature.ADDITIVE:
+        known = ", ".join(KINDS.names())
+        roles = ", ".join(sorted(target.factors))
+        return [Problem("LF209", target.name, f"the kind {target.kind!r} (tensors {roles})", f"one of {known}")]
+    problems = kind.check(target)
+    if any(problem.severity == "error" for problem in problems):
+        return problems
+    if not math.isfinite(target.scale):
+        return [*problems, Problem("LF207", target.name, f"scale {target.scale}", "a finite number")]
+    if target.scale == 0 and not allow_zero:
+        return [*problems, Problem("LF208", target.name, "scale 0", "a scale other than 0, or --allow-zero")]
+    return problems + _check_numbers(target)
+
+
+def _check_numbers(target: Target) -> list[Problem]:
+    """Return problems of the factors' numbers: not finite, or a product that is surely zero."""
+    problems = []
+    silent = False
+    for role, factor in target.factors.items():
+        values = factor.read().astype(np.float32)
+        finite = np.isfinite(values)
+        if not finite.all():
+            bad = np.argwhere(~finite)
+            found = f"{len(bad)} of {values.size} numbers, the first at {tuple(int(i) for i in bad[0])}"
+            problems.append(Problem("LF501", f"{target.name}: {role}", found, "finite numbers"))
+        silent = silent or not values.any()
+    if silent and not problems:
+        problems.append(Problem("LF214", target.name, "a factor of zeros", severity="warning"))
+    return problems
+
+
+def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedChange:
+    target = match.target
+    scale = target.scale * item.weight / match.divisor
+    return PlannedChange(position, target.name, target.kind, target.rank, scale, match.transposed)
+
+
+def _plan_weight(group: Sequence[tuple[Match, PlannedChange]], problems: list[Problem]) -> PlannedWeight | None:
+    match = group[0][0]
+    tensor = match.weight.tensor
+    encoding = next((name for name, encoding in ENCODINGS if encoding.accepts(tensor.dtype)), None)
+    if encoding is None:
+        found = f"the weight {tensor.name!r} is stored as {tensor.dtype.name}"
+        problems.append(Problem("LF403", match.target.name, found, "a floating-point form"))
+        return None
+    return PlannedWeight(
+        key=match.weight.key,
+        name=match.weight.name,
+        file=tensor.span.path.name,
+        offset=tensor.span.offset,
+        nbytes=tensor.span.length,
+        dtype=tensor.dtype.name,
+        shape=tensor.shape,
+        encoding=encoding,
+        tile_rows=count_tile_rows(tensor.shape),
+        changes=tuple(change for _, change in group),
+        evidence=match.evidence,
+    )
+
+
+def count_tile_rows(shape: Sequence[int]) -> int:
+    """Return how many rows of a stored tensor make one tile of about `TILE_BYTES` in float32."""
+    columns = math.prod(shape[1:])
+    return max(1, min(shape[0], TILE_BYTES // (_FLOAT32_BYTES * columns)))
+
+
+def default_output(base: Path, suffix: str, adapters: Sequence[WeightedAdapter]) -> Path:
+    """Return `<base>-<adapter>[@<weight>]...<suffix>` beside the base."""
+    parts = [base.name.removesuffix(suffix)]
+    parts += [item.name if item.weight == 1 else f"{item.name}@{item.weight:g}" for item in adapters]
+    return base.with_name("-".join(parts) + suffix)

@@ -1,0 +1,243 @@
+"""From the names of an adapter's targets to the weights of a base.
+
+The only place that sees both names. A target is matched by the module path that the base's evidence gives a site: the
+same path, or one path ending with the other at a dot (a wrapper around the exported model, or a part of it exported
+alone). What is dropped from a target's own name must hold no number, or layers could be mistaken for one another.
+Every target is consumed exactly once, or the error says which were near.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Final
+
+from loraformat.adapter import Adapter, SlotKind, Target
+from loraformat.bases import Site, Weight
+from loraformat.kinds import KINDS
+from loraformat.limits import NEAR_MISSES
+from loraformat.problems import Problem
+
+_LISTED: Final = 8
+_NUMBERED: Final = re.compile(r"\d")
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One target and the weight that it changes.
+
+    Attributes:
+        target: the adapter's target.
+        weight: the stored weight.
+        sites: where the base applies it, all of this target.
+        transposed: whether the stored matrix is the transpose of the canonical `(out, in * kernel)`.
+        divisor: what the site multiplies its weight by.
+        evidence: how the weight was found.
+    """
+
+    target: Target
+    weight: Weight
+    sites: tuple[Site, ...]
+    transposed: bool
+    divisor: float
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """The outcome for one adapter: every target is in one of the three."""
+
+    matches: tuple[Match, ...]
+    unmatched: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A site whose path fits, and what had to be added to or dropped from the target's name."""
+
+    site: Site
+    relation: str
+
+
+class SiteIndex:
+    """The sites of a base by module path and by the ends of module paths."""
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        self._by_path: dict[str, list[Site]] = defaultdict(list)
+        self._by_end: dict[str, list[Site]] = defaultdict(list)
+        for site in sites:
+            self._by_path[site.module].append(site)
+            for end, _ in _ends(site.module):
+                self._by_end[end].append(site)
+        self.paths = sorted(self._by_path)
+
+    def find(self, name: str) -> list[_Candidate]:
+        """Return the sites that the name may mean: exact ones alone where there are any."""
+        if name in self._by_path:
+            return [_Candidate(site, "") for site in self._by_path[name]]
+        longer = [_Candidate(site, f"+{site.module[: -len(name)]}") for site in self._by_end.get(name, ())]
+        shorter = [
+            _Candidate(site, f"-{dropped}")
+            for end, dropped in _ends(name)
+            if not _NUMBERED.search(dropped)
+            for site in self._by_path.get(end, ())
+        ]
+        return longer + shorter
+
+    def near(self, name: str) -> list[str]:
+        """Return the module paths most like `name`."""
+        return get_close_matches(name, self.paths, n=NEAR_MISSES, cutoff=0.5)
+
+
+def _ends(path: str) -> Iterable[tuple[str, str]]:
+    """Yield every proper end of a dotted path with what precedes it."""
+    position = path.find(".")
+    while position >= 0:
+        yield path[position + 1 :], path[: position + 1]
+        position = path.find(".", position + 1)
+
+
+def resolve(
+    adapter: Adapter,
+    sites: Sequence[Site],
+    *,
+    allow_unmatched: Sequence[str] = (),
+    strip_prefix: str | None = None,
+) -> Resolution:
+    """Match every target of `adapter` with a weight.
+
+    Args:
+        adapter: the adapter; its targets have passed their kind's check.
+        sites: the base's sites.
+        allow_unmatched: glob patterns of target names that may be left out when nothing matches.
+        strip_prefix: removed from the front of target names before they are matched.
+    """
+    index = SiteIndex(sites)
+    names = {target.name: _strip(target.name, strip_prefix) for target in adapter.targets}
+    found = {target.name: index.find(names[target.name]) for target in adapter.targets}
+    usual = _usual_relation(found)
+    matches: list[Match] = []
+    missing: list[str] = []
+    problems: list[Problem] = []
+    for target in adapter.targets:
+        if not found[target.name]:
+            missing.append(target.name)
+            continue
+        outcome = _match(target, found[target.name], usual)
+        if isinstance(outcome, Match):
+            matches.append(outcome)
+        else:
+            problems.append(outcome)
+    allowed = tuple(name for name in missing if any(fnmatchcase(name, pattern) for pattern in allow_unmatched))
+    missing = [name for name in missing if name not in allowed]
+    problems += _report_missing(missing, {name: names[name] for name in missing}, index)
+    problems += _report_collisions(matches)
+    return Resolution(tuple(matches), allowed, tuple(problems))
+
+
+def _strip(name: str, prefix: str | None) -> str:
+    return name.removeprefix(prefix) if prefix else name
+
+
+def _usual_relation(found: Mapping[str, Sequence[_Candidate]]) -> str | None:
+    """Return how names differ between adapter and base, as the targets without a second reading show it."""
+    relations: Counter[str] = Counter()
+    for candidates in found.values():
+        distinct = {candidate.relation for candidate in candidates}
+        if len(distinct) == 1:
+            relations.update(distinct)
+    return relations.most_common(1)[0][0] if relations else None
+
+
+def _match(target: Target, candidates: Sequence[_Candidate], usual: str | None) -> Match | Problem:
+    """Return the one weight that the candidates lead to, or why there is none."""
+    if len({candidate.relation for candidate in candidates}) > 1:
+        candidates = [candidate for candidate in candidates if candidate.relation == usual] or candidates
+    sites = [candidate.site for candidate in candidates]
+    usable = [site for site in sites if target.slot in site.transposed]
+    if not usable:
+        kinds = sorted({str(kind) for site in sites for kind in site.transposed})
+        return Problem("LF408", target.name, f"a slot for {', '.join(kinds) or 'nothing'}", f"a {target.slot} slot")
+    fitting = [site for site in usable if site.weight is None or _fits(target, site, site.weight)]
+    if not fitting:
+        return _report_shape(target, usable)
+    blocked = next((site.obstacle for site in fitting if site.obstacle is not None), None)
+    if blocked is not None:
+        return Problem(blocked.code, f"{target.name} at {blocked.where}", blocked.found, blocked.expected, blocked.mend)
+    return _match_weight(target, fitting)
+
+
+def _match_weight(target: Target, sites: Sequence[Site]) -> Match | Problem:
+    weights = {site.weight.key: site.weight for site in sites if site.weight is not None}
+    manners = {(site.transposed[target.slot], site.divisor) for site in sites}
+    if len(weights) != 1 or len(manners) != 1:
+        listed = "; ".join(f"{site.module} ({site.evidence}) reads {_name(site)}" for site in sites[:_LISTED])
+        return Problem("LF404", target.name, f"several weights or several ways to read one: {listed}", "one weight")
+    weight = next(iter(weights.values()))
+    strangers = sorted(weight.consumers - {site.id for site in sites})
+    if strangers:
+        found = f"the tensor {weight.name!r} is also read by {', '.join(strangers[:_LISTED])}"
+        return Problem("LF402", target.name, found, "a tensor that nothing else reads")
+    transposed, divisor = manners.pop()
+    return Match(target, weight, tuple(sites), transposed, divisor, sites[0].evidence)
+
+
+def _name(site: Site) -> str:
+    return site.weight.name if site.weight is not None else "nothing"
+
+
+def _fits(target: Target, site: Site, weight: Weight) -> bool:
+    return weight.tensor.shape == _stored_shape(target, site)
+
+
+def _stored_shape(target: Target, site: Site) -> tuple[int, ...]:
+    """Return the shape in which the target's weight would be stored at the site."""
+    kind = KINDS.find(target.kind)
+    assert kind is not None, "checked before"
+    shape = kind.weight_shape(target)
+    if target.slot is SlotKind.CONV or not site.transposed[target.slot]:
+        return shape
+    return shape[::-1]
+
+
+def _report_shape(target: Target, sites: Sequence[Site]) -> Problem:
+    site = next(site for site in sites if site.weight is not None)
+    assert site.weight is not None, "chosen so"
+    stored, wanted = site.weight.tensor.shape, _stored_shape(target, site)
+    turned = " (it would fit transposed, which is never guessed)" if stored == wanted[::-1] else ""
+    found = f"the weight {site.weight.name!r} is {stored}{turned}"
+    return Problem("LF405", target.name, found, f"{wanted} for its factors")
+
+
+def _report_missing(missing: Sequence[str], names: Mapping[str, str], index: SiteIndex) -> list[Problem]:
+    """Return one problem for each of the first few names, and one that lists the rest."""
+    problems = []
+    for name in missing[:_LISTED]:
+        near = index.near(names[name])
+        found = f"nothing of this name; nearest: {', '.join(near)}" if near else "nothing of this name, and none near"
+        problems.append(Problem("LF401", name, found, f"one of {len(index.paths)} modules of the base"))
+    rest = missing[_LISTED:]
+    if rest:
+        problems.append(Problem("LF401", f"{len(rest)} more targets", f"nothing of these names: {', '.join(rest)}"))
+    return problems
+
+
+def _report_collisions(matches: Sequence[Match]) -> list[Problem]:
+    """Return a problem for every weight that two targets of one adapter lead to."""
+    by_weight: dict[str, list[Match]] = defaultdict(list)
+    for match in matches:
+        by_weight[match.weight.key].append(match)
+    return [
+        Problem(
+            "LF404",
+            " and ".join(match.target.name for match in group),
+            f"both lead to {group[0].weight.name!r} ({group[0].sites[0].module})",
+            "a weight for each",
+            "Drop the part of the names that the base lacks with --strip-prefix, or leave one out.",
+        )
+        for group in by_weight.values()
+        if len(group) > 1
+    ]

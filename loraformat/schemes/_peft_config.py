@@ -1,0 +1,165 @@
+"""PEFT's `adapter_config.json`: what of it changes the numbers, and what of it stands against a merge."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from loraformat.adapter import Scaling, ScalingRule
+from loraformat.errors import refuse
+from loraformat.problems import Problem
+from loraformat.schemes import Bundle, StatedScale
+from loraformat.strict_json import JsonValue
+
+_LORA: Final = "LORA"
+_MAX_PATTERN_CHARACTERS: Final = 500
+_MAX_QUANTIFIERS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Obstacle:
+    """A field of LoraConfig under which B·A is not the whole story."""
+
+    field: str
+    holds: Callable[[JsonValue], bool]
+    why: str
+    code: str = "LF209"
+
+
+def _is_set(value: JsonValue) -> bool:
+    return bool(value)
+
+
+_BASE_CHANGING: Final = ("pissa", "olora", "corda", "lora_ga")
+
+_OBSTACLES: Final = (
+    _Obstacle("alora_invocation_tokens", lambda tokens: tokens is not None, "it acts after invocation tokens (aLoRA)"),
+    _Obstacle("arrow_config", _is_set, "a router chooses between adapters at run time (Arrow)"),
+    _Obstacle("use_qalora", _is_set, "its input is pooled (QALoRA)"),
+    _Obstacle("use_bdlora", _is_set, "its factors are block-diagonal (BD-LoRA)"),
+    _Obstacle("kasa_config", _is_set, "it cuts singular values off the base (KaSA)"),
+    _Obstacle("layer_replication", _is_set, "it repeats layers of the base, which has fewer than the adapter"),
+    _Obstacle("target_parameters", _is_set, "it adapts packed parameters (mixture of experts)"),
+    _Obstacle("enable_lora", _is_set, "it adapts slices of a fused weight (MergedLinear of PEFT 0.2)"),
+    _Obstacle(
+        "init_lora_weights",
+        lambda value: isinstance(value, str) and value.lower().startswith(_BASE_CHANGING),
+        "this initialisation changed the base as well",
+        "LF215",
+    ),
+    _Obstacle("loftq_config", _is_set, "it was trained on a base that LoftQ had quantised and changed", "LF215"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """A configuration, or the lack of one.
+
+    Attributes:
+        fields: the JSON object; empty without a configuration.
+        where: for messages.
+        present: whether there was one.
+    """
+
+    fields: Mapping[str, JsonValue]
+    where: str
+    present: bool
+
+    def check_type(self, bundle: Bundle) -> None:
+        """Refuse adapters of another type than LORA by name."""
+        kind = self.text("peft_type") if self.present else _LORA
+        if kind is None:
+            raise refuse("LF209", self.where, "no peft_type", f"peft_type {_LORA!r}")
+        if kind != _LORA:
+            names = ", ".join(sorted(bundle.tensors)[:2])
+            raise refuse("LF209", self.where, f"peft_type {kind!r}, tensors such as {names}", f"peft_type {_LORA!r}")
+
+    def problems(self) -> list[Problem]:
+        """Return the options under which this version cannot merge."""
+        return [
+            Problem(item.code, f"{self.where}: {item.field}", f"{self.fields[item.field]!r:.80}: {item.why}")
+            for item in _OBSTACLES
+            if item.field in self.fields and item.holds(self.fields[item.field])
+        ]
+
+    def text(self, field: str) -> str | None:
+        """Return a text field, None where it is null or absent."""
+        value = self.fields.get(field)
+        if value is not None and not isinstance(value, str):
+            raise refuse("LF213", f"{self.where}: {field}", f"{value!r:.80}", "text or null")
+        return value
+
+    def flag(self, field: str) -> bool:
+        """Return a true-or-false field, False where it is null or absent."""
+        value = self.fields.get(field)
+        if value is not None and not isinstance(value, bool):
+            raise refuse("LF213", f"{self.where}: {field}", f"{value!r:.80}", "true or false")
+        return bool(value)
+
+    def rank_of(self, target: str, stored: int) -> int:
+        """Return the rank that the configuration states for `target`, or the tensors' own without a statement."""
+        value = self._by_pattern("rank_pattern", target, "r")
+        if value is None:
+            return stored
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise refuse("LF213", f"{self.where}: r", f"{value!r:.80}", "a whole number")
+        return value
+
+    def scaling_of(self, target: str, stated: StatedScale, path: Path) -> Scaling:
+        """Return the scaling of `target`: the configuration's, else what the user states.
+
+        Raises:
+            FindingError: LF207 not finite, LF211 stated by neither.
+        """
+        root = self.flag("use_rslora")
+        rule = ScalingRule.ALPHA_OVER_SQRT_RANK if root else ScalingRule.ALPHA_OVER_RANK
+        alpha = self._by_pattern("alpha_pattern", target, "lora_alpha")
+        if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
+            raise refuse("LF213", f"{self.where}: lora_alpha", f"{alpha!r:.80}", "a number")
+        if not alpha and stated.multiplier is not None:
+            return _finite(Scaling(ScalingRule.MULTIPLIER, stated.multiplier), target)
+        alpha = alpha or (stated.alpha if stated.alpha is not None else alpha)
+        if alpha is None:
+            found = "no lora_alpha" if self.present else "no adapter_config.json beside it"
+            raise refuse("LF211", path, found, "the scale of the training run")
+        return _finite(Scaling(rule, float(alpha)), target)
+
+    def _by_pattern(self, table: str, target: str, default: str) -> JsonValue:
+        """Return the value of the first pattern that fits, as PEFT's `get_pattern_key` chooses, else the default."""
+        patterns = self.fields.get(table) or {}
+        if not isinstance(patterns, Mapping):
+            raise refuse("LF213", f"{self.where}: {table}", f"{patterns!r:.80}", "an object of patterns")
+        for pattern, value in patterns.items():
+            if _fits(pattern, target, f"{self.where}: {table}"):
+                return value
+        return self.fields.get(default)
+
+
+def read_config(fields: Mapping[str, JsonValue] | None, path: Path) -> PeftConfig:
+    """Return the configuration beside an adapter, which may be missing."""
+    return PeftConfig(fields or {}, f"{path}: adapter_config.json", fields is not None)
+
+
+def _finite(scaling: Scaling, target: str) -> Scaling:
+    if not math.isfinite(scaling.value):
+        raise refuse("LF207", target, f"{scaling.value}", "a finite number")
+    return scaling
+
+
+def _fits(pattern: str, target: str, where: str) -> bool:
+    """Say whether PEFT would apply `pattern`, a regular expression, to `target`.
+
+    The expression comes from a file: what could take more than cubic time is refused.
+    """
+    if pattern == target or target.endswith(f".{pattern}"):
+        return True
+    quantifiers = len(re.findall(r"[*+{]", pattern))
+    nested = re.search(r"\)[*+{?]|\\[1-9]|\(\?", pattern)
+    if nested or quantifiers > _MAX_QUANTIFIERS or len(pattern) > _MAX_PATTERN_CHARACTERS:
+        raise refuse("LF213", where, f"the pattern {pattern!r:.80}", "a simple regular expression")
+    try:
+        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", target) is not None
+    except re.error as error:
+        raise refuse("LF213", where, f"the pattern {pattern!r:.80}: {error}", "a regular expression") from error

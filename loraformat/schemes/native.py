@@ -1,0 +1,74 @@
+"""The project's own scheme: one safetensors file with a manifest (spec/SPEC.md).
+
+Tensor keys are `<target>.<role>`; the manifest says everything else.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+from loraformat.adapter import Adapter, Factor, Target
+from loraformat.errors import refuse
+from loraformat.manifest import MANIFEST_KEY, TargetEntry, build_manifest, parse_manifest
+from loraformat.schemes import Bundle, StatedScale
+
+
+class Native:
+    """The scheme `native`."""
+
+    name = "native"
+    title = "loraformat 1.0: one safetensors file with a manifest"
+
+    def detect(self, bundle: Bundle) -> str | None:
+        """Recognise the manifest's metadata key."""
+        return f"metadata key {MANIFEST_KEY!r}" if MANIFEST_KEY in bundle.metadata else None
+
+    def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
+        """Return the adapter; a stated scale is not needed and not used."""
+        if MANIFEST_KEY not in bundle.metadata:
+            raise refuse("LF122", bundle.path, "no manifest", f"the metadata key {MANIFEST_KEY!r}")
+        manifest = parse_manifest(bundle.metadata[MANIFEST_KEY], bundle.path)
+        factors = _group(bundle, manifest.targets)
+        targets = tuple(
+            Target(name, entry.kind, entry.slot, factors[name], entry.rank, entry.scaling)
+            for name, entry in sorted(manifest.targets.items())
+        )
+        return Adapter(
+            targets=targets,
+            base=manifest.base,
+            scheme=self.name,
+            source=str(bundle.path),
+            metadata=manifest.annotations,
+            provenance=manifest.provenance,
+        )
+
+
+def write_tensors(adapter: Adapter) -> tuple[dict[str, Factor], dict[str, str]]:
+    """Return the tensors and the metadata of the adapter's file in this scheme."""
+    tensors = {f"{target.name}.{role}": factor for target in adapter.targets for role, factor in target.factors.items()}
+    return tensors, {MANIFEST_KEY: build_manifest(adapter).decode("utf-8")}
+
+
+def _group(bundle: Bundle, entries: Mapping[str, TargetEntry]) -> Mapping[str, Mapping[str, Factor]]:
+    """Return target to role to tensor; a tensor of no target and a target of no tensor are errors."""
+    groups: dict[str, dict[str, Factor]] = {name: {} for name in entries}
+    for key, tensor in bundle.tensors.items():
+        owner = _owner_of(key, entries)
+        if owner is None:
+            raise refuse("LF202", f"{bundle.path}: {key}", "a tensor of no target in the manifest")
+        groups[owner][key[len(owner) + 1 :]] = tensor
+    for name, factors in groups.items():
+        if not factors:
+            raise refuse("LF201", f"{bundle.path}: {name}", "a target without tensors", "tensors <target>.<role>")
+    return groups
+
+
+def _owner_of(key: str, entries: Mapping[str, TargetEntry]) -> str | None:
+    """Return the longest target that `key` lies below, at a dot."""
+    end = len(key)
+    while (end := key.rfind(".", 0, end)) > 0:
+        if key[:end] in entries:
+            return key[:end]
+    return None
+
+
+SCHEME: Final = Native()

@@ -1,0 +1,140 @@
+"""PEFT: `adapter_config.json` beside `adapter_model.safetensors`, or that file alone when the scale is given.
+
+Keys are `base_model.model.<target>.<role>`; scale, ranks and everything that changes the meaning of a tensor stand in
+the configuration (huggingface/peft, LoraConfig as of 0.21).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
+from loraformat.errors import refuse
+from loraformat.problems import Problem
+from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes._peft_config import PeftConfig, read_config
+from loraformat.schemes._table import Name, NameTable, Row
+
+_PREFIX: Final = "base_model.model."
+_WRAPPERS: Final = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+TABLE: Final = NameTable(
+    [
+        Row("lora_A.weight", "lora", "lora_A.weight"),
+        Row("lora_B.weight", "lora", "lora_B.weight"),
+        Row("lora_embedding_A", "lora", "lora_embedding_A"),
+        Row("lora_embedding_B", "lora", "lora_embedding_B"),
+        Row("lora_A.{adapter}.weight", "lora", "lora_A.weight"),
+        Row("lora_B.{adapter}.weight", "lora", "lora_B.weight"),
+        Row("lora_embedding_A.{adapter}", "lora", "lora_embedding_A"),
+        Row("lora_embedding_B.{adapter}", "lora", "lora_embedding_B"),
+        Row("lora_B.bias", "lora with bias", "lora_B.bias"),
+        Row("lora_B.{adapter}.bias", "lora with bias", "lora_B.bias"),
+        Row("lora_magnitude_vector", "dora", "lora_magnitude_vector"),
+        Row("lora_magnitude_vector.{adapter}.weight", "dora", "lora_magnitude_vector"),
+        Row("modules_to_save.{adapter}.weight", "replace", "weight"),
+        Row("modules_to_save.{adapter}.bias", "replace", "bias"),
+        Row("base_layer.weight", "replace", "weight"),
+        Row("base_layer.bias", "replace", "bias"),
+        Row("token_adapter.trainable_tokens_delta", "trained tokens", "trainable_tokens_delta"),
+        Row("trainable_tokens_delta", "trained tokens", "trainable_tokens_delta"),
+        Row("weight", "replace", "weight"),
+        Row("bias", "replace", "bias"),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The tensors of one target, and the kinds that they speak for."""
+
+    factors: dict[str, Factor]
+    kinds: set[str]
+
+
+class Peft:
+    """The scheme `peft`."""
+
+    name = "peft"
+    title = "PEFT: adapter_config.json and adapter_model.safetensors"
+
+    def detect(self, bundle: Bundle) -> str | None:
+        """Recognise `peft_type` in the configuration, or PEFT's keys in a file without a configuration."""
+        if bundle.config is not None and "peft_type" in bundle.config:
+            return "adapter_config.json with peft_type"
+        if "lora_adapter_metadata" in bundle.metadata or bundle.config is not None:
+            return None
+        marked = [key for key in bundle.tensors if ".lora_A." in key or key.endswith(".lora_embedding_A")]
+        return f"keys such as {marked[0]}" if marked else None
+
+    def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
+        """Return the adapter; what this version cannot merge becomes a problem of it."""
+        config = read_config(bundle.config, bundle.path)
+        config.check_type(bundle)
+        groups, problems = _group(bundle)
+        targets = tuple(_read_target(name, group, config, stated, bundle) for name, group in sorted(groups.items()))
+        if not targets:
+            raise refuse("LF212", bundle.path, f"{len(bundle.tensors)} tensors, none of a target", "LoRA factors")
+        return Adapter(
+            targets=targets,
+            base=BaseBinding(config.text("base_model_name_or_path"), config.text("revision")),
+            scheme=self.name,
+            source=str(bundle.path),
+            provenance={"peft": dict(bundle.config)} if bundle.config else {},
+            problems=(*problems, *config.problems()),
+        )
+
+
+def _group(bundle: Bundle) -> tuple[dict[str, _Group], list[Problem]]:
+    """Return the tensors by target, wrapper prefixes removed; a key that no row knows is an error."""
+    groups: dict[str, _Group] = {}
+    stripped: set[str] = set()
+    for key, tensor in bundle.tensors.items():
+        name = _read_key(key, stripped)
+        if name is None:
+            raise refuse("LF202", f"{bundle.path}: {key}", f"a tensor of shape {tensor.shape}", "a role that PEFT has")
+        group = groups.setdefault(name.target, _Group({}, set()))
+        if name.row.role in group.factors:
+            raise refuse("LF302", f"{bundle.path}: {key}", f"a second {name.row.role} for {name.target}")
+        group.factors[name.row.role] = tensor
+        group.kinds.add(name.row.kind)
+    if not stripped:
+        return groups, []
+    found = f"the prefixes {', '.join(sorted(stripped))} in its names, left out"
+    return groups, [Problem("LF304", str(bundle.path), found, severity="note")]
+
+
+def _read_key(key: str, stripped: set[str]) -> Name | None:
+    for wrapper in _WRAPPERS:
+        while wrapper in f".{key}" and (key.startswith(wrapper) or f".{wrapper}" in key):
+            key = key[len(wrapper) :] if key.startswith(wrapper) else key.replace(f".{wrapper}", ".", 1)
+            stripped.add(wrapper)
+    return TABLE.read(key.removeprefix(_PREFIX))
+
+
+def _read_target(name: str, group: _Group, config: PeftConfig, stated: StatedScale, bundle: Bundle) -> Target:
+    kind = _choose_kind(group.kinds)
+    slot = _slot_of(group.factors, config) if kind != "replace" else SlotKind.PARAMETER
+    if "lora" not in group.kinds:
+        return Target(name, kind, slot, group.factors, 0, Scaling(ScalingRule.MULTIPLIER, 1.0))
+    down = group.factors.get("lora_A.weight") or group.factors.get("lora_embedding_A")
+    rank = config.rank_of(name, down.shape[0] if down is not None and down.shape else 0)
+    return Target(name, kind, slot, group.factors, rank, config.scaling_of(name, stated, bundle.path))
+
+
+def _choose_kind(kinds: set[str]) -> str:
+    """Return the one kind that a target's tensors make; several that do not belong together keep all names."""
+    special = sorted(kinds - {"lora"})
+    return " and ".join(special) if special else "lora"
+
+
+def _slot_of(factors: Mapping[str, Any], config: PeftConfig) -> SlotKind:
+    down = factors.get("lora_A.weight")
+    if down is None:
+        return SlotKind.EMBEDDING
+    if len(down.shape) > 2:
+        return SlotKind.CONV
+    return SlotKind.LINEAR_TRANSPOSED if config.flag("fan_in_fan_out") else SlotKind.LINEAR
+
+
+SCHEME: Final = Peft()

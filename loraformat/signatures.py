@@ -1,0 +1,45 @@
+"""What a file is by its first bytes, for messages: people hand us pointers, pages and pickles."""
+
+from dataclasses import dataclass
+from typing import Final
+
+HEAD_BYTES: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A known beginning.
+
+    Attributes:
+        magic: the first bytes.
+        what: what such a file is.
+        mend: what to do about it; empty for the reason code's own advice.
+    """
+
+    magic: bytes
+    what: str
+    mend: str = ""
+
+
+_SAVE_AGAIN: Final = "Save it as safetensors in the library that wrote it; pickles can run code and are not read."
+
+_SIGNATURES: Final = (
+    Signature(b"version https://git-lfs", "a git-LFS pointer, not the file itself", "Fetch the file: git lfs pull"),
+    Signature(b"PK\x03\x04", "a zip archive: a torch checkpoint (.pt, .bin) or .npz", _SAVE_AGAIN),
+    Signature(b"\x80\x02", "a Python pickle", _SAVE_AGAIN),
+    Signature(b"\x80\x03", "a Python pickle", _SAVE_AGAIN),
+    Signature(b"\x80\x04", "a Python pickle", _SAVE_AGAIN),
+    Signature(b"\x80\x05", "a Python pickle", _SAVE_AGAIN),
+    Signature(b"GGUF", "a GGUF file", "GGUF is not read by this version."),
+    Signature(b"<!DOCTYPE", "an HTML page", "The download gave an error page: fetch the file again."),
+    Signature(b"<!doctype", "an HTML page", "The download gave an error page: fetch the file again."),
+    Signature(b"<html", "an HTML page", "The download gave an error page: fetch the file again."),
+    Signature(b"\x1f\x8b", "a gzip archive", "Unpack it first."),
+    Signature(b"{", "JSON text", "Name the file with the tensors, or its folder."),
+)
+
+
+def describe_head(head: bytes) -> Signature | None:
+    """Return what a file that starts with `head` is, None when it is none of these."""
+    text = head.lstrip()
+    return next((known for known in _SIGNATURES if head.startswith(known.magic) or text.startswith(known.magic)), None)

@@ -1,0 +1,23 @@
+"""What holds for every test: no network, and Hypothesis without a clock.
+
+Profiles: `HYPOTHESIS_PROFILE=nightly` looks a hundred times longer.
+"""
+
+import os
+
+import pytest
+import pytest_socket
+from hypothesis import HealthCheck, settings
+
+# tmp_path is shared by the examples of one test: each writes its file anew.
+_SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=60, derandomize=True, database=None, **_SHARED)
+settings.register_profile("nightly", max_examples=6000, print_blob=True, **_SHARED)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def _no_network():
+    pytest_socket.disable_socket(allow_unix_socket=True)
+    yield
+    pytest_socket.enable_socket()
