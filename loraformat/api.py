@@ -110,6 +110,7 @@ def merge(
     jobs: int | None = None,
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
     force: bool = False,
+    durable: bool = False,
     progress: Progress | None = None,
 ) -> Receipt:
     """Merge adapters into a copy of a base model: its numbers change, its structure does not.
@@ -129,6 +130,8 @@ def merge(
         jobs: worker threads; None takes one for each processor.
         max_memory_bytes: cap on tiles and factors in flight.
         force: replace an existing output.
+        durable: wait until the disk has the bytes before the output is moved into place; without it a power cut, but
+            no crash or kill of the process, can lose it.
         progress: told how far the work is, in bytes.
 
     Returns:
@@ -141,9 +144,8 @@ def merge(
     plan = _plan(opened, weighted, output, allow_unmatched, strip_prefix, allow_zero=allow_zero)
     for item in weighted:
         check_output(plan.output, _sources(item.adapter), force=True)
-    return apply_plan(
-        plan, opened, weighted, Work(count_workers(jobs), max_memory_bytes, min_retained, force, progress)
-    )
+    work = Work(count_workers(jobs), max_memory_bytes, min_retained, force, durable, progress)
+    return apply_plan(plan, opened, weighted, work)
 
 
 def _open(

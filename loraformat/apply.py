@@ -49,6 +49,7 @@ class Work:
         max_memory_bytes: cap on tiles and factors in flight.
         min_retained: refuse when less of a weight's delta survives rounding.
         force: replace an existing output.
+        durable: wait for the disk before the output is moved into place.
         progress: told how far it is.
     """
 
@@ -56,6 +57,7 @@ class Work:
     max_memory_bytes: int
     min_retained: float
     force: bool = False
+    durable: bool = False
     progress: Progress | None = None
 
 
@@ -79,7 +81,7 @@ def apply_plan(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter],
             image.path.parent.mkdir(parents=True, exist_ok=True)
         check_output(image.path, inputs, force=work.force)
     stale = base.list_stale(plan.output) if work.force else []
-    with PendingOutput([image.path for image in images], force=work.force) as pending:
+    with PendingOutput([image.path for image in images], force=work.force, durable=work.durable) as pending:
         sums = _Run(plan, base, adapters, work, images, pending.descriptors).carry_out()
         receipt = _finish_receipt(plan, base, sums, work.min_retained)
         _fill_blank(images[-1], pending.descriptors[-1], base.encode_receipt(_embed(receipt)))

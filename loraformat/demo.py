@@ -167,11 +167,13 @@ def _compare_runs(base: Path, merged: Path, reference: Path) -> dict[str, Any]:
     models = {"base_ms": base, "merged_ms": merged, "base_again_ms": base}
     runs = {name: _session(path, tokens) for name, path in models.items()}
     expected = _session(reference, tokens)()
+    names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(_WARM_UP + _RUNS):
-        for name, run in runs.items():
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             start = time.perf_counter()
-            run()
+            runs[name]()
             if turn >= _WARM_UP:
                 times[name].append(1000 * (time.perf_counter() - start))
     return {

@@ -87,10 +87,16 @@ class PendingOutput:
     """Output files that are written aside and moved into place together, the last one last.
 
     Use as a context manager: leaving it by an exception, or without `commit`, removes everything written.
+
+    Args:
+        paths: where the files will stand.
+        force: replace what stands there.
+        durable: wait until the disk has the bytes before they are moved, so that a power cut too leaves old or new.
     """
 
-    def __init__(self, paths: Sequence[Path], *, force: bool) -> None:
+    def __init__(self, paths: Sequence[Path], *, force: bool, durable: bool = False) -> None:
         self._force = force
+        self._durable = durable
         self._finals = [path.absolute() for path in paths]
         self._parts: list[Path] = []
         self.descriptors: list[int] = []
@@ -120,18 +126,20 @@ class PendingOutput:
                 os.chmod(part, stat.S_IMODE(final.stat().st_mode))
 
     def commit(self) -> None:
-        """Make the parts durable and move them into place, in order; on failure nothing new remains."""
+        """Move the parts into place, in order; on failure nothing new remains."""
         placed: list[Path] = []
         try:
             for descriptor, part, final in zip(self.descriptors, self._parts, self._finals, strict=True):
                 with output_errors(final):
-                    os.fsync(descriptor)
+                    if self._durable:
+                        os.fsync(descriptor)
                     existed = os.path.lexists(final)
                     _place(part, final, force=self._force)
                     if not existed:
                         placed.append(final)
-            for folder in {final.parent for final in self._finals}:
-                _sync_folder(folder)
+            if self._durable:
+                for folder in {final.parent for final in self._finals}:
+                    _sync_folder(folder)
         except BaseException:
             for final in placed:
                 with contextlib.suppress(OSError):

@@ -5,6 +5,7 @@
 The sum of the deltas is made first and added once. What a tile needs is allocated once for each worker.
 """
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -136,20 +137,28 @@ def merge_tile(work: WeightWork, buffers: TileBuffers, rows: range, sink: int, s
     columns = work.weight.matrix[1]
     shape = (len(rows), columns)
     skipped_bytes = rows.start * columns * work.stored_form.itemsize
-    stored = buffers.take("stored", shape, work.stored_form)
-    raw = stored.reshape(-1).view(np.uint8)
-    work.tensor.file.read_into(raw, work.tensor.span.offset + skipped_bytes)
+    plain = work.stored_form == work.work_form
     base = buffers.take("base", shape, work.work_form)
     merged = buffers.take("merged", shape, work.work_form)
     delta = buffers.take("delta", shape, work.work_form)
-    work.encoding.decode(stored, base)
+    read_to = base if plain else buffers.take("stored", shape, work.stored_form)
+    write_from = merged if plain else read_to
+    work.tensor.file.read_into(_as_bytes(read_to), work.tensor.span.offset + skipped_bytes)
     _sum_deltas(work.deltas(), rows, delta, merged)
     with np.errstate(over="ignore", invalid="ignore"):
+        if not plain:
+            work.encoding.decode(read_to, base)
         np.add(base, delta, out=merged)
-        work.encoding.encode(merged, stored)
-        write_at(sink, raw.data, sink_offset + skipped_bytes)
-        work.encoding.decode(stored, merged)
+        if not plain:
+            work.encoding.encode(merged, write_from)
+        write_at(sink, _as_bytes(write_from).data, sink_offset + skipped_bytes)
+        if not plain:
+            work.encoding.decode(write_from, merged)
         return _sum_up(base, delta, merged)
+
+
+def _as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    return array.reshape(-1).view(np.uint8)
 
 
 def _sum_deltas(deltas: Sequence[Delta], rows: range, out: NDArray[Any], scratch: NDArray[Any]) -> None:
@@ -160,15 +169,19 @@ def _sum_deltas(deltas: Sequence[Delta], rows: range, out: NDArray[Any], scratch
 
 
 def _sum_up(base: NDArray[Any], delta: NDArray[Any], merged: NDArray[Any]) -> TileSums:
-    """Return the sums of a tile; `merged` is overwritten. One infinity makes them infinite, and is then looked for."""
+    """Return the sums of a tile; `merged` is overwritten.
+
+    A number that overflowed makes the sums infinite or NaN, as does one of the base that was so before: only then is
+    it looked for.
+    """
     w, d, m = base.reshape(-1), delta.reshape(-1), merged.reshape(-1)
-    bad = 0 if np.isfinite(np.dot(m, m)) else int(np.count_nonzero(~np.isfinite(m)))
-    before = 0 if np.isfinite(np.dot(w, w)) else int(np.count_nonzero(~np.isfinite(w)))
     np.subtract(m, w, out=m)
     sums = float(np.dot(m, d)), float(np.dot(d, d)), float(np.dot(w, w))
-    if not np.isfinite(sums).all():
-        sums = _sum_wide(w, d, m)
-    return TileSums(*sums, overflowed=bad - before, not_finite=before)
+    if math.isfinite(sum(sums)):
+        return TileSums(*sums)
+    before = np.isfinite(w)
+    overflowed = int(np.count_nonzero(before & ~np.isfinite(m)))
+    return TileSums(*_sum_wide(w, d, m), overflowed, int(np.count_nonzero(~before)))
 
 
 def _sum_wide(w: NDArray[Any], d: NDArray[Any], change: NDArray[Any]) -> tuple[float, float, float]:

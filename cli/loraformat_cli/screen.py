@@ -81,7 +81,7 @@ class Screen:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table = Table(box=None, show_header=any(headings), pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for heading in headings:
             right = heading.startswith(">")
             table.add_column(heading.removeprefix(">"), justify="right" if right else "left", overflow="fold")

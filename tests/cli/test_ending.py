@@ -78,9 +78,8 @@ def test_a_bug_with_traceback(run, face) -> None:
     assert result.stderr.splitlines()[-1].startswith("loraformat has a bug")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt()])
-def test_ctrl_c(run, face, error) -> None:
-    face.answer("inspect", error)
+def test_ctrl_c(run, face) -> None:
+    face.answer("inspect", KeyboardInterrupt())
     result = run("inspect", "file")
     assert (result.exit_code, result.stdout, result.stderr.strip()) == (130, "", "")
 

@@ -120,7 +120,7 @@ def pairs(ours, theirs):
         yield ours, theirs
         return
     for field in ours.DESCRIPTOR.fields:
-        if field.message_type is None:
+        if field.message_type is None or field.message_type.name == "StringStringEntryProto":
             continue
         left, right = getattr(ours, field.name), getattr(theirs, field.name)
         if field.is_repeated:
@@ -273,7 +273,7 @@ def test_odd_offsets_several_files_and_a_missing_length(tmp_path):
     (tmp_path / "sub" / "a.bin").write_bytes(b"xyz" + a.tobytes() + b"tail")
     (tmp_path / "b.bin").write_bytes(b.tobytes())
     graph = helper.make_graph(
-        [], "g", [], [], [external("a", a.shape, "sub/a.bin", 3), external("b", b.shape, "b.bin")]
+        [], "g", [], [], [external("a", a.shape, "sub/a.bin", 3, 140), external("b", b.shape, "b.bin")]
     )
     file = open_onnx(save(tmp_path / "m.onnx", helper.make_model(graph)))
     first, second = (file.stored_tensor(tensor) for tensor in file.model.graph.initializer)
@@ -374,8 +374,8 @@ def test_numbers_in_two_places(tmp_path):
     mixed = raw("mixed", numbers(2, 3))
     mixed.float_data.extend([1.0] * 6)
     wrong = TensorProto(name="wrong", dims=[6], data_type=TensorProto.INT32, float_data=[1.0] * 6)
-    graph = helper.make_graph([], "g", [], [], [both, mixed, wrong])
-    file = open_onnx(save(tmp_path / "m.onnx", helper.make_model(graph)))
+    model = helper.make_model(helper.make_graph([], "g", [], [], [both, mixed, wrong]))
+    file = open_onnx(_write(tmp_path / "m.onnx", model.SerializeToString()))  # onnx.save would tidy it up.
     assert [file.stored_tensor(tensor).code for tensor in file.model.graph.initializer] == ["LF403"] * 3
 
 
@@ -702,16 +702,15 @@ def mutate(data, mutations, structure):
     """Change bytes of `data`; most changes hit the structure, whose offsets are given."""
     data = bytearray(data)
     for kind, place, value in mutations:
-        at = structure[int(place * len(structure))] if structure else int(place * len(data))
-        at = min(at, len(data) - 1)
+        at = min(structure[int(place * len(structure))], len(data) - 1)
         if kind == "flip":
             data[at] ^= value
         elif kind == "insert":
             data[at:at] = bytes([value])
         elif kind == "drop":
-            del data[at : at + 1 + value % 4]
+            del data[max(at, 1) : at + 1 + value % 4]
         elif value < 50:
-            del data[at + 1 :]
+            del data[max(at, 1) :]
     return bytes(data)
 
 

@@ -124,9 +124,14 @@ def difference(found: zoo.Arrays, expected: zoo.Arrays) -> float:
     return max(float(np.abs(found[name] - expected[name]).max()) for name in found)
 
 
+def peak(arrays: zoo.Arrays) -> float:
+    """Return the largest absolute value."""
+    return max(float(np.abs(array).max()) for array in arrays.values())
+
+
 def scale_of(arrays: zoo.Arrays) -> float:
     """Return the largest absolute value, at least one."""
-    return max(1.0, *(float(np.abs(array).max()) for array in arrays.values()))
+    return max(1.0, peak(arrays))
 
 
 def note(record: str, **numbers: float) -> None:

@@ -139,13 +139,13 @@ def test_an_adapter_for_another_architecture(lab: "Lab", tmp_path: Path, exporte
 @pytest.mark.parametrize("exporter", ["ts", "dynamo"])
 def test_near_misses_are_named(lab: "Lab", tmp_path: Path, exporter: str) -> None:
     """An adapter with one name that the base lacks: the others do not go in without it."""
-    folder = _renamed(lab.trained("llama").folder, "layers.1.mlp.up_proj", "layers.2.mlp.up_proj", tmp_path / "adapter")
+    folder = _renamed(lab.trained("llama").folder, "layers.1.mlp.down_proj", "layers.2.mlp.down_proj", tmp_path / "adapter")
     output = tmp_path / "out" / "merged.onnx"
     output.parent.mkdir()
     error = _refused(lab.exported("llama", exporter), folder, output)
     assert error.codes == ("LF401",)
-    assert "model.layers.2.mlp.up_proj" in str(error)
-    assert "model.layers.1.mlp.up_proj" in error.problems[0].found
+    assert "model.layers.2.mlp.down_proj" in str(error)
+    assert "model.layers.1.mlp.down_proj" in error.problems[0].found
 
 
 def _renamed(folder: Path, old: str, new: str, into: Path) -> Path:

@@ -522,13 +522,14 @@ def train(specimen: Specimen, folder: Path, *, seed: int = 0, lora: LoraConfig |
 def _fit(model: nn.Module, feeds: Mapping[str, torch.Tensor], specimen: Specimen, seed: int) -> None:
     generator = torch.Generator().manual_seed(200 + seed)
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=specimen.learning_rate)
-    goal: torch.Tensor | None = None
+    goals: list[torch.Tensor] = []
     for _ in range(specimen.steps):
-        found = _as_tuple(model(**feeds))[0]
-        if goal is None:
-            goal = found.detach() + torch.randn(found.shape, generator=generator)
+        # All outputs that are compared: a target behind another one would keep its B of zeros.
+        found = _as_tuple(model(**feeds))[: len(specimen.outputs)]
+        goals = goals or [one.detach() + torch.randn(one.shape, generator=generator) for one in found]
         optimiser.zero_grad()
-        torch.nn.functional.mse_loss(found, goal).backward()
+        losses = [nn.functional.mse_loss(one, goal) for one, goal in zip(found, goals, strict=True)]
+        torch.stack(losses).sum().backward()
         optimiser.step()
 
 
@@ -620,8 +621,10 @@ def _export_dynamo(
 
 def to_float16(source: Path, path: Path) -> Path:
     """Convert an exported model as users do: weights and arithmetic in float16, inputs and outputs as they were."""
+    # The converter leaves `to=FLOAT` of a Cast as it is and then disagrees with itself about what comes out.
+    blocked = [*float16.DEFAULT_OP_BLOCK_LIST, "Cast"]
     with quiet():
-        model = float16.convert_float_to_float16(onnx.load(source), keep_io_types=True)
+        model = float16.convert_float_to_float16(onnx.load(source), keep_io_types=True, op_block_list=blocked)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, path)
     return path

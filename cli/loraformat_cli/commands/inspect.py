@@ -71,10 +71,14 @@ def _show(screen: Screen, shown: Record, every: bool) -> None:
 def _summary(shown: Record, listed: str) -> Iterator[tuple[str, str]]:
     """Yield name and value of everything but the long lists."""
     for name, value in shown.items():
-        if name in ("notes", "problems") or value in (None, [], {}):
+        if name in ("notes", "problems") or value in (None, [], {}, ""):
             continue
-        shown_as = {listed: len, "receipt": _merged_with}.get(name, _cell)
-        yield name.replace("_", " "), str(shown_as(value))
+        shown_as = {listed: _count, "receipt": _merged_with}.get(name, _count if isinstance(value, int) else _cell)
+        yield name.replace("_", " "), shown_as(value)
+
+
+def _count(value: Any) -> str:
+    return f"{value if isinstance(value, int) else len(value):,}"
 
 
 def _merged_with(receipt: Record) -> str:

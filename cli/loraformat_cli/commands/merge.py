@@ -110,8 +110,11 @@ def _show_receipt(screen: Screen, receipt: "Receipt") -> None:
     )
     if screen.verbose:
         screen.table(
-            ("rewritten", ">scale", ">retained", ">change"),
-            ((w.name, _numbers(w.scales), f"{w.retained:.3%}", f"{w.relative:.3g}") for w in receipt.weights),
+            ("target", "rewritten", ">scale", ">retained", ">change"),
+            (
+                (_listed(w.targets), w.name, _numbers(w.scales), f"{w.retained:.3%}", f"{w.relative:.3g}")
+                for w in receipt.weights
+            ),
             to="stderr",
         )
     least = min(receipt.weights, key=lambda weight: weight.retained, default=None)

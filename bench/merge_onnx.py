@@ -1,0 +1,179 @@
+"""Seconds and memory of a merge into an ONNX model, beside `cp` of the same files, from one run.
+
+    python bench/merge_onnx.py            # 1 GB
+    python bench/merge_onnx.py --gb 4
+    python bench/merge_onnx.py --inline   # weights inside the .onnx file
+
+The model is a stack of Llama-shaped blocks (MatMul only) of random float32, float16 or bfloat16 numbers; the adapter has rank 16 on
+every matrix. Files lie in the page cache. `cp` and the merge take turns; medians and their ratio are printed, and the
+peak memory of the merge as the kernel accounts for it, interpreter included.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+HIDDEN, INNER, RANK = 2048, 5504, 16
+MATRICES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN, HIDDEN // 4),
+    "self_attn.v_proj": (HIDDEN, HIDDEN // 4),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (HIDDEN, INNER),
+    "mlp.up_proj": (HIDDEN, INNER),
+    "mlp.down_proj": (INNER, HIDDEN),
+}
+FORMS = {
+    "float32": (TensorProto.FLOAT, 4),
+    "float16": (TensorProto.FLOAT16, 2),
+    "bfloat16": (TensorProto.BFLOAT16, 2),
+}
+MERGE = (
+    "import resource, sys, loraformat as l; l.merge(sys.argv[1], [sys.argv[2]], sys.argv[3], force=True, jobs={jobs});"
+)
+MERGE += " print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+
+
+def list_weights(total_bytes: int, itemsize: int) -> list[tuple[str, tuple[int, int]]]:
+    """Return module paths and shapes `(in, out)` of whole layers that add up to about `total_bytes`."""
+    layer_bytes = sum(rows * columns for rows, columns in MATRICES.values()) * itemsize
+    layers = max(1, round(total_bytes / layer_bytes))
+    return [(f"model.layers.{i}.{name}", shape) for i in range(layers) for name, shape in MATRICES.items()]
+
+
+def write_numbers(path: Path, sizes: list[int]) -> None:
+    """Append random numbers to a file: one block repeated, since its content does not matter for time."""
+    block = (np.random.default_rng(0).standard_normal(1 << 22) * 0.02).astype(np.float16).tobytes()
+    with path.open("wb") as sink:
+        for size in sizes:
+            for start in range(0, size, len(block)):
+                sink.write(block[: min(len(block), size - start)])
+
+
+def build_base(folder: Path, total_bytes: int, form: str, *, inline: bool) -> Path:
+    """Write `base.onnx` with its weights in `base.onnx.data`, or inside."""
+    code, itemsize = FORMS[form]
+    weights = list_weights(total_bytes, itemsize)
+    sizes = [rows * columns * itemsize for _, (rows, columns) in weights]
+    write_numbers(folder / "base.onnx.data", sizes)
+    nodes, initializers, offset = [], [], 0
+    for index, ((path, shape), size) in enumerate(zip(weights, sizes, strict=True)):
+        tensor = TensorProto(name=f"onnx::MatMul_{index}", data_type=code, dims=shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", "base.onnx.data"), ("offset", offset), ("length", size)):
+            tensor.external_data.add(key=key, value=str(value))
+        offset += size
+        initializers.append(tensor)
+        parts = path.replace("model.layers.", "model/layers.").split(".")
+        node = "/" + "/".join([f"{parts[0]}.{parts[1]}", *parts[2:]]) + "/MatMul"
+        nodes.append(helper.make_node("MatMul", [f"x{shape[0]}", tensor.name], [f"y{index}"], name=node))
+    inputs = [helper.make_tensor_value_info(f"x{width}", code, ["n", width]) for width in (HIDDEN, INNER)]
+    outputs = [helper.make_tensor_value_info(f"y{i}", code, ["n", shape[1]]) for i, (_, shape) in enumerate(weights)]
+    model = helper.make_model(helper.make_graph(nodes, "bench", inputs, outputs, initializers))
+    base = folder / "base.onnx"
+    onnx.save(onnx.load_from_string(model.SerializeToString()), str(base)) if not inline else _save_inline(model, base)
+    return base
+
+
+def _save_inline(model: onnx.ModelProto, base: Path) -> None:
+    """Write the model with its data inside; below the 2 GB that protobuf libraries can write."""
+    data = base.with_name("base.onnx.data")
+    numbers, offset = data.read_bytes(), 0
+    for tensor in model.graph.initializer:
+        size = next(int(entry.value) for entry in tensor.external_data if entry.key == "length")
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
+        tensor.raw_data = numbers[offset : offset + size]
+        offset += size
+    data.unlink()
+    base.write_bytes(model.SerializeToString())
+
+
+def build_adapter(folder: Path, total_bytes: int, itemsize: int) -> Path:
+    """Write a PEFT folder of rank 16 on every matrix."""
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(1)
+    tensors = {}
+    for path, (inner, outer) in list_weights(total_bytes, itemsize):
+        tensors[f"base_model.model.{path}.lora_A.weight"] = rng.standard_normal((RANK, inner), np.float32) * 0.02
+        tensors[f"base_model.model.{path}.lora_B.weight"] = rng.standard_normal((outer, RANK), np.float32) * 0.02
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    save_file(tensors, str(adapter / "adapter_model.safetensors"))
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": sorted(MATRICES)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return adapter
+
+
+def time_cp(base: Path, folder: Path) -> float:
+    """Return the seconds that `cp` takes for all files of the base, into new files."""
+    target = folder / "cp"
+    target.mkdir()
+    files = sorted(str(path) for path in base.parent.glob("base.onnx*"))
+    start = time.perf_counter()
+    subprocess.run(["cp", *files, str(target)], check=True)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
+
+
+def time_merge(base: Path, adapter: Path, folder: Path, jobs: int | None) -> tuple[float, int]:
+    """Return the seconds of a merge in a process of its own, start included, and its peak memory in bytes."""
+    target = folder / "merged"
+    target.mkdir()
+    command = [sys.executable, "-c", MERGE.format(jobs=jobs), str(base), str(adapter), str(target / "merged.onnx")]
+    start = time.perf_counter()
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds, int(result.stdout) * (1024 if sys.platform == "linux" else 1)
+
+
+def main() -> None:
+    """Build, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gb", type=float, default=1.0, help="size of the model (default 1)")
+    parser.add_argument("--form", choices=sorted(FORMS), default="float32")
+    parser.add_argument("--inline", action="store_true", help="weights inside the .onnx file (below 2 GB)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=None)
+    parser.add_argument("--folder", type=Path, default=None, help="where to work (default: the system's)")
+    arguments = parser.parse_args()
+    total_bytes = int(arguments.gb * 1e9)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        (folder / "base").mkdir()
+        base = build_base(folder / "base", total_bytes, arguments.form, inline=arguments.inline)
+        adapter = build_adapter(folder, total_bytes, FORMS[arguments.form][1])
+        size = sum(path.stat().st_size for path in base.parent.iterdir())
+        time_cp(base, folder)
+        copies, merges, peak = [], [], 0
+        for _ in range(arguments.rounds):
+            copies.append(time_cp(base, folder))
+            seconds, memory = time_merge(base, adapter, folder, arguments.jobs)
+            merges.append(seconds)
+            peak = max(peak, memory)
+    place = "inline" if arguments.inline else "external data"
+    cp, merge = statistics.median(copies), statistics.median(merges)
+    spread = statistics.median(m / c for m, c in zip(merges, copies, strict=True))
+    print(f"model            {size / 1e9:.2f} GB, {arguments.form}, {place}; {os.cpu_count()} processors")
+    print(f"cp               {cp:.2f} s  ({min(copies):.2f} to {max(copies):.2f})")
+    print(f"loraformat merge {merge:.2f} s  ({min(merges):.2f} to {max(merges):.2f}), interpreter start included")
+    print(f"ratio            {spread:.2f} (median of {arguments.rounds} pairs)")
+    print(f"peak memory      {peak / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
