@@ -141,7 +141,9 @@ class _Run:
             need = jobs * max(map(self._need_bytes, self._plan.weights), default=0)
             if need <= self._work.max_memory_bytes:
                 return jobs
-        raise refuse("LF607", "memory", f"a budget of {self._work.max_memory_bytes} bytes", f"at least {need} bytes")
+        raise refuse(
+            "LF607", "--max-memory", f"a budget of {self._work.max_memory_bytes} bytes", f"at least {need} bytes"
+        )
 
     def _need_bytes(self, weight: PlannedWeight) -> int:
         """Return the bytes that one worker on `weight` holds: tiles, and factors with their working copies."""

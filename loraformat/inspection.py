@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from loraformat.adapter import Adapter, Target
 from loraformat.bases import BaseModel, Site
 from loraformat.kinds import KINDS
-from loraformat.loading import choose_scheme, open_bundle
+from loraformat.loading import choose_scheme, digest_file, open_bundle
 from loraformat.problems import Problem
 from loraformat.schemes import StatedScale
 
@@ -117,7 +117,7 @@ def inspect_adapter(path: Path, scheme: str | None, stated: StatedScale) -> Adap
     """Read the adapter at `path` and summarise it; what stands against a merge is listed, not raised."""
     bundle, file = open_bundle(path)
     reader, evidence = choose_scheme(bundle, scheme)
-    adapter = reader.read(bundle, stated)
+    adapter = replace(reader.read(bundle, stated), sha256=digest_file(file))
     problems = list(adapter.problems)
     targets = []
     for target in adapter.targets:

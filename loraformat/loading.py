@@ -48,7 +48,7 @@ def load_adapter(path: Path, scheme: str | None = None, stated: StatedScale = NO
     """
     bundle, file = open_bundle(path)
     reader, _ = choose_scheme(bundle, scheme)
-    return replace(reader.read(bundle, stated), sha256=_digest(file))
+    return replace(reader.read(bundle, stated), sha256=digest_file(file))
 
 
 def open_bundle(path: Path) -> tuple[Bundle, InputFile]:
@@ -59,7 +59,8 @@ def open_bundle(path: Path) -> tuple[Bundle, InputFile]:
     return Bundle(path, opened.tensors, opened.metadata, _read_config(factors)), opened.file
 
 
-def _digest(file: InputFile) -> str:
+def digest_file(file: InputFile) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()
     for start in range(0, file.size_bytes, _DIGEST_STEP_BYTES):
         digest.update(file.read(start, min(_DIGEST_STEP_BYTES, file.size_bytes - start)))
@@ -70,13 +71,13 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
     """Return the scheme of `bundle` and the evidence for it.
 
     Raises:
-        InputError: LF121 no scheme knows these tensors, or none is called `name`.
-        FindingError: LF303 several do.
+        InputError: LF121 no scheme knows these tensors.
+        FindingError: LF303 several do, LF305 none is called `name`.
     """
     if name is not None:
         chosen = SCHEMES.find(name)
         if chosen is None:
-            raise refuse("LF121", bundle.path, f"no scheme {name!r}", f"one of {', '.join(SCHEMES.names())}")
+            raise refuse("LF305", name, "no scheme of this name", f"one of {', '.join(SCHEMES.names())}")
         return chosen, "named by the user"
     found = [(scheme, evidence) for _, scheme in SCHEMES if (evidence := scheme.detect(bundle)) is not None]
     if len(found) == 1:

@@ -61,8 +61,19 @@ def write_canonical(value: JsonValue) -> bytes:
 
     The same value gives the same bytes on every machine; NaN and infinity raise ValueError.
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_as_builtin
+    )
     return text.encode("utf-8")
+
+
+def _as_builtin(value: object) -> dict[str, JsonValue] | list[JsonValue]:
+    """Return a read-only mapping or another sequence as what the json module knows."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 def _unique(pairs: list[tuple[str, JsonValue]], where: object) -> dict[str, JsonValue]:

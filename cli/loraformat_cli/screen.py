@@ -1,11 +1,14 @@
-"""Where words go: results on stdout, everything else on stderr. rich is imported when a table or a bar is shown."""
+"""Where words go: results on stdout, everything else on stderr.
+
+rich is imported for the bar, and for a table that is wider than the terminal.
+"""
 
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO, get_args
@@ -21,8 +24,10 @@ if TYPE_CHECKING:
 ColourMode = Literal["auto", "always", "never"]
 COLOUR_MODES: Final[tuple[str, ...]] = get_args(ColourMode)
 Stream = Literal["stdout", "stderr"]
-_UNWRAPPED: Final = 100_000
-"""Columns of a screen that is no terminal: lines are for grep then, never broken."""
+_FOLDED_ROWS: Final = 1000
+"""rich takes a second for so many; lines of longer tables are left to the terminal to break."""
+RIGHT: Final = ">"
+"""A heading that starts with it stands over a column that is set to the right."""
 _SEVERITY_STYLES: Final = {"error": "red", "warning": "yellow", "note": "cyan"}
 
 
@@ -75,31 +80,36 @@ class Screen:
             click.echo(label + text, err=True, color=coloured)
 
     def table(self, headings: Sequence[str], rows: Iterable[Sequence[object]], to: Stream = "stdout") -> None:
-        """Print rows in columns; headings that start with `>` are set to the right."""
+        """Print rows in columns; long cells are folded on a terminal only, for grep lines are never broken."""
         if to == "stderr" and self.quiet:
             return
+        stream = sys.stdout if to == "stdout" else sys.stderr
+        coloured = self._coloured(stream)
+        cells = [[plain(cell) for cell in row] for row in rows]
+        lines = align(headings, cells, bold=coloured)
+        from shutil import get_terminal_size  # here: it imports every compressor
+
+        widest = max(len(click.unstyle(line)) for line in lines) if lines else 0
+        if stream.isatty() and len(cells) <= _FOLDED_ROWS and widest > get_terminal_size().columns:
+            lines = self._fold(headings, cells, stream)
+        with suppress(OSError) if to == "stderr" else nullcontext():
+            click.echo("\n".join(lines), err=to == "stderr", color=coloured)
+
+    def _fold(self, headings: Sequence[str], cells: Sequence[Sequence[str]], stream: TextIO) -> list[str]:
+        """Return the table's lines with long cells folded, so that it fits the terminal."""
         from rich.table import Table
         from rich.text import Text
 
         table = Table(box=None, show_header=any(headings), pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for heading in headings:
-            right = heading.startswith(">")
-            table.add_column(heading.removeprefix(">"), justify="right" if right else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(plain(cell)) for cell in row))
-        self._print(table, to)
-
-    def _print(self, renderable: object, to: Stream) -> None:
-        """Print through rich into text first, so that one write reports a full disk or a closed pipe."""
-        console = self._console(sys.stdout if to == "stdout" else sys.stderr)
+            justify: Literal["left", "right"] = "right" if heading.startswith(RIGHT) else "left"
+            table.add_column(heading.removeprefix(RIGHT), justify=justify, overflow="fold")
+        for row in cells:
+            table.add_row(*map(Text, row))
+        console = self._console(stream)
         with console.capture() as captured:
-            console.print(renderable)
-        lines = "\n".join(line.rstrip() for line in captured.get().splitlines())
-        if to == "stdout":
-            click.echo(lines, color=self._coloured(sys.stdout))
-        else:
-            with suppress(OSError):
-                click.echo(lines, err=True, color=self._coloured(sys.stderr))
+            console.print(table)
+        return captured.get().splitlines()
 
     @contextmanager
     def progress(self, verb: str) -> Iterator["ByteBar | None"]:
@@ -121,7 +131,6 @@ class Screen:
             force_terminal=coloured or None,
             color_system="standard" if coloured else None,
             no_color=not coloured,
-            width=None if stream.isatty() else _UNWRAPPED,
             markup=False,
             emoji=False,
             highlight=False,
@@ -142,6 +151,19 @@ class Screen:
 def _can_redraw(stream: TextIO) -> bool:
     """Return whether `stream` is a terminal that knows control sequences."""
     return stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
+def align(headings: Sequence[str], rows: Sequence[Sequence[str]], *, bold: bool) -> list[str]:
+    """Return lines in columns, headings first unless all are empty."""
+    titles = [heading.removeprefix(RIGHT) for heading in headings]
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    sides = [str.rjust if heading.startswith(RIGHT) else str.ljust for heading in headings]
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(side(cell, width) for side, cell, width in zip(sides, cells, widths, strict=True)).rstrip()
+
+    head = [click.style(line(titles), bold=True) if bold else line(titles)] if any(titles) else []
+    return head + [line(row) for row in rows]
 
 
 def plain(value: object) -> str:

@@ -61,11 +61,14 @@ _MESSAGES: Final = {
         frozenset({1, 10, 13}),
         frozenset({1, 4, 5, 6, 10, 13}),
     ),
-    "OperatorSet": _Message({}, frozenset({1, 2}), frozenset({1})),
-    "ValueInfo": _Message({4: "Entry"}, frozenset({1, 2}), frozenset({1})),
-    "Entry": _Message({}, frozenset({1, 2}), frozenset({1, 2})),
+    "OperatorSet": _Message(text=frozenset({1})),
+    "ValueInfo": _Message({4: "Entry"}, text=frozenset({1})),
+    "Entry": _Message(text=frozenset({1, 2})),
 }
+"""By name; the numbers are those of onnx.proto. Strings that nothing here reads (doc_string) are not checked."""
 
+
+_TEXT_ONLY: Final = frozenset({"ValueInfo", "Entry"})
 _GRAPH: Final = 7
 _DATA_TYPE: Final = 2
 _NAME: Final = 8
@@ -164,6 +167,8 @@ class _Walker:
                 self.reader.check_text(item)
             elif number in inside:
                 name = inside[number]
+                if name in _TEXT_ONLY and self.reader.is_ascii(item):
+                    continue
                 frame = Frame(item) if level.frame is None else level.frame.enter(item)
                 if name not in self._leaves:
                     self._push(name, frame)

@@ -201,6 +201,26 @@ class Reader:
         except UnicodeDecodeError:
             raise self.refuse(field.start, "a string that is not UTF-8") from None
 
+    def is_ascii(self, field: Field) -> bool:
+        """Say whether a message has only strings, and messages, of ASCII: the quick way past most of a model's text."""
+        length = field.end - field.begin
+        if length > _LARGE_WINDOW:
+            return False
+        window, index = self._view(field.begin, length)
+        end = index + length
+        try:
+            while index < end:
+                tag, size = window[index], window[index + 1]
+                start = index + 2
+                if size > 0x7F:
+                    size, start = decode_varint(window, index + 1)
+                index = start + size
+                if tag > 0x7F or tag & 7 != LENGTH or not window[start:index].isascii():
+                    return False
+        except (IndexError, ValueError):
+            return False
+        return index == end
+
     def refuse(self, offset: int, found: str, end: int | None = None) -> LoraformatError:
         """Return the error about what stands at `offset`."""
         expected = "" if end is None else f"at most byte {end}"

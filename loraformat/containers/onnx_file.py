@@ -65,6 +65,13 @@ class OnnxFile:
         self.path = self.file.path
         self.problems: list[Problem] = []
         self._data: dict[Path, InputFile] = {}
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> None:
         if self.file.read(0, min(len(_LFS), self.file.size_bytes)) == _LFS:
             raise refuse("LF111", self.path, "a git-LFS pointer, not the model itself", "an ONNX model", "git lfs pull")
         walk = walk_model(self.file)
@@ -72,6 +79,11 @@ class OnnxFile:
         self._receipts = [frame.field for frame in walk.receipts]
         self.model, self.structure_sha256 = build_skeleton(self.file, walk.cuts, self._receipts)
         self.receipt = self._read_receipt()
+
+    def close(self) -> None:
+        """Close all files; without it they are closed when nobody refers to them any more."""
+        for file in self.files:
+            file.close()
 
     @property
     def files(self) -> list[InputFile]:
@@ -255,17 +267,22 @@ class Onnx:
     def open(self, path: Path) -> TensorFile:
         """Return the main graph's initializers that are a run of bytes; raises as `OnnxFile` does, LF116 included."""
         opened = open_onnx(path)
-        tensors: dict[str, StoredTensor] = {}
-        seen: set[str] = set()
-        for proto in opened.model.graph.initializer:
-            if proto.name in seen:
-                raise refuse("LF118", path, f"two initializers named {proto.name!r}", "each name once")
-            seen.add(proto.name)
-            stored = opened.stored_tensor(proto)
-            if isinstance(stored, StoredTensor):
-                tensors[proto.name] = stored
+        try:
+            tensors = _list_initializers(opened)
+        except LoraformatError:
+            opened.close()
+            raise
         metadata = {entry.key: entry.value for entry in opened.model.metadata_props}
         return TensorFile(opened.file, tensors, metadata)
+
+
+def _list_initializers(opened: OnnxFile) -> dict[str, StoredTensor]:
+    stored: dict[str, StoredTensor | Problem] = {}
+    for proto in opened.model.graph.initializer:
+        if proto.name in stored:
+            raise refuse("LF118", opened.path, f"two initializers named {proto.name!r}", "each name once")
+        stored[proto.name] = opened.stored_tensor(proto)
+    return {name: tensor for name, tensor in stored.items() if isinstance(tensor, StoredTensor)}
 
 
 CONTAINER: Final = Onnx()

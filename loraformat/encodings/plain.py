@@ -52,7 +52,8 @@ class Plain:
         elif stored.dtype == np.float16 and out.dtype == np.float32 and _all_finite(stored) and _subnormals_work():
             _widen_finite(stored, out)
         else:
-            np.copyto(out, stored)
+            with np.errstate(invalid="ignore"):  # A signalling NaN.
+                np.copyto(out, stored)
 
     def encode(self, values: NDArray[Any], out: NDArray[Any]) -> None:
         """Round `values` once (nearest, ties to even) into `out`; see `loraformat.encodings.Encoding`."""

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from loraformat_cli.group import root
 
 import loraformat
 from loraformat.problems import Problem
 from loraformat.receipt import AppliedAdapter, MergedWeight, Receipt
+from loraformat_cli.group import root
 
 SETTINGS = ("NO_COLOR", "FORCE_COLOR", "LORAFORMAT_TRACEBACK")
 

@@ -12,7 +12,9 @@ import pytest
 
 from loraformat.errors import error_for, refuse
 from loraformat.problems import Problem
+from loraformat.reasons import all_reasons
 
+SETTINGS = ("NO_COLOR", "FORCE_COLOR", "LINES")
 CLASSES = [("LF401", 1), ("LF100", 3), ("LF601", 4), ("LF604", 5)]
 
 
@@ -210,6 +212,37 @@ def test_ignored_signals_stay_ignored(tmp_path) -> None:
     probe += "from loraformat_cli.main import _catch_signals as c;c();os.kill(os.getpid(),signal.SIGHUP);print('alive')"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "alive\n"
+
+
+@pytest.mark.parametrize("columns", [40, 200])
+def test_tables_are_folded_on_a_terminal_and_lose_nothing(columns) -> None:
+    pty = pytest.importorskip("pty")
+    controller, terminal = pty.openpty()
+    settings = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    env = settings | {"TERM": "xterm", "COLUMNS": str(columns)}
+    command = [sys.executable, "-m", "loraformat", "explain", "--color", "never"]
+    try:
+        with subprocess.Popen(command, stdout=terminal, stderr=subprocess.PIPE, env=env) as process:
+            os.close(terminal)
+            shown = _read_all(controller).decode()
+            assert process.wait(60) == 0
+    finally:
+        os.close(controller)
+    assert "\x1b" not in shown
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= columns
+    text = "".join("".join(line[11:].split()) for line in lines[1:])  # the titles, without spaces
+    assert text == "".join("".join(reason.title.split()) for reason in all_reasons().values())
+
+
+def _read_all(descriptor: int) -> bytes:
+    parts = []
+    try:
+        while part := os.read(descriptor, 1 << 16):
+            parts.append(part)
+    except OSError:  # how Linux says that the other end of a terminal is closed
+        pass
+    return b"".join(parts)
 
 
 def test_progress_only_where_it_can_be_seen(face, receipt, monkeypatch) -> None:

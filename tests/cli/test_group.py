@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
+
 from loraformat_cli import commands
 from loraformat_cli.group import root
 

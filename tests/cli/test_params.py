@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 import pytest
+
 from loraformat_cli.params import ByteSize, Finite, WeightedAdapter
 
 

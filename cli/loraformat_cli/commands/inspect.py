@@ -73,8 +73,11 @@ def _summary(shown: Record, listed: str) -> Iterator[tuple[str, str]]:
     for name, value in shown.items():
         if name in ("notes", "problems") or value in (None, [], {}, ""):
             continue
-        shown_as = {listed: _count, "receipt": _merged_with}.get(name, _count if isinstance(value, int) else _cell)
-        yield name.replace("_", " "), shown_as(value)
+        if name == "receipt":
+            text = _merged_with(value)
+        else:
+            text = _count(value) if name == listed or isinstance(value, int) else _cell(value)
+        yield name.replace("_", " "), text
 
 
 def _count(value: Any) -> str:
