@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from loraformat.dtypes import Dtype
+from loraformat.fingerprint import Fingerprint
 from loraformat.problems import Problem
 
 
@@ -98,6 +99,7 @@ class Target:
         factors: role (`lora_A.weight` ...) to tensor.
         rank: rank as stated or as the factors have it; 0 for kinds without one.
         scaling: how strongly it acts.
+        fingerprint: sampled numbers of the base weight that it was trained on, or None.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Target:
     factors: Mapping[str, Factor]
     rank: int
     scaling: Scaling
+    fingerprint: Fingerprint | None = None
 
     @property
     def scale(self) -> float:

@@ -5,12 +5,14 @@ defaults; it does not know files.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from loraformat.adapter import Adapter, BaseBinding, Scaling, ScalingRule, SlotKind, Target
 from loraformat.errors import refuse
+from loraformat.fingerprint import SAMPLES, Fingerprint
+from loraformat.limits import MAX_DIMS
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 
 MANIFEST_KEY: Final = "loraformat"
@@ -33,6 +35,7 @@ class TargetEntry:
     slot: SlotKind
     rank: int
     scaling: Scaling
+    fingerprint: Fingerprint | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +70,18 @@ def build_manifest(adapter: Adapter) -> bytes:
 
 def _entry_as_json(target: Target) -> JsonValue:
     scaling = target.scaling
-    return {
+    entry: dict[str, JsonValue] = {
         "kind": target.kind,
         "slot": target.slot.value,
         "rank": target.rank,
         "scaling": {"rule": scaling.rule.value, _VALUE_FIELD[scaling.rule]: scaling.value},
     }
+    if target.fingerprint is not None:
+        entry["fingerprint"] = {
+            "shape": list(target.fingerprint.shape),
+            "samples": list(target.fingerprint.samples),
+        }
+    return entry
 
 
 def parse_manifest(text: str, where: object) -> Manifest:
@@ -117,10 +126,20 @@ def _parse_entry(name: str, value: JsonValue, where: str) -> TargetEntry:
         slot=fields.take("slot", _enum(SlotKind)),
         rank=fields.take("rank", _rank),
         scaling=Scaling(rule, scaling.take(_VALUE_FIELD[rule], _number)),
+        fingerprint=_parse_fingerprint(fields.take("fingerprint", _object, None), place),
     )
     scaling.refuse_rest()
     fields.refuse_rest()
     return entry
+
+
+def _parse_fingerprint(value: Mapping[str, JsonValue] | None, where: str) -> Fingerprint | None:
+    if value is None:
+        return None
+    fields = _Fields(value, f"{where}: fingerprint")
+    fingerprint = Fingerprint(fields.take("shape", _shape), fields.take("samples", _samples))
+    fields.refuse_rest()
+    return fingerprint
 
 
 class _Fields:
@@ -180,6 +199,26 @@ def _rank(value: JsonValue) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise TypeError("a whole number, not negative")
     return value
+
+
+def _list(value: JsonValue) -> Sequence[JsonValue]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError("a list")
+    return value
+
+
+def _shape(value: JsonValue) -> tuple[int, ...]:
+    sizes = tuple(map(_rank, _list(value)))
+    if not 2 <= len(sizes) <= MAX_DIMS or 0 in sizes:
+        raise ValueError(f"2 to {MAX_DIMS} sizes of at least 1")
+    return sizes
+
+
+def _samples(value: JsonValue) -> tuple[float, ...]:
+    numbers = tuple(map(_number, _list(value)))
+    if len(numbers) != SAMPLES:
+        raise ValueError(f"{SAMPLES} numbers")
+    return numbers
 
 
 def _enum(kind: type[T]) -> Callable[[JsonValue], T]:

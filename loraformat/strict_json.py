@@ -8,12 +8,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NoReturn, TypeAlias
+from decimal import Decimal
+from typing import Final, NoReturn, TypeAlias
 
 from loraformat.errors import LoraformatError, refuse
 from loraformat.limits import MAX_JSON_DEPTH, MAX_JSON_INTEGER_DIGITS
 
 JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
+
+_EXACT_INTEGERS: Final = 1 << 53
+"""Beyond it not every integer is a 64-bit float, which is all that many JSON readers have."""
 
 
 def parse_json(data: bytes, where: object) -> JsonValue:
@@ -57,23 +61,57 @@ def parse_json_object(data: bytes, where: object) -> Mapping[str, JsonValue]:
 
 
 def write_canonical(value: JsonValue) -> bytes:
-    """Return the one canonical text of `value`: keys sorted, no blanks, UTF-8, shortest numbers.
+    """Return the one canonical text of `value`, UTF-8: the JSON Canonicalization Scheme (RFC 8785).
 
-    The same value gives the same bytes on every machine; NaN and infinity raise ValueError.
+    Keys are sorted by UTF-16 code units, numbers written as ECMAScript does, so that writers in other languages make
+    the same bytes.
+
+    Raises:
+        ValueError: NaN, infinity, or an integer that a 64-bit float does not hold.
     """
-    text = json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_as_builtin
-    )
-    return text.encode("utf-8")
+    return _write(value).encode("utf-8")
 
 
-def _as_builtin(value: object) -> dict[str, JsonValue] | list[JsonValue]:
-    """Return a read-only mapping or another sequence as what the json module knows."""
+def _write(value: JsonValue) -> str:
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int | float):
+        return _write_number(value)
     if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
-        return list(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+        ordered = sorted(value.items(), key=lambda item: item[0].encode("utf-16-be", "surrogatepass"))
+        return "{" + ",".join(f"{_write(key)}:{_write(item)}" for key, item in ordered) + "}"
+    return "[" + ",".join(map(_write, value)) + "]"
+
+
+def _write_number(value: int | float) -> str:
+    """Return a number as ECMAScript's Number.prototype.toString does (ECMA-262, 6.1.6.1.20)."""
+    if isinstance(value, int) and abs(value) < _EXACT_INTEGERS:
+        return str(value)
+    number = float(value)
+    if not math.isfinite(number) or number != value:
+        raise ValueError(f"JSON has no number {value!r}")
+    sign, digits, exponent = Decimal(repr(number)).as_tuple()
+    if not isinstance(exponent, int):
+        raise ValueError(f"JSON has no number {value!r}")
+    text = "".join(map(str, digits)).rstrip("0")
+    if not text:
+        return "0"
+    point = len(digits) + exponent
+    return ("-" if sign else "") + _place_point(text, point)
+
+
+def _place_point(digits: str, point: int) -> str:
+    """Return shortest `digits` with the decimal point after `point` of them, as ECMAScript places it."""
+    if len(digits) <= point <= 21:
+        return digits.ljust(point, "0")
+    if 0 < point <= 21:
+        return f"{digits[:point]}.{digits[point:]}"
+    if -6 < point <= 0:
+        return f"0.{'0' * -point}{digits}"
+    fraction = f".{digits[1:]}" if len(digits) > 1 else ""
+    return f"{digits[0]}{fraction}e{point - 1:+d}"
 
 
 def _unique(pairs: list[tuple[str, JsonValue]], where: object) -> dict[str, JsonValue]:

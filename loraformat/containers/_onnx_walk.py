@@ -253,7 +253,8 @@ class _Walker:
             if key == "location" and value is not None:
                 location = entry.enter(value)
         if location is not None:
-            if location.field.end - location.field.begin > MAX_NAME_BYTES:
-                raise refuse("LF110", self.found.file.path, "a location of more than 4096 bytes")
+            size = location.field.end - location.field.begin
+            if size > MAX_NAME_BYTES:
+                raise refuse("LF110", self.found.file.path, f"a location of {size} bytes", f"at most {MAX_NAME_BYTES}")
             text = self.reader.read(location.field).decode()
             self.found.externals.append(ExternalSite(text, location, by_key))

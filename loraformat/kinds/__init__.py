@@ -50,6 +50,22 @@ class RoleSet:
     optional: tuple[str, ...] = ()
 
 
+def check_roles(target: Target, role_sets: Sequence[RoleSet]) -> list[Problem]:
+    """Return problems of a target's slot and of roles that it lacks or should not have."""
+    roles = next((roles for roles in role_sets if target.slot in roles.slots), None)
+    if roles is None:
+        allowed = ", ".join(slot.value for roles in role_sets for slot in roles.slots)
+        return [Problem("LF408", target.name, f"the slot {target.slot.value!r}", f"one of {allowed}")]
+    unknown = sorted(set(target.factors) - {*roles.required, *roles.optional})
+    missing = [role for role in roles.required if role not in target.factors]
+    have = ", ".join(sorted(target.factors)) or "nothing"
+    problems = [Problem("LF201", target.name, f"only {have}", f"{role} beside it") for role in missing]
+    if unknown:
+        expected = ", ".join((*roles.required, *roles.optional))
+        problems.append(Problem("LF202", target.name, f"the roles {', '.join(unknown)}", expected))
+    return problems
+
+
 class Kind(Protocol):
     """What a file in this folder provides as `KIND`.
 

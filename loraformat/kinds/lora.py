@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Factor, SlotKind, Target
-from loraformat.kinds import Delta, Nature, RoleSet
+from loraformat.kinds import Delta, Nature, RoleSet, check_roles
 from loraformat.problems import Problem
 
 _LINEAR: Final = RoleSet(
@@ -63,11 +63,11 @@ class Lora:
     role_sets = (_LINEAR, _EMBEDDING)
 
     def check(self, target: Target) -> list[Problem]:
-        """Return problems of partners, number forms, dimensions and rank."""
-        down, up = _pair(target.factors)
-        if down is None or up is None:
-            have, lack = sorted(target.factors), "A" if down is None else "B"
-            return [Problem("LF201", target.name, f"only {', '.join(have)}", f"a factor {lack} beside it")]
+        """Return problems of slot, roles, partners, number forms, dimensions and rank."""
+        problems = check_roles(target, self.role_sets)
+        if problems:
+            return problems
+        down, up = _checked_pair(target.factors)
         problems = [
             Problem("LF210", f"{target.name}: {factor.name}", factor.dtype.name, "a floating-point form")
             for factor in (down, up)

@@ -27,9 +27,11 @@ class Native:
         if MANIFEST_KEY not in bundle.metadata:
             raise refuse("LF122", bundle.path, "no manifest", f"the metadata key {MANIFEST_KEY!r}")
         manifest = parse_manifest(bundle.metadata[MANIFEST_KEY], bundle.path)
+        if not manifest.targets:
+            raise refuse("LF212", bundle.path, "a manifest without targets", "at least one")
         factors = _group(bundle, manifest.targets)
         targets = tuple(
-            Target(name, entry.kind, entry.slot, factors[name], entry.rank, entry.scaling)
+            Target(name, entry.kind, entry.slot, factors[name], entry.rank, entry.scaling, entry.fingerprint)
             for name, entry in sorted(manifest.targets.items())
         )
         return Adapter(

@@ -12,9 +12,9 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws.container_laws import ContainerLaws, rewrite
 from onnx import TensorProto, helper, numpy_helper
 
+from laws.container_laws import ContainerLaws, rewrite
 from loraformat.containers.onnx_file import CONTAINER, OnnxFile, open_onnx
 from loraformat.errors import LoraformatError
 from loraformat.images import Blank, Copy
@@ -103,9 +103,9 @@ def make_model(seed=7):
         initializers,
     )
     graph.value_info.append(value("u", "n", 60))
-    for node in nodes[:3]:
-        graph.node[0].metadata_props.add(key="namespace", value=": Model/" + "layers.0: " * 30)
-        graph.node[1].metadata_props.add(key="namespace", value="Größe " + node.op_type)
+    for node in graph.node:
+        node.metadata_props.add(key="namespace", value=": Model/" + "layers.0: " * 30)
+        node.metadata_props.add(key="note", value="Größe " + node.op_type)
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
     return helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=9)
 

@@ -1,0 +1,112 @@
+"""Output files as pieces: where everything comes from, and where it lands."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraformat.images import Blank, Copy, Edit, FileImage, Literal, Piece, edit_file
+from loraformat.spans import InputFile, Span
+
+CONTENT = bytes(range(60))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> InputFile:
+    path = tmp_path_factory.mktemp("images") / "input"
+    path.write_bytes(CONTENT)
+    return InputFile(path)
+
+
+def content_of(image: FileImage) -> bytes:
+    out = bytearray(b"?" * image.size_bytes)
+    for start, piece in image.placed():
+        match piece:
+            case Copy(source, offset, length):
+                new = source.read(offset, length)
+            case Literal(data):
+                new = data
+            case Blank(length):
+                new = b" " * length
+        out[start : start + len(new)] = new
+    assert len(out) == image.size_bytes
+    return bytes(out)
+
+
+def test_pieces_stand_one_after_another(file: InputFile) -> None:
+    pieces = [Literal(b"ab"), Copy(file, 10, 3), Blank(0), Literal(b""), Copy(file, 5, 0), Blank(2), Copy(file, 0, 1)]
+    image = FileImage(Path("out"), pieces)
+    assert list(image.placed()) == [(0, pieces[0]), (2, pieces[1]), (5, pieces[5]), (7, pieces[6])]
+    assert image.size_bytes == 8
+    assert content_of(image) == b"ab\x0a\x0b\x0c  \0"
+
+
+def test_an_empty_file(file: InputFile) -> None:
+    image = FileImage(Path("out"), [])
+    assert image.size_bytes == 0
+    assert not list(image.placed())
+    assert image.locate(Span(file.path, 0, 1)) is None
+
+
+def test_spans_are_located_inside_one_copy(file: InputFile) -> None:
+    image = FileImage(Path("out"), [Literal(b"abc"), Copy(file, 20, 10), Blank(7), Copy(file, 0, 5), Copy(file, 40, 2)])
+    located = {(20, 10): 3, (20, 1): 3, (25, 5): 8, (29, 1): 12, (0, 5): 20, (4, 1): 24, (40, 2): 25}
+    for (offset, length), place in located.items():
+        assert image.locate(Span(file.path, offset, length)) == place, (offset, length)
+    for offset, length in [(19, 2), (29, 2), (30, 1), (4, 2), (10, 1), (0, 6), (39, 3), (42, 1), (59, 1)]:
+        assert image.locate(Span(file.path, offset, length)) is None, (offset, length)
+
+
+def test_spans_of_other_files_are_not_located(file: InputFile) -> None:
+    image = FileImage(Path("out"), [Copy(file, 0, 60)])
+    for name in ("a", "input2", "zzz"):
+        assert image.locate(Span(file.path.with_name(name), 0, 1)) is None
+
+
+def test_two_inputs_in_one_image(file: InputFile, tmp_path: Path) -> None:
+    (tmp_path / "second").write_bytes(b"0123456789")
+    second = InputFile(tmp_path / "second")
+    image = FileImage(Path("out"), [Copy(second, 2, 4), Copy(file, 2, 4), Copy(second, 8, 2)])
+    assert image.locate(Span(second.path, 3, 2)) == 1
+    assert image.locate(Span(file.path, 3, 2)) == 5
+    assert image.locate(Span(second.path, 8, 2)) == 8
+
+
+def test_edits_must_not_overlap(file: InputFile) -> None:
+    with pytest.raises(ValueError, match="overlap"):
+        edit_file(file, [Edit(10, 5, ()), Edit(14, 1, ())])
+    assert edit_file(file, [Edit(15, 1, ()), Edit(10, 5, ())])
+
+
+@st.composite
+def edit_lists(draw: st.DrawFn) -> list[tuple[int, int, bytes]]:
+    ends = sorted(draw(st.lists(st.integers(0, len(CONTENT)), max_size=8)))
+    pairs = zip(ends[::2], ends[1::2], strict=False)
+    return [(begin, end - begin, draw(st.binary(max_size=5))) for begin, end in pairs]
+
+
+@given(edits=edit_lists(), tail=st.binary(max_size=4), data=st.data())
+def test_editing_is_what_it_is_for_bytes(
+    file: InputFile, edits: list[tuple[int, int, bytes]], tail: bytes, data: st.DataObject
+) -> None:
+    expected, position = b"", 0
+    for offset, length, new in edits:
+        expected += CONTENT[position:offset] + new
+        position = offset + length
+    expected += CONTENT[position:] + tail
+    shuffled = data.draw(st.permutations(edits)) if len({offset for offset, _, _ in edits}) == len(edits) else edits
+    pieces: list[Piece] = edit_file(
+        file, [Edit(offset, length, (Literal(new),)) for offset, length, new in shuffled], [Literal(tail)]
+    )
+    image = FileImage(Path("out"), pieces)
+    assert content_of(image) == expected
+    begin = data.draw(st.integers(0, len(CONTENT) - 1))
+    span = Span(file.path, begin, data.draw(st.integers(1, len(CONTENT) - begin)))
+    place = image.locate(span)
+    cut = any(offset < span.end and begin < offset + length for offset, length, _ in edits)
+    if place is not None:
+        assert expected[place : place + span.length] == CONTENT[begin : span.end]
+        assert not cut
+    else:
+        assert cut or any(begin < offset < span.end for offset, _, _ in edits)
