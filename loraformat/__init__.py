@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter, Target
-    from loraformat.api import inspect, load, merge, plan_merge, save
+    from loraformat.api import inspect, load, merge, plan_merge, save, stamp
     from loraformat.errors import FindingError, InputError, LoraformatError, OutputError, RefusedError
     from loraformat.inspection import AdapterInspection, BaseInspection
     from loraformat.plan import Plan
@@ -38,11 +38,12 @@ __all__ = [
     "merge",
     "plan_merge",
     "save",
+    "stamp",
 ]
 
 _HOMES = {
     "loraformat.adapter": ("Adapter", "Target"),
-    "loraformat.api": ("inspect", "load", "merge", "plan_merge", "save"),
+    "loraformat.api": ("inspect", "load", "merge", "plan_merge", "save", "stamp"),
     "loraformat.errors": ("FindingError", "InputError", "LoraformatError", "OutputError", "RefusedError"),
     "loraformat.inspection": ("AdapterInspection", "BaseInspection"),
     "loraformat.plan": ("Plan",),

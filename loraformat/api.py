@@ -17,6 +17,7 @@ from loraformat.plan import Plan, WeightedAdapter, build_plan, default_output
 from loraformat.receipt import Receipt
 from loraformat.schemes import StatedScale
 from loraformat.schemes.native import write_tensors
+from loraformat.stamp import stamp_adapter
 
 StrPath: TypeAlias = str | os.PathLike[str]
 AdapterSource: TypeAlias = StrPath | Adapter
@@ -78,6 +79,32 @@ def inspect(
     return inspect_adapter(place, scheme, StatedScale(alpha, scale))
 
 
+def stamp(
+    adapter: AdapterSource,
+    base: StrPath,
+    *,
+    scheme: str | None = None,
+    alpha: float | None = None,
+    scale: float | None = None,
+    strip_prefix: str | None = None,
+) -> Adapter:
+    """Return the adapter with a fingerprint of its base weight at every target; `save` writes it.
+
+    Args:
+        adapter: path or loaded adapter.
+        base: the model that it was trained on.
+        scheme: as in `load`.
+        alpha: as in `load`.
+        scale: as in `load`.
+        strip_prefix: removed from the front of the targets' names before they are looked for in the base.
+
+    Raises:
+        LoraformatError: a target that the base lacks, or a weight whose sampled numbers are not finite.
+    """
+    item = _weigh(adapter, scheme, StatedScale(alpha, scale))
+    return stamp_adapter(item.adapter, open_base(Path(base)), strip_prefix=strip_prefix)
+
+
 def plan_merge(
     base: StrPath,
     adapters: Sequence[AdapterArgument],
@@ -89,10 +116,20 @@ def plan_merge(
     allow_unmatched: Sequence[str] = (),
     strip_prefix: str | None = None,
     allow_zero: bool = False,
+    ignore_fingerprints: bool = False,
 ) -> Plan:
     """Return what `merge` would do with the same arguments; reads no weight of the base and writes nothing."""
     opened, weighted = _open(base, adapters, scheme, StatedScale(alpha, scale))
-    return _plan(opened, weighted, output, allow_unmatched, strip_prefix, allow_zero=allow_zero)
+    place = _place_output(opened, weighted, output)
+    return build_plan(
+        opened,
+        weighted,
+        place,
+        allow_unmatched=allow_unmatched,
+        strip_prefix=strip_prefix,
+        allow_zero=allow_zero,
+        ignore_fingerprints=ignore_fingerprints,
+    )
 
 
 def merge(
@@ -106,6 +143,7 @@ def merge(
     allow_unmatched: Sequence[str] = (),
     strip_prefix: str | None = None,
     allow_zero: bool = False,
+    ignore_fingerprints: bool = False,
     min_retained: float = RETAINED_REFUSE,
     jobs: int | None = None,
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
@@ -126,6 +164,7 @@ def merge(
         allow_unmatched: glob patterns of adapter targets that may be left out when the base has nothing for them.
         strip_prefix: removed from the front of the targets' names.
         allow_zero: accept a scale of zero.
+        ignore_fingerprints: accept weights that do not match the fingerprint of their target.
         min_retained: refuse when a smaller share of a weight's delta survives rounding.
         jobs: worker threads; None takes one for each processor.
         max_memory_bytes: cap on tiles and factors in flight.
@@ -141,7 +180,15 @@ def merge(
         LoraformatError: with every problem that was found; the output is what it was before.
     """
     opened, weighted = _open(base, adapters, scheme, StatedScale(alpha, scale))
-    plan = _plan(opened, weighted, output, allow_unmatched, strip_prefix, allow_zero=allow_zero)
+    plan = build_plan(
+        opened,
+        weighted,
+        _place_output(opened, weighted, output),
+        allow_unmatched=allow_unmatched,
+        strip_prefix=strip_prefix,
+        allow_zero=allow_zero,
+        ignore_fingerprints=ignore_fingerprints,
+    )
     for item in weighted:
         check_output(plan.output, _sources(item.adapter), force=True)
     work = Work(count_workers(jobs), max_memory_bytes, min_retained, force, durable, progress)
@@ -169,19 +216,8 @@ def _name_of(path: Path) -> str:
     return path.name.removesuffix(".safetensors")
 
 
-def _plan(
-    base: BaseModel,
-    adapters: Sequence[WeightedAdapter],
-    output: StrPath | None,
-    allow_unmatched: Sequence[str],
-    strip_prefix: str | None,
-    *,
-    allow_zero: bool,
-) -> Plan:
-    place = Path(output) if output is not None else default_output(base.path, base.suffix, adapters)
-    return build_plan(
-        base, adapters, place, allow_unmatched=allow_unmatched, strip_prefix=strip_prefix, allow_zero=allow_zero
-    )
+def _place_output(base: BaseModel, adapters: Sequence[WeightedAdapter], output: StrPath | None) -> Path:
+    return Path(output) if output is not None else default_output(base.path, base.suffix, adapters)
 
 
 def _sources(adapter: Adapter) -> list[Path]:

@@ -175,7 +175,7 @@ class _Run:
     def _list_copies(self) -> Iterator[tuple[int, Copy | Literal, int]]:
         """Yield what is to be copied: image, piece, and its offset there; touched spans are left out."""
         touched = sorted(
-            _locate(self._images, self._tensors[weight.key]) + (weight.nbytes,) for weight in self._plan.weights
+            (*_locate(self._images, self._tensors[weight.key]), weight.nbytes) for weight in self._plan.weights
         )
         for index, image in enumerate(self._images):
             holes = [(offset, offset + length) for where, offset, length in touched if where == index]

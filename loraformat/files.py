@@ -172,13 +172,24 @@ def _place(part: Path, final: Path, *, force: bool) -> None:
         try:
             os.link(part, final)
         except FileExistsError as error:
-            raise refuse("LF601", final, "a file of this name, made during the run", "no file, or --force") from error
-        except OSError:  # A file system without hard links: the check at the start has to do.
-            pass
+            raise _appeared(final) from error
+        except OSError:  # A file system without hard links: the name is claimed by an empty file of our own.
+            _claim(final)
         else:
             part.unlink()
             return
     os.replace(part, final)
+
+
+def _claim(final: Path) -> None:
+    try:
+        os.close(os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError as error:
+        raise _appeared(final) from error
+
+
+def _appeared(final: Path) -> LoraformatError:
+    return refuse("LF601", final, "a file of this name, made during the run", "no file, or --force")
 
 
 def _sync_folder(folder: Path) -> None:

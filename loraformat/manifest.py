@@ -113,7 +113,7 @@ def _is_readable(version: str, where: str) -> bool:
     major, dot, minor = version.partition(".")
     if not (dot and major.isascii() and major.isdigit() and minor.isascii() and minor.isdigit()):
         raise refuse("LF122", where, f"version {version!r}", "major.minor, such as 1.0")
-    return int(major) == _MAJOR
+    return major.lstrip("0") == str(_MAJOR)
 
 
 def _parse_entry(name: str, value: JsonValue, where: str) -> TargetEntry:

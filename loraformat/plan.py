@@ -1,6 +1,7 @@
-"""What a merge will do, as plain data, made without reading a weight of the base.
+"""What a merge will do, as plain data, made without reading the base's weights but for a few sampled numbers.
 
-Everything that can fail before a byte is written fails here: kinds, shapes, scales, names, number forms, NaN in factors.
+Everything that can fail before a byte is written fails here: kinds, shapes, scales, names, number forms, NaN in
+factors.
 """
 
 import hashlib
@@ -11,16 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
-from loraformat.adapter import Adapter, Target
+from loraformat.adapter import Adapter
 from loraformat.bases import BaseModel
 from loraformat.encodings import ENCODINGS
 from loraformat.errors import error_for
-from loraformat.kinds import KINDS, Nature
 from loraformat.limits import TILE_BYTES
 from loraformat.problems import Problem
 from loraformat.resolve import Match, resolve
+from loraformat.rules import check_adapter
 from loraformat.strict_json import write_canonical
 
 _FLOAT32_BYTES: Final = 4
@@ -85,7 +84,8 @@ class PlannedWeight:
         dtype: number form.
         shape: as stored.
         encoding: the encoding that reads and writes it.
-        tile_rows: rows of the stored matrix that are computed at a time; part of the plan, since it can decide last bits.
+        tile_rows: rows of the stored matrix that are computed at a time; part of the plan, since it can decide the
+            last bits.
         changes: what is added, in the order of the adapters.
         evidence: how it was found.
     """
@@ -178,6 +178,7 @@ def build_plan(
     allow_unmatched: Sequence[str] = (),
     strip_prefix: str | None = None,
     allow_zero: bool = False,
+    ignore_fingerprints: bool = False,
 ) -> Plan:
     """Plan the merge of `adapters` into `base`.
 
@@ -188,6 +189,7 @@ def build_plan(
         allow_unmatched: glob patterns of targets that may be left out.
         strip_prefix: removed from the front of target names.
         allow_zero: accept scales of zero.
+        ignore_fingerprints: accept weights that do not match the fingerprint of their target.
 
     Raises:
         LoraformatError: with every problem that was found, not only the first.
@@ -197,12 +199,18 @@ def build_plan(
     unmatched: list[str] = []
     counts: list[int] = []
     for position, item in enumerate(adapters):
-        found = _check_adapter(item, allow_zero=allow_zero)
+        found = check_adapter(item.adapter, allow_zero=allow_zero) + _check_weight(item, allow_zero=allow_zero)
         problems += found
         if any(problem.severity == "error" for problem in found):
             counts.append(0)
             continue
-        resolution = resolve(item.adapter, base.sites, allow_unmatched=allow_unmatched, strip_prefix=strip_prefix)
+        resolution = resolve(
+            item.adapter,
+            base.sites,
+            allow_unmatched=allow_unmatched,
+            strip_prefix=strip_prefix,
+            ignore_fingerprints=ignore_fingerprints,
+        )
         problems += resolution.problems
         unmatched += resolution.unmatched
         counts.append(len(resolution.matches))
@@ -237,49 +245,12 @@ def describe_base(base: BaseModel) -> dict[str, Any]:
     }
 
 
-def _check_adapter(item: WeightedAdapter, *, allow_zero: bool) -> list[Problem]:
-    """Return everything that is wrong with one adapter, whatever the base."""
-    problems = list(item.adapter.problems)
+def _check_weight(item: WeightedAdapter, *, allow_zero: bool) -> list[Problem]:
     if not math.isfinite(item.weight):
-        problems.append(Problem("LF207", item.name, f"weight {item.weight}", "a finite number"))
+        return [Problem("LF207", item.name, f"weight {item.weight}", "a finite number")]
     if item.weight == 0 and not allow_zero:
-        problems.append(Problem("LF208", item.name, "weight 0", "a weight other than 0, or --allow-zero"))
-    for target in item.adapter.targets:
-        problems += _check_target(target, allow_zero=allow_zero)
-    return problems
-
-
-def _check_target(target: Target, *, allow_zero: bool) -> list[Problem]:
-    kind = KINDS.find(target.kind)
-    if kind is None or kind.nature is not Nature.ADDITIVE:
-        known = ", ".join(KINDS.names())
-        roles = ", ".join(sorted(target.factors))
-        return [Problem("LF209", target.name, f"the kind {target.kind!r} (tensors {roles})", f"one of {known}")]
-    problems = kind.check(target)
-    if any(problem.severity == "error" for problem in problems):
-        return problems
-    if not math.isfinite(target.scale):
-        return [*problems, Problem("LF207", target.name, f"scale {target.scale}", "a finite number")]
-    if target.scale == 0 and not allow_zero:
-        return [*problems, Problem("LF208", target.name, "scale 0", "a scale other than 0, or --allow-zero")]
-    return problems + _check_numbers(target)
-
-
-def _check_numbers(target: Target) -> list[Problem]:
-    """Return problems of the factors' numbers: not finite, or a product that is surely zero."""
-    problems = []
-    silent = False
-    for role, factor in target.factors.items():
-        values = factor.read().astype(np.float32)
-        finite = np.isfinite(values)
-        if not finite.all():
-            bad = np.argwhere(~finite)
-            found = f"{len(bad)} of {values.size} numbers, the first at {tuple(int(i) for i in bad[0])}"
-            problems.append(Problem("LF501", f"{target.name}: {role}", found, "finite numbers"))
-        silent = silent or not values.any()
-    if silent and not problems:
-        problems.append(Problem("LF214", target.name, "a factor of zeros", severity="warning"))
-    return problems
+        return [Problem("LF208", item.name, "weight 0", "a weight other than 0, or --allow-zero")]
+    return []
 
 
 def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedChange:

@@ -16,11 +16,13 @@ from typing import Final
 
 from loraformat.adapter import Adapter, SlotKind, Target
 from loraformat.bases import Site, Weight
+from loraformat.fingerprint import sample_weight
 from loraformat.kinds import KINDS
 from loraformat.limits import NEAR_MISSES
 from loraformat.problems import Problem
 
 _LISTED: Final = 8
+BY_FINGERPRINT: Final = "fingerprint"
 _NUMBERED: Final = re.compile(r"\d")
 
 
@@ -55,7 +57,7 @@ class Resolution:
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
+class Candidate:
     """A site whose path fits, and what had to be added to or dropped from the target's name."""
 
     site: Site
@@ -69,18 +71,20 @@ class SiteIndex:
         self._by_path: dict[str, list[Site]] = defaultdict(list)
         self._by_end: dict[str, list[Site]] = defaultdict(list)
         for site in sites:
+            if not site.module:
+                continue
             self._by_path[site.module].append(site)
             for end, _ in _ends(site.module):
                 self._by_end[end].append(site)
         self.paths = sorted(self._by_path)
 
-    def find(self, name: str) -> list[_Candidate]:
+    def find(self, name: str) -> list[Candidate]:
         """Return the sites that the name may mean: exact ones alone where there are any."""
         if name in self._by_path:
-            return [_Candidate(site, "") for site in self._by_path[name]]
-        longer = [_Candidate(site, f"+{site.module[: -len(name)]}") for site in self._by_end.get(name, ())]
+            return [Candidate(site, "") for site in self._by_path[name]]
+        longer = [Candidate(site, f"+{site.module[: -len(name)]}") for site in self._by_end.get(name, ())]
         shorter = [
-            _Candidate(site, f"-{dropped}")
+            Candidate(site, f"-{dropped}")
             for end, dropped in _ends(name)
             if not _NUMBERED.search(dropped)
             for site in self._by_path.get(end, ())
@@ -106,6 +110,7 @@ def resolve(
     *,
     allow_unmatched: Sequence[str] = (),
     strip_prefix: str | None = None,
+    ignore_fingerprints: bool = False,
 ) -> Resolution:
     """Match every target of `adapter` with a weight.
 
@@ -114,6 +119,7 @@ def resolve(
         sites: the base's sites.
         allow_unmatched: glob patterns of target names that may be left out when nothing matches.
         strip_prefix: removed from the front of target names before they are matched.
+        ignore_fingerprints: accept weights that do not match the fingerprint of their target.
     """
     index = SiteIndex(sites)
     names = {target.name: _strip(target.name, strip_prefix) for target in adapter.targets}
@@ -123,10 +129,13 @@ def resolve(
     missing: list[str] = []
     problems: list[Problem] = []
     for target in adapter.targets:
-        if not found[target.name]:
+        candidates = found[target.name] or find_by_fingerprint(target, sites)
+        if not candidates:
             missing.append(target.name)
             continue
-        outcome = _match(target, found[target.name], usual)
+        outcome = _match(target, candidates, usual)
+        if isinstance(outcome, Match) and not ignore_fingerprints:
+            outcome = _check_fingerprint(outcome)
         if isinstance(outcome, Match):
             matches.append(outcome)
         else:
@@ -138,11 +147,45 @@ def resolve(
     return Resolution(tuple(matches), allowed, tuple(problems))
 
 
+def find_by_fingerprint(target: Target, sites: Sequence[Site]) -> list[Candidate]:
+    """Return the sites whose weights have the numbers that the target's fingerprint says, whatever their names."""
+    if target.fingerprint is None or not target.fingerprint.is_telling:
+        return []
+    return [
+        Candidate(site, BY_FINGERPRINT)
+        for site in sites
+        if target.slot in site.transposed
+        and site.weight is not None
+        and _fits(target, site, site.weight)
+        and target.fingerprint.matches(sample_site(target, site))
+    ]
+
+
+def sample_site(target: Target, site: Site) -> tuple[float, ...]:
+    """Return the samples of the weight that a site applies, at the positions of `target`."""
+    assert site.weight is not None, "chosen so"
+    shape = _canonical_shape(target)
+    samples = sample_weight(target.name, shape, site.weight.tensor, transposed=site.transposed[target.slot])
+    return tuple(sample * site.divisor for sample in samples)
+
+
+def _check_fingerprint(match: Match) -> Match | Problem:
+    fingerprint = match.target.fingerprint
+    if fingerprint is None:
+        return match
+    samples = sample_site(match.target, match.sites[0])
+    if fingerprint.shape == _canonical_shape(match.target) and fingerprint.matches(samples):
+        return match
+    near = sum(abs(a - b) <= abs(a) / 16 for a, b in zip(fingerprint.samples, samples, strict=True))
+    found = f"the weight {match.weight.name!r}, with {near} of {len(samples)} sampled numbers near the expected ones"
+    return Problem("LF406", match.target.name, found, "the weight that its fingerprint was taken from")
+
+
 def _strip(name: str, prefix: str | None) -> str:
     return name.removeprefix(prefix) if prefix else name
 
 
-def _usual_relation(found: Mapping[str, Sequence[_Candidate]]) -> str | None:
+def _usual_relation(found: Mapping[str, Sequence[Candidate]]) -> str | None:
     """Return how names differ between adapter and base, as the targets without a second reading show it."""
     relations: Counter[str] = Counter()
     for candidates in found.values():
@@ -152,7 +195,7 @@ def _usual_relation(found: Mapping[str, Sequence[_Candidate]]) -> str | None:
     return relations.most_common(1)[0][0] if relations else None
 
 
-def _match(target: Target, candidates: Sequence[_Candidate], usual: str | None) -> Match | Problem:
+def _match(target: Target, candidates: Sequence[Candidate], usual: str | None) -> Match | Problem:
     """Return the one weight that the candidates lead to, or why there is none."""
     if len({candidate.relation for candidate in candidates}) > 1:
         candidates = [candidate for candidate in candidates if candidate.relation == usual] or candidates
@@ -167,10 +210,11 @@ def _match(target: Target, candidates: Sequence[_Candidate], usual: str | None) 
     blocked = next((site.obstacle for site in fitting if site.obstacle is not None), None)
     if blocked is not None:
         return Problem(blocked.code, f"{target.name} at {blocked.where}", blocked.found, blocked.expected, blocked.mend)
-    return _match_weight(target, fitting)
+    by_fingerprint = candidates[0].relation == BY_FINGERPRINT
+    return _match_weight(target, fitting, BY_FINGERPRINT if by_fingerprint else "")
 
 
-def _match_weight(target: Target, sites: Sequence[Site]) -> Match | Problem:
+def _match_weight(target: Target, sites: Sequence[Site], evidence: str) -> Match | Problem:
     weights = {site.weight.key: site.weight for site in sites if site.weight is not None}
     manners = {(site.transposed[target.slot], site.divisor) for site in sites}
     if len(weights) != 1 or len(manners) != 1:
@@ -182,7 +226,7 @@ def _match_weight(target: Target, sites: Sequence[Site]) -> Match | Problem:
         found = f"the tensor {weight.name!r} is also read by {', '.join(strangers[:_LISTED])}"
         return Problem("LF402", target.name, found, "a tensor that nothing else reads")
     transposed, divisor = manners.pop()
-    return Match(target, weight, tuple(sites), transposed, divisor, sites[0].evidence)
+    return Match(target, weight, tuple(sites), transposed, divisor, evidence or sites[0].evidence)
 
 
 def _name(site: Site) -> str:
@@ -195,12 +239,16 @@ def _fits(target: Target, site: Site, weight: Weight) -> bool:
 
 def _stored_shape(target: Target, site: Site) -> tuple[int, ...]:
     """Return the shape in which the target's weight would be stored at the site."""
-    kind = KINDS.find(target.kind)
-    assert kind is not None, "checked before"
-    shape = kind.weight_shape(target)
+    shape = _canonical_shape(target)
     if target.slot is SlotKind.CONV or not site.transposed[target.slot]:
         return shape
     return shape[::-1]
+
+
+def _canonical_shape(target: Target) -> tuple[int, ...]:
+    kind = KINDS.find(target.kind)
+    assert kind is not None, "checked before"
+    return kind.weight_shape(target)
 
 
 def _report_shape(target: Target, sites: Sequence[Site]) -> Problem:

@@ -6,6 +6,7 @@ readers read differently is a way to hide something, so all of these are errors 
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -89,17 +90,18 @@ def _write_number(value: int | float) -> str:
     """Return a number as ECMAScript's Number.prototype.toString does (ECMA-262, 6.1.6.1.20)."""
     if isinstance(value, int) and abs(value) < _EXACT_INTEGERS:
         return str(value)
-    number = float(value)
-    if not math.isfinite(number) or number != value:
-        raise ValueError(f"JSON has no number {value!r}")
+    number = float(value) if abs(value) <= sys.float_info.max else math.nan
     sign, digits, exponent = Decimal(repr(number)).as_tuple()
     if not isinstance(exponent, int):
         raise ValueError(f"JSON has no number {value!r}")
     text = "".join(map(str, digits)).rstrip("0")
     if not text:
         return "0"
-    point = len(digits) + exponent
-    return ("-" if sign else "") + _place_point(text, point)
+    text = ("-" if sign else "") + _place_point(text, len(digits) + exponent)
+    # The shortest digits of a large float, read back as an integer, are near it and not equal to it.
+    if number != value and text != str(value):
+        raise ValueError(f"JSON has no number {value!r}")
+    return text
 
 
 def _place_point(digits: str, point: int) -> str:

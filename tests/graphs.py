@@ -15,11 +15,11 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
-from builders import Factors, write_peft
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 import loraformat
+from builders import Factors, write_peft
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.dtypes import BY_NAME, Dtype
 from loraformat.plan import WeightedAdapter

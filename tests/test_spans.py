@@ -150,9 +150,8 @@ class TestReading:
 
         def work(seed: int) -> None:
             dice = np.random.default_rng(seed)
-            for start in dice.integers(0, content.size - 1000, 200).tolist():
-                if file.read(start, 1000) != content[start : start + 1000].tobytes():
-                    wrong.append(start)
+            starts = dice.integers(0, content.size - 1000, 200).tolist()
+            wrong.extend(s for s in starts if file.read(s, 1000) != content[s : s + 1000].tobytes())
 
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
         for thread in threads:

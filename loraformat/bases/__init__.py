@@ -39,7 +39,7 @@ class Site:
 
     Attributes:
         id: identifies it within the base.
-        module: module path that the evidence names.
+        module: module path that the evidence names; empty when nothing tells.
         evidence: how the path is known: `name scopes`, `node name`, `initializer name` ...
         transposed: for each kind of slot that the site can be, whether the stored matrix is the transpose of the
             canonical `(out, in * kernel)`.

@@ -6,7 +6,7 @@ that it has when the model runs.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from loraformat.errors import refuse
@@ -56,7 +56,7 @@ class Scope:
     """The names of one graph, or of one call of a function.
 
     Attributes:
-        label: for messages.
+        label: for messages; no two scopes share one.
         parent: the scope around a subgraph.
         aliases: inputs of a function, and what the caller passes.
         producers: what makes each value; graph inputs have none.
@@ -134,6 +134,8 @@ class GraphIndex:
     ) -> None:
         scope = Scope(label, parent)
         scope.producers.update((tensor.name, tensor) for tensor in graph.initializer)
+        if len(scope.producers) != len(graph.initializer):
+            raise refuse("LF118", self._where, f"two initializers of one name in the {label}", "each name once")
         for output in graph.output:
             scope.outputs.add(output.name)
         self._pending.append((scope, graph.node, call, depth))
@@ -158,7 +160,8 @@ class GraphIndex:
         function = self._functions.get((node.domain, node.op_type, node.overload))
         if function is not None:
             aliases = {formal: (scope, actual) for formal, actual in zip(function.input, node.input, strict=False)}
-            inner = Scope(f"{scope.label}/{node.name or node.op_type}", None, aliases)
+            inner = Scope(f"{scope.label}/{visit.index}:{node.name or node.op_type}", None, aliases)
+            inner.outputs.update(function.output)
             self._pending.append((inner, function.node, visit, depth + 1))
             return
         for position, name in enumerate(node.input):
@@ -168,7 +171,7 @@ class GraphIndex:
         for attribute in node.attribute:
             graphs = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
             for graph in graphs:
-                label = f"{scope.label}/{node.name or node.op_type}.{attribute.name}"
+                label = f"{scope.label}/{visit.index}:{node.name or node.op_type}.{attribute.name}"
                 self._open_graph(graph, scope, label, visit.call, depth + 1)
 
 
@@ -182,10 +185,10 @@ def trace_constant(scope: Scope, name: str) -> Trace | None:
         if made_by is None:
             return None
         if not isinstance(made_by, Visit):
-            return Trace(made_by, owner, own, flipped, tuple(steps))
+            return _end_trace(Trace(made_by, owner, own, flipped, tuple(steps)))
         if made_by.op == "Constant":
             return _trace_constant_node(made_by, own, flipped, steps)
-        if made_by.op not in _PASSING or not _passes(made_by):
+        if made_by.op not in _PASSING or not made_by.node.input or not _passes(made_by):
             return Trace(None, owner, own, flipped, tuple(steps), made_by.op) if _is_constant(made_by) else None
         flipped ^= made_by.op == "Transpose" and not _keeps_order(made_by)
         steps.append(made_by)
@@ -196,8 +199,16 @@ def trace_constant(scope: Scope, name: str) -> Trace | None:
 def _trace_constant_node(visit: Visit, name: str, flipped: bool, steps: Sequence[Visit]) -> Trace | None:
     for attribute in visit.node.attribute:
         if attribute.name == "value" and attribute.HasField("t"):
-            return Trace(attribute.t, visit.scope, name, flipped, tuple(steps))
+            return _end_trace(Trace(attribute.t, visit.scope, name, flipped, tuple(steps)))
     return None
+
+
+def _end_trace(trace: Trace) -> Trace:
+    """Return the trace, blocked where what was taken for the transposition of a matrix is one of more dimensions."""
+    turned = any(step.op == "Transpose" for step in trace.steps)
+    if turned and trace.tensor is not None and len(trace.tensor.dims) != 2:
+        return replace(trace, blocked="Transpose")
+    return trace
 
 
 def _permutation(visit: Visit) -> list[int]:
@@ -205,7 +216,7 @@ def _permutation(visit: Visit) -> list[int]:
 
 
 def _passes(visit: Visit) -> bool:
-    """Say whether a Transpose is of a matrix; without a permutation it may be of anything, and shapes tell later."""
+    """Say whether a Transpose is of a matrix; without a permutation it may be of anything: `_end_trace` looks."""
     return visit.op != "Transpose" or sorted(_permutation(visit)) == [0, 1]
 
 

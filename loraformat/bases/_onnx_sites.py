@@ -72,6 +72,14 @@ def _use_gather(node: "onnx.NodeProto", position: int) -> Use:
     return Use({SlotKind.EMBEDDING: True}, refusal="" if axis == 0 else f"a lookup along axis {axis}")
 
 
+def _read_use(visit: Visit, position: int, read: "_UseReader") -> Use:
+    """Return the operator's use of its weight; an attribute that the caller of its function sets is not followed."""
+    borrowed = next((attribute.name for attribute in visit.node.attribute if attribute.ref_attr_name), None)
+    if borrowed is not None:
+        return Use(_ANY, refusal=f"the caller of a function sets the attribute {borrowed!r} of {visit.op}")
+    return read(visit.node, position)
+
+
 def _refuse_use(node: "onnx.NodeProto", position: int) -> Use:
     return Use(_ANY, refusal=f"the operator {node.op_type} holds its weight in a form of its own")
 
@@ -146,7 +154,7 @@ def find_sites(visits: "Iterator[Visit] | list[Visit]") -> Iterator[RawSite]:
         for position in positions:
             trace = _trace_input(visit, position)
             if trace is not None:
-                yield from _name_site(visit, position, trace, read_use(visit.node, position))
+                yield from _name_site(visit, position, trace, _read_use(visit, position, read_use))
                 break
 
 
@@ -212,9 +220,8 @@ def _bias_names(visit: Visit) -> Iterator[str]:
     if visit.op in {"Gemm", "Conv"}:
         yield from visit.node.input[2:3]
         return
-    readers = visit.scope.readers.get(visit.node.output[0], ())
-    for reader, position in readers:
-        if reader.op == "Add":
+    for reader, position in visit.scope.readers.get(next(iter(visit.node.output), ""), ()):
+        if reader.op == "Add" and len(reader.node.input) == 2:
             other = trace_constant(reader.scope, reader.node.input[1 - position])
             if other is not None and other.tensor is not None and len(other.tensor.dims) == 1:
                 yield other.tensor.name
@@ -229,7 +236,7 @@ def read_node_path(name: str) -> str:
     if not name.startswith("/"):
         return ""
     parts = name[1:].split("/")[:-1]
-    kept = [part for part, after in zip(parts, [*parts[1:], ""], strict=True) if not _is_repeated(part, after)]
+    kept = [part for part, after in zip(parts, [*parts[1:], ""], strict=False) if not _is_repeated(part, after)]
     return ".".join(kept)
 
 

@@ -1,5 +1,7 @@
 """An ONNX graph: a site is a node and its weight input."""
 
+import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +26,7 @@ class OnnxGraph:
         self.path = self._opened.path
         self._tensors = _list_tensors(self._opened)
         index = GraphIndex(self._opened.model, self.path)
-        self.sites: Sequence[Site] = [_make_site(self._opened, raw) for raw in find_sites(index.visits) if raw.module]
+        self.sites: Sequence[Site] = [_make_site(self._opened, raw) for raw in find_sites(index.visits)]
         self.structure_sha256: str = self._opened.structure_sha256
         self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
 
@@ -61,8 +63,19 @@ def _list_tensors(opened: OnnxFile) -> list[StoredTensor]:
     return [tensor for tensor in stored if isinstance(tensor, StoredTensor)]
 
 
-def _make_site(opened: OnnxFile, raw: RawSite) -> Site:
-    weight, obstacle = _find_weight(opened, raw)
+def _list_sites(opened: OnnxFile, found: Sequence[RawSite]) -> list[Site]:
+    """Return the sites whose module is known.
+
+    A tensor held by a function is read at every call: its readers are those of all places where it was found.
+    """
+    readers: dict[int, set[str]] = defaultdict(set)
+    for raw in found:
+        readers[id(raw.trace.tensor)].update(list_readers(raw.trace))
+    return [_make_site(opened, raw, frozenset(readers[id(raw.trace.tensor)])) for raw in found if raw.module]
+
+
+def _make_site(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> Site:
+    weight, obstacle = _find_weight(opened, raw, readers)
     return Site(
         id=raw.visit.describe(raw.position),
         module=raw.module,
@@ -74,7 +87,7 @@ def _make_site(opened: OnnxFile, raw: RawSite) -> Site:
     )
 
 
-def _find_weight(opened: OnnxFile, raw: RawSite) -> tuple[Weight | None, Problem | None]:
+def _find_weight(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> tuple[Weight | None, Problem | None]:
     if raw.obstacle is not None or raw.trace.tensor is None:
         return None, raw.obstacle
     stored = opened.stored_tensor(raw.trace.tensor)
@@ -85,7 +98,8 @@ def _find_weight(opened: OnnxFile, raw: RawSite) -> tuple[Weight | None, Problem
         return None, Problem("LF403", name, f"numbers stored as {stored.dtype.name}", "a floating-point form")
     overlapping = (f"the tensor {other!r}, whose bytes overlap its own" for other in opened.overlaps(stored))
     readers = frozenset([*list_readers(raw.trace), *overlapping])
-    return Weight(f"{stored.span.path.name}@{stored.span.offset}", name, stored, readers), None
+    file = os.path.relpath(stored.span.path, opened.path.parent)
+    return Weight(f"{file}@{stored.span.offset}", name, stored, readers), None
 
 
 class OnnxFormat:

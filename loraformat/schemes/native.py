@@ -3,7 +3,7 @@
 Tensor keys are `<target>.<role>`; the manifest says everything else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Final
 
 from loraformat.adapter import Adapter, Factor, Target
@@ -46,7 +46,16 @@ class Native:
 
 def write_tensors(adapter: Adapter) -> tuple[dict[str, Factor], dict[str, str]]:
     """Return the tensors and the metadata of the adapter's file in this scheme."""
-    tensors = {f"{target.name}.{role}": factor for target in adapter.targets for role, factor in target.factors.items()}
+    names = {target.name for target in adapter.targets}
+    tensors: dict[str, Factor] = {}
+    for target in adapter.targets:
+        for role, factor in target.factors.items():
+            key = f"{target.name}.{role}"
+            if key in tensors or _owner_of(key, names) != target.name:
+                raise refuse("LF302", key, f"{role} of {target.name}, and a tensor of another target", "one of them")
+            tensors[key] = factor
+    if not tensors:
+        raise refuse("LF212", adapter.source or "the adapter", "no tensors", "at least one target")
     return tensors, {MANIFEST_KEY: build_manifest(adapter).decode("utf-8")}
 
 
@@ -64,7 +73,7 @@ def _group(bundle: Bundle, entries: Mapping[str, TargetEntry]) -> Mapping[str, M
     return groups
 
 
-def _owner_of(key: str, entries: Mapping[str, TargetEntry]) -> str | None:
+def _owner_of(key: str, entries: Container[str]) -> str | None:
     """Return the longest target that `key` lies below, at a dot."""
     end = len(key)
     while (end := key.rfind(".", 0, end)) > 0:

@@ -10,13 +10,17 @@ from typing import Any, Final
 
 from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.errors import refuse
+from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, StatedScale
 from loraformat.schemes._peft_config import PeftConfig, read_config
 from loraformat.schemes._table import Name, NameTable, Row
 
 _PREFIX: Final = "base_model.model."
-_WRAPPERS: Final = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_DATA_PARALLEL: Final = "module."
+"""Wraps the whole model; further in, it may be a module's own name."""
+_WRAPPERS: Final = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""Wrap any module."""
 
 TABLE: Final = NameTable(
     [
@@ -60,6 +64,8 @@ class Peft:
 
     def detect(self, bundle: Bundle) -> str | None:
         """Recognise `peft_type` in the configuration, or PEFT's keys in a file without a configuration."""
+        if MANIFEST_KEY in bundle.metadata:  # Our own file, which PEFT can read beside a configuration.
+            return None
         if bundle.config is not None and "peft_type" in bundle.config:
             return "adapter_config.json with peft_type"
         if "lora_adapter_metadata" in bundle.metadata or bundle.config is not None:
@@ -81,7 +87,7 @@ class Peft:
             scheme=self.name,
             source=str(bundle.path),
             provenance={"peft": dict(bundle.config)} if bundle.config else {},
-            problems=(*problems, *config.problems()),
+            problems=(*problems, *config.problems(), *_find_lost_magnitudes(groups, config)),
         )
 
 
@@ -106,10 +112,23 @@ def _group(bundle: Bundle) -> tuple[dict[str, _Group], list[Problem]]:
 
 def _read_key(key: str, stripped: set[str]) -> Name | None:
     for wrapper in _WRAPPERS:
-        while wrapper in f".{key}" and (key.startswith(wrapper) or f".{wrapper}" in key):
-            key = key[len(wrapper) :] if key.startswith(wrapper) else key.replace(f".{wrapper}", ".", 1)
+        while f".{wrapper}" in f".{key}":
+            key = f".{key}".replace(f".{wrapper}", ".", 1)[1:]
             stripped.add(wrapper)
-    return TABLE.read(key.removeprefix(_PREFIX))
+    for prefix in ("", _PREFIX):
+        key = key.removeprefix(prefix)
+        while key.startswith(_DATA_PARALLEL):
+            key = key.removeprefix(_DATA_PARALLEL)
+            stripped.add(_DATA_PARALLEL)
+    return TABLE.read(key)
+
+
+def _find_lost_magnitudes(groups: Mapping[str, _Group], config: PeftConfig) -> list[Problem]:
+    """Return the targets of a DoRA adapter that would pass for LoRA, since their magnitudes were not saved."""
+    lost = sorted(name for name, group in groups.items() if "lora" in group.kinds and "dora" not in group.kinds)
+    if not lost or not config.flag("use_dora"):
+        return []
+    return [Problem("LF201", name, "use_dora, but no lora_magnitude_vector", "a magnitude vector") for name in lost]
 
 
 def _read_target(name: str, group: _Group, config: PeftConfig, stated: StatedScale, bundle: Bundle) -> Target:

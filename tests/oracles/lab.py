@@ -40,7 +40,7 @@ class Lab:
     def exported(self, name: str, exporter: zoo.Exporter, form: str = "fp32") -> Path:
         """Return the base model of a specimen as ONNX.
 
-        `form` is fp32; fp16, converted from it; half, exported from a torch model in float16; one_file or many_files,
+        `form` is fp32; fp16 or fp16_common, converted from it; half, exported from a torch model in float16; one_file or many_files,
         saved with external data; or torch_data, with the external data that the newer exporter writes by default.
         """
         key = (name, exporter, form)
@@ -58,8 +58,8 @@ class Lab:
         if form == "half":
             return zoo.export(specimen, path, exporter, specimen.make().half())
         source = self.exported(name, exporter)
-        if form == "fp16":
-            return zoo.to_float16(source, path)
+        if form.startswith("fp16"):
+            return zoo.to_float16(source, path, common=form == "fp16_common")
         return zoo.to_external(source, path, one_file=form == "one_file")
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lab import Lab
 
 pytestmark = pytest.mark.oracle
-for _package in ("torch", "peft", "transformers", "onnxscript", "onnxconverter_common"):
+for _package in ("torch", "peft", "transformers", "onnxscript", "onnxruntime"):
     pytest.importorskip(_package, reason=f"the oracle tests need {_package}")
 
 EXPORTERS = ("ts", "ts_nofold", "dynamo", "dynamo_noopt")
@@ -62,6 +62,8 @@ HALVES = [
     ("bert", "dynamo", "fp16"),
     ("convnet", "ts", "fp16"),
     ("vit", "dynamo", "fp16"),
+    ("bert", "ts", "fp16_common"),
+    ("bert", "dynamo", "fp16_common"),
     ("llama", "ts", "half"),
     ("llama", "dynamo", "half"),
 ]
@@ -73,6 +75,8 @@ def test_float16(lab: "Lab", tmp_path: Path, model: str, exporter: str, form: st
     from lab import difference, merge_checked, note, peak
     from zoo import initializers, run_onnx
 
+    if form == "fp16_common":
+        pytest.importorskip("onnxconverter_common", reason="this test needs onnxconverter-common")
     trained, base = lab.trained(model), lab.exported(model, exporter, form)
     receipt = merge_checked(base, trained, tmp_path / "merged.onnx")
     halves = initializers(base)

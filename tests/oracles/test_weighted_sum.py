@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from zoo import Trained
 
 pytestmark = pytest.mark.oracle
-for _package in ("torch", "peft", "transformers", "onnxscript", "onnxconverter_common"):
+for _package in ("torch", "peft", "transformers", "onnxscript", "onnxruntime"):
     pytest.importorskip(_package, reason=f"the oracle tests need {_package}")
 
 WEIGHTS = (0.7, -0.3)

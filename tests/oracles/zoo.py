@@ -31,7 +31,6 @@ with warnings.catch_warnings():
     import torch
     import transformers
     from numpy.typing import NDArray
-    from onnxconverter_common import float16
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora.layer import LoraLayer
     from torch import nn
@@ -619,12 +618,18 @@ def _export_dynamo(
     )
 
 
-def to_float16(source: Path, path: Path) -> Path:
-    """Convert an exported model as users do: weights and arithmetic in float16, inputs and outputs as they were."""
-    # The converter leaves `to=FLOAT` of a Cast as it is and then disagrees with itself about what comes out.
-    blocked = [*float16.DEFAULT_OP_BLOCK_LIST, "Cast"]
+def to_float16(source: Path, path: Path, *, common: bool = False) -> Path:
+    """Convert an exported model as users do: weights and arithmetic in float16, inputs and outputs as they were.
+
+    The converter is onnxruntime's own, or its forerunner onnxconverter-common. That one leaves `to=FLOAT` of a Cast as it
+    is, so that models with a Cast in the middle, llama and gpt2, come out invalid.
+    """
     with quiet():
-        model = float16.convert_float_to_float16(onnx.load(source), keep_io_types=True, op_block_list=blocked)
+        if common:
+            from onnxconverter_common.float16 import convert_float_to_float16
+        else:
+            from onnxruntime.transformers.float16 import convert_float_to_float16
+        model = convert_float_to_float16(onnx.load(source), keep_io_types=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, path)
     return path
