@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter, Target
-    from loraformat.api import inspect, load, merge, plan_merge, save, stamp
+    from loraformat.api import inspect, load, merge, plan_merge, save, stamp, validate
     from loraformat.errors import FindingError, InputError, LoraformatError, OutputError, RefusedError
     from loraformat.inspection import AdapterInspection, BaseInspection
     from loraformat.plan import Plan
     from loraformat.problems import Problem
     from loraformat.receipt import Receipt
+    from loraformat.validate import Verdict
 
 __all__ = [
     "Adapter",
@@ -33,22 +34,25 @@ __all__ = [
     "Receipt",
     "RefusedError",
     "Target",
+    "Verdict",
     "inspect",
     "load",
     "merge",
     "plan_merge",
     "save",
     "stamp",
+    "validate",
 ]
 
 _HOMES = {
     "loraformat.adapter": ("Adapter", "Target"),
-    "loraformat.api": ("inspect", "load", "merge", "plan_merge", "save", "stamp"),
+    "loraformat.api": ("inspect", "load", "merge", "plan_merge", "save", "stamp", "validate"),
     "loraformat.errors": ("FindingError", "InputError", "LoraformatError", "OutputError", "RefusedError"),
     "loraformat.inspection": ("AdapterInspection", "BaseInspection"),
     "loraformat.plan": ("Plan",),
     "loraformat.problems": ("Problem",),
     "loraformat.receipt": ("Receipt",),
+    "loraformat.validate": ("Verdict",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -9,6 +9,7 @@ from loraformat.adapter import Adapter
 from loraformat.apply import Progress, Work, apply_plan, count_workers
 from loraformat.bases import BaseModel
 from loraformat.containers.safetensors import write_safetensors
+from loraformat.errors import error_for
 from loraformat.files import PendingOutput, check_output
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
 from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE
@@ -18,6 +19,7 @@ from loraformat.receipt import Receipt
 from loraformat.schemes import StatedScale
 from loraformat.schemes.native import write_tensors
 from loraformat.stamp import stamp_adapter
+from loraformat.validate import Verdict, validate_paths
 
 StrPath: TypeAlias = str | os.PathLike[str]
 AdapterSource: TypeAlias = StrPath | Adapter
@@ -50,9 +52,13 @@ def save(adapter: Adapter, path: StrPath, *, force: bool = False) -> Path:
         force: replace an existing file.
 
     Raises:
-        LoraformatError: the file exists, cannot be written, or is the adapter's own source.
+        LoraformatError: the file exists, cannot be written, or is the adapter's own source; or something in that
+            source stands against merging it.
     """
     output = Path(path)
+    against = [problem for problem in adapter.problems if problem.severity == "error"]
+    if against:  # The file has no place for them: it would pass for an adapter that can be merged.
+        raise error_for(against)
     check_output(output, _sources(adapter), force=force)
     tensors, metadata = write_tensors(adapter)
     with PendingOutput([output], force=force) as pending:
@@ -103,6 +109,29 @@ def stamp(
     """
     item = _weigh(adapter, scheme, StatedScale(alpha, scale))
     return stamp_adapter(item.adapter, open_base(Path(base)), strip_prefix=strip_prefix)
+
+
+def validate(
+    paths: StrPath | Sequence[StrPath],
+    *,
+    base: StrPath | None = None,
+    alpha: float | None = None,
+    scale: float | None = None,
+) -> list[Verdict]:
+    """Check adapters and return a verdict on each; what is wrong with an adapter is returned, never raised.
+
+    Args:
+        paths: files, PEFT folders, or folders that are searched for both.
+        base: the model that they should fit; None checks the adapters alone.
+        alpha: as in `load`.
+        scale: as in `load`.
+
+    Raises:
+        LoraformatError: the base itself cannot be opened.
+    """
+    listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    place = Path(base) if base is not None else None
+    return validate_paths([Path(path) for path in listed], StatedScale(alpha, scale), place)
 
 
 def plan_merge(
@@ -225,4 +254,4 @@ def _sources(adapter: Adapter) -> list[Path]:
     if not adapter.source:
         return []
     source = Path(adapter.source)
-    return [source / FACTORS_NAME] if source.is_dir() else [source]
+    return [source / FACTORS_NAME] if os.path.isdir(source) else [source]

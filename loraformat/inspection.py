@@ -59,7 +59,7 @@ class AdapterInspection:
     @property
     def norm(self) -> float:
         """Frobenius norm of all changes together."""
-        return math.sqrt(math.fsum(target.norm**2 for target in self.targets if target.norm is not None))
+        return math.hypot(*(target.norm for target in self.targets if target.norm is not None))
 
     def as_json(self) -> dict[str, Any]:
         """Return the record for `--json`."""
@@ -142,7 +142,8 @@ def _summarise(target: Target) -> tuple[TargetSummary, list[Problem]]:
     if any(problem.severity == "error" for problem in problems):
         return _describe_target(target, None, None), problems
     factors = {role: factor.read().astype(np.float64) for role, factor in target.factors.items()}
-    norm = kind.norm(target, factors)
+    with np.errstate(all="ignore"):  # What is not finite is for the plan to refuse.
+        norm = kind.norm(target, factors)
     return _describe_target(target, kind.weight_shape(target), norm if math.isfinite(norm) else None), problems
 
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from os.path import isdir
 from pathlib import Path
 from typing import Final
 
@@ -22,8 +23,8 @@ _PICKLES: Final = ("adapter_model.bin", "adapter_model.pt")
 
 _KNOWN_ENDINGS: Final = (
     ("lora_down.weight", "kohya's scheme"),
-    ("lora.down.weight", "the older scheme of diffusers"),
     ("_lora.down.weight", "the oldest scheme of diffusers"),
+    ("lora.down.weight", "the older scheme of diffusers"),
     ("hada_w1_a", "LyCORIS LoHa"),
     ("lokr_w1", "LyCORIS LoKr"),
     ("lokr_w1_a", "LyCORIS LoKr"),
@@ -53,7 +54,7 @@ def load_adapter(path: Path, scheme: str | None = None, stated: StatedScale = NO
 
 def open_bundle(path: Path) -> tuple[Bundle, InputFile]:
     """Return the named tensors at `path` with what lies beside them, and the file that holds them."""
-    factors = _find_factors(path) if path.is_dir() else path
+    factors = _find_factors(path) if isdir(path) else path
     head, size = _read_head(factors)
     opened = _choose_container(factors, head, size).open(factors)
     return Bundle(path, opened.tensors, opened.metadata, _read_config(factors)), opened.file
@@ -90,7 +91,7 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
 
 def open_base(path: Path) -> BaseModel:
     """Index the model at `path`; raises LoraformatError."""
-    if path.is_dir():
+    if isdir(path):
         inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors"})
         found = f"a folder with {', '.join(inside[:4]) or 'no model'}"
         raise refuse("LF121", path, found, "one model file", "Name the file itself; folders are not read yet.")
@@ -112,7 +113,7 @@ def _refuse_or_open(path: Path, head: bytes, by_suffix: list[BaseFormat]) -> Bas
 
 def is_base(path: Path) -> bool:
     """Say whether `path` is a model rather than an adapter, from its content: an adapter's tensors have a scheme."""
-    if path.is_dir():
+    if isdir(path):
         return False
     bundle, _ = open_bundle(path)
     return not any(scheme.detect(bundle) for _, scheme in SCHEMES) and not _recognise(bundle)

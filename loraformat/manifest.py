@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from loraformat.adapter import Adapter, BaseBinding, Scaling, ScalingRule, SlotKind, Target
-from loraformat.errors import refuse
+from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.fingerprint import SAMPLES, Fingerprint
 from loraformat.limits import MAX_DIMS
+from loraformat.problems import Problem
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 
 MANIFEST_KEY: Final = "loraformat"
@@ -58,14 +59,21 @@ class Manifest:
 
 
 def build_manifest(adapter: Adapter) -> bytes:
-    """Return the canonical manifest text of `adapter`, UTF-8."""
+    """Return the canonical manifest text of `adapter`, UTF-8.
+
+    Raises:
+        InputError: LF104 a number that not every reader of JSON holds.
+    """
     manifest: dict[str, JsonValue] = {
         "version": VERSION,
         "targets": {target.name: _entry_as_json(target) for target in adapter.targets},
     }
     base = {name: value for name, value in (("name", adapter.base.name), ("revision", adapter.base.revision)) if value}
     optional = {"base": base, "annotations": dict(adapter.metadata), "provenance": dict(adapter.provenance)}
-    return write_canonical(manifest | {name: value for name, value in optional.items() if value})
+    try:
+        return write_canonical(manifest | {name: value for name, value in optional.items() if value})
+    except ValueError as error:
+        raise refuse("LF104", adapter.source or "the adapter", str(error), "numbers that JSON readers hold") from error
 
 
 def _entry_as_json(target: Target) -> JsonValue:
@@ -99,7 +107,7 @@ def parse_manifest(text: str, where: object) -> Manifest:
     base = _Fields(fields.take("base", _object, {}), f"{place}: base")
     manifest = Manifest(
         version=version,
-        targets={name: _parse_entry(name, entry, place) for name, entry in targets.items()},
+        targets=_parse_entries(targets, place),
         base=BaseBinding(base.take("name", _optional_text, None), base.take("revision", _optional_text, None)),
         annotations=fields.take("annotations", _texts, {}),
         provenance=fields.take("provenance", _object, {}),
@@ -114,6 +122,20 @@ def _is_readable(version: str, where: str) -> bool:
     if not (dot and major.isascii() and major.isdigit() and minor.isascii() and minor.isdigit()):
         raise refuse("LF122", where, f"version {version!r}", "major.minor, such as 1.0")
     return major.lstrip("0") == str(_MAJOR)
+
+
+def _parse_entries(entries: Mapping[str, JsonValue], where: str) -> dict[str, TargetEntry]:
+    """Return the targets' entries; the error holds the problems of all of them."""
+    parsed: dict[str, TargetEntry] = {}
+    problems: list[Problem] = []
+    for name, entry in entries.items():
+        try:
+            parsed[name] = _parse_entry(name, entry, where)
+        except LoraformatError as error:
+            problems += error.problems
+    if problems:
+        raise error_for(problems)
+    return parsed
 
 
 def _parse_entry(name: str, value: JsonValue, where: str) -> TargetEntry:

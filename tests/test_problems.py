@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from loraformat.problems import Problem, escape_controls
@@ -72,6 +72,7 @@ def test_nothing_escaped_can_drive_a_terminal(text: str) -> None:
 
 
 @given(st.text(), st.text(), st.text(), st.text())
+@example("a\nLF999 forged", "b\n", "\nc", "d\n\n")
 def test_no_name_can_forge_a_line(where: str, found: str, expected: str, mend: str) -> None:
     lines = str(Problem("LF101", where, found, expected, mend)).split("\n")
     assert len(lines) == 3 + bool(expected)

@@ -26,7 +26,7 @@ class OnnxGraph:
         self.path = self._opened.path
         self._tensors = _list_tensors(self._opened)
         index = GraphIndex(self._opened.model, self.path)
-        self.sites: Sequence[Site] = [_make_site(self._opened, raw) for raw in find_sites(index.visits)]
+        self.sites: Sequence[Site] = _list_sites(self._opened, list(find_sites(index.visits)))
         self.structure_sha256: str = self._opened.structure_sha256
         self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
 
@@ -64,14 +64,14 @@ def _list_tensors(opened: OnnxFile) -> list[StoredTensor]:
 
 
 def _list_sites(opened: OnnxFile, found: Sequence[RawSite]) -> list[Site]:
-    """Return the sites whose module is known.
+    """Return the sites.
 
     A tensor held by a function is read at every call: its readers are those of all places where it was found.
     """
     readers: dict[int, set[str]] = defaultdict(set)
     for raw in found:
         readers[id(raw.trace.tensor)].update(list_readers(raw.trace))
-    return [_make_site(opened, raw, frozenset(readers[id(raw.trace.tensor)])) for raw in found if raw.module]
+    return [_make_site(opened, raw, frozenset(readers[id(raw.trace.tensor)])) for raw in found]
 
 
 def _make_site(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> Site:
@@ -96,10 +96,11 @@ def _find_weight(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> tup
     name = stored.name or raw.trace.name
     if stored.dtype.family != "float":
         return None, Problem("LF403", name, f"numbers stored as {stored.dtype.name}", "a floating-point form")
+    if not stored.elements:
+        return None, Problem("LF403", name, f"no numbers: its shape is {stored.shape}", "a matrix or a kernel")
     overlapping = (f"the tensor {other!r}, whose bytes overlap its own" for other in opened.overlaps(stored))
-    readers = frozenset([*list_readers(raw.trace), *overlapping])
     file = os.path.relpath(stored.span.path, opened.path.parent)
-    return Weight(f"{file}@{stored.span.offset}", name, stored, readers), None
+    return Weight(f"{file}@{stored.span.offset}", name, stored, readers.union(overlapping)), None
 
 
 class OnnxFormat:

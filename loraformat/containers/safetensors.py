@@ -91,7 +91,7 @@ def find_data_start(file: InputFile) -> int:
 def _index(file: InputFile) -> TensorFile:
     header = _read_header(file)
     entries = dict(parse_json_object(header, f"{file.path}, header"))
-    metadata = _check_metadata(entries.pop(_METADATA, {}), file.path)
+    metadata = _check_metadata(entries.pop(_METADATA, None), file.path)
     if len(entries) > MAX_TENSORS:
         raise refuse("LF110", file.path, f"{len(entries)} tensors", f"at most {MAX_TENSORS}")
     start = _LENGTH_BYTES + len(header)
@@ -132,6 +132,8 @@ def _refuse_impostor(path: Path, head: bytes) -> None:
 
 def _check_metadata(value: JsonValue, path: Path) -> Mapping[str, str]:
     where = f"{path}, {_METADATA}"
+    if value is None:  # mlx writes null for an empty one.
+        return {}
     if not isinstance(value, Mapping):
         raise refuse("LF109", where, f"{value!r:.100}", "an object of strings")
     metadata: dict[str, str] = {}

@@ -27,8 +27,6 @@ _FORMS: Final = frozenset(
         "float8_e5m2fnuz",
     )
 )
-_CHUNK: Final = 1 << 14
-"""Elements of one step of a table look-up, whose temporaries then stay in the first-level cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ def _widen_finite(stored: NDArray[Any], out: NDArray[Any]) -> None:
 
 
 def _look_up(table: NDArray[Any], keys: NDArray[Any], out: NDArray[Any]) -> None:
-    """Write `table[key]` for each key; 32-bit keys are float32 patterns, reduced to 16 bits first.
+    """Write `table[key]` for each key, some thousands at a time; 32-bit keys are float32 patterns, reduced to 16 bits first.
 
     The reduction is rounding to odd: the bits cut off leave a mark in the last bit kept. That bit lies two or more
     places below an 8-bit form's last, so the table's rounding sees what one rounding would have seen.
@@ -98,7 +96,6 @@ def _look_up(table: NDArray[Any], keys: NDArray[Any], out: NDArray[Any]) -> None
         [keys, out],
         flags=["external_loop", "buffered", "zerosize_ok"],
         op_flags=[["readonly"], ["writeonly"]],
-        buffersize=_CHUNK,
     )
     with steps:
         for some, sink in steps:

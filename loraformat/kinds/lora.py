@@ -25,6 +25,7 @@ _LINEAR: Final = RoleSet(
 _EMBEDDING: Final = RoleSet((SlotKind.EMBEDDING,), ("lora_embedding_A", "lora_embedding_B"))
 _DOWN: Final = ("lora_A.weight", "lora_embedding_A")
 _UP: Final = ("lora_B.weight", "lora_embedding_B")
+_CONV_AXES: Final = (3, 4, 5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +122,15 @@ def _check_shapes(target: Target, down: Factor, up: Factor) -> list[Problem]:
     if 0 in down.shape[:1] or 0 in up.shape[1:2] or not down.shape or not up.shape:
         return [Problem("LF204", where, shapes, "a rank of at least 1")]
     conv = target.slot is SlotKind.CONV
-    if len(down.shape) != len(up.shape) or (len(down.shape) < 3 if conv else len(down.shape) != 2):
+    if len(down.shape) != len(up.shape) or len(down.shape) not in (_CONV_AXES if conv else (2,)):
         return [Problem("LF203", where, shapes, "A (rank, in, *kernel) and B (out, rank, 1 ...)")]
     if down.shape[0] != up.shape[1]:
         grouped = conv and down.shape[0] % up.shape[1] == 0
         mend = "A LoRA of a grouped convolution changes weights that the kernel does not have." if grouped else ""
         code = "LF209" if grouped else "LF203"
         return [Problem(code, where, shapes, "one rank, the first of A and the second of B", mend)]
+    if 0 in down.shape or 0 in up.shape:
+        return [Problem("LF203", where, shapes, "sizes of at least 1")]
     if any(size != 1 for size in up.shape[2:]):
         return [Problem("LF203", where, shapes, "B with a kernel of ones")]
     if target.rank != down.shape[0]:

@@ -9,6 +9,7 @@ from typing import Final
 from loraformat.adapter import Adapter, Factor, Target
 from loraformat.errors import refuse
 from loraformat.manifest import MANIFEST_KEY, TargetEntry, build_manifest, parse_manifest
+from loraformat.problems import Problem
 from loraformat.schemes import Bundle, StatedScale
 
 
@@ -29,7 +30,7 @@ class Native:
         manifest = parse_manifest(bundle.metadata[MANIFEST_KEY], bundle.path)
         if not manifest.targets:
             raise refuse("LF212", bundle.path, "a manifest without targets", "at least one")
-        factors = _group(bundle, manifest.targets)
+        factors, problems = _group(bundle, manifest.targets)
         targets = tuple(
             Target(name, entry.kind, entry.slot, factors[name], entry.rank, entry.scaling, entry.fingerprint)
             for name, entry in sorted(manifest.targets.items())
@@ -41,6 +42,7 @@ class Native:
             source=str(bundle.path),
             metadata=manifest.annotations,
             provenance=manifest.provenance,
+            problems=tuple(problems),
         )
 
 
@@ -59,18 +61,19 @@ def write_tensors(adapter: Adapter) -> tuple[dict[str, Factor], dict[str, str]]:
     return tensors, {MANIFEST_KEY: build_manifest(adapter).decode("utf-8")}
 
 
-def _group(bundle: Bundle, entries: Mapping[str, TargetEntry]) -> Mapping[str, Mapping[str, Factor]]:
-    """Return target to role to tensor; a tensor of no target and a target of no tensor are errors."""
+def _group(
+    bundle: Bundle, entries: Mapping[str, TargetEntry]
+) -> tuple[Mapping[str, Mapping[str, Factor]], list[Problem]]:
+    """Return target to role to tensor, and problems of tensors of no target."""
     groups: dict[str, dict[str, Factor]] = {name: {} for name in entries}
+    problems: list[Problem] = []
     for key, tensor in bundle.tensors.items():
         owner = _owner_of(key, entries)
         if owner is None:
-            raise refuse("LF202", f"{bundle.path}: {key}", "a tensor of no target in the manifest")
-        groups[owner][key[len(owner) + 1 :]] = tensor
-    for name, factors in groups.items():
-        if not factors:
-            raise refuse("LF201", f"{bundle.path}: {name}", "a target without tensors", "tensors <target>.<role>")
-    return groups
+            problems.append(Problem("LF202", key, "a tensor of no target in the manifest", "tensors <target>.<role>"))
+        else:
+            groups[owner][key[len(owner) + 1 :]] = tensor
+    return groups, problems
 
 
 def _owner_of(key: str, entries: Container[str]) -> str | None:

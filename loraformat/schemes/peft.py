@@ -92,22 +92,25 @@ class Peft:
 
 
 def _group(bundle: Bundle) -> tuple[dict[str, _Group], list[Problem]]:
-    """Return the tensors by target, wrapper prefixes removed; a key that no row knows is an error."""
+    """Return the tensors by target, wrapper prefixes removed, and problems of unknown or colliding keys."""
     groups: dict[str, _Group] = {}
     stripped: set[str] = set()
+    problems: list[Problem] = []
     for key, tensor in bundle.tensors.items():
         name = _read_key(key, stripped)
         if name is None:
-            raise refuse("LF202", f"{bundle.path}: {key}", f"a tensor of shape {tensor.shape}", "a role that PEFT has")
+            problems.append(Problem("LF202", key, f"a tensor of shape {tensor.shape}", "a role that PEFT has"))
+            continue
         group = groups.setdefault(name.target, _Group({}, set()))
         if name.row.role in group.factors:
-            raise refuse("LF302", f"{bundle.path}: {key}", f"a second {name.row.role} for {name.target}")
+            problems.append(Problem("LF302", key, f"a second {name.row.role} for {name.target}", "one"))
+            continue
         group.factors[name.row.role] = tensor
         group.kinds.add(name.row.kind)
-    if not stripped:
-        return groups, []
-    found = f"the prefixes {', '.join(sorted(stripped))} in its names, left out"
-    return groups, [Problem("LF304", str(bundle.path), found, severity="note")]
+    if stripped:
+        found = f"the prefixes {', '.join(sorted(stripped))} in its names, left out"
+        problems.append(Problem("LF304", str(bundle.path), found, severity="note"))
+    return groups, problems
 
 
 def _read_key(key: str, stripped: set[str]) -> Name | None:
@@ -148,10 +151,10 @@ def _choose_kind(kinds: set[str]) -> str:
 
 
 def _slot_of(factors: Mapping[str, Any], config: PeftConfig) -> SlotKind:
-    down = factors.get("lora_A.weight")
-    if down is None:
+    factor = factors.get("lora_A.weight") or factors.get("lora_B.weight")
+    if factor is None:
         return SlotKind.EMBEDDING
-    if len(down.shape) > 2:
+    if len(factor.shape) > 2:
         return SlotKind.CONV
     return SlotKind.LINEAR_TRANSPOSED if config.flag("fan_in_fan_out") else SlotKind.LINEAR
 

@@ -219,6 +219,7 @@ REFUSED = {
     "gzip": (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", "LF111"),
     "JSON": (b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', "LF111"),
     "small JSON": (b"{}", "LF111"),
+    "JSON with a brace where a header begins": (b'{"abcd":{"x":1}}', "LF111"),
     "JSON with a mark": (b'\xef\xbb\xbf\n{"a": 1}', "LF111"),
     "empty name": (frame(b'{"":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), "LF301"),
     "NUL in a name": (frame(b'{"a\\u0000":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'), "LF301"),

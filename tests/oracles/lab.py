@@ -40,8 +40,8 @@ class Lab:
     def exported(self, name: str, exporter: zoo.Exporter, form: str = "fp32") -> Path:
         """Return the base model of a specimen as ONNX.
 
-        `form` is fp32; fp16 or fp16_common, converted from it; half, exported from a torch model in float16; one_file or many_files,
-        saved with external data; or torch_data, with the external data that the newer exporter writes by default.
+        `form` is fp32; fp16 or fp16_common, converted from it; half, exported from a torch model in float16; one_file
+        or many_files, saved with external data; or torch_data, the newer exporter's default, external data as well.
         """
         key = (name, exporter, form)
         if key not in self._exported:

@@ -621,7 +621,7 @@ def _export_dynamo(
 def to_float16(source: Path, path: Path, *, common: bool = False) -> Path:
     """Convert an exported model as users do: weights and arithmetic in float16, inputs and outputs as they were.
 
-    The converter is onnxruntime's own, or its forerunner onnxconverter-common. That one leaves `to=FLOAT` of a Cast as it
+    The converter is onnxruntime's own, or its forerunner onnxconverter-common, which leaves `to=FLOAT` of a Cast as it
     is, so that models with a Cast in the middle, llama and gpt2, come out invalid.
     """
     with quiet():
