@@ -87,9 +87,9 @@ def _widen_finite(stored: NDArray[Any], out: NDArray[Any]) -> None:
 
 
 def _look_up(table: NDArray[Any], keys: NDArray[Any], out: NDArray[Any]) -> None:
-    """Write `table[key]` for each key, some thousands at a time; 32-bit keys are float32 patterns, reduced to 16 bits first.
+    """Write `table[key]` for each key, some thousands at a time.
 
-    The reduction is rounding to odd: the bits cut off leave a mark in the last bit kept. That bit lies two or more
+    Keys of 32 bits are float32 patterns and are reduced to 16 bits first. The reduction is rounding to odd: the bits cut off leave a mark in the last bit kept. That bit lies two or more
     places below an 8-bit form's last, so the table's rounding sees what one rounding would have seen.
     """
     steps = np.nditer(

@@ -498,7 +498,7 @@ def test_an_added_matrix_is_no_bias(tmp_path: Path) -> None:
     net = Net()
     product_name = net.op("MatMul", [net.feed("x"), net.weight("w", np.ones((5, 7), np.float32))], "product")
     net.op("Add", [product_name, net.weight("position.bias", np.ones((3, 7), np.float32))], net.result("y"))
-    assert sites_of(tmp_path, net) == []
+    assert [site.module for site in sites_of(tmp_path, net)] == [""]
 
 
 @pytest.mark.parametrize(
@@ -610,7 +610,7 @@ def _hostile(kind: str) -> onnx.ModelProto:
         net.op("Reshape", ["c", "c"], "c")
         net.op("MatMul", ["x", "c"], "y2")
     elif kind == "a permutation of nonsense":
-        for index, order in enumerate(([], [0], [5, 7], [0, 0], [-1, 0], [2, 1, 0])):
+        for index, order in enumerate(([0], [5, 7], [0, 0], [-1, 0], [2, 1, 0])):
             turned = net.op("Transpose", [weight], f"t{index}", perm=order)
             net.op("MatMul", ["x", turned], f"y{index}", "/a/MatMul")
     elif kind == "a function that calls itself":

@@ -13,9 +13,9 @@ import pytest
 import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
-from laws.container_laws import ContainerLaws, read_all, rewrite, same_bits
 from numpy.typing import NDArray
 
+from laws.container_laws import ContainerLaws, read_all, rewrite, same_bits
 from loraformat import limits
 from loraformat.containers.safetensors import (
     CONTAINER,
@@ -184,7 +184,6 @@ REFUSED = {
         "LF108",
     ),
     "metadata is a list": (frame(b'{"__metadata__":[]}'), "LF109"),
-    "metadata is null": (frame(b'{"__metadata__":null}'), "LF109"),
     "metadata holds a number": (frame(b'{"__metadata__":{"a":1}}'), "LF109"),
     "entry is a string": (frame(b'{"a":"F32"}'), "LF109"),
     "entry is a list": (frame(b'{"a":["F32",[0],[0,0]]}'), "LF109"),
@@ -242,7 +241,6 @@ STRICTER = {
     "metadata key twice",
     "escaped key twice",
     "overflow beside a zero",
-    "metadata is null",
     "entry is a list",
     "a field more",
     "nine dimensions",
@@ -744,3 +742,11 @@ def test_a_blank_that_readers_would_refuse_is_refused(path: Path) -> None:
     with pytest.raises(RefusedError) as caught:
         describe_images(opened, path, "k", limits.MAX_METADATA_BYTES + 1)
     assert caught.value.codes == ("LF110",)
+
+
+def test_metadata_may_be_null_as_mlx_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "mlx.safetensors"
+    path.write_bytes(frame(b'{"__metadata__":null,"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'))
+    opened = CONTAINER.open(path)
+    assert list(opened.tensors) == ["a"]
+    assert opened.metadata == {}

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
-from laws.encoding_laws import EncodingLaws, widen
 from numpy.typing import NDArray
 
+from laws.encoding_laws import EncodingLaws, widen
 from loraformat.dtypes import BY_NAME, Dtype
 from loraformat.encodings import plain
 from loraformat.encodings.plain import ENCODING
