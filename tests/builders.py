@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from safetensors.numpy import save_file
+
+from loraformat.adapter import Adapter
+from loraformat.dtypes import BY_NAME, Dtype
+from loraformat.errors import LoraformatError
+from loraformat.problems import Problem
+from loraformat.rules import check_adapter
 
 Factors = tuple[NDArray[Any], NDArray[Any]]
 """A `(rank, in, *kernel)` and B `(out, rank, 1 ...)`."""
@@ -114,3 +121,37 @@ def read_onnx(path: Path) -> dict[str, NDArray[Any]]:
     """Return every initializer of a model as onnx reads it."""
     model = onnx.load(str(path))
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryFactor:
+    """A `loraformat.adapter.Factor` that lives in memory; one that is `sealed` fails the test that reads it."""
+
+    name: str
+    array: NDArray[Any]
+    sealed: bool = False
+
+    @property
+    def dtype(self) -> Dtype:
+        return BY_NAME[self.array.dtype.name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def elements(self) -> int:
+        return self.array.size
+
+    def read(self) -> NDArray[Any]:
+        assert not self.sealed, f"{self.name} was read"
+        return self.array.copy()
+
+
+def find_errors(read: Callable[[], Adapter]) -> list[Problem]:
+    """Return everything that stands against merging what `read` returns, whether it raises or lists it."""
+    try:
+        adapter = read()
+    except LoraformatError as error:
+        return list(error.problems)
+    return [problem for problem in check_adapter(adapter) if problem.severity == "error"]

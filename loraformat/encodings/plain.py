@@ -89,8 +89,9 @@ def _widen_finite(stored: NDArray[Any], out: NDArray[Any]) -> None:
 def _look_up(table: NDArray[Any], keys: NDArray[Any], out: NDArray[Any]) -> None:
     """Write `table[key]` for each key, some thousands at a time.
 
-    Keys of 32 bits are float32 patterns and are reduced to 16 bits first. The reduction is rounding to odd: the bits cut off leave a mark in the last bit kept. That bit lies two or more
-    places below an 8-bit form's last, so the table's rounding sees what one rounding would have seen.
+    Keys of 32 bits are float32 patterns and are reduced to 16 bits first. The reduction is rounding to odd: the bits
+    cut off leave a mark in the last bit kept. That bit lies two or more places below an 8-bit form's last, so the
+    table's rounding sees what one rounding would have seen.
     """
     steps = np.nditer(
         [keys, out],

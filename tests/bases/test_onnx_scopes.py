@@ -1,4 +1,4 @@
-"""Who reads a weight, through subgraphs and calls of functions: a shared one is refused with the other reader's name."""
+"""Who reads a weight, through subgraphs and function calls: a shared one is refused and the other reader named."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,0 +1,220 @@
+"""What every kind keeps. A kind's test class inherits `KindLaws` and gives the kind and a strategy of examples.
+
+The class has no `Test` prefix, so that it is collected only where it is inherited. The laws so far are those of
+additive kinds; the oracle is the dense change, which the test class computes in float64 from the paper's formula.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from builders import MemoryFactor
+from loraformat.adapter import SlotKind, Target
+from loraformat.kinds import KINDS, Delta, Kind
+
+# One law runs for several classes, on purpose.
+_law = settings(suppress_health_check=list(HealthCheck))
+
+TINY = 1e-37
+"""Below the smallest normal float32, rounding is no longer relative."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A target with its numbers, and what it must do.
+
+    Attributes:
+        target: the target; its factors are `MemoryFactor`s.
+        arrays: role to numbers.
+        dense: the change at scale 1, `(out, in * kernel)` in float64, by other means than the kind's.
+        bound: the same from the factors' absolute values: how large the sums on the way can get.
+    """
+
+    target: Target
+    arrays: Mapping[str, NDArray[Any]]
+    dense: NDArray[np.float64]
+    bound: NDArray[np.float64]
+
+    def assert_close(self, found: NDArray[Any], expected: NDArray[Any], scale: float) -> None:
+        """Allow for the rounding of sums of `rank` products, and nothing more."""
+        eps = float(np.finfo(found.dtype).eps)
+        assert found.shape == expected.shape
+        bound = self.bound if found.shape == self.bound.shape else self.bound.T
+        slack = eps * (self.target.rank + 4) * abs(scale) * bound + TINY
+        assert (np.abs(found.astype(np.float64) - expected) <= slack).all()
+
+
+def whole(delta: Delta, dtype: Any) -> NDArray[Any]:
+    """Return all rows at once, written over numbers that must not show."""
+    out = np.full(delta.shape, np.nan, dtype=dtype)
+    delta.write_rows(0, delta.shape[0], out)
+    return out
+
+
+class KindLaws:
+    """The laws."""
+
+    kind: Kind
+
+    @abstractmethod
+    def examples(self) -> st.SearchStrategy[Example]:
+        """Return valid targets of every slot that the kind knows, never square, in float32 and float64."""
+
+    def make_delta(self, example: Example, scale: float) -> tuple[Delta, Any]:
+        arrays = {role: array.copy() for role, array in example.arrays.items()}
+        for array in arrays.values():
+            array.setflags(write=False)
+        dtype = next(iter(arrays.values())).dtype
+        return self.kind.delta(example.target, arrays, scale), dtype
+
+    def test_its_room_finds_it(self) -> None:
+        assert KINDS.find(self.kind.name) is self.kind
+
+    def test_it_says_what_it_does_and_where_that_stands(self) -> None:
+        assert self.kind.formula
+        assert self.kind.source
+
+    def test_each_slot_has_one_role_set(self) -> None:
+        slots = [slot for roles in self.kind.role_sets for slot in roles.slots]
+        assert slots
+        assert len(slots) == len(set(slots))
+        assert all(roles.required for roles in self.kind.role_sets)
+
+    @_law
+    @given(data=st.data())
+    def test_role_sets_cover_the_factors(self, data: st.DataObject) -> None:
+        target = data.draw(self.examples()).target
+        roles = next(roles for roles in self.kind.role_sets if target.slot in roles.slots)
+        assert set(roles.required) <= set(target.factors) <= {*roles.required, *roles.optional}
+
+    @_law
+    @given(data=st.data())
+    def test_check_accepts_what_is_sound_without_reading_it(self, data: st.DataObject) -> None:
+        target = data.draw(self.examples()).target
+        factors = {role: replace(factor, sealed=True) for role, factor in target.factors.items()}
+        assert not [p for p in self.kind.check(replace(target, factors=factors)) if p.severity == "error"]
+
+    @_law
+    @given(data=st.data())
+    def test_check_names_a_role_that_it_does_not_have(self, data: st.DataObject) -> None:
+        target = data.draw(self.examples()).target
+        stray = MemoryFactor("stray", np.ones((2, 3), np.float32))
+        problems = self.kind.check(replace(target, factors={**target.factors, "lora_of_next_year": stray}))
+        assert [problem.code for problem in problems if problem.severity == "error"] == ["LF202"]
+        assert "lora_of_next_year" in problems[0].found
+
+    @_law
+    @given(data=st.data())
+    def test_check_names_a_role_that_is_missing(self, data: st.DataObject) -> None:
+        target = data.draw(self.examples()).target
+        roles = next(roles for roles in self.kind.role_sets if target.slot in roles.slots)
+        gone = data.draw(st.sampled_from(roles.required))
+        problems = self.kind.check(
+            replace(target, factors={role: factor for role, factor in target.factors.items() if role != gone})
+        )
+        assert [problem.code for problem in problems] == ["LF201"]
+        assert gone in problems[0].expected
+
+    @_law
+    @given(data=st.data())
+    def test_check_refuses_slots_that_it_has_no_roles_for(self, data: st.DataObject) -> None:
+        known = {slot for roles in self.kind.role_sets for slot in roles.slots}
+        target = data.draw(self.examples()).target
+        for slot in set(SlotKind) - known:
+            assert [problem.code for problem in self.kind.check(replace(target, slot=slot))] == ["LF408"]
+
+    @_law
+    @given(data=st.data())
+    def test_check_refuses_numbers_that_are_not_floats(self, data: st.DataObject) -> None:
+        target = data.draw(self.examples()).target
+        role = data.draw(st.sampled_from(sorted(target.factors)))
+        form = data.draw(st.sampled_from([np.int8, np.int64, np.uint8, np.bool_, np.complex64]))
+        factor = MemoryFactor(role, np.ones(target.factors[role].shape, form))
+        problems = self.kind.check(replace(target, factors={**target.factors, role: factor}))
+        assert [problem.code for problem in problems] == ["LF210"]
+
+    @_law
+    @given(data=st.data())
+    def test_check_compares_the_stated_rank_with_the_factors(self, data: st.DataObject) -> None:
+        target = data.draw(self.examples()).target
+        assert self.kind.rank(target.factors) == target.rank
+        for wrong in (target.rank + 1, target.rank - 1):
+            assert [p.code for p in self.kind.check(replace(target, rank=wrong))] == ["LF205"]
+
+    @_law
+    @given(data=st.data())
+    def test_weight_shape_is_that_of_the_change(self, data: st.DataObject) -> None:
+        example = data.draw(self.examples())
+        shape = self.kind.weight_shape(example.target)
+        delta, _ = self.make_delta(example, 1.0)
+        assert (shape[0], int(np.prod(shape[1:]))) == delta.shape == example.dense.shape
+
+    @_law
+    @given(data=st.data(), scale=st.floats(-8, 8))
+    def test_the_change_is_that_of_the_formula(self, data: st.DataObject, scale: float) -> None:
+        example = data.draw(self.examples())
+        delta, dtype = self.make_delta(example, scale)
+        example.assert_close(whole(delta, dtype), scale * example.dense, scale)
+
+    @_law
+    @given(data=st.data())
+    def test_rows_by_any_tiling_are_the_whole(self, data: st.DataObject) -> None:
+        example = data.draw(self.examples())
+        delta, dtype = self.make_delta(example, 1.5)
+        rows, columns = delta.shape
+        cuts = sorted({0, rows, *data.draw(st.lists(st.integers(0, rows), max_size=4))})
+        tiled = np.full((rows, columns), np.nan, dtype=dtype)
+        for start, stop in data.draw(st.permutations(list(pairwise(cuts)))):
+            delta.write_rows(start, stop, tiled[start:stop])
+        example.assert_close(tiled, 1.5 * example.dense, 1.5)
+
+    @_law
+    @given(data=st.data())
+    def test_the_transposed_change_is_the_transpose(self, data: st.DataObject) -> None:
+        example = data.draw(self.examples())
+        delta, dtype = self.make_delta(example, -0.75)
+        turned = delta.transposed()
+        assert turned.shape == delta.shape[::-1]
+        example.assert_close(whole(turned, dtype), -0.75 * example.dense.T, 0.75)
+        cut = data.draw(st.integers(0, turned.shape[0]))
+        part = np.full((turned.shape[0] - cut, turned.shape[1]), np.nan, dtype=dtype)
+        turned.write_rows(cut, turned.shape[0], part)
+        np.testing.assert_allclose(part, whole(turned, dtype)[cut:], rtol=1e-5, atol=1e-5)
+        assert turned.transposed().shape == delta.shape
+
+    @_law
+    @given(data=st.data(), scale=st.floats(-8, 8))
+    def test_it_is_linear_in_the_scale(self, data: st.DataObject, scale: float) -> None:
+        example = data.draw(self.examples())
+        one, dtype = self.make_delta(example, 1.0)
+        scaled, _ = self.make_delta(example, scale)
+        example.assert_close(whole(scaled, dtype), scale * whole(one, dtype).astype(np.float64), 2 * (abs(scale) + 1))
+        nothing, _ = self.make_delta(example, 0.0)
+        assert not whole(nothing, dtype).any()
+
+    @_law
+    @given(data=st.data())
+    def test_zero_factors_change_nothing(self, data: st.DataObject) -> None:
+        example = data.draw(self.examples())
+        zeros = {role: np.zeros_like(array) for role, array in example.arrays.items()}
+        dtype = next(iter(zeros.values())).dtype
+        assert not whole(self.kind.delta(example.target, zeros, 2.0), dtype).any()
+        assert self.kind.norm(example.target, zeros) == 0
+
+    @_law
+    @given(data=st.data())
+    def test_the_norm_is_that_of_the_dense_change(self, data: st.DataObject) -> None:
+        example = data.draw(self.examples())
+        arrays = {role: array.astype(np.float64) for role, array in example.arrays.items()}
+        expected = abs(example.target.scale) * float(np.linalg.norm(example.dense))
+        # The norm comes from squares: where the change cancels to nothing, half of the digits are left.
+        slack = 1e-7 * abs(example.target.scale) * float(np.linalg.norm(example.bound))
+        assert self.kind.norm(example.target, arrays) == pytest.approx(expected, rel=1e-9, abs=slack)
