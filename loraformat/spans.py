@@ -78,7 +78,11 @@ class InputFile:
         view = buffer.cast("B") if isinstance(buffer, memoryview) else buffer.data.cast("B")
         done = 0
         while done < len(view):
-            count = os.preadv(self._descriptor, [view[done:]], offset + done)
+            try:
+                count = os.preadv(self._descriptor, [view[done:]], offset + done)
+            except OSError as error:
+                found = f"cannot be read at byte {offset + done}: {error.strerror or error}"
+                raise refuse("LF100", self.path, found, "a readable file") from error
             if count == 0:
                 found = f"the file ends at byte {offset + done}"
                 raise refuse("LF906", self.path, found, f"{self.size_bytes} bytes, as when it was opened")

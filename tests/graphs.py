@@ -4,6 +4,7 @@ Numbers that are to be compared to the bit are small dyadic fractions: their pro
 the only rounding of a merge is the last one.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 import loraformat
 from builders import Factors, write_peft
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, Target
+from loraformat.containers.safetensors import write_safetensors
 from loraformat.dtypes import BY_NAME, Dtype
 from loraformat.plan import WeightedAdapter
 
@@ -29,7 +31,8 @@ Array = NDArray[Any]
 SCOPES = "pkg.torch.onnx.name_scopes"
 CLASSES = "pkg.torch.onnx.class_hierarchy"
 RULE = "pkg.onnxscript.rewriter.rule_name"
-OPSET = 18
+OPSET = 20
+"""The first in which all operators that stand beside weights take 8-bit floats is 19."""
 FORMS = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
@@ -256,6 +259,28 @@ def run(model: Path | onnx.ModelProto, feeds: Mapping[str, Array]) -> list[Array
 def stored_weights(path: Path) -> dict[str, Array]:
     """Return every initializer as onnx reads it."""
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(str(path)).graph.initializer}
+
+
+def read_state(path: Path) -> dict[str, Array]:
+    """Return the tensors of a safetensors file; the package's reader for numpy knows no 8-bit floats."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    entries = {name: entry for name, entry in json.loads(data[8:start]).items() if name != "__metadata__"}
+    forms = {known.safetensors: known.numpy() for known in BY_NAME.values() if known.name in FORMS}
+    return {
+        name: np.frombuffer(data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]], np.uint8)
+        .view(forms[entry["dtype"]])
+        .reshape(entry["shape"])
+        for name, entry in entries.items()
+    }
+
+
+def write_state(path: Path, arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> Path:
+    """Write a safetensors file, 8-bit floats included."""
+    entries = [(name, BY_NAME[array.dtype.name], array.shape, array) for name, array in arrays.items()]
+    with path.open("wb") as stream:
+        write_safetensors(stream, entries, metadata or {})
+    return path
 
 
 def same_bits(one: Array, other: Array) -> bool:

@@ -53,8 +53,10 @@ class OnnxGraph:
         return text.encode("utf-8")
 
     def list_stale(self, output: Path) -> list[Path]:
-        """Return the data files of the model at `output` that bear its name."""
-        return self._opened.stale_data(output) if output.is_file() else []
+        """Return the data files of the model at `output` that bear its name: `m.onnx.data`, not `model.onnx.data`."""
+        if not output.is_file():
+            return []
+        return [path for path in self._opened.stale_data(output) if not path.name[len(output.stem)].isalnum()]
 
 
 def _list_tensors(opened: OnnxFile) -> list[StoredTensor]:

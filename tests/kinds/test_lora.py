@@ -90,11 +90,11 @@ def test_a_kernel_keeps_the_order_of_its_axes() -> None:
 
 
 def test_the_scale_is_folded_in_before_it_is_rounded() -> None:
-    """A tenth is no float32: rounded first and then multiplied, 3 becomes 0.30000001."""
-    down, up = np.ones((1, 1), np.float32), np.full((2, 1), 3.0, np.float32)
+    """A tenth is no float32: rounded first and then multiplied, 9 becomes another number than 0.9."""
+    down, up = np.ones((1, 1), np.float32), np.full((2, 1), 9.0, np.float32)
     delta = KIND.delta(make_target(down, up, SlotKind.LINEAR), {"lora_A.weight": down, "lora_B.weight": up}, 0.1)
-    assert (whole(delta, np.float32) == np.float32(0.1 * 3.0)).all()
-    assert np.float32(0.1) * np.float32(3.0) != np.float32(0.1 * 3.0)
+    assert (whole(delta, np.float32) == np.float32(0.1 * 9.0)).all()
+    assert np.float32(0.1) * np.float32(9.0) != np.float32(0.1 * 9.0)
 
 
 def test_float32_factors_make_a_float32_change() -> None:

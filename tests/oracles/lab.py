@@ -25,15 +25,15 @@ class Lab:
     _trained: dict[str, zoo.Trained] = field(default_factory=dict)
     _exported: dict[tuple[str, zoo.Exporter, str], Path] = field(default_factory=dict)
 
-    def trained(self, name: str, targets: list[str] | None = None) -> zoo.Trained:
-        """Return the adapter of a specimen, or one like it for other target modules."""
-        key = "-".join([name, *(targets or ())])
+    def trained(self, name: str, targets: list[str] | str | None = None) -> zoo.Trained:
+        """Return the adapter of a specimen, or one like it for other target modules: their names, or one pattern."""
+        key = "-".join([name, *([targets] if isinstance(targets, str) else targets or ())])
         if key not in self._trained:
             specimen = zoo.SPECIMENS[name]
             lora = specimen.lora()
             if targets is not None:
-                lora.target_modules = set(targets)
-            folder = self.root / f"{key}-adapter"
+                lora.target_modules = targets if isinstance(targets, str) else set(targets)
+            folder = self.root / f"adapter-{len(self._trained)}"
             self._trained[key] = zoo.train(specimen, folder, seed=len(key), lora=lora)
         return self._trained[key]
 
@@ -70,6 +70,19 @@ def merge_checked(base: Path, trained: zoo.Trained, output: Path, **options: Any
     assert_only_these_changed(base, output, receipt)
     assert_deltas(base, output, receipt, trained.deltas)
     return receipt
+
+
+def merged_right_or_refused(base: Path, trained: zoo.Trained, output: Path, **options: Any) -> bool:
+    """Merge if it can be done and say whether; a merge that is done must equal PEFT's unmerged model."""
+    assert trained.effect > 100 * ABSOLUTE_TOLERANCE
+    try:
+        loraformat.merge(base, [trained.folder], output, **options)
+    except loraformat.LoraformatError:
+        assert not output.exists()
+        return False
+    found = zoo.run_onnx(output, trained.feeds, trained.specimen.outputs)
+    assert difference(found, trained.unmerged) <= ABSOLUTE_TOLERANCE, "merged into another weight"
+    return True
 
 
 def assert_same_graph(base: Path, merged: Path) -> None:

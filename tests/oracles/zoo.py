@@ -327,6 +327,59 @@ def make_normed() -> nn.Module:
     return _randomised(Normed)
 
 
+class Inner(nn.Module):
+    """A container that is never called itself: only its member is."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6, bias=bias)
+
+
+class Namesakes(nn.Module):
+    """Two layers whose paths end alike. The older exporter calls them fc and fc_1, in the order of their calls."""
+
+    def __init__(self, *, bias: bool, inner_first: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6, bias=bias)
+        self.inner = Inner(bias=bias)
+        self.inner_first = inner_first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = (self.inner.fc, self.fc) if self.inner_first else (self.fc, self.inner.fc)
+        return second(torch.tanh(first(x)))
+
+
+class Reused(nn.Module):
+    """Modules that are called twice; the older exporter makes a second name for the second call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+        self.fc = nn.Linear(6, 6)
+        self.out = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.conv(torch.tanh(self.conv(x))))
+        return self.out(torch.tanh(self.fc(torch.tanh(self.fc(x)))))
+
+
+def make_albert() -> nn.Module:
+    """A model that applies one layer three times."""
+    config = transformers.AlbertConfig(
+        vocab_size=99,
+        embedding_size=20,
+        hidden_size=32,
+        intermediate_size=52,
+        num_hidden_layers=3,
+        num_hidden_groups=1,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        num_labels=5,
+        attn_implementation="eager",
+    )
+    return _randomised(lambda: transformers.AlbertForSequenceClassification(config))
+
+
 def _numbers(*shape: int) -> dict[str, torch.Tensor]:
     return {"x": torch.randn(*shape, generator=torch.Generator().manual_seed(13))}
 
@@ -462,6 +515,37 @@ SPECIMENS: dict[str, Specimen] = {
             {"x": {0: "batch"}},
             outputs=("y",),
             learning_rate=1e-1,
+        ),
+        *(
+            Specimen(
+                f"namesakes_{'inner' if inner_first else 'outer'}_first{'' if bias else '_bare'}",
+                lambda bias=bias, inner_first=inner_first: _randomised(
+                    lambda: Namesakes(bias=bias, inner_first=inner_first)
+                ),
+                lambda: _numbers(3, 4, 6),
+                lambda: LoraConfig(r=2, lora_alpha=4, target_modules=r"fc"),
+                {"x": {0: "batch"}},
+                outputs=("y",),
+                learning_rate=1e-1,
+            )
+            for bias in (True, False)
+            for inner_first in (True, False)
+        ),
+        Specimen(
+            "reused",
+            lambda: _randomised(Reused),
+            lambda: _numbers(3, 4, 6),
+            lambda: LoraConfig(r=2, lora_alpha=4, target_modules=["conv", "fc"]),
+            {"x": {0: "batch"}},
+            outputs=("y",),
+            learning_rate=1e-1,
+        ),
+        Specimen(
+            "albert",
+            make_albert,
+            lambda: _tokens(99),
+            lambda: LoraConfig(r=3, lora_alpha=6, target_modules=["query", "ffn", "classifier"]),
+            TEXT_AXES,
         ),
         Specimen(
             "normed",

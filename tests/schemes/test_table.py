@@ -24,7 +24,7 @@ NAMES = NameTable(ROWS)
     [
         ("a.b.down.weight", "a.b", "A"),
         ("a.b.down.default.weight", "a.b", "A"),
-        ("a.down.up.weight", "a.down", "B"),
+        ("a.down.up.weight", "a", "A"),  # an adapter called `up`
         ("a.down.down.weight", "a", "A"),
         ("a.down.x.y.weight", "a.down.x.y", "W"),
         ("a.+literal*", "a", "odd"),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loraformat.receipt import Receipt
 
 _FILE: Final = click.Path(path_type=Path)
-_ONLY_MERGING: Final = frozenset({"min_retained", "force", "jobs", "max_memory_bytes"})
+_ONLY_MERGING: Final = frozenset({"min_retained", "force", "durable", "jobs", "max_memory_bytes"})
 """Flags that a plan has no use for."""
 
 
@@ -24,6 +24,7 @@ _ONLY_MERGING: Final = frozenset({"min_retained", "force", "jobs", "max_memory_b
 @click.argument("adapters", type=WeightedAdapter(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.option("-o", "--output", type=_FILE, metavar="FILE", help="Where to write; beside the base if not given.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--durable", is_flag=True, help="Wait for the disk before the output appears; a power cut loses nothing.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads no weights, writes nothing.")
 @json_option
 @adapter_options

@@ -1,0 +1,379 @@
+"""PEFT's scheme: names, wrappers, ranks and scales; what it reads but does not pass off as LoRA."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from builders import MemoryFactor, find_errors
+from laws.scheme_laws import SchemeLaws
+from loraformat.adapter import Adapter, Scaling, ScalingRule, SlotKind, Target
+from loraformat.manifest import MANIFEST_KEY
+from loraformat.problems import Problem
+from loraformat.schemes import NOT_STATED, Bundle, StatedScale
+from loraformat.schemes.peft import SCHEME
+
+LINEAR = {"lora_A.weight": (2, 5), "lora_B.weight": (7, 2)}
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "base_model_name_or_path": "some/base", "revision": "r1"}
+
+
+def make_bundle(
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    config: Mapping[str, Any] | None = CONFIG,
+    prefix: str = "base_model.model.",
+    dtype: Any = np.float32,
+) -> Bundle:
+    dice = np.random.default_rng(0)
+    tensors = {}
+    for target, roles in shapes.items():
+        for role, shape in roles.items():
+            key = f"{prefix}{target}.{role}"
+            tensors[key] = MemoryFactor(key, (dice.standard_normal(shape) * 4).astype(dtype))
+    return Bundle(Path("folder"), tensors, {"format": "pt"}, config)
+
+
+def infix(adapter: str) -> dict[str, tuple[int, ...]]:
+    return {role.replace(".weight", f".{adapter}.weight"): shape for role, shape in LINEAR.items()}
+
+
+EMBEDDING = {"lora_embedding_A": (2, 9), "lora_embedding_B": (5, 2)}
+CONV = {"lora_A.weight": (2, 3, 3, 3), "lora_B.weight": (8, 2, 1, 1)}
+
+
+class TestPeft(SchemeLaws):
+    scheme = SCHEME
+
+    def examples(self) -> Mapping[str, Bundle]:
+        return {
+            "linear": make_bundle({"model.q": LINEAR, "model.v": LINEAR}),
+            "conv and embedding": make_bundle({"model.conv": CONV, "model.embed": EMBEDDING}),
+            "adapter names": make_bundle(
+                {
+                    "model.q": infix("default"),
+                    "model.embed": {f"{role}.other": shape for role, shape in EMBEDDING.items()},
+                }
+            ),
+            "no prefix": make_bundle({"model.q": LINEAR}, prefix=""),
+            "wrapped": make_bundle({"model._orig_mod.q": LINEAR}, prefix="module.base_model.model."),
+            "Conv1D": make_bundle({"model.q": LINEAR}, {**CONFIG, "fan_in_fan_out": True}),
+        }
+
+
+class TestPeftAlone(SchemeLaws):
+    """The tensors without their configuration."""
+
+    scheme = SCHEME
+    stated = StatedScale(alpha=16.0)
+
+    def examples(self) -> Mapping[str, Bundle]:
+        return {
+            "linear": make_bundle({"model.q": LINEAR}, None),
+            "embedding": make_bundle({"model.embed": EMBEDDING}, None),
+        }
+
+
+def read(bundle: Bundle, stated: StatedScale = NOT_STATED) -> Adapter:
+    return SCHEME.read(bundle, stated)
+
+
+def read_one(bundle: Bundle, stated: StatedScale = NOT_STATED) -> Target:
+    (target,) = read(bundle, stated).targets
+    return target
+
+
+def errors(bundle: Bundle, stated: StatedScale = NOT_STATED) -> list[Problem]:
+    return find_errors(lambda: read(bundle, stated))
+
+
+def codes(bundle: Bundle, stated: StatedScale = NOT_STATED) -> list[str]:
+    return [problem.code for problem in errors(bundle, stated)]
+
+
+# --- what a target is ------------------------------------------------------------------------------------------------
+
+
+def test_a_linear_target() -> None:
+    bundle = make_bundle({"model.layers.0.self_attn.q_proj": LINEAR})
+    target = read_one(bundle)
+    assert (target.name, target.kind, target.slot) == ("model.layers.0.self_attn.q_proj", "lora", SlotKind.LINEAR)
+    assert (target.rank, target.scaling) == (2, Scaling(ScalingRule.ALPHA_OVER_RANK, 8.0))
+    assert target.scale == 4.0
+    assert {role: factor.shape for role, factor in target.factors.items()} == LINEAR
+    assert target.parameters == 2 * 5 + 7 * 2
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "slot"),
+    [
+        (LINEAR, {}, SlotKind.LINEAR),
+        (LINEAR, {"fan_in_fan_out": True}, SlotKind.LINEAR_TRANSPOSED),
+        (LINEAR, {"fan_in_fan_out": None}, SlotKind.LINEAR),
+        (EMBEDDING, {"fan_in_fan_out": True}, SlotKind.EMBEDDING),
+        (CONV, {"fan_in_fan_out": True}, SlotKind.CONV),
+        ({"lora_A.weight": (2, 3, 4), "lora_B.weight": (8, 2, 1)}, {}, SlotKind.CONV),
+    ],
+)
+def test_slots(shapes: dict[str, tuple[int, ...]], config: dict[str, Any], slot: SlotKind) -> None:
+    assert read_one(make_bundle({"m": shapes}, {**CONFIG, **config})).slot is slot
+
+
+def test_the_base_and_the_configuration_travel_along() -> None:
+    adapter = read(make_bundle({"m.q": LINEAR}))
+    assert (adapter.base.name, adapter.base.revision) == ("some/base", "r1")
+    assert adapter.provenance == {"peft": CONFIG}
+    assert read(make_bundle({"m.q": LINEAR}, None), StatedScale(alpha=1.0)).provenance == {}
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float8_e4m3fn", "float64"])
+def test_number_forms_stay(name: str) -> None:
+    from loraformat.dtypes import BY_NAME
+
+    target = read_one(make_bundle({"m.q": LINEAR}, dtype=BY_NAME[name].numpy()))
+    assert {factor.dtype.name for factor in target.factors.values()} == {name}
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "target", "stripped"),
+    [
+        ("base_model.model.model.q", "model.q", ()),
+        ("model.q", "model.q", ()),
+        ("module.base_model.model.model.q", "model.q", ("module.",)),
+        ("base_model.model.module.model.q", "model.q", ("module.",)),
+        ("module.module.base_model.model.module.model.q", "model.q", ("module.",)),
+        ("_orig_mod.base_model.model.model.q", "model.q", ("_orig_mod.",)),
+        ("base_model.model._orig_mod.model._orig_mod.q", "model.q", ("_orig_mod.",)),
+        ("module._orig_mod.base_model.model.model.q", "model.q", ("module.", "_orig_mod.")),
+        ("_orig_mod.module.base_model.model.model.q", "model.q", ("module.", "_orig_mod.")),
+        ("base_model.model.model._fsdp_wrapped_module.q", "model.q", ("_fsdp_wrapped_module.",)),
+        ("base_model.model.model._checkpoint_wrapped_module.q", "model.q", ("_checkpoint_wrapped_module.",)),
+        (
+            "base_model.model.model._fsdp_wrapped_module._checkpoint_wrapped_module._orig_mod.q",
+            "model.q",
+            ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."),
+        ),
+        # A module that is called so, and words that only end so, keep their names.
+        ("base_model.model.encoder.module.q", "encoder.module.q", ()),
+        ("base_model.model.my_module.q", "my_module.q", ()),
+        ("base_model.model.x_orig_mod.q", "x_orig_mod.q", ()),
+    ],
+)
+def test_wrappers_are_left_out_and_said(key: str, target: str, stripped: tuple[str, ...]) -> None:
+    adapter = read(make_bundle({key: LINEAR}, prefix=""))
+    assert [found.name for found in adapter.targets] == [target]
+    notes = [problem for problem in adapter.problems if problem.code == "LF304"]
+    assert all(problem.severity == "note" for problem in notes)
+    assert bool(notes) == bool(stripped)
+    assert all(wrapper in notes[0].found for wrapper in stripped)
+
+
+def test_a_thousand_wrappers_take_no_time() -> None:
+    key = "_orig_mod." * 400
+    assert read_one(make_bundle({f"{key}q": LINEAR}, prefix="")).name == "q"
+
+
+@pytest.mark.parametrize(
+    "twin", ["model.q.lora_A.weight", "module.model.q.lora_A.weight", "base_model.model.model.q.lora_A.default.weight"]
+)
+def test_two_keys_for_one_role(twin: str) -> None:
+    bundle = make_bundle({"model.q": LINEAR})
+    more = replace(bundle, tensors={**bundle.tensors, twin: MemoryFactor("twin", np.ones((2, 5), np.float32))})
+    assert codes(more) == ["LF302"]
+    assert "lora_A.weight for model.q" in errors(more)[0].found
+
+
+def test_all_unknown_keys_are_named() -> None:
+    bundle = make_bundle({"model.q": {**LINEAR, "lora_diag": (2,)}, "model.v": {**LINEAR, "lora_velora_embed": (3,)}})
+    problems = errors(bundle)
+    assert {problem.code for problem in problems} == {"LF202"}
+    assert [problem.where.rpartition(".")[2] for problem in problems] == ["lora_diag", "lora_velora_embed"]
+
+
+def test_nothing_but_unknown_keys() -> None:
+    bundle = Bundle(Path("f"), {"optimizer": MemoryFactor("optimizer", np.ones(3))}, {}, CONFIG)
+    assert {"LF202", "LF212"} & set(codes(bundle))
+
+
+def test_no_tensors_at_all() -> None:
+    """40 bytes: what torch.compile and ZeRO-3 leave."""
+    assert codes(Bundle(Path("f"), {}, {}, CONFIG)) == ["LF212"]
+
+
+# --- rank and scale --------------------------------------------------------------------------------------------------
+
+
+def test_rs_lora_divides_by_the_root() -> None:
+    target = read_one(make_bundle({"m.q": LINEAR}, {**CONFIG, "use_rslora": True}))
+    assert target.scaling == Scaling(ScalingRule.ALPHA_OVER_SQRT_RANK, 8.0)
+    assert target.scale == 8 / math.sqrt(2)
+
+
+def test_patterns_decide_over_the_defaults() -> None:
+    wide = {"lora_A.weight": (3, 5), "lora_B.weight": (7, 3)}
+    config = {**CONFIG, "rank_pattern": {"v": 3}, "alpha_pattern": {r"layers\.1\.q": 1, "v": 9}, "use_rslora": True}
+    targets = {"m.layers.0.q": LINEAR, "m.layers.1.q": LINEAR, "m.layers.0.v": wide}
+    adapter = read(make_bundle(targets, config))
+    found = {target.name: (target.rank, target.scale) for target in adapter.targets}
+    assert found == {
+        "m.layers.0.q": (2, 8 / math.sqrt(2)),
+        "m.layers.1.q": (2, 1 / math.sqrt(2)),
+        "m.layers.0.v": (3, 9 / math.sqrt(3)),
+    }
+    assert not find_errors(lambda: adapter)
+
+
+def test_the_rank_of_the_configuration_must_be_that_of_the_tensors() -> None:
+    for config in ({**CONFIG, "r": 4}, {**CONFIG, "rank_pattern": {"q": 4}}, {**CONFIG, "r": 0}):
+        assert codes(make_bundle({"m.q": LINEAR}, config)) == ["LF205"]
+
+
+def test_without_a_stated_rank_the_tensors_tell() -> None:
+    config = {name: value for name, value in CONFIG.items() if name != "r"}
+    assert read_one(make_bundle({"m.q": LINEAR}, config)).scale == 4.0
+    assert read_one(make_bundle({"m.q": LINEAR}, {**CONFIG, "r": None})).rank == 2
+
+
+@pytest.mark.parametrize("config", [None, {"peft_type": "LORA", "r": 2}, {**CONFIG, "lora_alpha": None}])
+def test_a_scale_that_nobody_states(config: Mapping[str, Any] | None) -> None:
+    assert codes(make_bundle({"m.q": LINEAR}, config)) == ["LF211"]
+
+
+@pytest.mark.parametrize("config", [None, {"peft_type": "LORA", "r": 2}, {**CONFIG, "lora_alpha": 0}])
+def test_the_user_may_state_it(config: Mapping[str, Any] | None) -> None:
+    bundle = make_bundle({"m.q": LINEAR}, config)
+    assert read_one(bundle, StatedScale(alpha=3.0)).scaling == Scaling(ScalingRule.ALPHA_OVER_RANK, 3.0)
+    assert read_one(bundle, StatedScale(multiplier=0.5)).scaling == Scaling(ScalingRule.MULTIPLIER, 0.5)
+    assert read_one(bundle, StatedScale(multiplier=-0.5)).scale == -0.5
+
+
+def test_the_users_alpha_follows_the_rule_of_the_source() -> None:
+    bundle = make_bundle({"m.q": LINEAR}, {"peft_type": "LORA", "use_rslora": True})
+    assert read_one(bundle, StatedScale(alpha=3.0)).scale == 3 / math.sqrt(2)
+
+
+def test_what_the_source_states_stands() -> None:
+    bundle = make_bundle({"m.q": LINEAR})
+    for stated in (StatedScale(alpha=1000.0), StatedScale(multiplier=1000.0), StatedScale(1000.0, 1000.0)):
+        assert read_one(bundle, stated).scale == 4.0
+
+
+def test_a_pattern_may_state_what_the_default_does_not() -> None:
+    config = {**CONFIG, "lora_alpha": None, "alpha_pattern": {"q": 6}}
+    assert codes(make_bundle({"m.q": LINEAR, "m.v": LINEAR}, config)) == ["LF211"]
+    adapter = read(make_bundle({"m.q": LINEAR, "m.v": LINEAR}, config), StatedScale(multiplier=0.25))
+    assert [target.scale for target in adapter.targets] == [3.0, 0.25]
+
+
+def test_alpha_of_zero_is_read_and_refused_later() -> None:
+    bundle = make_bundle({"m.q": LINEAR}, {**CONFIG, "lora_alpha": 0})
+    assert read_one(bundle).scale == 0
+    assert codes(bundle) == ["LF208"]
+
+
+@pytest.mark.parametrize("stated", [StatedScale(alpha=math.inf), StatedScale(multiplier=math.nan)])
+def test_a_stated_scale_must_be_finite(stated: StatedScale) -> None:
+    assert codes(make_bundle({"m.q": LINEAR}, None), stated) == ["LF207"]
+
+
+# --- factors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lone", ["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"])
+def test_a_factor_without_its_partner(lone: str) -> None:
+    bundle = make_bundle({"m.q": {lone: (LINEAR | EMBEDDING)[lone]}})
+    problems = errors(bundle)
+    assert [problem.code for problem in problems] == ["LF201"]
+    partner = lone.replace("_A", "_#").replace("_B", "_A").replace("_#", "_B")
+    assert lone in problems[0].found
+    assert partner in problems[0].expected
+
+
+def test_factors_of_two_ranks() -> None:
+    assert codes(make_bundle({"m.q": {"lora_A.weight": (2, 5), "lora_B.weight": (7, 3)}})) == ["LF203"]
+
+
+def test_what_zero_3_saves() -> None:
+    assert codes(make_bundle({"m.q": {"lora_A.weight": (0,), "lora_B.weight": (0,)}})) == ["LF204"]
+    assert codes(make_bundle({"m.q": {"lora_A.weight": (0, 5), "lora_B.weight": (7, 0)}})) == ["LF204"]
+
+
+def test_factors_of_integers() -> None:
+    assert codes(make_bundle({"m.q": LINEAR}, dtype=np.int32)) == ["LF210", "LF210"]
+
+
+def test_linear_and_embedding_factors_of_one_module() -> None:
+    assert codes(make_bundle({"m.q": {**LINEAR, **EMBEDDING}})) == ["LF202"]
+
+
+# --- what is more than LoRA ------------------------------------------------------------------------------------------
+
+BEYOND = {
+    "DoRA": ({**LINEAR, "lora_magnitude_vector": (7,)}, "dora"),
+    "DoRA of a state dict": ({**LINEAR, "lora_magnitude_vector.default.weight": (7,)}, "dora"),
+    "lora_bias": ({**LINEAR, "lora_B.bias": (7,)}, "lora with bias"),
+    "lora_bias of a state dict": ({**infix("default"), "lora_B.default.bias": (7,)}, "lora with bias"),
+    "both": ({**LINEAR, "lora_B.bias": (7,), "lora_magnitude_vector": (7,)}, "dora and lora with bias"),
+    "saved head": ({"weight": (7, 5)}, "replace"),
+    "saved head with bias": ({"weight": (7, 5), "bias": (7,)}, "replace"),
+    "saved head of a state dict": ({"modules_to_save.default.weight": (7, 5)}, "replace"),
+    "trained bias": ({**LINEAR, "base_layer.bias": (7,)}, "replace"),
+    "resized embedding": ({**EMBEDDING, "base_layer.weight": (9, 5)}, "replace"),
+    "trained tokens": ({"token_adapter.trainable_tokens_delta": (3, 5)}, "trained tokens"),
+    "trained tokens of their own type": ({"trainable_tokens_delta": (3, 5)}, "trained tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_what_is_more_than_lora_is_never_taken_for_it(case: str) -> None:
+    shapes, kind = BEYOND[case]
+    bundle = make_bundle({"m.q": LINEAR, "m.x": shapes})
+    adapter = read(bundle)
+    assert {target.name: target.kind for target in adapter.targets} == {"m.q": "lora", "m.x": kind}
+    problems = errors(bundle)
+    assert [(problem.code, problem.where) for problem in problems] == [("LF209", "m.x")]
+    assert kind in problems[0].found
+
+
+def test_a_dora_adapter_that_lost_its_magnitudes() -> None:
+    bundle = make_bundle({"m.q": LINEAR, "m.v": LINEAR}, {**CONFIG, "use_dora": True})
+    assert [(problem.code, problem.where) for problem in errors(bundle)] == [("LF201", "m.q"), ("LF201", "m.v")]
+    whole = {**LINEAR, "lora_magnitude_vector": (7,)}
+    assert codes(make_bundle({"m.q": whole}, {**CONFIG, "use_dora": True})) == ["LF209"]
+
+
+@pytest.mark.parametrize("kind", ["IA3", "LOHA", "lora", "PROMPT_TUNING", ""])
+def test_other_types_are_refused_by_name(kind: str) -> None:
+    problems = errors(make_bundle({"m.q": LINEAR}, {**CONFIG, "peft_type": kind}))
+    assert [problem.code for problem in problems] == ["LF209"]
+    assert repr(kind) in problems[0].found
+
+
+def test_no_type_at_all() -> None:
+    assert codes(make_bundle({"m.q": LINEAR}, {"r": 2, "lora_alpha": 8})) == ["LF209"]
+    assert codes(make_bundle({"m.q": LINEAR}, {"peft_type": None})) == ["LF209"]
+
+
+# --- whose file it is ------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_of_something_else_is_no_evidence() -> None:
+    assert SCHEME.detect(make_bundle({"m.q": LINEAR}, {"model_type": "llama"})) is None
+
+
+def test_the_marks_of_others_are_seen() -> None:
+    for key in ("lora_adapter_metadata", MANIFEST_KEY):
+        bundle = make_bundle({"m.q": LINEAR}, None)
+        assert SCHEME.detect(bundle)
+        assert SCHEME.detect(replace(bundle, metadata={key: "{}"})) is None
+
+
+def test_other_keys_are_no_evidence() -> None:
+    for key in ("m.lora_down.weight", "m.lora_a", "m.lora_A", "lora_A.weight", "m.flora_A.weight"):
+        tensors = {key: MemoryFactor(key, np.ones((2, 5), np.float32))}
+        assert SCHEME.detect(Bundle(Path("f"), tensors)) is None
