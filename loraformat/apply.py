@@ -8,8 +8,9 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from loraformat.bases import BaseModel
@@ -76,22 +77,48 @@ def apply_plan(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter],
     blank_bytes = len(base.encode_receipt(_embed(_draft_receipt(plan, base)))) + _slack_bytes(plan)
     images = base.describe_images(plan.output, blank_bytes, plan.sha256[:8])
     inputs = [file.path for file in base.files]
-    for image in images:
-        if image is not images[-1]:
-            image.path.parent.mkdir(parents=True, exist_ok=True)
-        check_output(image.path, inputs, force=work.force)
-    stale = base.list_stale(plan.output) if work.force else []
-    with PendingOutput([image.path for image in images], force=work.force, durable=work.durable) as pending:
-        sums = _Run(plan, base, adapters, work, images, pending.descriptors).carry_out()
-        receipt = _finish_receipt(plan, base, sums, work.min_retained)
-        _fill_blank(images[-1], pending.descriptors[-1], base.encode_receipt(_embed(receipt)))
-        for file in base.files:
-            file.check_unchanged()
-        pending.commit()
+    check_output(plan.output, inputs, force=work.force)
+    with _data_folders(images):
+        for image in images[:-1]:
+            check_output(image.path, inputs, force=work.force)
+        stale = _list_stale(base, plan.output) if work.force else []
+        with PendingOutput([image.path for image in images], force=work.force, durable=work.durable) as pending:
+            sums = _Run(plan, base, adapters, work, images, pending.descriptors).carry_out()
+            receipt = _finish_receipt(plan, base, sums, work.min_retained)
+            _fill_blank(images[-1], pending.descriptors[-1], base.encode_receipt(_embed(receipt)))
+            for file in base.files:
+                file.check_unchanged()
+            pending.commit()
     for path in set(stale) - {image.path for image in images}:
         with suppress(OSError):
             path.unlink()
     return receipt
+
+
+@contextmanager
+def _data_folders(images: Sequence[FileImage]) -> Iterator[None]:
+    """Make the sub-folders that data files stand in; when the merge fails they go again."""
+    made: list[Path] = []
+    try:
+        for image in images[:-1]:
+            missing = [folder for folder in image.path.parents if not folder.exists()]
+            for folder in reversed(missing):
+                with output_errors(image.path):
+                    folder.mkdir()
+                made.append(folder)
+        yield
+    except BaseException:
+        for folder in reversed(made):
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _list_stale(base: BaseModel, output: Path) -> list[Path]:
+    """Return what only the model at `output` needs, never a file of the base: two models may share their data."""
+    own = {file.identity for file in base.files}
+    states = [(path, path.stat()) for path in base.list_stale(output)]
+    return [path for path, state in states if (state.st_dev, state.st_ino) not in own]
 
 
 class _Run:
@@ -147,8 +174,9 @@ class _Run:
 
     def _need_bytes(self, weight: PlannedWeight) -> int:
         """Return the bytes that one worker on `weight` holds: tiles, and factors with their working copies."""
-        tile = max(TILE_BYTES, weight.matrix[1] * 8)
-        factors = sum(4 * self._targets[change.adapter][change.target].parameters for change in weight.changes)
+        widest = 8 if weight.dtype == "float64" else 4
+        tile = widest * weight.tile_rows * weight.matrix[1]
+        factors = sum(widest * self._targets[change.adapter][change.target].parameters for change in weight.changes)
         return _BUFFERS_PER_WORKER * tile + _FACTOR_COPIES * factors
 
     def _submit_weight(self, pool: ThreadPoolExecutor, weight: PlannedWeight) -> "list[Future[TileSums]]":

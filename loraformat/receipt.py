@@ -1,5 +1,6 @@
 """What a merge did, as data: kept inside the merged model and printed."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class MergedWeight:
         targets: the adapter targets that it took in, one entry for each adapter.
         scales: effective multiplier of each entry of `targets`, the user's weight included.
         retained: share of the delta that survived rounding: Σ Δ·(W′−W) / Σ Δ²; 1.0 for a zero delta.
-        relative: ‖Δ‖ / ‖W‖, both Frobenius norms.
+        relative: ‖Δ‖ / ‖W‖, both Frobenius norms; infinite for a weight of zeros, which JSON has as null.
     """
 
     name: str
@@ -88,7 +89,12 @@ class Receipt:
             "base": dict(self.base),
             "plan_sha256": self.plan_sha256,
             "adapters": [asdict(adapter) for adapter in self.adapters],
-            "weights": [asdict(weight) for weight in self.weights],
+            "weights": [_weight_as_json(weight) for weight in self.weights],
             "unmatched": list(self.unmatched),
         }
         return record | ({"parent": dict(self.parent)} if self.parent is not None else {})
+
+
+def _weight_as_json(weight: MergedWeight) -> dict[str, Any]:
+    relative = weight.relative if math.isfinite(weight.relative) else None
+    return asdict(weight) | {"relative": relative}
