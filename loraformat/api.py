@@ -10,10 +10,10 @@ from loraformat.apply import Progress, Work, apply_plan, count_workers
 from loraformat.bases import BaseModel
 from loraformat.containers.safetensors import write_safetensors
 from loraformat.errors import error_for
-from loraformat.files import PendingOutput, check_output
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
 from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE
 from loraformat.loading import FACTORS_NAME, is_base, load_adapter, open_base
+from loraformat.outputs import PendingOutput, check_output
 from loraformat.plan import Plan, WeightedAdapter, build_plan, default_output
 from loraformat.receipt import Receipt
 from loraformat.schemes import StatedScale

@@ -15,9 +15,10 @@ from typing import Any, Final, Protocol
 
 from loraformat.bases import BaseModel
 from loraformat.errors import error_for, refuse
-from loraformat.files import PendingOutput, check_output, copy_range, output_errors, reserve_bytes, write_at
+from loraformat.files import copy_range, reserve_bytes, write_at
 from loraformat.images import Blank, Copy, FileImage, Literal
-from loraformat.limits import COPY_CHUNK_BYTES, RETAINED_WARN, TILE_BYTES
+from loraformat.limits import COPY_CHUNK_BYTES, RETAINED_WARN
+from loraformat.outputs import PendingOutput, check_output, output_errors
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
 from loraformat.problems import Problem, Severity
 from loraformat.receipt import AppliedAdapter, MergedWeight, Receipt

@@ -5,6 +5,7 @@ defaults; it does not know files.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -19,6 +20,7 @@ from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 MANIFEST_KEY: Final = "loraformat"
 VERSION: Final = "1.0"
 _MAJOR: Final = 1
+_VERSION_FORM: Final = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)")
 _VALUE_FIELD: Final = {
     ScalingRule.ALPHA_OVER_RANK: "alpha",
     ScalingRule.ALPHA_OVER_SQRT_RANK: "alpha",
@@ -62,7 +64,7 @@ def build_manifest(adapter: Adapter) -> bytes:
     """Return the canonical manifest text of `adapter`, UTF-8.
 
     Raises:
-        InputError: LF104 a number that not every reader of JSON holds.
+        InputError: LF104 a number that not every reader of JSON holds, and whatever a reader would refuse.
     """
     manifest: dict[str, JsonValue] = {
         "version": VERSION,
@@ -70,10 +72,13 @@ def build_manifest(adapter: Adapter) -> bytes:
     }
     base = {name: value for name, value in (("name", adapter.base.name), ("revision", adapter.base.revision)) if value}
     optional = {"base": base, "annotations": dict(adapter.metadata), "provenance": dict(adapter.provenance)}
+    where = adapter.source or "the adapter"
     try:
-        return write_canonical(manifest | {name: value for name, value in optional.items() if value})
+        text = write_canonical(manifest | {name: value for name, value in optional.items() if value})
     except ValueError as error:
-        raise refuse("LF104", adapter.source or "the adapter", str(error), "numbers that JSON readers hold") from error
+        raise refuse("LF104", where, str(error), "numbers that JSON readers hold") from error
+    parse_manifest(text.decode("utf-8"), where)
+    return text
 
 
 def _entry_as_json(target: Target) -> JsonValue:
@@ -96,7 +101,8 @@ def parse_manifest(text: str, where: object) -> Manifest:
     """Parse a manifest.
 
     Raises:
-        InputError: LF104/LF105 not strict JSON, LF119 newer major version, LF120 unknown field, LF122 wrong type.
+        InputError: LF104/LF105 not strict JSON, LF119 newer major version, LF120 unknown field, LF122 wrong type,
+            LF301 a target without a name.
     """
     place = f"{where}: manifest"
     fields = _Fields(parse_json_object(text.encode("utf-8", "surrogatepass"), place), place)
@@ -118,10 +124,9 @@ def parse_manifest(text: str, where: object) -> Manifest:
 
 
 def _is_readable(version: str, where: str) -> bool:
-    major, dot, minor = version.partition(".")
-    if not (dot and major.isascii() and major.isdigit() and minor.isascii() and minor.isdigit()):
-        raise refuse("LF122", where, f"version {version!r}", "major.minor, such as 1.0")
-    return major.lstrip("0") == str(_MAJOR)
+    if _VERSION_FORM.fullmatch(version) is None:
+        raise refuse("LF122", where, f"version {version!r:.80}", "major.minor, such as 1.0")
+    return version.partition(".")[0] == str(_MAJOR)
 
 
 def _parse_entries(entries: Mapping[str, JsonValue], where: str) -> dict[str, TargetEntry]:
@@ -140,6 +145,8 @@ def _parse_entries(entries: Mapping[str, JsonValue], where: str) -> dict[str, Ta
 
 def _parse_entry(name: str, value: JsonValue, where: str) -> TargetEntry:
     place = f"{where}: target {name!r}"
+    if not name:
+        raise refuse("LF301", place, "an empty name", "the path of a module")
     fields = _Fields(_checked(_object, value, place), place)
     scaling = _Fields(fields.take("scaling", _object), f"{place}: scaling")
     rule = scaling.take("rule", _enum(ScalingRule))

@@ -23,6 +23,7 @@ from loraformat.rules import check_adapter
 from loraformat.strict_json import write_canonical
 
 _FLOAT32_BYTES: Final = 4
+_FLOAT32_MAX: Final = (2.0 - 2.0**-23) * 2.0**127
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +218,9 @@ def build_plan(
         if not resolution.matches and not resolution.problems:
             problems.append(Problem("LF401", item.name, "none of its targets, all left out on request", "at least one"))
         for match in resolution.matches:
-            changes[match.weight.key].append((match, _plan_change(position, match, item)))
+            change = _plan_change(position, match, item)
+            problems += _check_scale(change)
+            changes[match.weight.key].append((match, change))
     weights = [_plan_weight(group, problems) for group in changes.values()]
     if any(problem.severity == "error" for problem in problems):
         raise error_for([problem for problem in problems if problem.severity == "error"])
@@ -257,6 +260,13 @@ def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedC
     target = match.target
     scale = target.scale * item.weight / match.divisor
     return PlannedChange(position, target.name, target.kind, target.rank, scale, match.transposed)
+
+
+def _check_scale(change: PlannedChange) -> list[Problem]:
+    """Return a problem when a product of finite numbers is none that tiles can be computed with."""
+    if abs(change.scale) <= _FLOAT32_MAX:
+        return []
+    return [Problem("LF207", change.target, f"the multiplier {change.scale}", f"at most {_FLOAT32_MAX:.6g}")]
 
 
 def _plan_weight(group: Sequence[tuple[Match, PlannedChange]], problems: list[Problem]) -> PlannedWeight | None:

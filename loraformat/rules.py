@@ -43,7 +43,8 @@ def _check_numbers(target: Target) -> list[Problem]:
     problems = []
     silent = False
     for role, factor in target.factors.items():
-        values = factor.read().astype(np.float32)
+        with np.errstate(over="ignore"):
+            values = factor.read().astype(np.float32)
         finite = np.isfinite(values)
         if not finite.all():
             bad = np.argwhere(~finite)

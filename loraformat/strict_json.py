@@ -131,8 +131,9 @@ def _refuse_constant(word: str, where: object) -> NoReturn:
 def _parse_integer(digits: str, where: object) -> int | float:
     if digits == "-0":  # As other parsers have it: an int has no negative zero.
         return -0.0
-    if len(digits) > MAX_JSON_INTEGER_DIGITS:
-        raise refuse("LF104", where, f"an integer of {len(digits)} digits", f"at most {MAX_JSON_INTEGER_DIGITS}")
+    length = len(digits.removeprefix("-"))
+    if length > MAX_JSON_INTEGER_DIGITS:
+        raise refuse("LF104", where, f"an integer of {length} digits", f"at most {MAX_JSON_INTEGER_DIGITS}")
     return int(digits)
 
 
@@ -144,20 +145,20 @@ def _parse_float(digits: str, where: object) -> float:
 
 
 def _check_depth_and_text(value: JsonValue, where: object) -> None:
-    """Refuse nesting beyond the cap and strings that are not Unicode text (lone surrogates)."""
+    """Refuse objects and lists nested beyond the cap, and strings that are not Unicode text (lone surrogates)."""
     pending: list[tuple[JsonValue, int]] = [(value, 1)]
     while pending:
         item, depth = pending.pop()
-        if depth > MAX_JSON_DEPTH:
-            raise refuse("LF104", where, "values nested too deep", f"at most {MAX_JSON_DEPTH} levels")
         if isinstance(item, str):
             _check_text(item, where)
-        elif isinstance(item, Mapping):
-            for key, child in item.items():
-                _check_text(key, where)
-                pending.append((child, depth + 1))
-        elif isinstance(item, Sequence):
-            pending.extend((child, depth + 1) for child in item)
+        elif isinstance(item, Mapping | Sequence):
+            if depth > MAX_JSON_DEPTH:
+                raise refuse("LF104", where, "values nested too deep", f"at most {MAX_JSON_DEPTH} levels")
+            if isinstance(item, Mapping):
+                for key in item:
+                    _check_text(key, where)
+            children = item.values() if isinstance(item, Mapping) else item
+            pending.extend((child, depth + 1) for child in children)
 
 
 def _check_text(text: str, where: object) -> None:

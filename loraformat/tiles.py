@@ -144,8 +144,8 @@ def merge_tile(work: WeightWork, buffers: TileBuffers, rows: range, sink: int, s
     read_to = base if plain else buffers.take("stored", shape, work.stored_form)
     write_from = merged if plain else read_to
     work.tensor.file.read_into(_as_bytes(read_to), work.tensor.span.offset + skipped_bytes)
-    _sum_deltas(work.deltas(), rows, delta, merged)
     with np.errstate(over="ignore", invalid="ignore"):
+        _sum_deltas(work.deltas(), rows, delta, merged)
         if not plain:
             work.encoding.decode(read_to, base)
         np.add(base, delta, out=merged)

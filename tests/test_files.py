@@ -10,17 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from loraformat import files
+from loraformat import outputs
 from loraformat.errors import InputError, LoraformatError, OutputError, RefusedError
-from loraformat.files import (
-    PendingOutput,
-    check_output,
-    copy_range,
-    output_errors,
-    reserve_bytes,
-    resolve_inside,
-    write_at,
-)
+from loraformat.files import copy_range, reserve_bytes, resolve_inside, write_at
+from loraformat.outputs import PendingOutput, check_output, output_errors
 
 NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 
@@ -328,7 +321,8 @@ class TestPendingOutput:
         program = """
 import os, signal, sys
 from pathlib import Path
-from loraformat.files import PendingOutput, write_at
+from loraformat.files import write_at
+from loraformat.outputs import PendingOutput
 with PendingOutput([Path(sys.argv[1])], force=True) as pending:
     write_at(pending.descriptors[0], b"half", 0)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -351,7 +345,8 @@ with PendingOutput([Path(sys.argv[1])], force=True) as pending:
 import os, resource, sys
 from pathlib import Path
 from loraformat.errors import LoraformatError
-from loraformat.files import PendingOutput, copy_range, output_errors, reserve_bytes, write_at
+from loraformat.files import copy_range, reserve_bytes, write_at
+from loraformat.outputs import PendingOutput, output_errors
 final, step, source = Path(sys.argv[1]), sys.argv[2], os.open(sys.argv[3], os.O_RDONLY)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
@@ -487,6 +482,6 @@ def test_reserved_bytes_are_there_at_once(final: Path, available: bool, monkeypa
 def test_the_part_pattern_matches_the_parts_we_make(final: Path) -> None:
     with PendingOutput([final], force=False):
         (name,) = names_in(final.parent)
-        match = files._PART.match(name)
+        match = outputs._PART.match(name)
     assert match is not None
     assert int(match["pid"]) == os.getpid()

@@ -52,6 +52,36 @@ _OBSTACLES: Final = (
 
 
 @dataclass(frozen=True, slots=True)
+class _OtherTypes:
+    """Types of adapters that are not LoRA, and what they have in common."""
+
+    names: frozenset[str]
+    what: str
+    mend: str = ""
+
+
+_AT_RUN_TIME: Final = "No weight holds what it does: use it in the library that trained it."
+_OTHER_TYPES: Final = (
+    _OtherTypes(
+        frozenset({"CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}),
+        "it trains virtual tokens, and changes no weight",
+        _AT_RUN_TIME,
+    ),
+    _OtherTypes(frozenset({"ADAPTION_PROMPT"}), "it adds gated attention, and changes no weight", _AT_RUN_TIME),
+    _OtherTypes(
+        frozenset({"LILY", "POLY", "SHADOW", "XLORA"}),
+        "a router or a side network acts on each input, which no weight can do",
+        _AT_RUN_TIME,
+    ),
+)
+_OTHER_FORM: Final = _OtherTypes(frozenset(), "a change of another form, which this version does not know")
+
+
+def _describe_type(kind: str) -> _OtherTypes:
+    return next((types for types in _OTHER_TYPES if kind in types.names), _OTHER_FORM)
+
+
+@dataclass(frozen=True, slots=True)
 class PeftConfig:
     """A configuration, or the lack of one.
 
@@ -72,7 +102,10 @@ class PeftConfig:
             raise refuse("LF209", self.where, "no peft_type", f"peft_type {_LORA!r}")
         if kind != _LORA:
             names = ", ".join(sorted(bundle.tensors)[:2])
-            raise refuse("LF209", self.where, f"peft_type {kind!r}, tensors such as {names}", f"peft_type {_LORA!r}")
+            tensors = f", tensors such as {names}" if names else ""
+            about = _describe_type(kind)
+            found = f"peft_type {kind!r}{tensors}: {about.what}"
+            raise refuse("LF209", self.where, found, f"peft_type {_LORA!r}", about.mend)
 
     def problems(self) -> list[Problem]:
         """Return the options under which this version cannot merge."""
@@ -130,7 +163,7 @@ class PeftConfig:
         if not isinstance(patterns, Mapping):
             raise refuse("LF213", f"{self.where}: {table}", f"{patterns!r:.80}", "an object of patterns")
         for pattern, value in patterns.items():
-            if _fits(pattern, target, f"{self.where}: {table}"):
+            if fits_pattern(pattern, target, f"{self.where}: {table}"):
                 return value
         return self.fields.get(default)
 
@@ -146,7 +179,8 @@ def _finite(scaling: Scaling, target: str) -> Scaling:
     return scaling
 
 
-def _fits(pattern: str, target: str, where: str) -> bool:
+def fits_pattern(pattern: str, target: str, where: str) -> bool:
+    """Say whether PEFT applies a pattern to a target; LF213 for one that is no simple regular expression."""
     try:
         return fits(pattern, target)
     except ValueError as error:

@@ -13,6 +13,7 @@ from loraformat.errors import refuse
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
 from loraformat.schemes._peft_config import PeftConfig, read_config
 from loraformat.schemes._table import Name, NameTable, Row
 
@@ -79,6 +80,7 @@ class Peft:
         config.check_type(bundle)
         groups, problems = _group(bundle)
         targets = tuple(_read_target(name, group, config, stated, bundle) for name, group in sorted(groups.items()))
+        lost = find_lost(config, _summarise(groups))
         if not targets:
             raise refuse("LF212", bundle.path, f"{len(bundle.tensors)} tensors, none of a target", "LoRA factors")
         return Adapter(
@@ -87,8 +89,23 @@ class Peft:
             scheme=self.name,
             source=str(bundle.path),
             provenance={"peft": dict(bundle.config)} if bundle.config else {},
-            problems=(*problems, *config.problems(), *_find_lost_magnitudes(groups, config)),
+            problems=(*problems, *config.problems(), *_find_lost_magnitudes(groups, config), *lost),
         )
+
+    def check(self, bundle: Bundle) -> list[Problem]:
+        """Return what is odd about configuration and tensors together; nothing of it stands against reading them."""
+        groups, _ = _group(bundle)
+        return find_oddities(read_config(bundle.config, bundle.path), _summarise(groups))
+
+    def check_config(self, bundle: Bundle) -> ConfigReading:
+        """Return what a configuration without tensors says."""
+        config = read_config(bundle.config, bundle.path)
+        try:
+            config.check_type(bundle)
+        except LoraformatError as error:
+            return ConfigReading(_describe_config(config), {}, error.problems)
+        problems = (*find_oddities(config, {}), *check_numbers(config), *config.problems())
+        return ConfigReading(_describe_config(config), announced_kinds(config), problems)
 
 
 def _group(bundle: Bundle) -> tuple[dict[str, _Group], list[Problem]]:
@@ -111,6 +128,17 @@ def _group(bundle: Bundle) -> tuple[dict[str, _Group], list[Problem]]:
         found = f"the prefixes {', '.join(sorted(stripped))} in its names, left out"
         problems.append(Problem("LF304", str(bundle.path), found, severity="note"))
     return groups, problems
+
+
+def _summarise(groups: Mapping[str, _Group]) -> dict[str, StoredModule]:
+    return {name: StoredModule(group.kinds, group.factors) for name, group in groups.items()}
+
+
+def _describe_config(config: PeftConfig) -> str:
+    """Return what a configuration announces, in a few words."""
+    shown = ("peft_type", "r", "lora_alpha", "target_modules", "base_model_name_or_path")
+    values = {field: config.fields[field] for field in shown if config.fields.get(field) is not None}
+    return ", ".join(f"{field} {value!r:.60}" for field, value in values.items())
 
 
 def _read_key(key: str, stripped: set[str]) -> Name | None:

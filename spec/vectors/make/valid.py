@@ -1,0 +1,295 @@
+"""Files that a reader must accept, what it must understand of them, and their canonical form."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from make.kit import (
+    Dice,
+    Files,
+    Tensor,
+    Tensors,
+    canonical,
+    entries_of,
+    factors,
+    fingerprint,
+    frame,
+    lora,
+    manifest_of,
+    pack,
+    sha256,
+    shape_factors,
+    store,
+    tensor,
+)
+
+SHAPES: Mapping[str, tuple[str, tuple[int, ...]]] = {
+    "blocks.0.q_proj": ("linear", (4, 6)),
+    "blocks.0.c_attn": ("linear-transposed", (6, 4)),
+    "conv1": ("conv", (3, 2, 3)),
+    "conv2": ("conv", (3, 2, 3, 2)),
+    "conv3": ("conv", (3, 2, 2, 1, 2)),
+    "tokens": ("embedding", (4, 7)),
+}
+"""Target name to its slot and the canonical shape of its weight."""
+
+
+def seen(slot: str, rank: int, scale: float, shape: Sequence[int]) -> dict[str, Any]:
+    """Return what a reader must see of a target of the kind `lora`."""
+    return {"kind": "lora", "slot": slot, "rank": rank, "scale": scale, "shape": list(shape)}
+
+
+def vector(
+    requirements: str, file: bytes, targets: Mapping[str, Any], canonical_file: bytes | None = None, problems: str = ""
+) -> Files:
+    """Return a vector whose canonical form is `canonical_file`, or the file itself."""
+    expected = {
+        "requirements": requirements.split(),
+        "verdict": "valid",
+        "targets": dict(targets),
+        "problems": problems.split(),
+        "canonical_sha256": sha256(canonical_file or file),
+    }
+    return {"adapter.safetensors": file, "expected.json": expected}
+
+
+def _simple(manifest: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Return the manifest, tensors and expected targets of one linear target."""
+    tensors = shape_factors(Dice(1), "proj", "linear", (3, 4), 2)
+    return (
+        manifest_of({"proj": lora("linear", 2, "alpha/rank", 3)}, **(manifest or {})),
+        tensors,
+        {"proj": seen("linear", 2, 1.5, (3, 4))},
+    )
+
+
+def _minimal() -> Files:
+    tensors = factors("proj", "linear", [[1.0]], [[-2.0]])
+    return vector(
+        "R-001 R-002 R-004 R-005 R-006 R-010 R-020 R-021 R-022 R-043 R-070 R-071 R-072",
+        pack(manifest_of({"proj": lora("linear", 1)}), tensors),
+        {"proj": seen("linear", 1, 1, (1, 1))},
+    )
+
+
+def _slots() -> Files:
+    dice = Dice(2)
+    tensors: dict[str, Tensor] = {}
+    for name, (slot, shape) in SHAPES.items():
+        tensors |= shape_factors(dice, name, slot, shape, 2)
+    manifest = manifest_of({name: lora(slot, 2) for name, (slot, _) in SHAPES.items()})
+    targets = {name: seen(slot, 2, 1, shape) for name, (slot, shape) in SHAPES.items()}
+    return vector("R-023 R-030 R-041", pack(manifest, tensors), targets)
+
+
+RULES: Sequence[tuple[str, int, str, float, float]] = (
+    ("over_rank", 4, "alpha/rank", 16, 4),
+    ("over_root", 4, "alpha/sqrt(rank)", 16, 8),
+    ("over_odd_root", 3, "alpha/sqrt(rank)", 16, 16 / math.sqrt(3)),
+    ("multiplier", 2, "multiplier", 0.7, 0.7),
+    ("negative", 2, "alpha/rank", -3, -1.5),
+    ("not_whole", 3, "alpha/rank", 0.1, 0.1 / 3),
+    ("small", 1, "multiplier", 1e-7, 1e-7),
+    ("large", 1, "multiplier", 1e21, 1e21),
+    ("written_out", 1, "multiplier", 12345678901234567890, 12345678901234567168.0),
+)
+"""Target, rank, rule, its number, and s."""
+
+
+def _scales() -> Files:
+    dice = Dice(3)
+    tensors: dict[str, Tensor] = {}
+    for name, rank, _, _, _ in RULES:
+        tensors |= shape_factors(dice, name, "linear", (4, 4), rank)
+    as_written = manifest_of({name: lora("linear", rank, rule, number) for name, rank, rule, number, _ in RULES})
+    exact = manifest_of({name: lora("linear", rank, rule, float(number)) for name, rank, rule, number, _ in RULES})
+    targets = {name: seen("linear", rank, scale, (4, 4)) for name, rank, _, _, scale in RULES}
+    text = json.dumps(as_written).replace('"alpha": 16}', '"alpha": 1.6E+1}')
+    file = store(tensors, {"loraformat": text})
+    return vector("R-050 R-051 R-071 R-073", file, targets, pack(exact, tensors))
+
+
+def _documented() -> Files:
+    manifest, tensors, targets = _simple(
+        {
+            "base": {"name": "meta-llama/Llama-3.2-1B", "revision": "4e20de3"},
+            "annotations": {"x.note": 'a "quoted" \\ line\nand a tab\t', "org.example.licence": "CC0-1.0", "": "€"},
+            "provenance": {
+                "peft": {"r": 2, "lora_alpha": 3, "target_modules": ["proj"], "bias": None, "use_rslora": False},
+                "numbers": [0.1, 1e-7, 1e21, 333333333.3333332, 9007199254740991, -5e-324, 0.000125, 100],
+                "\U0001f600": "sorted by UTF-16: before U+FB33",
+                "\ufb33": "after",
+                "must_understand": {"\u20ac": "\x7f\x01\x1f"},
+            },
+        }
+    )
+    return vector("R-012 R-071", pack(manifest, tensors), targets)
+
+
+def _empty_fields() -> Files:
+    manifest, tensors, targets = _simple()
+    empty = {"base": {"name": "", "revision": ""}, "annotations": {}, "provenance": {}}
+    return vector("R-072 R-073", pack(manifest | empty, tensors), targets, pack(manifest, tensors))
+
+
+def _optional_unknown() -> Files:
+    manifest, tensors, targets = _simple()
+    ignored = {"must_understand": False, "what": ["ever", 1, None]}
+    target = manifest["targets"]["proj"]
+    print_of = fingerprint("proj", np.arange(12.0).reshape(3, 4) / 4)
+    stamped = target | {"fingerprint": print_of}
+    marked = target | {
+        "future": ignored,
+        "scaling": target["scaling"] | {"warmup": ignored},
+        "fingerprint": print_of | {"more": ignored},
+    }
+    file = pack(
+        manifest | {"base": {"name": "b", "tokenizer": ignored}, "targets": {"proj": marked}, "router": ignored},
+        tensors,
+    )
+    clean = pack(manifest | {"base": {"name": "b"}, "targets": {"proj": stamped}}, tensors)
+    return vector("R-012 R-072 R-073", file, targets, clean)
+
+
+def _newer_minor() -> Files:
+    manifest, tensors, targets = _simple()
+    file = pack(manifest | {"version": "1.27"}, tensors)
+    return vector("R-011 R-072", file, targets, pack(manifest, tensors))
+
+
+def _other_order() -> Files:
+    """Tensors in another order than the canonical one, keys unsorted, white space, escapes, a header of odd length."""
+    manifest, tensors, targets = _simple()
+    ordered = sorted(tensors.items(), reverse=True)
+    entries = {name: dict(reversed(entry.items())) for name, entry in entries_of(ordered).items()}
+    text = json.dumps(manifest, indent="\t", separators=("\r\n, ", " : "))
+    header = json.dumps(entries | {"__metadata__": {"loraformat": text, "a": "é"}}, indent=1)
+    header = header.replace("proj.lora_A", "\\u0070roj\\u002elora_A").replace("2\n", "2 \n\t") + "\n"
+    data = b"".join(item.data for _, item in ordered)
+    return vector("R-003 R-073", frame(header + " " * (len(header) % 2 == 0), data), targets, pack(manifest, tensors))
+
+
+def _padding(spaces: int) -> Files:
+    manifest, tensors, targets = _simple()
+    ordered = sorted(tensors.items())
+    header = canonical(entries_of(ordered) | {"__metadata__": {"loraformat": canonical(manifest)}})
+    file = frame(header + " " * spaces, b"".join(item.data for _, item in ordered))
+    return vector("R-073", file, targets, pack(manifest, tensors))
+
+
+def _other_metadata() -> Files:
+    manifest, tensors, targets = _simple()
+    file = store(tensors, {"format": "pt", "loraformat": canonical(manifest), "lora_alpha": "999", "": "\n"})
+    return vector("R-010 R-072 R-073", file, targets, pack(manifest, tensors))
+
+
+def _dtypes() -> Files:
+    dice = Dice(4)
+    forms = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+    tensors: dict[str, Tensor] = {}
+    for form in forms:
+        down = dice.numbers((2, 4), step=0.25, most=4)
+        tensors |= factors(f"in_{form}", "linear", down, dice.numbers((3, 2), step=0.25, most=4), form)
+    tensors["mixed.lora_A.weight"] = tensor("BF16", [[1, 2]])
+    tensors["mixed.lora_B.weight"] = tensor("F64", [[0.1]])
+    names = [*(f"in_{form}" for form in forms), "mixed"]
+    ranks = {name: 1 if name == "mixed" else 2 for name in names}
+    manifest = manifest_of({name: lora("linear", ranks[name]) for name in names})
+    targets = {name: seen("linear", ranks[name], 1, (1, 2) if name == "mixed" else (3, 4)) for name in names}
+    return vector("R-004 R-005 R-042 R-070", pack(manifest, tensors), targets)
+
+
+def _fingerprints() -> Files:
+    dice = Dice(5)
+    tensors: dict[str, Tensor] = {}
+    targets = {}
+    for name, (slot, shape) in SHAPES.items():
+        tensors |= shape_factors(dice, name, slot, shape, 1)
+        weight = dice.numbers(shape, step=1 / 3, most=99)
+        targets[name] = lora(slot, 1, fingerprint=fingerprint(name, weight))
+    expected = {name: seen(slot, 1, 1, shape) for name, (slot, shape) in SHAPES.items()}
+    return vector("R-060 R-061", pack(manifest_of(targets), tensors), expected)
+
+
+def _names() -> Files:
+    """Names beyond ASCII: tensors are sorted as UTF-8, keys as UTF-16, and the two orders differ."""
+    dice = Dice(6)
+    names = ["模型.слой.0", "é", "e\u0301", "\ufb33", "\U0001f600", 'q"u\\o/te', "with space", "trailing.", "$", "weight"]
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors |= shape_factors(dice, name, "linear", (2, 3), 1, "F16")
+    manifest = manifest_of({name: lora("linear", 1, "alpha/rank", 1) for name in names})
+    targets = {name: seen("linear", 1, 1, (2, 3)) for name in names}
+    return vector("R-008 R-022 R-070 R-071", pack(manifest, tensors), targets)
+
+
+def _nested() -> Files:
+    """One target's name is the beginning of another's: the longest that fits has the tensor."""
+    dice = Dice(7)
+    shapes = {"block": (2, 3), "block.proj": (4, 5), "block.proj.lora_A": (3, 2), "blo": (5, 2)}
+    tensors: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        tensors |= shape_factors(dice, name, "linear", shape, 1)
+    manifest = manifest_of({name: lora("linear", 1) for name in shapes})
+    del manifest["targets"]["block.proj.lora_A"]
+    kept = {name: item for name, item in tensors.items() if not name.startswith("block.proj.lora_A.lora")}
+    del shapes["block.proj.lora_A"]
+    targets = {name: seen("linear", 1, 1, shape) for name, shape in shapes.items()}
+    return vector("R-022", pack(manifest, kept), targets)
+
+
+def _deep() -> Files:
+    """Provenance whose lists end at the 32nd level, with a number inside; two levels are above it."""
+    value: Any = 1
+    for _ in range(30):
+        value = [value]
+    manifest, tensors, targets = _simple({"provenance": {"deep": value}})
+    return vector("R-003", pack(manifest, tensors), targets)
+
+
+def _long_integer() -> Files:
+    manifest, tensors, targets = _simple({"provenance": {"longest": -10000000000000000000}})
+    return vector("R-003", pack(manifest, tensors), targets)
+
+
+def _rank_above() -> Files:
+    tensors = shape_factors(Dice(8), "proj", "linear", (2, 3), 4)
+    manifest = manifest_of({"proj": lora("linear", 4, "alpha/rank", 4)})
+    return vector("R-043", pack(manifest, tensors), {"proj": seen("linear", 4, 1, (2, 3))}, problems="LF206")
+
+
+def _zeros() -> Files:
+    tensors = factors("proj", "linear", Dice(9).numbers((2, 3)), np.zeros((4, 2)))
+    manifest = manifest_of({"proj": lora("linear", 2, "alpha/rank", 4)})
+    return vector("R-042", pack(manifest, tensors), {"proj": seen("linear", 2, 2, (4, 3))}, problems="LF214")
+
+
+VECTORS: Mapping[str, Files] = {
+    "minimal": _minimal(),
+    "slots": _slots(),
+    "scaling-rules": _scales(),
+    "base-annotations-provenance": _documented(),
+    "empty-fields": _empty_fields(),
+    "unknown-fields-that-need-not-be-understood": _optional_unknown(),
+    "newer-minor-version": _newer_minor(),
+    "another-order": _other_order(),
+    "no-padding": _padding(0),
+    "much-padding": _padding(101),
+    "other-metadata": _other_metadata(),
+    "dtypes": _dtypes(),
+    "fingerprints": _fingerprints(),
+    "names": _names(),
+    "nested-target-names": _nested(),
+    "nesting-of-32": _deep(),
+    "integer-of-20-digits": _long_integer(),
+    "rank-above-both-dimensions": _rank_above(),
+    "factor-of-zeros": _zeros(),
+}
+
+
+def simple_parts() -> tuple[dict[str, Any], Tensors, dict[str, Any]]:
+    """Return manifest, tensors and expected targets of the simplest sound file, for others to break."""
+    return _simple()

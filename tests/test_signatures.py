@@ -1,0 +1,56 @@
+"""What a file is by its first bytes."""
+
+import pickle
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from builders import write_onnx, write_tensors
+from loraformat.signatures import HEAD_BYTES, describe_head
+
+
+def zip_head() -> bytes:
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02.")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("head", "words", "mend"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git-LFS pointer", "git lfs pull"),
+        (zip_head(), "torch checkpoint", "safetensors"),
+        *[(pickle.dumps({"a": 1}, protocol), "pickle", "safetensors") for protocol in (2, 3, 4, 5)],
+        (b"GGUF\x03\x00\x00\x00", "GGUF", "GGUF"),
+        (b"<!DOCTYPE html><html>", "HTML page", "again"),
+        (b"<!doctype html>", "HTML page", "again"),
+        (b"\n  <html lang='en'>", "HTML page", "again"),
+        (b"\x1f\x8b\x08\x00", "gzip", "Unpack"),
+        (b'{"r": 8}', "JSON", "tensors"),
+        (b'\n{\n "r": 8}', "JSON", "tensors"),
+    ],
+)
+def test_known_beginnings(head: bytes, words: str, mend: str) -> None:
+    described = describe_head(head[:HEAD_BYTES])
+    assert described is not None
+    assert words in described.what
+    assert mend in described.mend
+
+
+@pytest.mark.parametrize("head", [b"", b"\x00" * 64, b"version 2", b"GG", b"P", b"hello", bytes(range(64))])
+def test_other_beginnings(head: bytes) -> None:
+    assert describe_head(head) is None
+
+
+def test_what_we_read_is_no_stranger(tmp_path: Path) -> None:
+    """A model that looks like one of these would be refused."""
+    weights = {"m.q": np.ones((3, 2), np.float32)}
+    for path in (
+        write_tensors(tmp_path / "a.safetensors", weights),
+        write_onnx(tmp_path / "b.onnx", weights),
+    ):
+        assert describe_head(path.read_bytes()[:HEAD_BYTES]) is None
