@@ -18,8 +18,8 @@ MAX_METADATA_BYTES: Final = 10_000_000
 MAX_JSON_DEPTH: Final = 32
 """Real headers nest three deep. Far below the depth at which parsers overflow their stack."""
 
-MAX_JSON_INTEGER_DIGITS: Final = 20
-"""A 64-bit number has at most 20 digits; longer ones cost quadratic time to convert."""
+MAX_JSON_INTEGER_DIGITS: Final = 21
+"""Canonical JSON writes floats below 1e21 without an exponent; longer integers cost quadratic time to convert."""
 
 MAX_TENSORS: Final = 1_000_000
 """Tensors in one file. Packed mixture-of-experts models have some hundred thousand."""
@@ -32,6 +32,36 @@ MAX_DIMS: Final = 8
 
 MAX_PROTO_DEPTH: Final = 100
 """Nesting of protobuf messages, as in the protobuf libraries' own default."""
+
+MAX_ZIP_DIRECTORY_BYTES: Final = 100_000_000
+"""The list of a zip archive's members: about a hundred bytes for each tensor."""
+
+MAX_PICKLE_BYTES: Final = 100_000_000
+"""The pickle of a torch checkpoint holds names and shapes, no weights: about 140 bytes for each tensor."""
+
+MAX_PICKLE_OPCODES: Final = 5_000_000
+"""About 40 for each tensor. What they build takes some hundred megabytes and some seconds at worst."""
+
+MAX_PICKLE_MEMO: Final = 2_500_000
+"""Values that a pickle can refer back to; Python's pickler remembers about every second one."""
+
+MAX_PICKLE_MARKS: Final = 1000
+"""Nested collections under construction. Python's own pickler stops at a recursion depth of about a thousand."""
+
+MAX_PICKLE_STRING_BYTES: Final = 10_000_000
+"""One string in a pickle, such as a configuration kept beside the weights."""
+
+MAX_PICKLE_INTEGER_BYTES: Final = 64
+"""Seeds and generator states have 128 bits; long ones cost quadratic time to print."""
+
+MAX_NPY_HEADER_BYTES: Final = 10_000
+"""numpy's own cap (`max_header_size`)."""
+
+MAX_VALUE_CHARACTERS: Final = 200
+"""What is shown of a value beside the tensors, and of its name."""
+
+MAX_LISTED_VALUES: Final = 256
+"""Values beside the tensors of a checkpoint that are listed by name."""
 
 MAX_SKELETON_BYTES: Final = 1_000_000_000
 """An ONNX graph without its weights. Below the 2 GiB that protobuf libraries can parse."""

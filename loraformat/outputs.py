@@ -130,8 +130,8 @@ class PendingOutput:
 class PendingFolder:
     """An output folder that is filled aside and moved into place whole.
 
-    Use as `PendingOutput`. With `force` an existing folder is replaced, all of it: `check_output_folder` allows that only
-    for a folder that holds the mark of an earlier run.
+    Use as `PendingOutput`. With `force` an existing folder is replaced, all of it: `check_output_folder` allows that
+    only for a folder that holds the mark of an earlier run.
 
     Args:
         folder: where the folder will stand.

@@ -10,10 +10,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from loraformat.adapter import Adapter
-from loraformat.bases import BaseModel
+from loraformat.bases import BaseModel, Weight
 from loraformat.encodings import ENCODINGS
 from loraformat.errors import error_for
 from loraformat.limits import TILE_BYTES
@@ -171,6 +171,14 @@ class Plan:
         return self._decisive() | {"output": str(self.output), "sha256": self.sha256, "problems": problems}
 
 
+class _Change(NamedTuple):
+    """One change on its way into the plan of a weight."""
+
+    match: Match
+    weight: Weight
+    change: PlannedChange
+
+
 def build_plan(
     base: BaseModel,
     adapters: Sequence[WeightedAdapter],
@@ -196,7 +204,7 @@ def build_plan(
         LoraformatError: with every problem that was found, not only the first.
     """
     problems: list[Problem] = [*base.problems]
-    changes: dict[str, list[tuple[Match, PlannedChange]]] = defaultdict(list)
+    changes: dict[str, list[_Change]] = defaultdict(list)
     unmatched: list[str] = []
     counts: list[int] = []
     for position, item in enumerate(adapters):
@@ -220,7 +228,8 @@ def build_plan(
         for match in resolution.matches:
             change = _plan_change(position, match, item)
             problems += _check_scale(change)
-            changes[match.weight.key].append((match, change))
+            for weight in match.weights:
+                changes[weight.key].append(_Change(match, weight, change))
     weights = [_plan_weight(group, problems) for group in changes.values()]
     if any(problem.severity == "error" for problem in problems):
         raise error_for([problem for problem in problems if problem.severity == "error"])
@@ -269,17 +278,17 @@ def _check_scale(change: PlannedChange) -> list[Problem]:
     return [Problem("LF207", change.target, f"the multiplier {change.scale}", f"at most {_FLOAT32_MAX:.6g}")]
 
 
-def _plan_weight(group: Sequence[tuple[Match, PlannedChange]], problems: list[Problem]) -> PlannedWeight | None:
-    match = group[0][0]
-    tensor = match.weight.tensor
+def _plan_weight(group: Sequence[_Change], problems: list[Problem]) -> PlannedWeight | None:
+    match, weight, _ = group[0]
+    tensor = weight.tensor
     encoding = next((name for name, encoding in ENCODINGS if encoding.accepts(tensor.dtype)), None)
     if encoding is None:
         found = f"the weight {tensor.name!r} is stored as {tensor.dtype.name}"
         problems.append(Problem("LF403", match.target.name, found, "a floating-point form"))
         return None
     return PlannedWeight(
-        key=match.weight.key,
-        name=match.weight.name,
+        key=weight.key,
+        name=weight.name,
         file=tensor.span.path.name,
         offset=tensor.span.offset,
         nbytes=tensor.span.length,
@@ -287,7 +296,7 @@ def _plan_weight(group: Sequence[tuple[Match, PlannedChange]], problems: list[Pr
         shape=tensor.shape,
         encoding=encoding,
         tile_rows=count_tile_rows(tensor.shape),
-        changes=tuple(change for _, change in group),
+        changes=tuple(entry.change for entry in group),
         evidence=match.evidence,
     )
 

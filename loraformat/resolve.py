@@ -2,8 +2,9 @@
 
 The only place that sees both names. A target is matched by the module path that the base's evidence gives a site: the
 same path, or one path ending with the other at a dot (a wrapper around the exported model, or a part of it exported
-alone). What is dropped from a target's own name must hold no number, or layers could be mistaken for one another.
-Every target is consumed exactly once, or the error says which were near.
+alone). What is dropped from a target's own name must hold no number, or layers could be mistaken for one another, and
+no half of an encoder-decoder, which have modules of the same names; that anything was dropped is said. Every target is
+consumed exactly once, or the error says which were near.
 """
 
 import re
@@ -23,6 +24,7 @@ from loraformat.problems import Problem
 
 _LISTED: Final = 8
 BY_FINGERPRINT: Final = "fingerprint"
+_HALVES: Final = frozenset({"encoder", "decoder"})
 _NUMBERED: Final = re.compile(r"\d")
 
 
@@ -32,19 +34,26 @@ class Match:
 
     Attributes:
         target: the adapter's target.
-        weight: the stored weight.
+        weights: the stored weight; several where the exporter wrote copies of it, one for each call of the module.
         sites: where the base applies it, all of this target.
         transposed: whether the stored matrix is the transpose of the canonical `(out, in * kernel)`.
         divisor: what the site multiplies its weight by.
         evidence: how the weight was found.
+        relation: how the names differ: empty, `+prefix` that the base has more, `-prefix` that it lacks, `fingerprint`.
     """
 
     target: Target
-    weight: Weight
+    weights: tuple[Weight, ...]
     sites: tuple[Site, ...]
     transposed: bool
     divisor: float
     evidence: str
+    relation: str
+
+    @property
+    def weight(self) -> Weight:
+        """The stored weight, the first of its copies."""
+        return self.weights[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,7 @@ class SiteIndex:
         shorter = [
             Candidate(site, f"-{dropped}")
             for end, dropped in _ends(name)
-            if not _NUMBERED.search(dropped)
+            if not _NUMBERED.search(dropped) and _HALVES.isdisjoint(dropped.split("."))
             for site in self._by_path.get(end, ())
         ]
         return longer + shorter
@@ -140,10 +149,12 @@ def resolve(
             matches.append(outcome)
         else:
             problems.append(outcome)
+    matches, displaced = _prefer_exact(matches)
+    missing += displaced
     allowed = tuple(name for name in missing if any(fnmatchcase(name, pattern) for pattern in allow_unmatched))
     missing = [name for name in missing if name not in allowed]
     problems += _report_missing(missing, {name: names[name] for name in missing}, index)
-    problems += _report_collisions(matches)
+    problems += _report_collisions(matches) + _report_dropped(matches)
     return Resolution(tuple(matches), allowed, tuple(problems))
 
 
@@ -176,8 +187,9 @@ def _check_fingerprint(match: Match) -> Match | Problem:
     samples = sample_site(match.target, match.sites[0])
     if fingerprint.shape == _canonical_shape(match.target) and fingerprint.matches(samples):
         return match
+    name = match.weight.name
     near = sum(abs(a - b) <= abs(a) / 16 for a, b in zip(fingerprint.samples, samples, strict=True))
-    found = f"the weight {match.weight.name!r}, with {near} of {len(samples)} sampled numbers near the expected ones"
+    found = f"the weight {name!r}, with {near} of {len(samples)} sampled numbers near the expected ones"
     return Problem("LF406", match.target.name, found, "the weight that its fingerprint was taken from")
 
 
@@ -210,23 +222,30 @@ def _match(target: Target, candidates: Sequence[Candidate], usual: str | None) -
     blocked = next((site.obstacle for site in fitting if site.obstacle is not None), None)
     if blocked is not None:
         return Problem(blocked.code, f"{target.name} at {blocked.where}", blocked.found, blocked.expected, blocked.mend)
-    by_fingerprint = candidates[0].relation == BY_FINGERPRINT
-    return _match_weight(target, fitting, BY_FINGERPRINT if by_fingerprint else "")
+    return _match_weight(target, fitting, candidates[0].relation)
 
 
-def _match_weight(target: Target, sites: Sequence[Site], evidence: str) -> Match | Problem:
-    weights = {site.weight.key: site.weight for site in sites if site.weight is not None}
+def _match_weight(target: Target, sites: Sequence[Site], relation: str) -> Match | Problem:
+    by_key = {site.weight.key: site.weight for site in sites if site.weight is not None}
+    weights = tuple(by_key.values())
     manners = {(site.transposed[target.slot], site.divisor) for site in sites}
-    if len(weights) != 1 or len(manners) != 1:
+    if len(manners) != 1 or (len(weights) != 1 and not _are_copies(sites, weights)):
         listed = "; ".join(f"{site.module} ({site.evidence}) reads {_name(site)}" for site in sites[:_LISTED])
         return Problem("LF404", target.name, f"several weights or several ways to read one: {listed}", "one weight")
-    weight = next(iter(weights.values()))
-    strangers = sorted(weight.consumers - {site.id for site in sites})
-    if strangers:
-        found = f"the tensor {weight.name!r} is also read by {', '.join(strangers[:_LISTED])}"
-        return Problem("LF402", target.name, found, "a tensor that nothing else reads")
+    for weight in weights:
+        strangers = sorted(weight.consumers - {site.id for site in sites})
+        if strangers:
+            found = f"the tensor {weight.name!r} is also read by {', '.join(strangers[:_LISTED])}"
+            return Problem("LF402", target.name, found, "a tensor that nothing else reads")
     transposed, divisor = manners.pop()
-    return Match(target, weight, tuple(sites), transposed, divisor, evidence or sites[0].evidence)
+    evidence = BY_FINGERPRINT if relation == BY_FINGERPRINT else sites[0].evidence
+    return Match(target, weights, tuple(sites), transposed, divisor, evidence, relation)
+
+
+def _are_copies(sites: Sequence[Site], weights: Sequence[Weight]) -> bool:
+    """Say whether several tensors are one parameter, written once for each call: one module, equal to the last bit."""
+    first, *others = (weight.tensor for weight in weights)
+    return len({site.module for site in sites}) == 1 and all(first.equals(other) for other in others)
 
 
 def _name(site: Site) -> str:
@@ -275,9 +294,6 @@ def _report_missing(missing: Sequence[str], names: Mapping[str, str], index: Sit
 
 def _report_collisions(matches: Sequence[Match]) -> list[Problem]:
     """Return a problem for every weight that two targets of one adapter lead to."""
-    by_weight: dict[str, list[Match]] = defaultdict(list)
-    for match in matches:
-        by_weight[match.weight.key].append(match)
     return [
         Problem(
             "LF404",
@@ -286,6 +302,41 @@ def _report_collisions(matches: Sequence[Match]) -> list[Problem]:
             "a weight for each",
             "Drop the part of the names that the base lacks with --strip-prefix, or leave one out.",
         )
-        for group in by_weight.values()
+        for group in _group_by_weight(matches)
         if len(group) > 1
+    ]
+
+
+def _group_by_weight(matches: Sequence[Match]) -> list[list[Match]]:
+    groups: dict[str, list[Match]] = defaultdict(list)
+    for match in matches:
+        groups[match.weight.key].append(match)
+    return list(groups.values())
+
+
+def _prefer_exact(matches: Sequence[Match]) -> tuple[list[Match], list[str]]:
+    """Return the matches that stand, and the targets that only came to a weight by dropping a prefix.
+
+    Where one target of several has the weight's very name, the others mean something else that the base lacks.
+    """
+    kept: list[Match] = []
+    displaced: list[str] = []
+    for group in _group_by_weight(matches):
+        exact = [match for match in group if not match.relation.startswith("-")]
+        if len(group) > 1 and len(exact) == 1:
+            kept += exact
+            displaced += [match.target.name for match in group if match is not exact[0]]
+        else:
+            kept += group
+    return kept, displaced
+
+
+def _report_dropped(matches: Sequence[Match]) -> list[Problem]:
+    """Return a warning for every prefix that was dropped from targets' names."""
+    dropped = Counter(match.relation[1:] for match in matches if match.relation.startswith("-"))
+    return [
+        Problem(
+            "LF306", prefix, f"dropped from the names of {count} targets", "the base's own names", severity="warning"
+        )
+        for prefix, count in sorted(dropped.items())
     ]

@@ -1,12 +1,17 @@
 """What can be wrong with an adapter, whatever the base. Rules return problems; they do not raise."""
 
 import math
+from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
 from loraformat.adapter import Adapter, Target
 from loraformat.kinds import KINDS, Nature
 from loraformat.problems import Problem
+
+_LISTED: Final = 8
+"""Targets of which one message each is said; the rest shares one."""
 
 
 def check_adapter(adapter: Adapter, *, allow_zero: bool = False) -> list[Problem]:
@@ -19,15 +24,26 @@ def check_adapter(adapter: Adapter, *, allow_zero: bool = False) -> list[Problem
     problems = list(adapter.problems)
     for target in adapter.targets:
         problems += _check_target(target, allow_zero=allow_zero)
+    for code in ("LF214", "LF216"):
+        problems = _gather(problems, code, len(adapter.targets))
     return problems
+
+
+def is_mergeable(kind: str) -> bool:
+    """Say whether this version can merge adapters of a kind."""
+    known = KINDS.find(kind)
+    return known is not None and known.nature is Nature.ADDITIVE
+
+
+def refuse_kind(kind: str, where: str, found: str) -> Problem:
+    """Return the problem of a kind that this version cannot merge."""
+    return Problem("LF209", where, f"the kind {kind!r} ({found})", f"one of {', '.join(KINDS.names())}")
 
 
 def _check_target(target: Target, *, allow_zero: bool) -> list[Problem]:
     kind = KINDS.find(target.kind)
-    if kind is None or kind.nature is not Nature.ADDITIVE:
-        known = ", ".join(KINDS.names())
-        roles = ", ".join(sorted(target.factors))
-        return [Problem("LF209", target.name, f"the kind {target.kind!r} (tensors {roles})", f"one of {known}")]
+    if kind is None or not is_mergeable(target.kind):
+        return [refuse_kind(target.kind, target.name, f"tensors {', '.join(sorted(target.factors))}")]
     problems = kind.check(target)
     if any(problem.severity == "error" for problem in problems):
         return problems
@@ -35,6 +51,8 @@ def _check_target(target: Target, *, allow_zero: bool) -> list[Problem]:
         return [*problems, Problem("LF207", target.name, f"scale {target.scale}", "a finite number")]
     if target.scale == 0 and not allow_zero:
         return [*problems, Problem("LF208", target.name, "scale 0", "a scale other than 0, or --allow-zero")]
+    if target.scale < 0:
+        problems.append(Problem("LF216", target.name, f"scale {target.scale:g}", severity="note"))
     return problems + _check_numbers(target)
 
 
@@ -54,3 +72,14 @@ def _check_numbers(target: Target) -> list[Problem]:
     if silent and not problems:
         problems.append(Problem("LF214", target.name, "a factor of zeros", severity="warning"))
     return problems
+
+
+def _gather(problems: Sequence[Problem], code: str, targets: int) -> list[Problem]:
+    """Return the problems with all but the first few of one code in one: an untrained adapter is one finding."""
+    places = [place for place, problem in enumerate(problems) if problem.code == code]
+    rest = frozenset(places[_LISTED:])
+    if not rest:
+        return list(problems)
+    found = f"the same, so that it holds for {len(places)} of {targets} targets"
+    summary = Problem(code, f"{len(rest)} more targets", found, severity=problems[places[0]].severity)
+    return [*(problem for place, problem in enumerate(problems) if place not in rest), summary]

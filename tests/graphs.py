@@ -205,7 +205,7 @@ STYLES = ("torchscript", "torchscript-unfolded", "dynamo", "dynamo-unfolded", "n
 
 
 def write_model(path: Path, model: onnx.ModelProto, files: str = "") -> Path:
-    """Write a model; `files` of `one` or `many` moves its weights into data files."""
+    """Write a model; `files` of `one` or `many` moves its weights into data files, axes and shapes excepted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not files:
         onnx.save_model(model, str(path))
@@ -217,7 +217,7 @@ def write_model(path: Path, model: onnx.ModelProto, files: str = "") -> Path:
         save_as_external_data=True,
         all_tensors_to_one_file=files == "one",
         location=f"{path.name}.data" if files == "one" else None,
-        size_threshold=0,
+        size_threshold=64,
         convert_attribute=False,
     )
     return path

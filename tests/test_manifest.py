@@ -15,6 +15,7 @@ from loraformat.adapter import Adapter, BaseBinding, Scaling, ScalingRule, SlotK
 from loraformat.errors import LoraformatError
 from loraformat.fingerprint import Fingerprint
 from loraformat.manifest import TargetEntry, build_manifest, parse_manifest
+from loraformat.strict_json import write_canonical
 
 WHOLE: Mapping[str, Any] = {
     "version": "1.0",
@@ -96,7 +97,25 @@ def test_an_optional_field_may_be_missing(path: str) -> None:
 TEXT_BUT = [None, 1, 1.5, True, [], {}]
 OBJECT_BUT = [None, 1, True, "text", [], [["a", 1]]]
 WRONG: dict[str, list[Any]] = {
-    "version": [*TEXT_BUT, "", "1", "1.", ".0", "1.0.0", "1.x", "v1.0", " 1.0", "-1.0", "1,0", "١.٠", "²."],
+    "version": [
+        *TEXT_BUT,
+        "",
+        "1",
+        "1.",
+        ".0",
+        "1.0.0",
+        "1.x",
+        "v1.0",
+        " 1.0",
+        "-1.0",
+        "1,0",
+        "01.0",
+        "1.00",
+        "00.0",
+        "1.0\n",
+        "١.٠",
+        "².",
+    ],
     "targets": OBJECT_BUT,
     "base": OBJECT_BUT,
     "base/name": TEXT_BUT,
@@ -176,7 +195,7 @@ def test_a_known_field_needs_no_permission() -> None:
     assert codes_of(changed("base", {"name": {"must_understand": False}})) == ("LF122",)
 
 
-@pytest.mark.parametrize("version", ["2.0", "0.9", "10.0", "11.1", f"{'9' * 5000}.0", "00.0"])
+@pytest.mark.parametrize("version", ["2.0", "0.9", "10.0", "11.1", f"{'9' * 5000}.0"])
 def test_another_major_version(version: str) -> None:
     assert codes_of(changed("version", version)) == ("LF119",)
 
@@ -203,7 +222,7 @@ def test_a_newer_minor_version(version: str) -> None:
         ('{"version": "1.0", "targets": {}, "provenance": {"x": NaN}}', "LF104"),
         ('{"version": "1.0", "targets": {}, "provenance": {"x": Infinity}}', "LF104"),
         ('{"version": "1.0", "targets": {}, "provenance": {"x": 1e999}}', "LF104"),
-        ('{"version": "1.0", "targets": {}, "provenance": {"x": 123456789012345678901}}', "LF104"),
+        ('{"version": "1.0", "targets": {}, "provenance": {"x": 1234567890123456789012}}', "LF104"),
         ('{"version": "1.0", "targets": {}, "provenance": {"x": "\\ud800"}}', "LF104"),
         ('{"version": "1.0", "targets": {}, "provenance": {"x": ' + "[" * 40 + "]" * 40 + "}}", "LF104"),
     ],
@@ -214,6 +233,28 @@ def test_json_that_is_not_strict(text: str, code: str) -> None:
 
 def test_text_that_is_no_unicode() -> None:
     assert codes_of('{"version": "\udcff"}') in (("LF103",), ("LF104",))
+
+
+def test_a_target_without_a_name() -> None:
+    assert codes_of(changed("targets/", WHOLE["targets"]["m.v"])) == ("LF301",)
+
+
+@pytest.mark.parametrize("number", [1e20, -9.999999e20, 1e21, 2.0**69, 5e-324, 1.7976931348623157e308, 0.1])
+def test_a_number_of_any_size_comes_back(number: float) -> None:
+    """Canonical JSON spells floats below 1e21 out: an integer of 21 digits, to the reader."""
+    scaling = Scaling(ScalingRule.MULTIPLIER, number)
+    adapter = Adapter((Target("m", "lora", SlotKind.LINEAR, {}, 1, scaling),))
+    assert parse_manifest(build_manifest(adapter).decode(), "file").targets["m"].scaling == scaling
+
+
+def test_what_no_reader_would_accept_is_not_written() -> None:
+    for adapter in (
+        Adapter((Target("", "lora", SlotKind.LINEAR, {}, 1, Scaling(ScalingRule.MULTIPLIER, 1.0)),)),
+        Adapter((Target("m", "lora", SlotKind.LINEAR, {}, -1, Scaling(ScalingRule.MULTIPLIER, 1.0)),)),
+        Adapter((), provenance={"deep": json.loads("[" * 40 + "]" * 40)}),
+    ):
+        with pytest.raises(LoraformatError):
+            build_manifest(adapter)
 
 
 def test_a_nan_for_alpha() -> None:
@@ -267,7 +308,8 @@ def test_what_is_written_is_read(adapter: Adapter) -> None:
         for target in adapter.targets
     }
     assert (manifest.base, manifest.annotations) == (adapter.base, adapter.metadata)
-    assert manifest.provenance == adapter.provenance
+    # A float of 17 digits and no fraction comes back as the integer that its shortest digits spell.
+    assert write_canonical(manifest.provenance) == write_canonical(adapter.provenance)
 
 
 @given(adapter=ADAPTERS, dice=st.randoms(use_true_random=False))
@@ -294,9 +336,8 @@ def test_what_is_empty_is_left_out() -> None:
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 FIELDS = st.sampled_from(
-    ["version", "targets", "base", "kind", "slot", "rank", "scaling", "rule", "alpha", "multiplier", "fingerprint"]
-    + ["shape", "samples", "must_understand", "m.q", "name"]
-)
+    ["version", "targets", "base", "name", "kind", "slot", "rank", "scaling", "rule", "alpha", "multiplier"]
+) | st.sampled_from(["fingerprint", "shape", "samples", "must_understand", "m.q"])
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from(["1.0", "linear"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner, max_size=4),
@@ -320,13 +361,13 @@ def damaged(draw: st.DrawFn) -> Any:
     return manifest
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(manifest=damaged())
 def test_a_damaged_manifest_is_read_or_refused(manifest: Any) -> None:
     read_or_refuse(json.dumps(manifest))
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_damaged_text_is_read_or_refused(data: st.DataObject) -> None:
     text = json.dumps(WHOLE)
@@ -343,4 +384,4 @@ def read_or_refuse(text: str) -> None:
     else:
         codes, told = (), manifest.version
     assert told
-    assert set(codes) <= {"LF103", "LF104", "LF105", "LF119", "LF120", "LF122"}
+    assert set(codes) <= {"LF103", "LF104", "LF105", "LF119", "LF120", "LF122", "LF301"}

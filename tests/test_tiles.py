@@ -95,6 +95,17 @@ def test_every_pattern_of_eight_bits(tmp_path_factory: Any, stored: Array, form:
     assert not wide(merged)[~nonzero].any()
 
 
+SMALLEST = {
+    "float64": -1074,
+    "float32": -149,
+    "float16": -24,
+    "bfloat16": -133,
+    "float8_e4m3fn": -9,
+    "float8_e5m2": -16,
+}
+"""Exponent of the smallest number above zero."""
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_below_the_normal_range(tmp_path: Path, form: str) -> None:
     """Subnormal numbers of the stored form are numbers like others."""
@@ -151,10 +162,10 @@ def random_case(form: str, shape: tuple[int, int] = (500, 400), size: float = 0.
 
 def test_float32_is_within_one_ulp(tmp_path: Path) -> None:
     """Half an ulp is the last rounding's; the change is computed in float32 with an error far below the other half."""
-    stored, factors, exact = random_case("float32")
+    stored, factors, exact = random_case("float32", size=0.01)
     merged, _ = merge_state(tmp_path, stored, adapter_of(factors, 1.25))
     rounded = exact.astype(np.float32)
-    near = np.abs(exact) > 0.01  # Where the sum all but cancels, the error of the change is larger than the sum's ulp.
+    near = np.abs(exact) > 0.5  # Where the sum all but cancels, the error of the change is larger than the sum's ulp.
     ulps = np.abs(wide(merged) - wide(rounded)) / np.spacing(np.abs(rounded))
     assert ulps[near].max() <= 1.0
     assert (ulps[near] == 0).mean() > 0.8
@@ -163,20 +174,20 @@ def test_float32_is_within_one_ulp(tmp_path: Path) -> None:
 
 def test_float64_is_within_one_ulp_of_its_own(tmp_path: Path) -> None:
     """Its tiles are float64 throughout: float32 anywhere would be off by 2²⁹ ulps."""
-    stored, factors, _ = random_case("float64")
+    stored, factors, _ = random_case("float64", size=0.01)
     factors = wide(factors[0]), wide(factors[1])
     merged, _ = merge_state(tmp_path, stored, adapter_of(factors, 1.25))
     # B @ A by another route, in extended precision where the machine has it.
     delta = 1.25 * (factors[1].astype(np.longdouble) @ factors[0].astype(np.longdouble))
     exact = stored.astype(np.longdouble) + delta
-    near = np.abs(exact) > 0.01
+    near = np.abs(exact) > 0.5
     ulps = np.abs(merged.astype(np.longdouble) - exact) / np.spacing(np.abs(wide(exact)))
-    assert ulps[near].max() <= 3.0
-    assert (ulps[near] <= 0.5).mean() > 0.5
+    assert ulps[near].max() <= 1.0
+    assert (ulps[near] <= 0.5).mean() > 0.8
 
 
 @pytest.mark.parametrize(
-    ("form", "share"), [("bfloat16", 3e-5), ("float16", 2e-4), ("float8_e4m3fn", 0), ("float8_e5m2", 0)]
+    ("form", "share"), [("bfloat16", 3e-5), ("float16", 2e-4), ("float8_e4m3fn", 2e-6), ("float8_e5m2", 2e-6)]
 )
 def test_narrow_forms_are_rounded_right_but_beside_the_middle(tmp_path: Path, form: str, share: float) -> None:
     """The float32 sum hits a middle between two stored numbers about once in 2¹⁶ (bfloat16) or 2¹³ (float16) times.
@@ -189,7 +200,7 @@ def test_narrow_forms_are_rounded_right_but_beside_the_middle(tmp_path: Path, fo
     wrong = merged != expected
     assert wrong.mean() <= share
     to_merged, to_expected = np.abs(exact - wide(merged))[wrong], np.abs(exact - wide(expected))[wrong]
-    np.testing.assert_allclose(to_merged, to_expected, rtol=1e-3)
+    np.testing.assert_allclose(to_merged, to_expected, rtol=0, atol=1e-6)
 
 
 # --- several adapters ------------------------------------------------------------------------------------------------
@@ -262,23 +273,29 @@ def test_a_change_too_small_for_the_form_is_refused(tmp_path: Path, form: str) -
 
 
 def test_between_the_two_thresholds_it_warns(tmp_path: Path) -> None:
-    """One weight in four takes the change, of the size of a quarter of the others' step: 0.25 … is lost, 0.7 stays."""
-    rng = np.random.default_rng(48)
+    """Six rows lose a change of 0.45 steps, four take one of 0.75 steps as a whole step: 0.866 in all."""
     weight = np.ones((10, 10), FORMS["bfloat16"])
-    step = 2.0**-7
-    sizes = np.where(rng.random((10, 1)) < 0.3, 0.45, 0.75).astype(np.float32) * np.float32(step)
-    factors = np.ones((1, 10), np.float32), sizes
-    merged, receipt = merge_state(tmp_path, weight, adapter_of(factors), min_retained=0.5)
-    delta = wide(sizes) @ np.ones((1, 10))
-    kept = ((wide(merged) - 1) * delta).sum() / (delta**2).sum()
+    step = np.float32(2.0**-7)
+    sizes = np.array([[0.45]] * 6 + [[0.75]] * 4, np.float32) * step
+    adapter = adapter_of((np.ones((1, 10), np.float32), sizes))
+    _, receipt = merge_state(tmp_path, weight, adapter, min_retained=0.5)
+    kept = 4 * 0.75 / (6 * 0.45**2 + 4 * 0.75**2)
     assert receipt.weights[0].retained == pytest.approx(kept, rel=1e-4)
-    if kept < 0.9:
-        assert [(p.code, p.severity) for p in receipt.problems] == [("LF504", "warning")]
-    else:
-        assert receipt.problems == ()
+    assert [(p.code, p.severity) for p in receipt.problems] == [("LF504", "warning")]
+    merge_state(tmp_path, weight, adapter, min_retained=kept - 0.01)
+    with pytest.raises(loraformat.FindingError) as caught:
+        merge_state(tmp_path, weight, adapter, min_retained=kept + 0.01)
+    assert caught.value.codes == ("LF504",)
+
+
+def test_a_share_above_the_usual_threshold_can_be_asked_for(tmp_path: Path) -> None:
+    stored, factors, _ = random_case("bfloat16", (100, 50))
+    adapter = adapter_of(factors)
+    _, receipt = merge_state(tmp_path, stored, adapter)
+    kept = receipt.weights[0].retained
+    assert 0.98 < kept < 1.02
     with pytest.raises(loraformat.FindingError):
-        merge_state(tmp_path, weight, adapter_of(factors), min_retained=kept + 0.01)
-    merge_state(tmp_path, weight, adapter_of(factors), min_retained=kept - 0.01)
+        merge_state(tmp_path, stored, adapter, min_retained=kept + 1e-3)
 
 
 def test_a_weight_of_zeros_takes_the_change_as_it_is(tmp_path: Path) -> None:
@@ -305,13 +322,12 @@ LARGEST = {
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "float64"])
 def test_numbers_that_leave_the_range_are_an_error(tmp_path: Path, form: str, sign: int) -> None:
     weight = np.ones((4, 3), FORMS[form])
     weight[2, 1] = sign * LARGEST[form]
-    work = np.float64 if form == "float64" else np.float32
-    root = np.sqrt(LARGEST[form] / 4)
-    factors = np.full((1, 3), root, work), np.full((4, 1), sign * root, work)
+    root = np.sqrt(LARGEST[form] / 4)  # Products of factors within float32 cannot move float64 out of its range.
+    factors = np.full((1, 3), root, np.float32), np.full((4, 1), sign * root, np.float32)
     with pytest.raises(loraformat.FindingError) as caught:
         merge_state(tmp_path, weight, adapter_of(factors))
     assert caught.value.codes == ("LF503",)

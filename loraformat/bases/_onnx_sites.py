@@ -1,30 +1,20 @@
-"""Where an ONNX graph applies weights: which inputs of which operators, how they are oriented, whose they are.
+"""Where an ONNX graph applies weights: which inputs of which operators, and how they are oriented."""
 
-Evidence that stands at a node (scopes that the exporter wrote down, or the node's own path) beats the name of the
-tensor: exporters merge equal tensors under the name of one of their owners, and fold others into them.
-"""
-
-import ast
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from loraformat.adapter import SlotKind
+from loraformat.bases._onnx_names import NODE_NAME, find_folding, find_repeated, module_of_node, module_of_tensor
 from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
-from loraformat.limits import MAX_EVIDENCE_BYTES
 from loraformat.problems import Problem
 
 if TYPE_CHECKING:
     import onnx
 
-Orientations: TypeAlias = Mapping[SlotKind, bool]
+_EXPORT_AGAIN: Final = "Export with dynamo=True, or with do_constant_folding=False, which keeps the weights' names."
 
-_SCOPES_KEY: Final = "pkg.torch.onnx.name_scopes"
-_CLASSES_KEY: Final = "pkg.torch.onnx.class_hierarchy"
-_RULE_KEY: Final = "pkg.onnxscript.rewriter.rule_name"
-_ANONYMOUS_CONV: Final = re.compile(r"^onnx::Conv_\d+$")
-_REPEATED: Final = re.compile(r"\.\d")
+Orientations: TypeAlias = Mapping[SlotKind, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +114,7 @@ class RawSite:
         module: module path.
         evidence: how the path is known.
         folded: why the stored values are not the module's own weight; empty when they are.
+        repeated: whether the exporter may have given this path to another module of the same name.
     """
 
     visit: Visit
@@ -133,6 +124,7 @@ class RawSite:
     module: str
     evidence: str
     folded: str = ""
+    repeated: bool = False
 
     @property
     def obstacle(self) -> Problem | None:
@@ -140,6 +132,9 @@ class RawSite:
         where = f"{self.visit.op} {self.visit.node.name!r}"
         if self.folded:
             return Problem("LF407", where, self.folded, "the module's own weight")
+        if self.repeated:
+            found = f"{self.module!r} and the same with a number: the exporter numbers what it cannot tell apart"
+            return Problem("LF404", where, found, "a path, or the name of a weight or bias, of its own", _EXPORT_AGAIN)
         if self.use.refusal:
             return Problem("LF403", where, self.use.refusal, "a plain weight of MatMul, Gemm, Conv or Gather")
         if self.trace.blocked:
@@ -147,15 +142,20 @@ class RawSite:
         return None
 
 
-def find_sites(visits: "Iterator[Visit] | list[Visit]") -> Iterator[RawSite]:
-    """Yield every site; one whose module is unknown has an empty path."""
-    for visit in visits:
-        positions, read_use = _USES.get(visit.op, ((), _refuse_use))
-        for position in positions:
-            trace = _trace_input(visit, position)
-            if trace is not None:
-                yield from _name_site(visit, position, trace, _read_use(visit, position, read_use))
-                break
+def find_sites(visits: Iterable[Visit]) -> list[RawSite]:
+    """Return every site; one whose module is unknown has an empty path."""
+    sites = [site for visit in visits for site in _find_at(visit)]
+    repeated = find_repeated(site.module for site in sites if site.evidence == NODE_NAME)
+    return [replace(site, repeated=site.evidence == NODE_NAME and site.module in repeated) for site in sites]
+
+
+def _find_at(visit: Visit) -> Iterator[RawSite]:
+    positions, read_use = _USES.get(visit.op, ((), _refuse_use))
+    for position in positions:
+        trace = _trace_input(visit, position)
+        if trace is not None:
+            yield from _name_site(visit, position, trace, _read_use(visit, position, read_use))
+            return
 
 
 def _trace_input(visit: Visit, position: int) -> Trace | None:
@@ -165,104 +165,15 @@ def _trace_input(visit: Visit, position: int) -> Trace | None:
 
 def _name_site(visit: Visit, position: int, trace: Trace, use: Use) -> Iterator[RawSite]:
     """Yield the site under its module's path, and under the tensor's name too where folding hides the module."""
-    folded = _find_folding(visit, trace)
-    module, evidence = _module_of_node(visit, trace)
+    folded = find_folding(visit, trace)
+    module, evidence = module_of_node(visit, position, trace)
     if not module or folded:
-        named, tensor_evidence = _module_of_tensor(visit, trace)
+        named, tensor_evidence = module_of_tensor(visit, trace)
         if named and named != module:
             yield RawSite(visit, position, trace, use, named, tensor_evidence, folded)
             if not module:
                 return
     yield RawSite(visit, position, trace, use, module, evidence, folded)
-
-
-def _find_folding(visit: Visit, trace: Trace) -> str:
-    """Return what shows that another layer's numbers were multiplied into the weight, or nothing."""
-    metadata = _metadata(visit)
-    rule = metadata.get(_RULE_KEY, "")
-    if "FuseBatchNorm" in rule:
-        return f"BatchNorm was folded into it (exporter's rule {rule})"
-    classes = _read_list(metadata.get(_CLASSES_KEY, ""))
-    if len(classes) > 1 and "batchnorm" in classes[-2].lower():
-        return f"BatchNorm was folded into it (its class is {classes[-2]})"
-    if visit.op == "Conv" and _ANONYMOUS_CONV.match(trace.name):
-        return f"BatchNorm was folded into it (the exporter renamed the weight to {trace.name})"
-    return ""
-
-
-def _module_of_node(visit: Visit, trace: Trace) -> tuple[str, str]:
-    """Return the module path that stands at the node, at a Transpose before its weight, or at the call around it."""
-    around: Visit | None = visit
-    while around is not None:
-        for candidate in (around, *(step for step in trace.steps if around is visit)):
-            path = _read_scopes(_metadata(candidate).get(_SCOPES_KEY, ""))
-            if path:
-                return path, "name scopes"
-            path = read_node_path(candidate.node.name)
-            if path:
-                return path, "node name"
-        around = around.call
-    return "", ""
-
-
-def _module_of_tensor(visit: Visit, trace: Trace) -> tuple[str, str]:
-    """Return the module path that the tensor's name, or the name of a bias beside it, gives."""
-    if trace.tensor is not None and trace.tensor.name.endswith(".weight"):
-        return trace.tensor.name.removesuffix(".weight"), "initializer name"
-    for name in _bias_names(visit):
-        if name.endswith(".bias"):
-            return name.removesuffix(".bias"), "bias name"
-    return "", ""
-
-
-def _bias_names(visit: Visit) -> Iterator[str]:
-    """Yield the names of tensors that the node adds, or that the one addition after it does."""
-    if visit.op in {"Gemm", "Conv"}:
-        yield from visit.node.input[2:3]
-        return
-    for reader, position in visit.scope.readers.get(next(iter(visit.node.output), ""), ()):
-        if reader.op == "Add" and len(reader.node.input) == 2:
-            other = trace_constant(reader.scope, reader.node.input[1 - position])
-            if other is not None and other.tensor is not None and len(other.tensor.dims) == 1:
-                yield other.tensor.name
-
-
-def read_node_path(name: str) -> str:
-    """Return the module path in a node name that the TorchScript exporter wrote, or nothing.
-
-    `/model/layers.0/self_attn/q_proj/MatMul` is `model.layers.0.self_attn.q_proj`. A Sequential that is called stands
-    twice: `/classifier/classifier.1/Gemm` is `classifier.1`.
-    """
-    if not name.startswith("/"):
-        return ""
-    parts = name[1:].split("/")[:-1]
-    kept = [part for part, after in zip(parts, [*parts[1:], ""], strict=False) if not _is_repeated(part, after)]
-    return ".".join(kept)
-
-
-def _is_repeated(part: str, after: str) -> bool:
-    return after.startswith(part) and _REPEATED.match(after[len(part) :]) is not None
-
-
-def _read_scopes(text: str) -> str:
-    """Return the module path in the exporter's list of scopes: the last but one; the last names the operation."""
-    scopes = _read_list(text)
-    return scopes[-2] if len(scopes) > 1 and not scopes[-2].startswith("_") else ""
-
-
-def _read_list(text: str) -> list[str]:
-    """Return a list of strings written as a Python literal; nothing for anything else."""
-    if not text.startswith("[") or len(text) > MAX_EVIDENCE_BYTES:
-        return []
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return []
-    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else []
-
-
-def _metadata(visit: Visit) -> Mapping[str, str]:
-    return {entry.key: entry.value for entry in visit.node.metadata_props}
 
 
 def _attribute(node: "onnx.NodeProto", name: str, default: Any) -> Any:

@@ -1,6 +1,6 @@
 """What is odd about a PEFT adapter: a configuration and tensors that do not say the same.
 
-Nothing here stands against reading it. PEFT itself writes most of these without a word.
+Little of this stands against a merge. PEFT itself writes most of it without a word.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -129,7 +129,7 @@ def _check_saved(config: PeftConfig, stored: Stored) -> Iterator[Problem]:
             # PEFT compares ends of names without a look at the dot before them.
             loose = next((entry for entry in listed if name.endswith(entry)), None)
             why = f"; PEFT saved it because its name ends with {loose!r}" if loose else ""
-            yield Problem("LF217", name, f"saved whole, but not listed{why}", f"listed in {where}", severity="warning")
+            yield Problem("LF217", name, f"saved whole, but not listed{why}", "its name in modules_to_save", severity="warning")
     task = config.fields.get("task_type")
     heads = _AUTOMATIC_HEADS.get(task, ()) if isinstance(task, str) else ()
     has_head = any(_lies_below(name, head) for name in saved for head in heads)
@@ -174,8 +174,9 @@ def _check_patterns(config: PeftConfig, stored: Stored) -> Iterator[Problem]:
         try:
             fitting = {name: [each for each in patterns if fits_pattern(each, name, where)] for name in adapted}
         except LoraformatError as error:  # One behind the first that fits: PEFT never gets to it.
-            yield from (Problem(each.code, each.where, each.found, each.expected, severity="warning")
-                        for each in error.problems)
+            yield from (
+                Problem(each.code, each.where, each.found, each.expected, severity="warning") for each in error.problems
+            )
             continue
         used = {each for found in fitting.values() for each in found}
         for each in patterns:

@@ -170,7 +170,8 @@ class PeftConfig:
 
 def read_config(fields: Mapping[str, JsonValue] | None, path: Path) -> PeftConfig:
     """Return the configuration beside an adapter, which may be missing."""
-    return PeftConfig(fields or {}, f"{path}: adapter_config.json", fields is not None)
+    where = str(path) if path.suffix == ".json" else f"{path}: adapter_config.json"
+    return PeftConfig(fields or {}, where, fields is not None)
 
 
 def _finite(scaling: Scaling, target: str) -> Scaling:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
-from loraformat.errors import refuse
+from loraformat.errors import LoraformatError, refuse
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes._checking import ConfigReading
 from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
 from loraformat.schemes._peft_config import PeftConfig, read_config
 from loraformat.schemes._table import Name, NameTable, Row

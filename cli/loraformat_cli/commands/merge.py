@@ -37,6 +37,12 @@ _ONLY_MERGING: Final = frozenset({"min_retained", "force", "durable", "jobs", "m
     help=f"Refuse when less of a change survives rounding.  [default: {RETAINED_REFUSE}]",
 )
 @click.option("--allow-zero", is_flag=True, help="Accept adapters that change nothing.")
+@click.option(
+    "--ignore-fingerprints",
+    is_flag=True,
+    default=None,
+    help="Accept weights that do not match their target's fingerprint.",
+)
 @click.option("-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: by the machine]")
 @click.option(
     "--max-memory",

@@ -94,6 +94,7 @@ RULES: Sequence[tuple[str, int, str, float, float]] = (
     ("not_whole", 3, "alpha/rank", 0.1, 0.1 / 3),
     ("small", 1, "multiplier", 1e-7, 1e-7),
     ("large", 1, "multiplier", 1e21, 1e21),
+    ("longest", 1, "multiplier", -123456789012345678901, -123456789012345683968.0),
     ("written_out", 1, "multiplier", 12345678901234567890, 12345678901234567168.0),
 )
 """Target, rank, rule, its number, and s."""
@@ -217,7 +218,18 @@ def _fingerprints() -> Files:
 def _names() -> Files:
     """Names beyond ASCII: tensors are sorted as UTF-8, keys as UTF-16, and the two orders differ."""
     dice = Dice(6)
-    names = ["模型.слой.0", "é", "e\u0301", "\ufb33", "\U0001f600", 'q"u\\o/te', "with space", "trailing.", "$", "weight"]
+    names = [
+        "模型.слой.0",
+        "é",
+        "e\u0301",
+        "\ufb33",
+        "\U0001f600",
+        'q"u\\o/te',
+        "with space",
+        "trailing.",
+        "$",
+        "weight",
+    ]
     tensors: dict[str, Tensor] = {}
     for name in names:
         tensors |= shape_factors(dice, name, "linear", (2, 3), 1, "F16")
@@ -229,16 +241,13 @@ def _names() -> Files:
 def _nested() -> Files:
     """One target's name is the beginning of another's: the longest that fits has the tensor."""
     dice = Dice(7)
-    shapes = {"block": (2, 3), "block.proj": (4, 5), "block.proj.lora_A": (3, 2), "blo": (5, 2)}
+    shapes = {"block": (2, 3), "block.proj": (4, 5), "blo": (5, 2), "block.proj.lora_A.weight.deep": (3, 2)}
     tensors: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         tensors |= shape_factors(dice, name, "linear", shape, 1)
     manifest = manifest_of({name: lora("linear", 1) for name in shapes})
-    del manifest["targets"]["block.proj.lora_A"]
-    kept = {name: item for name, item in tensors.items() if not name.startswith("block.proj.lora_A.lora")}
-    del shapes["block.proj.lora_A"]
     targets = {name: seen("linear", 1, 1, shape) for name, shape in shapes.items()}
-    return vector("R-022", pack(manifest, kept), targets)
+    return vector("R-022", pack(manifest, tensors), targets)
 
 
 def _deep() -> Files:
@@ -251,7 +260,7 @@ def _deep() -> Files:
 
 
 def _long_integer() -> Files:
-    manifest, tensors, targets = _simple({"provenance": {"longest": -10000000000000000000}})
+    manifest, tensors, targets = _simple({"provenance": {"longest": -100000000000000000000}})
     return vector("R-003", pack(manifest, tensors), targets)
 
 
@@ -284,7 +293,7 @@ VECTORS: Mapping[str, Files] = {
     "names": _names(),
     "nested-target-names": _nested(),
     "nesting-of-32": _deep(),
-    "integer-of-20-digits": _long_integer(),
+    "integer-of-21-digits": _long_integer(),
     "rank-above-both-dimensions": _rank_above(),
     "factor-of-zeros": _zeros(),
 }

@@ -1,0 +1,151 @@
+"""Whose weight it is that an ONNX node applies: what exporters leave of module paths.
+
+Evidence that stands at a node (scopes that the exporter wrote down, or the node's own path) beats the name of the
+tensor: exporters merge equal tensors under the name of one of their owners, and fold others into them.
+"""
+
+import ast
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
+from loraformat.limits import MAX_EVIDENCE_BYTES
+
+NODE_NAME: Final = "node name"
+_SCOPES_KEY: Final = "pkg.torch.onnx.name_scopes"
+_CLASSES_KEY: Final = "pkg.torch.onnx.class_hierarchy"
+_RULE_KEY: Final = "pkg.onnxscript.rewriter.rule_name"
+_ANONYMOUS_CONV: Final = re.compile(r"^onnx::Conv_\d+$")
+_REPEATED: Final = re.compile(r"\.\d")
+_NUMBER: Final = re.compile(r"_\d+$")
+
+
+def find_folding(visit: Visit, trace: Trace) -> str:
+    """Return what shows that another layer's numbers were multiplied into the weight, or nothing."""
+    metadata = _metadata(visit)
+    rule = metadata.get(_RULE_KEY, "")
+    if "FuseBatchNorm" in rule:
+        return f"BatchNorm was folded into it (exporter's rule {rule})"
+    classes = _read_list(metadata.get(_CLASSES_KEY, ""))
+    if len(classes) > 1 and "batchnorm" in classes[-2].lower():
+        return f"BatchNorm was folded into it (its class is {classes[-2]})"
+    if visit.op == "Conv" and _ANONYMOUS_CONV.match(trace.name):
+        return f"BatchNorm was folded into it (the exporter renamed the weight to {trace.name})"
+    return ""
+
+
+def module_of_node(visit: Visit, position: int, trace: Trace) -> tuple[str, str]:
+    """Return the module path that stands at the node, at a Transpose before its weight, or at the call around it."""
+    around: Visit | None = visit
+    while around is not None:
+        for candidate in (around, *(step for step in trace.steps if around is visit)):
+            path = _read_scopes(_metadata(candidate).get(_SCOPES_KEY, ""))
+            if path:
+                return path, "name scopes"
+            path = read_node_path(candidate.node.name)
+            if path:
+                return _refine(path, visit, position, trace)
+        around = around.call
+    return "", ""
+
+
+def _refine(path: str, visit: Visit, position: int, trace: Trace) -> tuple[str, str]:
+    """Return the whole path where the weight's or bias's own name tells it.
+
+    The TorchScript exporter leaves out modules that are never called themselves, and numbers what then looks alike: for
+    `self.inner.fc(x)` beside `self.fc(x)` it writes `/fc` and `/fc_1`, in the order of the calls. A name that the node
+    reads directly, before Identity, is the parameter's own. One that does not hold the node's path is that of a tied
+    weight, and tells nothing here.
+    """
+    read = [visit.node.input[position], *(step.node.input[0] for step in trace.steps)]
+    for name, ending in (*((name, ".weight") for name in read), *((name, ".bias") for name in _bias_names(visit))):
+        if name.endswith(ending) and _holds(name.removesuffix(ending).split("."), path.split(".")):
+            return name.removesuffix(ending), f"{NODE_NAME} and tensor name"
+    return path, NODE_NAME
+
+
+def _holds(whole: list[str], parts: list[str]) -> bool:
+    """Say whether `parts` are some of `whole`, in order and with the last of both the same, numbers aside."""
+    if not _is_same(parts[-1], whole[-1]):
+        return False
+    rest = iter(whole[:-1])
+    return all(any(_is_same(part, other) for other in rest) for part in parts[:-1])
+
+
+def _is_same(part: str, own: str) -> bool:
+    return part == own or _NUMBER.sub("", part) == own
+
+
+def find_repeated(paths: Iterable[str]) -> set[str]:
+    """Return the paths that differ from another only by a number that the exporter may have added to a part."""
+    known = set(paths)
+    repeated: set[str] = set()
+    for path in known:
+        parts = path.split(".")
+        for index, part in enumerate(parts):
+            plain = ".".join([*parts[:index], _NUMBER.sub("", part), *parts[index + 1 :]])
+            if plain != path and plain in known:
+                repeated |= {path, plain}
+    return repeated
+
+
+def module_of_tensor(visit: Visit, trace: Trace) -> tuple[str, str]:
+    """Return the module path that the tensor's name, or the name of a bias beside it, gives."""
+    if trace.tensor is not None and trace.tensor.name.endswith(".weight"):
+        return trace.tensor.name.removesuffix(".weight"), "initializer name"
+    for name in _bias_names(visit):
+        if name.endswith(".bias"):
+            return name.removesuffix(".bias"), "bias name"
+    return "", ""
+
+
+def _bias_names(visit: Visit) -> Iterator[str]:
+    """Yield the names by which the node reads what it adds, or by which the one addition after it does."""
+    if visit.op in {"Gemm", "Conv"}:
+        yield from visit.node.input[2:3]
+        return
+    for reader, position in visit.scope.readers.get(next(iter(visit.node.output), ""), ()):
+        if reader.op == "Add" and len(reader.node.input) == 2:
+            other = reader.node.input[1 - position]
+            trace = trace_constant(reader.scope, other)
+            if trace is not None and trace.tensor is not None and len(trace.tensor.dims) == 1:
+                yield from (other, trace.tensor.name)
+
+
+def read_node_path(name: str) -> str:
+    """Return the module path in a node name that the TorchScript exporter wrote, or nothing.
+
+    `/model/layers.0/self_attn/q_proj/MatMul` is `model.layers.0.self_attn.q_proj`. A Sequential that is called stands
+    twice: `/classifier/classifier.1/Gemm` is `classifier.1`.
+    """
+    if not name.startswith("/"):
+        return ""
+    parts = name[1:].split("/")[:-1]
+    kept = [part for part, after in zip(parts, [*parts[1:], ""], strict=False) if not _is_repeated(part, after)]
+    return ".".join(kept)
+
+
+def _is_repeated(part: str, after: str) -> bool:
+    return after.startswith(part) and _REPEATED.match(after[len(part) :]) is not None
+
+
+def _read_scopes(text: str) -> str:
+    """Return the module path in the exporter's list of scopes: the last but one; the last names the operation."""
+    scopes = _read_list(text)
+    return scopes[-2] if len(scopes) > 1 and not scopes[-2].startswith("_") else ""
+
+
+def _read_list(text: str) -> list[str]:
+    """Return a list of strings written as a Python literal; nothing for anything else."""
+    if not text.startswith("[") or len(text) > MAX_EVIDENCE_BYTES:
+        return []
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return []
+    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else []
+
+
+def _metadata(visit: Visit) -> Mapping[str, str]:
+    return {entry.key: entry.value for entry in visit.node.metadata_props}
