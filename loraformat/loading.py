@@ -11,6 +11,7 @@ from loraformat.adapter import Adapter
 from loraformat.bases import BASES, BaseFormat, BaseModel
 from loraformat.containers import CONTAINERS, Container
 from loraformat.errors import refuse
+from loraformat.problems import Problem
 from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, Scheme, StatedScale
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, read_small
@@ -49,7 +50,17 @@ def load_adapter(path: Path, scheme: str | None = None, stated: StatedScale = NO
     """
     bundle, file = open_bundle(path)
     reader, _ = choose_scheme(bundle, scheme)
-    return replace(reader.read(bundle, stated), sha256=digest_file(file))
+    adapter = reader.read(bundle, stated)
+    problems = (*adapter.problems, *_find_unused(adapter, stated))
+    return replace(adapter, sha256=digest_file(file), problems=problems)
+
+
+def _find_unused(adapter: Adapter, stated: StatedScale) -> list[Problem]:
+    """Return a note when no target took the scale that the user stated: each states its own."""
+    number = stated.alpha if stated.multiplier is None else stated.multiplier
+    if number is None or any(target.scaling.value == number for target in adapter.targets):
+        return []
+    return [Problem("LF220", adapter.source, f"{number:g}, while every target states its own scale", severity="note")]
 
 
 def open_bundle(path: Path) -> tuple[Bundle, InputFile]:

@@ -301,6 +301,7 @@ class TestPendingOutput:
     def test_parts_of_the_dead_are_removed_and_those_of_the_living_kept(self, final: Path) -> None:
         dead = run_child("import os; print(os.getpid())").stdout.strip()
         stale = [f".x.onnx.loraformat-{dead}-0123abcd.part", f".y.loraformat-{2**70}-0123abcd.part"]
+        stale_folder = final.with_name(f".dir.loraformat-{dead}-0123abcd.part")
         kept = [
             f".x.onnx.loraformat-{os.getppid()}-0123abcd.part",
             ".z.loraformat-1-0123abcd.part",
@@ -311,10 +312,11 @@ class TestPendingOutput:
         ]
         for name in stale + kept:
             final.with_name(name).touch()
-        final.with_name(f".dir.loraformat-{dead}-0123abcd.part").mkdir()
+        stale_folder.mkdir()
+        (stale_folder / "shard").touch()
         with PendingOutput([final], force=False):
             pass
-        assert names_in(final.parent) == sorted([*kept, f".dir.loraformat-{dead}-0123abcd.part"])
+        assert names_in(final.parent) == sorted(kept)
 
     def test_a_killed_run_leaves_the_old_output_and_the_next_one_cleans_up(self, final: Path) -> None:
         final.write_bytes(b"old")

@@ -40,6 +40,16 @@ class StatedScale:
     alpha: float | None = None
     multiplier: float | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse two statements about one thing."""
+        if self.alpha is not None and self.multiplier is not None:
+            raise ValueError("give alpha or scale, not both")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the user stated anything."""
+        return self.alpha is not None or self.multiplier is not None
+
 
 NOT_STATED: Final = StatedScale()
 
