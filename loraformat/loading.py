@@ -60,7 +60,7 @@ def _find_unused(adapter: Adapter, stated: StatedScale) -> list[Problem]:
     number = stated.alpha if stated.multiplier is None else stated.multiplier
     if number is None or any(target.scaling.value == number for target in adapter.targets):
         return []
-    return [Problem("LF220", adapter.source, f"{number:g}, while every target states its own scale", severity="note")]
+    return [Problem("LF222", adapter.source, f"{number:g}, while every target states its own scale", severity="note")]
 
 
 def open_bundle(path: Path) -> tuple[Bundle, InputFile]:

@@ -1,6 +1,7 @@
 """From names of targets to weights: the right one or an error that helps, never a wrong one."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,16 @@ LINEAR = {SlotKind.LINEAR: False, SlotKind.LINEAR_TRANSPOSED: False}
 OUT, IN, RANK = 7, 5, 2
 
 
+@dataclass(frozen=True)
+class Bytes:
+    """A file for tensors whose numbers matter only where copies are compared."""
+
+    content: str
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self.content.encode()
+
+
 def site(
     module: str,
     shape: tuple[int, ...] = (OUT, IN),
@@ -31,10 +42,11 @@ def site(
     divisor: float = 1.0,
     others: Sequence[str] = (),
     obstacle: Problem | None = None,
+    content: str = "",
 ) -> Site:
     """Return a site; its weight is called `<module>.weight` and nothing else reads it, unless said otherwise."""
     name, identity = weight or f"{module}.weight", identity or f"node of {module}"
-    tensor = StoredTensor(name, BY_NAME["float32"], shape, Span(Path("w"), 0, 4), cast(Any, None))
+    tensor = StoredTensor(name, BY_NAME["float32"], shape, Span(Path("w"), 0, 4), cast(Any, Bytes(content or name)))
     held = None if obstacle else Weight(name, name, tensor, frozenset([identity, *others]))
     return Site(identity, module, "node name", orientations, held, divisor, obstacle)
 
@@ -50,13 +62,17 @@ def outcome(targets: Sequence[str | Target], sites: Sequence[Site | str], **opti
 
 
 def pairs(found: Resolution) -> dict[str, str]:
-    """Return the resolved targets and the weights that they lead to; there must be no problem."""
-    assert found.problems == ()
+    """Return the resolved targets and the weights that they lead to; there must be no error."""
+    assert errors(found) == []
     return {match.target.name: match.weight.name for match in found.matches}
 
 
 def codes(found: Resolution) -> list[str]:
     return [problem.code for problem in found.problems]
+
+
+def errors(found: Resolution) -> list[Problem]:
+    return [problem for problem in found.problems if problem.severity == "error"]
 
 
 # --- names that fit --------------------------------------------------------------------------------------------------
@@ -143,21 +159,48 @@ def test_strip_prefix_leaves_names_that_lack_it() -> None:
 
 
 def test_two_targets_on_one_weight_are_refused_and_both_named() -> None:
-    """T5's encoder exported alone drops `encoder.`; then the decoder's names fit it as well (reference 5.4)."""
-    found = outcome(["encoder.block.0.q", "decoder.block.0.q"], ["block.0.q"])
-    assert codes(found) == ["LF404"]
-    (problem,) = found.problems
-    assert "encoder.block.0.q" in problem.where
-    assert "decoder.block.0.q" in problem.where
+    found = outcome(["text_model.layers.0.q", "vision_model.layers.0.q"], ["layers.0.q"])
+    (problem,) = errors(found)
+    assert problem.code == "LF404"
+    assert "text_model.layers.0.q" in problem.where
+    assert "vision_model.layers.0.q" in problem.where
     assert "--strip-prefix" in problem.advice
 
 
+def test_the_very_name_of_a_weight_beats_one_that_drops_a_prefix() -> None:
+    found = outcome(["layers.0.q", "vision_model.layers.0.q"], ["layers.0.q"])
+    assert {match.target.name for match in found.matches} == {"layers.0.q"}
+    assert [(problem.code, problem.where) for problem in errors(found)] == [("LF401", "vision_model.layers.0.q")]
+
+
+T5 = ["encoder.block.0.q", "encoder.block.1.q", "decoder.block.0.q", "decoder.block.1.q"]
+
+
+@pytest.mark.parametrize("names", [T5, T5[:2], T5[2:]], ids=["both", "encoder", "decoder"])
+def test_a_half_of_an_encoder_decoder_is_never_taken_for_the_other(names: list[str]) -> None:
+    """T5's encoder exported alone drops `encoder.`; then the decoder's names fit it as well (reference 5.4)."""
+    found = outcome(names, ["block.0.q", "block.1.q"])
+    assert found.matches == ()
+    assert {problem.code for problem in errors(found)} == {"LF401"}
+    assert all(name in " ".join(problem.where for problem in errors(found)) for name in names)
+
+
 def test_the_t5_case_is_mended_by_strip_prefix() -> None:
-    names = ["encoder.block.0.q", "encoder.block.1.q", "decoder.block.0.q", "decoder.block.1.q"]
     sites = ["block.0.q", "block.1.q"]
-    assert codes(outcome(names, sites)) == ["LF404", "LF404"]
-    encoder_alone = outcome(names[:2], sites, strip_prefix="encoder.")
-    assert pairs(encoder_alone) == {name: f"{name.removeprefix('encoder.')}.weight" for name in names[:2]}
+    found = outcome(T5, sites, strip_prefix="encoder.", allow_unmatched=["decoder.*"])
+    assert pairs(found) == {name: f"{name.removeprefix('encoder.')}.weight" for name in T5[:2]}
+    assert sorted(found.unmatched) == T5[2:]
+
+
+def test_dropping_a_prefix_is_told_once_for_each_prefix() -> None:
+    found = outcome(["base.a.x", "base.b.x", "c.y"], ["a.x", "b.x", "y"])
+    assert [(p.code, p.severity, p.where) for p in found.problems] == [
+        ("LF306", "warning", "base."),
+        ("LF306", "warning", "c."),
+    ]
+    assert "2 targets" in found.problems[0].found
+    assert outcome(["a.x"], ["wrapper.a.x"]).problems == ()
+    assert outcome(["base.a.x"], ["a.x"], strip_prefix="base.").problems == ()
 
 
 def test_a_name_with_two_equal_readings_is_refused() -> None:
@@ -170,6 +213,27 @@ def test_a_name_with_two_equal_readings_is_refused() -> None:
 def test_one_module_with_two_weights_that_fit_is_refused() -> None:
     found = outcome(["a"], [site("a", weight="w1", identity="1"), site("a", weight="w2", identity="2")])
     assert codes(found) == ["LF404"]
+
+
+def test_copies_of_one_weight_are_one_weight() -> None:
+    """Exporters may write a weight once for each call of its module: equal to the last bit, all of them are changed."""
+    sites = [site("a", weight=f"w{index}", identity=str(index), content="same") for index in (1, 2, 3)]
+    found = outcome(["a"], sites)
+    assert errors(found) == []
+    assert [[weight.name for weight in match.weights] for match in found.matches] == [["w1", "w2", "w3"]]
+
+
+def test_equal_weights_of_two_modules_are_no_copies() -> None:
+    sites = [site(f"{part}.a", weight=part, content="same") for part in ("text", "image")]
+    assert codes(outcome(["a"], sites)) == ["LF404"]
+
+
+def test_a_copy_that_another_part_reads_is_refused() -> None:
+    sites = [
+        site("a", weight="w1", identity="1", content="same"),
+        site("a", weight="w2", identity="2", content="same", others=["stranger"]),
+    ]
+    assert codes(outcome(["a"], sites)) == ["LF402"]
 
 
 @pytest.mark.parametrize("difference", [{"divisor": 2.0}, {"orientations": dict.fromkeys(LINEAR, True)}], ids=str)
@@ -330,7 +394,7 @@ def test_wrapping_the_export_keeps_every_weight(tree: set[str], chosen: set[int]
     for match in found.matches:
         assert match.weight.name == f"{prefix}{match.target.name}.weight"
     if not prefix:
-        assert found.problems == ()
+        assert errors(found) == []
 
 
 @given(tree=TREES, data=st.data())
@@ -345,7 +409,7 @@ def test_exporting_a_part_keeps_every_weight_or_is_refused(tree: set[str], data:
     assume(inside)
     found = outcome(modules, inside)
     taken = [match.weight.name for match in found.matches]
-    if not found.problems:
+    if not errors(found):
         assert len(set(taken)) == len(taken) == len(modules)
     for match in found.matches:
         name, module = match.target.name, match.weight.name.removesuffix(".weight")
