@@ -337,3 +337,15 @@ def test_the_configuration_of_peft_is_read_strictly(tmp_path: Path) -> None:
     assert problem.code == "LF213"
     assert "use_rslora" in problem.where
     assert json.loads((folder / "adapter_config.json").read_text())["use_rslora"] == "yes"
+
+
+def test_a_scale_that_nobody_needed_is_said(tmp_path: Path) -> None:
+    folder = write_peft(tmp_path / "a", {"m.q": lora_factors(np.random.default_rng(0), 5, 7, 2)}, alpha=4)
+    assert load_adapter(folder).problems == ()
+    (note,) = load_adapter(folder, stated=StatedScale(alpha=32.0)).problems
+    assert (note.code, note.severity) == ("LF222", "note")
+
+
+def test_alpha_and_scale_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        StatedScale(alpha=1.0, multiplier=1.0)

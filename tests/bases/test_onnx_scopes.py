@@ -188,6 +188,26 @@ def test_a_module_called_twice_is_one_module(
     assert_merged(tmp_path, net.model(), factors, "a", {"x": x, "z": z}, (x - z) @ (weight + product(factors)).T)
 
 
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_module_whose_weight_was_written_once_for_each_call(
+    tmp_path: Path, weight: Array, factors: Factors, rng: np.random.Generator, equal: bool
+) -> None:
+    """Copies that are equal to the last bit all change; others are two weights, of which none is chosen."""
+    net = Net()
+    other = weight.copy()
+    other[-1, -1] += 0 if equal else 2.0**-10
+    one = module_op(net, "a", net.feed("x"), net.weight("v", weight.T), "y1")
+    two = module_op(net, "a", net.feed("z"), net.weight("w", other.T), "y2")
+    net.op("Sub", [one, two], net.result("y"))
+    if not equal:
+        with pytest.raises(loraformat.FindingError) as caught:
+            merge_model(tmp_path, net.model(), {"a": factors})
+        assert caught.value.codes == ("LF404",)
+        return
+    x, z = dyadic(rng, 2, IN), dyadic(rng, 2, IN)
+    assert_merged(tmp_path, net.model(), factors, "a", {"x": x, "z": z}, (x - z) @ (weight + product(factors)).T)
+
+
 def test_a_module_called_twice_in_two_manners_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     """One call multiplies its weight by two: no single change of it is right for both."""
     net = Net()

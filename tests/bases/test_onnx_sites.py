@@ -501,6 +501,43 @@ def test_an_added_matrix_is_no_bias(tmp_path: Path) -> None:
     assert [site.module for site in sites_of(tmp_path, net)] == [""]
 
 
+def _two_nodes(names: tuple[str, str], weights: tuple[str, str]) -> Net:
+    net = Net()
+    net.feed("x")
+    for position, (name, weight) in enumerate(zip(names, weights, strict=True)):
+        array = np.full((7, 5), position + 1, np.float32)
+        net.op("Gemm", ["x", net.weight(weight, array)], net.result(f"y{position}"), name, transB=1)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "modules"),
+    [
+        (("/fc/Gemm", "/fc_1/Gemm"), ("fc.weight", "inner.fc.weight"), ["fc", "inner.fc"]),
+        (("/a/b/fc/Gemm", "/a/b_1/fc/Gemm"), ("a.b.fc.weight", "a.c.b.fc.weight"), ["a.b.fc", "a.c.b.fc"]),
+        (("/a/Gemm", "/b/Gemm"), ("x.a.weight", "tied.weight"), ["x.a", "b"]),
+        (("/a.1/Gemm", "/a.11/Gemm"), ("m.a.11.weight", "m.a.1.weight"), ["a.1", "a.11"]),
+    ],
+    ids=["called by another", "in the middle", "a tied name", "numbers at a dot"],
+)
+def test_the_weight_s_own_name_completes_a_path_that_it_holds(
+    tmp_path: Path, names: tuple[str, str], weights: tuple[str, str], modules: list[str]
+) -> None:
+    """The TorchScript exporter leaves out modules that are never called themselves."""
+    found = [site.module for site in sites_of(tmp_path, _two_nodes(names, weights))]
+    assert found == modules
+
+
+@pytest.mark.parametrize("target", ["fc", "fc_1", "inner.fc"])
+def test_paths_that_the_exporter_numbered_are_not_guessed(tmp_path: Path, target: str) -> None:
+    """`fc_1` may be a module of that name or the second of two `fc`; nothing here tells."""
+    rng = np.random.default_rng(19)
+    model = _two_nodes(("/fc/Gemm", "/fc_1/Gemm"), ("onnx::Gemm_7", "onnx::Gemm_8")).model()
+    with pytest.raises(loraformat.FindingError) as caught:
+        merge_model(tmp_path, model, {target: dyadic_factors(rng, 7, 5, 2)})
+    assert caught.value.codes == (("LF401",) if target == "inner.fc" else ("LF404",))
+
+
 @pytest.mark.parametrize(
     "scopes",
     ["", "['a']", "not a list", "['', 'a'", "[1, 2]", "('', 'a', 'b')", "[" * 5000, "['_empty_nn_module_stack', 'x']"],

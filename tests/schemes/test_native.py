@@ -80,7 +80,7 @@ def test_everything_that_was_said_comes_back() -> None:
 
 
 def test_a_stated_scale_does_not_touch_what_the_manifest_says() -> None:
-    adapter = SCHEME.read(bundle_of(FULL), StatedScale(alpha=1000.0, multiplier=1000.0))
+    adapter = SCHEME.read(bundle_of(FULL), StatedScale(alpha=1000.0))
     assert [target.scaling for target in adapter.targets] == [target.scaling for target in FULL.targets]
 
 

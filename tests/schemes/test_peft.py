@@ -259,7 +259,7 @@ def test_the_users_alpha_follows_the_rule_of_the_source() -> None:
 
 def test_what_the_source_states_stands() -> None:
     bundle = make_bundle({"m.q": LINEAR})
-    for stated in (StatedScale(alpha=1000.0), StatedScale(multiplier=1000.0), StatedScale(1000.0, 1000.0)):
+    for stated in (StatedScale(alpha=1000.0), StatedScale(multiplier=1000.0)):
         assert read_one(bundle, stated).scale == 4.0
 
 

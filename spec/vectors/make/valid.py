@@ -44,7 +44,7 @@ def seen(slot: str, rank: int, scale: float, shape: Sequence[int]) -> dict[str, 
 
 def vector(
     requirements: str, file: bytes, targets: Mapping[str, Any], canonical_file: bytes | None = None, problems: str = ""
-) -> Files:
+) -> dict[str, Any]:
     """Return a vector whose canonical form is `canonical_file`, or the file itself."""
     expected = {
         "requirements": requirements.split(),
@@ -260,8 +260,19 @@ def _deep() -> Files:
 
 
 def _long_integer() -> Files:
-    manifest, tensors, targets = _simple({"provenance": {"longest": -100000000000000000000}})
+    manifest, tensors, targets = _simple(
+        {"provenance": {"longest": -100000000000000000000, "printed": 123456789012345680000}}
+    )
     return vector("R-003", pack(manifest, tensors), targets)
+
+
+def _unwritable() -> Files:
+    """A number in the provenance that a reader may keep, and that no writer can give back."""
+    manifest, tensors, targets = _simple({"provenance": {"seed": 2**53 + 1}})
+    files = vector("R-072", pack(manifest, tensors), targets)
+    del files["expected.json"]["canonical_sha256"]
+    files["expected.json"]["canonical_codes"] = ["LF104"]
+    return files
 
 
 def _rank_above() -> Files:
@@ -294,6 +305,7 @@ VECTORS: Mapping[str, Files] = {
     "nested-target-names": _nested(),
     "nesting-of-32": _deep(),
     "integer-of-21-digits": _long_integer(),
+    "no-canonical-form": _unwritable(),
     "rank-above-both-dimensions": _rank_above(),
     "factor-of-zeros": _zeros(),
 }

@@ -1,0 +1,317 @@
+"""A reader of pickles that executes nothing: a stack machine over the opcodes that torch.save writes.
+
+It is not a subclass of `pickle.Unpickler`: nothing is imported, no class is looked up, no object of a foreign type is
+made, and the only functions that it calls are those of `_inert_values`. Every opcode that is not needed for tensors and
+plain values is refused. Nothing here recurses over values, so their depth costs nothing, and dictionaries are lists of
+pairs, so that no key is hashed. Opcodes: `Lib/pickletools.py` of CPython 3.13, protocols 2 to 5.
+"""
+
+import pickletools
+import struct
+from collections.abc import Callable
+from typing import Final, NoReturn
+
+from loraformat.containers._inert_values import (
+    Elements,
+    Entries,
+    Global,
+    UnfitArgumentsError,
+    Value,
+    call,
+    find_global,
+    make_storage,
+)
+from loraformat.errors import refuse
+from loraformat.limits import (
+    MAX_NAME_BYTES,
+    MAX_PICKLE_BYTES,
+    MAX_PICKLE_INTEGER_BYTES,
+    MAX_PICKLE_MARKS,
+    MAX_PICKLE_MEMO,
+    MAX_PICKLE_OPCODES,
+    MAX_PICKLE_STRING_BYTES,
+)
+
+_PROTO: Final = 0x80
+_STOP: Final = ord(".")
+_PROTOCOLS: Final = range(2, 6)
+_EXPECTED: Final = "tensors, numbers, text, lists and dictionaries"
+
+_ASK_FOR_CODE: Final = frozenset(b"oiP\x81\x82\x83\x84\x92\x97\x98")
+"""Opcodes whose work is to make objects by name, by number or from outside."""
+
+
+def read_pickle(data: bytes, where: str) -> Value:
+    """Return the value that `data` builds.
+
+    Args:
+        data: the whole pickle.
+        where: for messages.
+
+    Raises:
+        InputError: LF123 it is damaged.
+        RefusedError: LF901 it asks for code, LF110 it is beyond a limit.
+    """
+    if len(data) > MAX_PICKLE_BYTES:
+        raise refuse("LF110", where, f"a pickle of {len(data)} bytes", f"at most {MAX_PICKLE_BYTES}")
+    return _Machine(data, where).run()
+
+
+class _Machine:
+    """The state of one reading: stack, memo, and where each collection under construction begins."""
+
+    def __init__(self, data: bytes, where: str) -> None:
+        self._data = data
+        self._where = where
+        self._place = 0
+        self._stack: list[Value] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Value] = {}
+
+    def run(self) -> Value:
+        if self._take(1)[0] != _PROTO or self._take(1)[0] not in _PROTOCOLS:
+            self._fail(f"the beginning {self._data[:2]!r}", "protocol 2, 3, 4 or 5")
+        for _ in range(MAX_PICKLE_OPCODES):
+            code = self._take(1)[0]
+            if code == _STOP:
+                return self._finish()
+            action = _ACTIONS.get(code)
+            if action is None:
+                self._refuse_opcode(code)
+            action(self)
+        raise refuse("LF110", self._where, "a pickle without end", f"at most {MAX_PICKLE_OPCODES} opcodes")
+
+    def _finish(self) -> Value:
+        if len(self._stack) != 1 or self._marks or self._place != len(self._data):
+            self._fail(f"{len(self._stack)} values at its end", "one value, and nothing behind it")
+        return self._stack[0]
+
+    # --- bytes ---
+
+    def _take(self, count: int) -> bytes:
+        end = self._place + count
+        if end > len(self._data):
+            self._fail("a pickle that is cut off", f"{count} more bytes")
+        piece = self._data[self._place : end]
+        self._place = end
+        return piece
+
+    def take_number(self, form: struct.Struct) -> Value:
+        return form.unpack(self._take(form.size))[0]
+
+    def take_counted(self, form: struct.Struct, most: int = MAX_PICKLE_STRING_BYTES) -> bytes:
+        count: int = self.take_number(form)
+        if not 0 <= count <= most:
+            raise refuse("LF110", self._where, f"{count} bytes in one value of the pickle", f"at most {most}")
+        return self._take(count)
+
+    def take_text(self, form: struct.Struct) -> str:
+        return self._decode(self.take_counted(form))
+
+    def _decode(self, raw: bytes) -> str:
+        try:
+            return raw.decode("utf-8", "surrogatepass")  # As Python writes text; names are checked where they are used.
+        except UnicodeDecodeError:
+            self._fail(f"the text {raw[:40]!r}", "UTF-8")
+
+    def take_line(self) -> str:
+        end = self._data.find(b"\n", self._place, self._place + MAX_NAME_BYTES)
+        if end < 0:
+            self._fail("a name without end", f"at most {MAX_NAME_BYTES} bytes")
+        return self._decode(self._take(end + 1 - self._place)[:-1])
+
+    # --- stack and memo ---
+
+    def push(self, value: Value) -> None:
+        self._stack.append(value)
+
+    def _need(self, count: int) -> None:
+        if len(self._stack) - (self._marks[-1] if self._marks else 0) < count:
+            self._fail("an empty stack", f"{count} values")
+
+    def pop(self) -> Value:
+        self._need(1)
+        return self._stack.pop()
+
+    def pop_many(self, count: int) -> tuple[Value, ...]:
+        self._need(count)
+        values = tuple(self._stack[len(self._stack) - count :])
+        del self._stack[len(self._stack) - count :]
+        return values
+
+    def pop_marked(self) -> tuple[Value, ...]:
+        if not self._marks:
+            self._fail("no mark", "one")
+        values = tuple(self._stack[self._marks[-1] :])
+        del self._stack[self._marks.pop() :]
+        return values
+
+    def discard(self) -> None:
+        if self._marks and self._marks[-1] == len(self._stack):
+            self._marks.pop()
+        else:
+            self.pop()
+
+    def mark(self) -> None:
+        if len(self._marks) >= MAX_PICKLE_MARKS:
+            found = "collections nested too deeply in the pickle"
+            raise refuse("LF110", self._where, found, f"at most {MAX_PICKLE_MARKS} levels")
+        self._marks.append(len(self._stack))
+
+    def remember(self, index: int) -> None:
+        self._need(1)
+        if len(self._memo) >= MAX_PICKLE_MEMO:
+            raise refuse("LF110", self._where, "too many remembered values", f"at most {MAX_PICKLE_MEMO}")
+        self._memo[index] = self._stack[-1]
+
+    def memoize(self) -> None:
+        self.remember(len(self._memo))
+
+    def recall(self, index: int) -> None:
+        if index not in self._memo:
+            self._fail(f"value {index}, which it has not made", "a value from before")
+        self.push(self._memo[index])
+
+    # --- collections ---
+
+    def extend(self, values: tuple[Value, ...]) -> None:
+        target = self._top()
+        if type(target) is not list:
+            self._fail(f"items for {_name(target)}", "a list")
+        target.extend(values)
+
+    def add(self) -> None:
+        values, target = self.pop_marked(), self._top()
+        if not isinstance(target, Elements):
+            self._fail(f"elements for {_name(target)}", "a set")
+        target.items.extend(values)
+
+    def set_items(self, values: tuple[Value, ...]) -> None:
+        target = self._top()
+        if not isinstance(target, Entries) or len(values) % 2:
+            self._fail(f"{len(values)} keys and values for {_name(target)}", "pairs for a dictionary")
+        target.items.extend(zip(values[::2], values[1::2], strict=True))
+
+    def _top(self) -> Value:
+        self._need(1)
+        return self._stack[-1]
+
+    # --- what other readers execute ---
+
+    def push_global(self, module: Value, name: Value) -> None:
+        if type(module) is not str or type(name) is not str:
+            self._fail(f"a name of {_name(module)} and {_name(name)}", "text")
+        found = find_global(module, name)
+        if found is None:
+            raise refuse("LF901", self._where, f"the name {module}.{name}"[:200], _EXPECTED)
+        self.push(found)
+
+    def push_named(self) -> None:
+        module, name = self.pop_many(2)
+        self.push_global(module, name)
+
+    def reduce(self) -> None:
+        function, arguments = self.pop_many(2)
+        try:
+            self.push(call(function, arguments))
+        except UnfitArgumentsError:
+            given = ", ".join(map(_name, arguments[:10])) if isinstance(arguments, tuple) else "no tuple"
+            found = f"a call of {_name(function)} with ({given})"
+            raise refuse("LF901", self._where, found, "calls that torch.save writes") from None
+
+    def push_storage(self) -> None:
+        try:
+            self.push(make_storage(self.pop()))
+        except UnfitArgumentsError:
+            raise refuse("LF901", self._where, "a persistent id that is no storage", "storages only") from None
+
+    def build(self) -> None:
+        """Drop the state of an OrderedDict, such as the `_metadata` of Module.state_dict(); nothing else may have one."""
+        self.pop()
+        target = self._top()
+        if not isinstance(target, Entries):
+            raise refuse("LF901", self._where, f"a state for {_name(target)}", "one for a dictionary")
+
+    def _refuse_opcode(self, code: int) -> NoReturn:
+        known = pickletools.code2op.get(chr(code))
+        name = known.name if known else f"0x{code:02x}"
+        if code not in _ASK_FOR_CODE:
+            self._fail(f"opcode {name}", "one that torch.save writes")
+        if name == "INST":
+            name = f"{name} of {self.take_line()}.{self.take_line()}"
+        raise refuse("LF901", self._where, f"the opcode {name}"[:200], _EXPECTED)
+
+    def _fail(self, found: str, expected: str) -> NoReturn:
+        raise refuse("LF123", self._where, f"{found}, at byte {self._place} of the pickle", expected)
+
+
+def _name(value: Value) -> str:
+    return value.name if isinstance(value, Global) else type(value).__name__
+
+
+_I32: Final = struct.Struct("<i")
+_U8, _U16, _U32, _U64 = (struct.Struct(f"<{letter}") for letter in "BHIQ")
+_F64: Final = struct.Struct(">d")
+
+
+def _push_integer(machine: _Machine, form: struct.Struct) -> None:
+    raw = machine.take_counted(form, MAX_PICKLE_INTEGER_BYTES)
+    machine.push(int.from_bytes(raw, "little", signed=True))
+
+
+def _constants() -> dict[int, Callable[[_Machine], None]]:
+    """Return the opcodes that push a value of their own."""
+    return {
+        ord("N"): lambda machine: machine.push(None),
+        0x88: lambda machine: machine.push(True),
+        0x89: lambda machine: machine.push(False),
+        **{
+            code: lambda machine, form=form: machine.push(machine.take_number(form))
+            for code, form in ((ord("K"), _U8), (ord("M"), _U16), (ord("J"), _I32), (ord("G"), _F64))
+        },
+        0x8A: lambda machine: _push_integer(machine, _U8),
+        0x8B: lambda machine: _push_integer(machine, _I32),
+        **{
+            code: lambda machine, form=form: machine.push(machine.take_counted(form))
+            for code, form in ((ord("C"), _U8), (ord("B"), _U32), (0x8E, _U64), (0x96, _U64))
+        },
+        **{
+            code: lambda machine, form=form: machine.push(machine.take_text(form))
+            for code, form in ((0x8C, _U8), (ord("X"), _U32), (0x8D, _U64))
+        },
+        ord("]"): lambda machine: machine.push([]),
+        ord(")"): lambda machine: machine.push(()),
+        ord("}"): lambda machine: machine.push(Entries()),
+        0x8F: lambda machine: machine.push(Elements()),
+        ord("c"): lambda machine: machine.push_global(machine.take_line(), machine.take_line()),
+    }
+
+
+_ACTIONS: Final[dict[int, Callable[[_Machine], None]]] = {
+    **_constants(),
+    0x95: lambda machine: machine.take_number(_U64),  # The length of a frame, a hint for reading ahead.
+    ord("("): _Machine.mark,
+    ord("0"): _Machine.discard,
+    ord("1"): lambda machine: None if machine.pop_marked() else None,
+    **{
+        code: lambda machine, form=form: machine.remember(machine.take_number(form))
+        for code, form in ((ord("q"), _U8), (ord("r"), _U32))
+    },
+    0x94: _Machine.memoize,
+    **{
+        code: lambda machine, form=form: machine.recall(machine.take_number(form))
+        for code, form in ((ord("h"), _U8), (ord("j"), _U32))
+    },
+    ord("a"): lambda machine: machine.extend((machine.pop(),)),
+    ord("e"): lambda machine: machine.extend(machine.pop_marked()),
+    0x90: _Machine.add,
+    ord("s"): lambda machine: machine.set_items(machine.pop_many(2)),
+    ord("u"): lambda machine: machine.set_items(machine.pop_marked()),
+    ord("t"): lambda machine: machine.push(machine.pop_marked()),
+    **{code: lambda machine, n=n: machine.push(machine.pop_many(n)) for n, code in ((1, 0x85), (2, 0x86), (3, 0x87))},
+    0x91: lambda machine: machine.push(Elements(list(machine.pop_marked()))),
+    0x93: _Machine.push_named,
+    ord("R"): _Machine.reduce,
+    ord("Q"): _Machine.push_storage,
+    ord("b"): _Machine.build,
+}
