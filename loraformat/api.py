@@ -13,7 +13,7 @@ from loraformat.errors import error_for
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
 from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE
 from loraformat.loading import FACTORS_NAME, is_base, load_adapter, open_base
-from loraformat.outputs import PendingOutput, check_output
+from loraformat.outputs import PendingOutput, check_apart, check_output
 from loraformat.plan import Plan, WeightedAdapter, build_plan, default_output
 from loraformat.receipt import Receipt
 from loraformat.schemes import StatedScale
@@ -219,7 +219,7 @@ def merge(
         ignore_fingerprints=ignore_fingerprints,
     )
     for item in weighted:
-        check_output(plan.output, _sources(item.adapter), force=True)
+        check_apart(plan.output, _sources(item.adapter))
     work = Work(count_workers(jobs), max_memory_bytes, min_retained, force, durable, progress)
     return apply_plan(plan, opened, weighted, work)
 

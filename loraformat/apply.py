@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from loraformat.accounting import draft_receipt, finish_receipt, slack_bytes
 from loraformat.bases import BaseModel
-from loraformat.errors import error_for, refuse
+from loraformat.errors import refuse
 from loraformat.files import copy_range, reserve_bytes, write_at
 from loraformat.images import Blank, Copy, FileImage, Literal
-from loraformat.limits import COPY_CHUNK_BYTES, RETAINED_WARN
-from loraformat.outputs import PendingOutput, check_output, output_errors
+from loraformat.limits import COPY_CHUNK_BYTES
+from loraformat.outputs import PendingFolder, PendingOutput, check_output, check_output_folder, output_errors
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
-from loraformat.problems import Problem, Severity
-from loraformat.receipt import AppliedAdapter, MergedWeight, Receipt
+from loraformat.receipt import Receipt
 from loraformat.spans import StoredTensor
 from loraformat.tiles import TileBuffers, TileSums, WeightWork, merge_tile
 
@@ -75,25 +75,40 @@ def apply_plan(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter],
     Raises:
         LoraformatError: nothing of the output remains then.
     """
-    blank_bytes = len(base.encode_receipt(_embed(_draft_receipt(plan, base)))) + _slack_bytes(plan)
-    images = base.describe_images(plan.output, blank_bytes, plan.sha256[:8])
+    draft = base.encode_receipt(draft_receipt(plan, base).embedded_text())
+    images = base.describe_images(plan.output, len(draft) + slack_bytes(plan), plan.sha256[:8])
+    with _open_outputs(plan.output, base, images, work) as pending:
+        sums = _Run(plan, base, adapters, work, images, pending.descriptors).carry_out()
+        receipt = finish_receipt(plan, base, sums, work.min_retained)
+        _fill_blank(images[-1], pending.descriptors[-1], base.encode_receipt(receipt.embedded_text()))
+        for file in base.files:
+            file.check_unchanged()
+        pending.commit()
+    return receipt
+
+
+@contextmanager
+def _open_outputs(
+    output: Path, base: BaseModel, images: Sequence[FileImage], work: Work
+) -> Iterator[PendingOutput | PendingFolder]:
+    """Open what is to be written, once it is known that nothing is destroyed by it."""
+    if base.folder_mark:
+        check_output_folder(output, base.path, base.folder_mark, force=work.force)
+        names = [image.path.relative_to(output) for image in images]
+        with PendingFolder(output, names, force=work.force, durable=work.durable) as folder:
+            yield folder
+        return
     inputs = [file.path for file in base.files]
-    check_output(plan.output, inputs, force=work.force)
+    check_output(output, inputs, force=work.force)
     with _data_folders(images):
         for image in images[:-1]:
             check_output(image.path, inputs, force=work.force)
-        stale = _list_stale(base, plan.output) if work.force else []
-        with PendingOutput([image.path for image in images], force=work.force, durable=work.durable) as pending:
-            sums = _Run(plan, base, adapters, work, images, pending.descriptors).carry_out()
-            receipt = _finish_receipt(plan, base, sums, work.min_retained)
-            _fill_blank(images[-1], pending.descriptors[-1], base.encode_receipt(_embed(receipt)))
-            for file in base.files:
-                file.check_unchanged()
-            pending.commit()
+        stale = _list_stale(base, output) if work.force else []
+        with PendingOutput([image.path for image in images], force=work.force, durable=work.durable) as files:
+            yield files
     for path in set(stale) - {image.path for image in images}:
         with suppress(OSError):
             path.unlink()
-    return receipt
 
 
 @contextmanager
@@ -267,72 +282,6 @@ def _cut(offset: int, piece: Copy, holes: Sequence[tuple[int, int]]) -> Iterator
             yield position, replace(piece, offset=piece.offset + position - offset, length=length)
             position += length
         position = max(position, stop)
-
-
-def _draft_receipt(plan: Plan, base: BaseModel) -> Receipt:
-    """Return a receipt with the longest numbers it could have, to fix its size."""
-    longest = -1.23457e-05
-    weights = tuple(MergedWeight(w.name, w.targets, w.scales, longest, longest) for w in plan.weights)
-    return _compose_receipt(plan, base, weights, ())
-
-
-def _slack_bytes(plan: Plan) -> int:
-    return 64 + 8 * len(plan.weights)
-
-
-def _compose_receipt(
-    plan: Plan, base: BaseModel, weights: Sequence[MergedWeight], problems: Sequence[Problem]
-) -> Receipt:
-    return Receipt(
-        output=str(plan.output),
-        base=plan.base,
-        plan_sha256=plan.sha256,
-        adapters=tuple(AppliedAdapter(a.name, a.sha256, a.weight, a.targets) for a in plan.adapters),
-        weights=tuple(weights),
-        unmatched=plan.unmatched,
-        problems=tuple(problems),
-        parent=base.parent_receipt,
-    )
-
-
-def _embed(receipt: Receipt) -> str:
-    return receipt.embedded_text()
-
-
-def _finish_receipt(plan: Plan, base: BaseModel, sums: Sequence[TileSums], min_retained: float) -> Receipt:
-    """Return the receipt, or raise what the numbers say against the merge."""
-    pairs = list(zip(plan.weights, sums, strict=True))
-    found = [problem for weight, total in pairs for problem in _judge(weight, total, min_retained)]
-    errors = [problem for problem in found if problem.severity == "error"]
-    if errors:
-        raise error_for(errors)
-    weights = [
-        MergedWeight(w.name, w.targets, w.scales, _shorten(total.retained), _shorten(total.relative))
-        for w, total in pairs
-    ]
-    return _compose_receipt(plan, base, weights, [*plan.problems, *found])
-
-
-def _judge(weight: PlannedWeight, sums: TileSums, min_retained: float) -> list[Problem]:
-    """Return what the numbers of one merged weight say."""
-    problems = []
-    if sums.overflowed > 0:
-        found = f"{sums.overflowed} numbers beyond the range of {weight.dtype}"
-        problems.append(Problem("LF503", weight.name, found, "numbers that it holds"))
-    if sums.not_finite:
-        found = f"{sums.not_finite} numbers of the base"
-        problems.append(Problem("LF502", weight.name, found, "finite numbers", severity="warning"))
-    if sums.retained < max(min_retained, RETAINED_WARN):
-        severity: Severity = "error" if sums.retained < min_retained else "warning"
-        found = f"{sums.retained:.3f} of the delta survives rounding to {weight.dtype}"
-        problems.append(
-            Problem("LF504", weight.name, found, f"at least {max(min_retained, RETAINED_WARN)}", severity=severity)
-        )
-    return problems
-
-
-def _shorten(number: float) -> float:
-    return float(f"{number:.6g}")
 
 
 def _fill_blank(image: FileImage, descriptor: int, data: bytes) -> None:

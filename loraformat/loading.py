@@ -20,7 +20,9 @@ from loraformat.strict_json import JsonValue, parse_json_object
 FACTORS_NAME: Final = "adapter_model.safetensors"
 CONFIG_NAME: Final = "adapter_config.json"
 _DIGEST_STEP_BYTES: Final = 1 << 22
-_PICKLES: Final = ("adapter_model.bin", "adapter_model.pt")
+_FACTORS_NAMES: Final = (FACTORS_NAME, "adapter_model.bin", "adapter_model.pt")
+"""PEFT's own names for the file with the factors, the one to prefer first."""
+
 
 _KNOWN_ENDINGS: Final = (
     ("lora_down.weight", "kohya's scheme"),
@@ -102,14 +104,14 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
 
 def open_base(path: Path) -> BaseModel:
     """Index the model at `path`; raises LoraformatError."""
-    if isdir(path):
-        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors"})
-        found = f"a folder with {', '.join(inside[:4]) or 'no model'}"
-        raise refuse("LF121", path, found, "one model file", "Name the file itself; folders are not read yet.")
-    head, size = _read_head(path)
+    head, size = (b"", 0) if isdir(path) else _read_head(path)
     matching = [base for _, base in BASES if base.accepts(path, head, size)]
     if matching:
         return matching[0].open(path)
+    if isdir(path):
+        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors"})
+        found = f"a folder with {', '.join(inside[:4]) or 'no model'}"
+        raise refuse("LF121", path, found, "a model folder with safetensors weights, or one model file")
     by_suffix = [base for _, base in BASES if path.suffix.lower() in base.suffixes]
     return _refuse_or_open(path, head, by_suffix)
 
@@ -125,19 +127,16 @@ def _refuse_or_open(path: Path, head: bytes, by_suffix: list[BaseFormat]) -> Bas
 def is_base(path: Path) -> bool:
     """Say whether `path` is a model rather than an adapter, from its content: an adapter's tensors have a scheme."""
     if isdir(path):
-        return False
+        looks_so = any(base.accepts(path, b"", 0) for _, base in BASES)
+        return looks_so and not any((path / name).exists() for name in (FACTORS_NAME, CONFIG_NAME, *_PICKLES))
     bundle, _ = open_bundle(path)
     return not any(scheme.detect(bundle) for _, scheme in SCHEMES) and not _recognise(bundle)
 
 
 def _find_factors(folder: Path) -> Path:
-    factors = folder / FACTORS_NAME
-    if factors.exists():
-        return factors
-    for name in _PICKLES:
+    for name in _FACTORS_NAMES:
         if (folder / name).exists():
-            head, _ = _read_head(folder / name)
-            raise _unreadable(folder / name, head, FACTORS_NAME)
+            return folder / name
     inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
     raise refuse("LF121", folder, f"a folder with {inside}", f"a folder with {FACTORS_NAME}")
 
@@ -145,7 +144,7 @@ def _find_factors(folder: Path) -> Path:
 def _read_config(factors: Path) -> Mapping[str, JsonValue] | None:
     """Return the configuration beside PEFT's file name; beside any other name it may belong to another file."""
     path = factors.with_name(CONFIG_NAME)
-    if factors.name != FACTORS_NAME or not path.exists():
+    if factors.name not in _FACTORS_NAMES or not path.exists():
         return None
     return parse_json_object(read_small(path), path)
 

@@ -49,11 +49,18 @@ def _check_existing(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
         raise refuse("LF603", path, "a symlink that leads nowhere", "a new name or a regular file")
     if not path.is_file():
         raise refuse("LF603", path, "a folder, device or pipe", "a new name or a regular file")
-    for source in inputs:
-        if source.exists() and os.path.samefile(path, source):
-            raise refuse("LF602", path, f"the same file as the input {source}", "another file")
+    check_apart(path, inputs)
     if not force:
         raise refuse("LF601", path, "a file of this name", "no file, or --force")
+
+
+def check_apart(output: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output, file or folder, that is one of the inputs or a folder around one (LF602)."""
+    if not output.exists():
+        return
+    for source in inputs:
+        if source.exists() and any(os.path.samefile(output, place) for place in (source, *source.absolute().parents)):
+            raise refuse("LF602", output, f"the same as the input {source}, or around it", "another place")
 
 
 class PendingOutput:

@@ -21,15 +21,20 @@ class Signature:
     mend: str = ""
 
 
-_SAVE_AGAIN: Final = "Save it as safetensors in the library that wrote it; pickles can run code and are not read."
+_SAVE_AGAIN: Final = "Save it as safetensors in the library that wrote it."
+_CONVERT: Final = (
+    "Pickles can run code and are not read. Save it as safetensors where it was made, or as torch's zip format: "
+    "python -c \"import sys, torch; torch.save(torch.load(sys.argv[1], map_location='cpu', weights_only=True), "
+    'sys.argv[2])" OLD NEW'
+)
 
 _SIGNATURES: Final = (
     Signature(b"version https://git-lfs", "a git-LFS pointer, not the file itself", "Fetch the file: git lfs pull"),
     Signature(b"PK\x03\x04", "a zip archive: a torch checkpoint (.pt, .bin) or .npz", _SAVE_AGAIN),
-    Signature(b"\x80\x02", "a Python pickle", _SAVE_AGAIN),
-    Signature(b"\x80\x03", "a Python pickle", _SAVE_AGAIN),
-    Signature(b"\x80\x04", "a Python pickle", _SAVE_AGAIN),
-    Signature(b"\x80\x05", "a Python pickle", _SAVE_AGAIN),
+    Signature(b"\x80\x02", "a Python pickle", _CONVERT),
+    Signature(b"\x80\x03", "a Python pickle", _CONVERT),
+    Signature(b"\x80\x04", "a Python pickle", _CONVERT),
+    Signature(b"\x80\x05", "a Python pickle", _CONVERT),
     Signature(b"GGUF", "a GGUF file", "GGUF is not read by this version."),
     Signature(b"<!DOCTYPE", "an HTML page", "The download gave an error page: fetch the file again."),
     Signature(b"<!doctype", "an HTML page", "The download gave an error page: fetch the file again."),

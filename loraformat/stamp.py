@@ -43,7 +43,5 @@ def _stamp_target(match: Match) -> Target:
     assert kind is not None, "checked before"
     samples = sample_site(match.target, match.sites[0])
     if not all(map(math.isfinite, samples)):
-        raise error_for(
-            [Problem("LF502", match.weight.name, "a sampled number that is not finite", "finite numbers")]
-        )
+        raise error_for([Problem("LF502", match.weight.name, "a sampled number that is not finite", "finite numbers")])
     return replace(match.target, fingerprint=Fingerprint(kind.weight_shape(match.target), samples))

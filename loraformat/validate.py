@@ -135,9 +135,12 @@ def _read(scheme: Scheme, bundle: Bundle, stated: StatedScale) -> tuple[Adapter,
         return alone or scheme.read(bundle, StatedScale(multiplier=1.0)), missing
     adapter = scheme.read(bundle, stated)
     if alone is not None and alone.targets == adapter.targets:
-        return adapter, []
-    scales = ", ".join(sorted({f"{target.scale:g}" for target in adapter.targets if target.rank}))
-    return adapter, [Problem("LF211", str(bundle.path), f"{scales}, as you say", severity="note")]
+        number = stated.alpha if stated.multiplier is None else stated.multiplier
+        code, found = "LF222", f"{number:g}, while every target states its own scale"
+    else:
+        scales = ", ".join(sorted({f"{target.scale:g}" for target in adapter.targets if target.rank}))
+        code, found = "LF211", f"{scales}, as you say"
+    return adapter, [Problem(code, str(bundle.path), found, severity="note")]
 
 
 def check_against(adapter: Adapter, base: BaseModel) -> list[Problem]:

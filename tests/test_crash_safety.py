@@ -250,15 +250,19 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, form: str, old: 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 MEASURED = """
-import resource, sys
+import sys
+from pathlib import Path
 import loraformat
 
 receipt = loraformat.merge(sys.argv[1], [sys.argv[2]], sys.argv[3], jobs=4)
 assert len(receipt.weights) == 3, receipt
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(peak.split()[1])
 """
+"""Not ru_maxrss: Linux lets a new process begin with the peak of the one that started it."""
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """300 MB of weights, two thirds of it rewritten, in a process that stays below 200 MB with all its imports."""
     rng = np.random.default_rng(62)
@@ -280,8 +284,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
             [sys.executable, "-c", MEASURED, path, adapter, output], capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
-        peak = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
-        assert peak < 200_000_000
+        assert int(done.stdout) * 1024 < 200_000_000
         with (tmp_path / "merged.onnx.data").open("rb") as data:
             first = np.frombuffer(data.read(4 * columns), np.float32)
             data.seek(3 * nbytes)

@@ -159,7 +159,7 @@ def test_a_scale_of_the_user_is_noted(tmp_path: Path, pair: Any, stated: dict[st
 
 
 def test_a_scale_of_the_user_that_is_not_needed(tmp_path: Path, pair: Any) -> None:
-    assert codes(judge(write_peft(tmp_path / "s", {Q: pair}), alpha=99)) == []
+    assert codes(judge(write_peft(tmp_path / "s", {Q: pair}), alpha=99)) == [("LF222", "note")]
 
 
 def test_an_alpha_of_zero_gives_way_to_the_user(tmp_path: Path, pair: Any) -> None:

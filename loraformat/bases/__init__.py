@@ -63,7 +63,8 @@ class BaseModel(Protocol):
     Attributes:
         path: the file that the user named.
         format: name of the kind of base, e.g. `onnx`.
-        suffix: file name ending of an output.
+        suffix: file name ending of an output; empty for a folder.
+        folder_mark: for outputs that are folders, the file by which one of ours is known; else empty.
         sites: everything that can be adapted, or that looks so but cannot.
         structure_sha256: digest of everything but the weights' payloads.
         parent_receipt: the receipt that it carries, when it is itself a merged model.
@@ -72,6 +73,7 @@ class BaseModel(Protocol):
     path: Path
     format: str
     suffix: str
+    folder_mark: str
     sites: Sequence[Site]
     structure_sha256: str
     parent_receipt: Mapping[str, Any] | None
@@ -118,7 +120,7 @@ class BaseFormat(Protocol):
     suffixes: tuple[str, ...]
 
     def accepts(self, path: Path, head: bytes, size_bytes: int) -> bool:
-        """Say whether the file, which starts with `head` (up to 64 bytes), is such a base."""
+        """Say whether the file is such a base; `head` is its first 64 bytes, nothing for a folder."""
         ...
 
     def open(self, path: Path) -> BaseModel:

@@ -20,6 +20,7 @@ class OnnxGraph:
 
     format = "onnx"
     suffix = ".onnx"
+    folder_mark = ""
 
     def __init__(self, path: Path) -> None:
         self._opened: OnnxFile = open_onnx(path)

@@ -9,7 +9,7 @@ pairs, so that no key is hashed. Opcodes: `Lib/pickletools.py` of CPython 3.13, 
 import pickletools
 import struct
 from collections.abc import Callable
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from loraformat.containers._inert_values import (
     Elements,
@@ -78,7 +78,7 @@ class _Machine:
             action = _ACTIONS.get(code)
             if action is None:
                 self._refuse_opcode(code)
-            action(self)
+            action[0](self, *action[1:])
         raise refuse("LF110", self._where, "a pickle without end", f"at most {MAX_PICKLE_OPCODES} opcodes")
 
     def _finish(self) -> Value:
@@ -99,14 +99,11 @@ class _Machine:
     def take_number(self, form: struct.Struct) -> Value:
         return form.unpack(self._take(form.size))[0]
 
-    def take_counted(self, form: struct.Struct, most: int = MAX_PICKLE_STRING_BYTES) -> bytes:
+    def _take_counted(self, form: struct.Struct, most: int = MAX_PICKLE_STRING_BYTES) -> bytes:
         count: int = self.take_number(form)
         if not 0 <= count <= most:
             raise refuse("LF110", self._where, f"{count} bytes in one value of the pickle", f"at most {most}")
         return self._take(count)
-
-    def take_text(self, form: struct.Struct) -> str:
-        return self._decode(self.take_counted(form))
 
     def _decode(self, raw: bytes) -> str:
         try:
@@ -114,7 +111,7 @@ class _Machine:
         except UnicodeDecodeError:
             self._fail(f"the text {raw[:40]!r}", "UTF-8")
 
-    def take_line(self) -> str:
+    def _take_line(self) -> str:
         end = self._data.find(b"\n", self._place, self._place + MAX_NAME_BYTES)
         if end < 0:
             self._fail("a name without end", f"at most {MAX_NAME_BYTES} bytes")
@@ -122,35 +119,36 @@ class _Machine:
 
     # --- stack and memo ---
 
-    def push(self, value: Value) -> None:
-        self._stack.append(value)
-
     def _need(self, count: int) -> None:
         if len(self._stack) - (self._marks[-1] if self._marks else 0) < count:
             self._fail("an empty stack", f"{count} values")
 
-    def pop(self) -> Value:
-        self._need(1)
-        return self._stack.pop()
-
-    def pop_many(self, count: int) -> tuple[Value, ...]:
+    def _pop(self, count: int) -> tuple[Value, ...]:
         self._need(count)
-        values = tuple(self._stack[len(self._stack) - count :])
-        del self._stack[len(self._stack) - count :]
-        return values
+        return self._cut(len(self._stack) - count)
 
-    def pop_marked(self) -> tuple[Value, ...]:
+    def _pop_marked(self) -> tuple[Value, ...]:
         if not self._marks:
             self._fail("no mark", "one")
-        values = tuple(self._stack[self._marks[-1] :])
-        del self._stack[self._marks.pop() :]
+        return self._cut(self._marks.pop())
+
+    def _cut(self, start: int) -> tuple[Value, ...]:
+        values = tuple(self._stack[start:])
+        del self._stack[start:]
         return values
+
+    def _top(self) -> Value:
+        self._need(1)
+        return self._stack[-1]
 
     def discard(self) -> None:
         if self._marks and self._marks[-1] == len(self._stack):
             self._marks.pop()
         else:
-            self.pop()
+            self._pop(1)
+
+    def discard_marked(self) -> None:
+        self._pop_marked()
 
     def mark(self) -> None:
         if len(self._marks) >= MAX_PICKLE_MARKS:
@@ -158,87 +156,107 @@ class _Machine:
             raise refuse("LF110", self._where, found, f"at most {MAX_PICKLE_MARKS} levels")
         self._marks.append(len(self._stack))
 
-    def remember(self, index: int) -> None:
-        self._need(1)
+    def remember(self, form: struct.Struct | None = None) -> None:
+        index = self.take_number(form) if form else len(self._memo)
         if len(self._memo) >= MAX_PICKLE_MEMO:
             raise refuse("LF110", self._where, "too many remembered values", f"at most {MAX_PICKLE_MEMO}")
-        self._memo[index] = self._stack[-1]
+        self._memo[index] = self._top()
 
-    def memoize(self) -> None:
-        self.remember(len(self._memo))
-
-    def recall(self, index: int) -> None:
+    def recall(self, form: struct.Struct) -> None:
+        index = self.take_number(form)
         if index not in self._memo:
             self._fail(f"value {index}, which it has not made", "a value from before")
-        self.push(self._memo[index])
+        self._stack.append(self._memo[index])
 
-    # --- collections ---
+    # --- plain values ---
 
-    def extend(self, values: tuple[Value, ...]) -> None:
-        target = self._top()
+    def push(self, value: Value) -> None:
+        self._stack.append(value)
+
+    def push_new(self, kind: Callable[[], Value]) -> None:
+        self._stack.append(kind())
+
+    def push_number(self, form: struct.Struct) -> None:
+        self._stack.append(self.take_number(form))
+
+    def push_long(self, form: struct.Struct) -> None:
+        self._stack.append(int.from_bytes(self._take_counted(form, MAX_PICKLE_INTEGER_BYTES), "little", signed=True))
+
+    def push_bytes(self, form: struct.Struct) -> None:
+        self._stack.append(self._take_counted(form))
+
+    def push_text(self, form: struct.Struct) -> None:
+        self._stack.append(self._decode(self._take_counted(form)))
+
+    def push_tuple(self, count: int | None = None) -> None:
+        self._stack.append(self._pop_marked() if count is None else self._pop(count))
+
+    def push_frozenset(self) -> None:
+        self._stack.append(Elements(list(self._pop_marked())))
+
+    def extend(self, count: int | None = None) -> None:
+        values, target = self._pop_marked() if count is None else self._pop(count), self._top()
         if type(target) is not list:
             self._fail(f"items for {_name(target)}", "a list")
         target.extend(values)
 
     def add(self) -> None:
-        values, target = self.pop_marked(), self._top()
+        values, target = self._pop_marked(), self._top()
         if not isinstance(target, Elements):
             self._fail(f"elements for {_name(target)}", "a set")
         target.items.extend(values)
 
-    def set_items(self, values: tuple[Value, ...]) -> None:
-        target = self._top()
+    def set_items(self, count: int | None = None) -> None:
+        values, target = self._pop_marked() if count is None else self._pop(count), self._top()
         if not isinstance(target, Entries) or len(values) % 2:
             self._fail(f"{len(values)} keys and values for {_name(target)}", "pairs for a dictionary")
         target.items.extend(zip(values[::2], values[1::2], strict=True))
 
-    def _top(self) -> Value:
-        self._need(1)
-        return self._stack[-1]
-
     # --- what other readers execute ---
 
-    def push_global(self, module: Value, name: Value) -> None:
+    def push_global(self) -> None:
+        self._push_name(self._take_line(), self._take_line())
+
+    def push_stack_global(self) -> None:
+        self._push_name(*self._pop(2))
+
+    def _push_name(self, module: Value, name: Value) -> None:
         if type(module) is not str or type(name) is not str:
             self._fail(f"a name of {_name(module)} and {_name(name)}", "text")
         found = find_global(module, name)
         if found is None:
             raise refuse("LF901", self._where, f"the name {module}.{name}"[:200], _EXPECTED)
-        self.push(found)
-
-    def push_named(self) -> None:
-        module, name = self.pop_many(2)
-        self.push_global(module, name)
+        self._stack.append(found)
 
     def reduce(self) -> None:
-        function, arguments = self.pop_many(2)
+        function, arguments = self._pop(2)
         try:
-            self.push(call(function, arguments))
+            self._stack.append(call(function, arguments))
         except UnfitArgumentsError:
             given = ", ".join(map(_name, arguments[:10])) if isinstance(arguments, tuple) else "no tuple"
             found = f"a call of {_name(function)} with ({given})"
             raise refuse("LF901", self._where, found, "calls that torch.save writes") from None
 
     def push_storage(self) -> None:
+        (pid,) = self._pop(1)
         try:
-            self.push(make_storage(self.pop()))
+            self._stack.append(make_storage(pid))
         except UnfitArgumentsError:
             raise refuse("LF901", self._where, "a persistent id that is no storage", "storages only") from None
 
     def build(self) -> None:
-        """Drop the state of an OrderedDict, such as the `_metadata` of Module.state_dict(); nothing else may have one."""
-        self.pop()
+        """Drop the state of an OrderedDict, such as the `_metadata` of Module.state_dict(); no other may have one."""
+        self._pop(1)
         target = self._top()
         if not isinstance(target, Entries):
             raise refuse("LF901", self._where, f"a state for {_name(target)}", "one for a dictionary")
 
     def _refuse_opcode(self, code: int) -> NoReturn:
-        known = pickletools.code2op.get(chr(code))
-        name = known.name if known else f"0x{code:02x}"
+        name = next((known.name for known in pickletools.opcodes if ord(known.code) == code), f"0x{code:02x}")
         if code not in _ASK_FOR_CODE:
             self._fail(f"opcode {name}", "one that torch.save writes")
         if name == "INST":
-            name = f"{name} of {self.take_line()}.{self.take_line()}"
+            name = f"{name} of {self._take_line()}.{self._take_line()}"
         raise refuse("LF901", self._where, f"the opcode {name}"[:200], _EXPECTED)
 
     def _fail(self, found: str, expected: str) -> NoReturn:
@@ -253,65 +271,50 @@ _I32: Final = struct.Struct("<i")
 _U8, _U16, _U32, _U64 = (struct.Struct(f"<{letter}") for letter in "BHIQ")
 _F64: Final = struct.Struct(">d")
 
-
-def _push_integer(machine: _Machine, form: struct.Struct) -> None:
-    raw = machine.take_counted(form, MAX_PICKLE_INTEGER_BYTES)
-    machine.push(int.from_bytes(raw, "little", signed=True))
-
-
-def _constants() -> dict[int, Callable[[_Machine], None]]:
-    """Return the opcodes that push a value of their own."""
-    return {
-        ord("N"): lambda machine: machine.push(None),
-        0x88: lambda machine: machine.push(True),
-        0x89: lambda machine: machine.push(False),
-        **{
-            code: lambda machine, form=form: machine.push(machine.take_number(form))
-            for code, form in ((ord("K"), _U8), (ord("M"), _U16), (ord("J"), _I32), (ord("G"), _F64))
-        },
-        0x8A: lambda machine: _push_integer(machine, _U8),
-        0x8B: lambda machine: _push_integer(machine, _I32),
-        **{
-            code: lambda machine, form=form: machine.push(machine.take_counted(form))
-            for code, form in ((ord("C"), _U8), (ord("B"), _U32), (0x8E, _U64), (0x96, _U64))
-        },
-        **{
-            code: lambda machine, form=form: machine.push(machine.take_text(form))
-            for code, form in ((0x8C, _U8), (ord("X"), _U32), (0x8D, _U64))
-        },
-        ord("]"): lambda machine: machine.push([]),
-        ord(")"): lambda machine: machine.push(()),
-        ord("}"): lambda machine: machine.push(Entries()),
-        0x8F: lambda machine: machine.push(Elements()),
-        ord("c"): lambda machine: machine.push_global(machine.take_line(), machine.take_line()),
-    }
-
-
-_ACTIONS: Final[dict[int, Callable[[_Machine], None]]] = {
-    **_constants(),
-    0x95: lambda machine: machine.take_number(_U64),  # The length of a frame, a hint for reading ahead.
-    ord("("): _Machine.mark,
-    ord("0"): _Machine.discard,
-    ord("1"): lambda machine: None if machine.pop_marked() else None,
-    **{
-        code: lambda machine, form=form: machine.remember(machine.take_number(form))
-        for code, form in ((ord("q"), _U8), (ord("r"), _U32))
-    },
-    0x94: _Machine.memoize,
-    **{
-        code: lambda machine, form=form: machine.recall(machine.take_number(form))
-        for code, form in ((ord("h"), _U8), (ord("j"), _U32))
-    },
-    ord("a"): lambda machine: machine.extend((machine.pop(),)),
-    ord("e"): lambda machine: machine.extend(machine.pop_marked()),
-    0x90: _Machine.add,
-    ord("s"): lambda machine: machine.set_items(machine.pop_many(2)),
-    ord("u"): lambda machine: machine.set_items(machine.pop_marked()),
-    ord("t"): lambda machine: machine.push(machine.pop_marked()),
-    **{code: lambda machine, n=n: machine.push(machine.pop_many(n)) for n, code in ((1, 0x85), (2, 0x86), (3, 0x87))},
-    0x91: lambda machine: machine.push(Elements(list(machine.pop_marked()))),
-    0x93: _Machine.push_named,
-    ord("R"): _Machine.reduce,
-    ord("Q"): _Machine.push_storage,
-    ord("b"): _Machine.build,
+_ACTIONS: Final[dict[int, tuple[Any, ...]]] = {
+    0x95: (_Machine.take_number, _U64),  # The length of a frame, a hint for reading ahead.
+    ord("("): (_Machine.mark,),
+    ord("0"): (_Machine.discard,),
+    ord("1"): (_Machine.discard_marked,),
+    ord("q"): (_Machine.remember, _U8),
+    ord("r"): (_Machine.remember, _U32),
+    0x94: (_Machine.remember,),
+    ord("h"): (_Machine.recall, _U8),
+    ord("j"): (_Machine.recall, _U32),
+    ord("N"): (_Machine.push, None),
+    0x88: (_Machine.push, True),
+    0x89: (_Machine.push, False),
+    ord(")"): (_Machine.push, ()),
+    ord("]"): (_Machine.push_new, list),
+    ord("}"): (_Machine.push_new, Entries),
+    0x8F: (_Machine.push_new, Elements),
+    ord("K"): (_Machine.push_number, _U8),
+    ord("M"): (_Machine.push_number, _U16),
+    ord("J"): (_Machine.push_number, _I32),
+    ord("G"): (_Machine.push_number, _F64),
+    0x8A: (_Machine.push_long, _U8),
+    0x8B: (_Machine.push_long, _I32),
+    ord("C"): (_Machine.push_bytes, _U8),
+    ord("B"): (_Machine.push_bytes, _U32),
+    0x8E: (_Machine.push_bytes, _U64),
+    0x96: (_Machine.push_bytes, _U64),
+    0x8C: (_Machine.push_text, _U8),
+    ord("X"): (_Machine.push_text, _U32),
+    0x8D: (_Machine.push_text, _U64),
+    0x85: (_Machine.push_tuple, 1),
+    0x86: (_Machine.push_tuple, 2),
+    0x87: (_Machine.push_tuple, 3),
+    ord("t"): (_Machine.push_tuple,),
+    0x91: (_Machine.push_frozenset,),
+    ord("a"): (_Machine.extend, 1),
+    ord("e"): (_Machine.extend,),
+    0x90: (_Machine.add,),
+    ord("s"): (_Machine.set_items, 2),
+    ord("u"): (_Machine.set_items,),
+    ord("c"): (_Machine.push_global,),
+    0x93: (_Machine.push_stack_global,),
+    ord("R"): (_Machine.reduce,),
+    ord("Q"): (_Machine.push_storage,),
+    ord("b"): (_Machine.build,),
 }
+"""Opcode to method and its arguments."""

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, TypeGuard
 
 Value: TypeAlias = Any
-"""None, bool, int, float, str, bytes, a list or tuple of values, or one of the records below."""
+"""None, bool, int, float, str, bytes, a list or tuple of values, or one of the records below.
+
+Nobody may recurse over them: a pickle can nest them as deep as it likes, and make rings.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +75,10 @@ class Elements:
     items: list[Value] = field(default_factory=list)
 
 
+_MOST_DIMS: Final = 64
+"""torch's own limit."""
+
+
 class UnfitArgumentsError(Exception):
     """A permitted function is called with arguments of other types than its own."""
 
@@ -120,7 +127,8 @@ def _is_count(value: Value) -> TypeGuard[int]:
 
 
 def _are_integers(value: Value) -> TypeGuard[tuple[int, ...]]:
-    return type(value) is tuple and all(type(number) is int for number in value)
+    # The length comes first: one long tuple could be looked through for every tensor.
+    return type(value) is tuple and len(value) <= _MOST_DIMS and all(type(number) is int for number in value)
 
 
 def _view(storage: Value, dtype: str, offset: Value, shape: Value, strides: Value, marks: Value) -> TensorRecord:
@@ -180,23 +188,18 @@ def _rebuild_from_type_v2(function: Value, kind: Value, arguments: Value, state:
     return tensor
 
 
-def _make_dict(pairs: Value = ()) -> Entries:
-    if not isinstance(pairs, list | tuple) or any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in pairs):
+def _make_dict() -> Entries:
+    return Entries()
+
+
+def _make_set(items: Value) -> Elements:
+    """Return the set of a list, which it shares: a copy for every call would let a small file ask for much memory."""
+    if type(items) is not list:
         raise UnfitArgumentsError
-    return Entries([(key, value) for key, value in pairs])
+    return Elements(items)
 
 
-def _make_list(items: Value = ()) -> list[Value]:
-    if not isinstance(items, list | tuple):
-        raise UnfitArgumentsError
-    return list(items)
-
-
-def _make_set(items: Value = ()) -> Elements:
-    return Elements(_make_list(items))
-
-
-def _make_size(items: Value = ()) -> tuple[int, ...]:
+def _make_size(items: Value) -> tuple[int, ...]:
     if not _are_integers(items):
         raise UnfitArgumentsError
     return items
@@ -208,11 +211,11 @@ def _make_device(kind: Value, index: Value = 0) -> str:
     return kind
 
 
-def _encode(text: Value, encoding: Value) -> bytes:
-    """Return bytes, as protocol 2 writes them."""
-    if type(text) is not str or encoding != "latin1" or not all(ord(character) < 256 for character in text):
+def _encode(text: Value, encoding: Value) -> str:
+    """Return what protocol 2 writes for bytes, still as the text of their Latin-1 characters."""
+    if type(text) is not str or encoding != "latin1":
         raise UnfitArgumentsError
-    return text.encode("latin-1")
+    return text
 
 
 _REBUILDERS: Final[Mapping[str, Callable[..., Value]]] = {
@@ -223,18 +226,18 @@ _REBUILDERS: Final[Mapping[str, Callable[..., Value]]] = {
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
     "torch.nn.parameter.Parameter": _parameter,
 }
-_CALLABLE: Final[Mapping[str, Callable[..., Value]]] = _REBUILDERS | {
+_CALLABLE: Final[Mapping[str, Callable[..., Value]]] = {
+    **_REBUILDERS,
     "torch._tensor._rebuild_from_type_v2": _rebuild_from_type_v2,
     "torch.Size": _make_size,
     "torch.device": _make_device,
     "collections.OrderedDict": _make_dict,
     "builtins.dict": _make_dict,
-    "builtins.list": _make_list,
     "builtins.set": _make_set,
     "builtins.frozenset": _make_set,
     "_codecs.encode": _encode,
 }
-_GLOBALS: Final = frozenset(_CALLABLE) | frozenset(STORAGES) | _DTYPES | _TENSOR_CLASSES
+_GLOBALS: Final = frozenset(_CALLABLE) | STORAGES.keys() | _DTYPES | _TENSOR_CLASSES
 
 
 def find_global(module: str, name: str) -> Global | None:

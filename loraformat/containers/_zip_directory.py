@@ -1,4 +1,4 @@
-"""The members of a zip archive, as byte ranges of the file: a reader that refuses what two readers could read in two ways.
+"""The members of a zip archive as byte ranges of the file, without anything that could be read in two ways.
 
 The standard library's `zipfile` is lenient where it matters here: it takes data before and after the archive, members
 of one name, members that overlap, and local headers that say other sizes. It also does not say where the checksums
@@ -48,17 +48,19 @@ _CRC: Final = struct.Struct("<L")
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One stored member.
+    """One member.
 
     Attributes:
         name: its name.
-        span: its content.
+        span: its content, as it stands in the file.
+        compression: how it is compressed; empty for a stored one.
         crc_offsets: where in the file the CRC-32 of its content stands: in the directory, and in the local header or
             in the descriptor behind the content.
     """
 
     name: str
     span: Span
+    compression: str
     crc_offsets: tuple[int, ...]
 
 
@@ -69,7 +71,9 @@ class _Entry:
     name: str
     raw_name: bytes
     flags: int
+    method: int
     crc: int
+    packed: int
     size: int
     header_offset: int
     crc_offset: int
@@ -84,19 +88,15 @@ class _Bounds:
     count: int
 
 
-def read_directory(file: InputFile, compressed_mend: str = "") -> Mapping[str, Member]:
+def read_directory(file: InputFile) -> Mapping[str, Member]:
     """Return all members by name, in the order of the directory; checked against the file and against each other.
-
-    Args:
-        file: the archive.
-        compressed_mend: what to do about compressed members.
 
     Raises:
         InputError: LF101 no end of archive.
-        RefusedError: LF902 compressed, encrypted, ambiguous or contradictory; LF110 too long a directory.
+        RefusedError: LF902 encrypted, ambiguous or contradictory; LF110 too long a directory.
     """
     bounds = _find_directory(file)
-    entries = list(_read_entries(file, bounds, compressed_mend))
+    entries = list(_read_entries(file, bounds))
     members: dict[str, Member] = {}
     extents: list[tuple[int, int, str]] = []
     for entry in entries:
@@ -111,24 +111,32 @@ def read_directory(file: InputFile, compressed_mend: str = "") -> Mapping[str, M
     return members
 
 
-def mend_crcs(descriptor: int, members: Iterable[Member]) -> None:
-    """Write the CRC-32 of each member's present content to where the archive states it.
+def require_stored(file: InputFile, members: Mapping[str, Member], mend: str = "") -> None:
+    """Refuse compressed members (LF902): their numbers are no byte ranges, and a small file may hold a huge one."""
+    for name, member in members.items():
+        if member.compression:
+            found = f"member {name!r} is compressed ({member.compression})"
+            raise _refuse(file, found, "members stored as they are", mend)
+
+
+def mend_crcs(descriptor: int, fields: Mapping[Span, Iterable[int]]) -> None:
+    """Write the CRC-32 of the present content of each span to the offsets where the archive states it.
 
     For a copy of the archive in which spans were rewritten in place: nothing but these four bytes depends on the
     content. torch (2.13) does not look at them, numpy and every unzip do.
 
     Args:
         descriptor: the copy, open for reading and writing.
-        members: those whose content changed.
+        fields: content of a member to the offsets of its CRC, for those members that changed.
     """
-    for member in members:
-        crc, position = 0, member.span.offset
-        while position < member.span.end:
-            data = os.pread(descriptor, min(COPY_CHUNK_BYTES, member.span.end - position), position)
+    for span, offsets in fields.items():
+        crc, position = 0, span.offset
+        while position < span.end:
+            data = os.pread(descriptor, min(COPY_CHUNK_BYTES, span.end - position), position)
             if not data:
-                raise refuse("LF906", member.span.path, f"the copy ends at byte {position}", "the size it had")
+                raise refuse("LF906", span.path, f"the copy ends at byte {position}", "the size it had")
             crc, position = zlib.crc32(data, crc), position + len(data)
-        for offset in member.crc_offsets:
+        for offset in offsets:
             os.pwrite(descriptor, _CRC.pack(crc), offset)
 
 
@@ -179,28 +187,26 @@ def _read_end64(file: InputFile, place: int) -> tuple[int, int, int, int]:
     return offset, count, size, start
 
 
-def _read_entries(file: InputFile, bounds: _Bounds, mend: str) -> Iterator[_Entry]:
+def _read_entries(file: InputFile, bounds: _Bounds) -> Iterator[_Entry]:
     data, place = file.read(bounds.start, bounds.end - bounds.start), 0
     for _ in range(bounds.count):
         if place + _CENTRAL.size > len(data) or not data.startswith(_CENTRAL_MAGIC, place):
             raise _refuse(file, f"no directory entry at byte {bounds.start + place}", f"{bounds.count} entries")
         fields = _CENTRAL.unpack_from(data, place)
-        (_, _, _, flags, method, _, _, crc, packed, size, name_bytes, extra_bytes, comment_bytes, disk, _, _, at) = fields
+        flags, method, (crc, packed, size), disk, at = fields[3], fields[4], fields[7:10], fields[13], fields[16]
+        name_bytes, extra_bytes, comment_bytes = fields[10:13]
         after_name = place + _CENTRAL.size + name_bytes
         after_extra = after_name + extra_bytes
         raw = data[place + _CENTRAL.size : after_name]
         name = _read_name(file, raw, flags)
         if after_extra + comment_bytes > len(data):
             raise _refuse(file, f"a directory entry for {name!r} that is cut off", "whole entries")
-        if method != _STORED:
-            found = f"member {name!r} is compressed ({_METHODS.get(method, method)})"
-            raise _refuse(file, found, "members stored as they are", mend)
         if flags & ~_KNOWN_FLAGS or disk:
             raise _refuse(file, f"member {name!r} is encrypted, patched or on another disk", "a plain member")
         numbers = _widen(file, name, (size, packed, at), data[after_name:after_extra])
-        if numbers[0] != numbers[1]:
+        if method == _STORED and numbers[0] != numbers[1]:
             raise _refuse(file, f"member {name!r} has {numbers[1]} bytes of {numbers[0]}", "the same for a stored one")
-        yield _Entry(name, raw, flags, crc, numbers[0], numbers[2], bounds.start + place + 16)
+        yield _Entry(name, raw, flags, method, crc, numbers[1], numbers[0], numbers[2], bounds.start + place + 16)
         place = after_extra + comment_bytes
     if place != len(data):
         raise _refuse(file, f"{len(data) - place} bytes after the last directory entry", "none")
@@ -249,12 +255,12 @@ def _locate(file: InputFile, entry: _Entry, limit: int) -> tuple[Member, int]:
     head = file.read(entry.header_offset, head_bytes)
     magic, _, flags, method, _, _, crc, packed, size, name_bytes, extra_bytes = LOCAL_HEADER.unpack_from(head)
     start = entry.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
-    if start + entry.size > limit:
-        raise _refuse(file, f"member {entry.name!r} of {entry.size} bytes at byte {start}", f"an end by byte {limit}")
-    same = (ZIP_MAGIC, entry.raw_name, entry.flags, _STORED) == (magic, head[LOCAL_HEADER.size :], flags, method)
+    if start + entry.packed > limit:
+        raise _refuse(file, f"member {entry.name!r} of {entry.packed} bytes at byte {start}", f"an end by byte {limit}")
+    same = (ZIP_MAGIC, entry.raw_name, entry.flags, entry.method) == (magic, head[LOCAL_HEADER.size :], flags, method)
     if not same or name_bytes != len(entry.raw_name):
         raise _refuse(file, f"member {entry.name!r} has a local header of its own mind", "what the directory says")
-    span, end, places = Span(file.path, start, entry.size), start + entry.size, [entry.crc_offset]
+    end, places = start + entry.packed, [entry.crc_offset]
     streamed = bool(flags & _STREAMED)
     _check_local(file, entry, (crc, packed, size), file.read(start - extra_bytes, extra_bytes), streamed=streamed)
     if streamed:
@@ -262,7 +268,8 @@ def _locate(file: InputFile, entry: _Entry, limit: int) -> tuple[Member, int]:
         end += _measure_descriptor(file, entry, end, limit)
     if crc == entry.crc and (crc or not streamed):
         places.append(entry.header_offset + 14)
-    return Member(entry.name, span, tuple(sorted(places))), end
+    compression = "" if method == _STORED else _METHODS.get(method, f"method {method}")
+    return Member(entry.name, Span(file.path, start, entry.packed), compression, tuple(sorted(places))), end
 
 
 def _check_local(file: InputFile, entry: _Entry, found: tuple[int, int, int], extra: bytes, *, streamed: bool) -> None:
@@ -272,9 +279,11 @@ def _check_local(file: InputFile, entry: _Entry, found: tuple[int, int, int], ex
     """
     crc, *sizes = found
     wide = _find_zip64(file, entry.name, extra)
-    real = {entry.size, _FULL32} if streamed or wide == struct.pack("<2Q", entry.size, entry.size) else {entry.size}
-    zeros = {0} if streamed else set()
-    if crc not in {entry.crc} | zeros or any(size not in real | zeros for size in sizes):
+    spare = {0, _FULL32} if streamed else set()
+    if wide == struct.pack("<2Q", entry.size, entry.packed):
+        spare.add(_FULL32)
+    real = zip(sizes, (entry.packed, entry.size), strict=True)
+    if crc not in {entry.crc} | spare or any(size not in {stated} | spare for size, stated in real):
         raise _refuse(file, f"member {entry.name!r} has other sizes in its local header", "what the directory says")
 
 
@@ -282,7 +291,7 @@ def _measure_descriptor(file: InputFile, entry: _Entry, place: int, limit: int) 
     """Return the length of the descriptor behind a streamed member, which must say what the directory says."""
     data = file.read(place, min(_DESCRIPTORS[-1].size, limit - place))
     for form in _DESCRIPTORS:
-        expected = (_DESCRIPTOR_MAGIC, entry.crc, entry.size, entry.size)
+        expected = (_DESCRIPTOR_MAGIC, entry.crc, entry.packed, entry.size)
         if len(data) >= form.size and form.unpack_from(data) == expected:
             return form.size
     raise _refuse(file, f"member {entry.name!r} has another descriptor behind it", "what the directory says")

@@ -129,7 +129,9 @@ def _check_saved(config: PeftConfig, stored: Stored) -> Iterator[Problem]:
             # PEFT compares ends of names without a look at the dot before them.
             loose = next((entry for entry in listed if name.endswith(entry)), None)
             why = f"; PEFT saved it because its name ends with {loose!r}" if loose else ""
-            yield Problem("LF217", name, f"saved whole, but not listed{why}", "its name in modules_to_save", severity="warning")
+            yield Problem(
+                "LF217", name, f"saved whole, but not listed{why}", "its name in modules_to_save", severity="warning"
+            )
     task = config.fields.get("task_type")
     heads = _AUTOMATIC_HEADS.get(task, ()) if isinstance(task, str) else ()
     has_head = any(_lies_below(name, head) for name in saved for head in heads)

@@ -198,6 +198,7 @@ def test_a_module_whose_weight_was_written_once_for_each_call(
     other[-1, -1] += 0 if equal else 2.0**-10
     one = module_op(net, "a", net.feed("x"), net.weight("v", weight.T), "y1")
     two = module_op(net, "a", net.feed("z"), net.weight("w", other.T), "y2")
+    net.nodes[-1].name = "/a/MatMul_1"
     net.op("Sub", [one, two], net.result("y"))
     if not equal:
         with pytest.raises(loraformat.FindingError) as caught:

@@ -36,7 +36,7 @@ def command(screen: Screen, /, adapter: Path, base: Path, output: Path, force: b
     check_stated(flags["alpha"], flags["scale"])
     stamped = loraformat.stamp(adapter, base, **flags)
     written = loraformat.save(stamped, output, force=force)
-    screen.note(f"{len(stamped.targets)} targets bound to {base}")
+    screen.note(f"targets bound to {base}: {len(stamped.targets)}")
     if screen.json:
         screen.document({"output": str(written), "base": str(base), "targets": len(stamped.targets)})
     else:

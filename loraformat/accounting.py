@@ -1,0 +1,74 @@
+"""What a merge did, in numbers: the receipt, and what the numbers say against it."""
+
+from collections.abc import Sequence
+
+from loraformat.bases import BaseModel
+from loraformat.errors import error_for
+from loraformat.limits import RETAINED_WARN
+from loraformat.plan import Plan, PlannedWeight
+from loraformat.problems import Problem, Severity
+from loraformat.receipt import AppliedAdapter, MergedWeight, Receipt
+from loraformat.tiles import TileSums
+
+
+def draft_receipt(plan: Plan, base: BaseModel) -> Receipt:
+    """Return a receipt with the longest numbers it could have, to fix its size."""
+    longest = -1.23457e-05
+    weights = tuple(MergedWeight(w.name, w.targets, w.scales, longest, longest) for w in plan.weights)
+    return _compose_receipt(plan, base, weights, ())
+
+
+def slack_bytes(plan: Plan) -> int:
+    """Return how much longer than its draft a receipt may become."""
+    return 64 + 8 * len(plan.weights)
+
+
+def _compose_receipt(
+    plan: Plan, base: BaseModel, weights: Sequence[MergedWeight], problems: Sequence[Problem]
+) -> Receipt:
+    return Receipt(
+        output=str(plan.output),
+        base=plan.base,
+        plan_sha256=plan.sha256,
+        adapters=tuple(AppliedAdapter(a.name, a.sha256, a.weight, a.targets) for a in plan.adapters),
+        weights=tuple(weights),
+        unmatched=plan.unmatched,
+        problems=tuple(problems),
+        parent=base.parent_receipt,
+    )
+
+
+def finish_receipt(plan: Plan, base: BaseModel, sums: Sequence[TileSums], min_retained: float) -> Receipt:
+    """Return the receipt, or raise what the numbers say against the merge."""
+    pairs = list(zip(plan.weights, sums, strict=True))
+    found = [problem for weight, total in pairs for problem in _judge(weight, total, min_retained)]
+    errors = [problem for problem in found if problem.severity == "error"]
+    if errors:
+        raise error_for(errors)
+    weights = [
+        MergedWeight(w.name, w.targets, w.scales, _shorten(total.retained), _shorten(total.relative))
+        for w, total in pairs
+    ]
+    return _compose_receipt(plan, base, weights, [*plan.problems, *found])
+
+
+def _judge(weight: PlannedWeight, sums: TileSums, min_retained: float) -> list[Problem]:
+    """Return what the numbers of one merged weight say."""
+    problems = []
+    if sums.overflowed > 0:
+        found = f"{sums.overflowed} numbers beyond the range of {weight.dtype}"
+        problems.append(Problem("LF503", weight.name, found, "numbers that it holds"))
+    if sums.not_finite:
+        found = f"{sums.not_finite} numbers of the base"
+        problems.append(Problem("LF502", weight.name, found, "finite numbers", severity="warning"))
+    if sums.retained < max(min_retained, RETAINED_WARN):
+        severity: Severity = "error" if sums.retained < min_retained else "warning"
+        found = f"{sums.retained:.3f} of the delta survives rounding to {weight.dtype}"
+        problems.append(
+            Problem("LF504", weight.name, found, f"at least {max(min_retained, RETAINED_WARN)}", severity=severity)
+        )
+    return problems
+
+
+def _shorten(number: float) -> float:
+    return float(f"{number:.6g}")

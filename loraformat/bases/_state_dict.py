@@ -1,0 +1,88 @@
+"""Sites of a PyTorch state dict, in however many files it lies.
+
+A state dict does not say which module applies a weight, only its name and shape: a matrix may be a Linear, a Conv1D or
+an embedding table, and the adapter's target says which it expects.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+from loraformat.adapter import SlotKind
+from loraformat.bases import Site, Weight
+from loraformat.problems import Problem
+from loraformat.spans import StoredTensor, read_small
+from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
+
+CONFIG_NAME: Final = "config.json"
+_WEIGHT: Final = ".weight"
+
+_CONV1D_FAMILIES: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+"""`model_type`s of transformers whose blocks store matrices `(in, out)` (`transformers.pytorch_utils.Conv1D`)."""
+
+_CONV1D_MODULES: Final = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+_TIED_MODULES: Final = frozenset(
+    {"lm_head", "embed_tokens", "wte", "word_embeddings", "embed_in", "embed_out", "shared"}
+)
+"""Last parts of the names of modules that `tie_word_embeddings` ties together."""
+
+_MATRIX: Final[Mapping[SlotKind, bool]] = {
+    SlotKind.LINEAR: False,
+    SlotKind.LINEAR_TRANSPOSED: True,
+    SlotKind.EMBEDDING: True,
+}
+_CONV1D: Final[Mapping[SlotKind, bool]] = {SlotKind.LINEAR: True, SlotKind.LINEAR_TRANSPOSED: True}
+_CONV: Final[Mapping[SlotKind, bool]] = {SlotKind.CONV: False}
+
+
+def list_sites(tensors: Iterable[StoredTensor], config: Mapping[str, JsonValue]) -> list[Site]:
+    """Return the sites of a state dict.
+
+    Args:
+        tensors: its tensors.
+        config: transformers' `config.json` beside it, empty where there is none.
+    """
+    return [_make_site(tensor, config) for tensor in tensors if _is_adaptable(tensor)]
+
+
+def _is_adaptable(tensor: StoredTensor) -> bool:
+    return tensor.name.endswith(_WEIGHT) and 2 <= len(tensor.shape) <= 5 and tensor.elements > 0
+
+
+def _make_site(tensor: StoredTensor, config: Mapping[str, JsonValue]) -> Site:
+    module = tensor.name.removesuffix(_WEIGHT)
+    consumers = {tensor.name}
+    if config.get("tie_word_embeddings") is True and module.rsplit(".", 1)[-1] in _TIED_MODULES:
+        consumers.add("the output layer or embedding tied to it (tie_word_embeddings in config.json)")
+    obstacle = None
+    if tensor.dtype.family != "float":
+        obstacle = Problem("LF403", module, f"numbers stored as {tensor.dtype.name}", "a floating-point form")
+    return Site(
+        id=tensor.name,
+        module=module,
+        evidence="tensor name",
+        transposed=_orient(module, tensor, config),
+        weight=None if obstacle else Weight(tensor.name, tensor.name, tensor, frozenset(consumers)),
+        obstacle=obstacle,
+    )
+
+
+def _orient(module: str, tensor: StoredTensor, config: Mapping[str, JsonValue]) -> Mapping[SlotKind, bool]:
+    if len(tensor.shape) > 2:
+        return _CONV
+    conv1d = config.get("model_type") in _CONV1D_FAMILIES and module.rsplit(".", 1)[-1] in _CONV1D_MODULES
+    return _CONV1D if conv1d else _MATRIX
+
+
+def read_model_config(folder: Path) -> Mapping[str, JsonValue]:
+    """Return the `config.json` of a folder, empty where there is none."""
+    config = folder / CONFIG_NAME
+    return parse_json_object(read_small(config), config) if config.is_file() else {}
+
+
+def digest_structure(tensors: Iterable[StoredTensor], metadata: Mapping[str, str]) -> str:
+    """Return the digest of a state dict without its numbers: names, forms, shapes and order."""
+    listed: JsonValue = [[tensor.name, tensor.dtype.name, list(tensor.shape)] for tensor in tensors]
+    return hashlib.sha256(write_canonical([dict(metadata), listed])).hexdigest()

@@ -1,0 +1,102 @@
+"""What the containers with a layout of their own share: checked names and shapes, and tensors that are not C order."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraformat.dtypes import Dtype
+from loraformat.errors import refuse
+from loraformat.limits import MAX_DIMS, MAX_NAME_BYTES
+from loraformat.spans import InputFile, Span, StoredTensor
+
+_MAX_ARRAY_BYTES: Final = 2**63 - 1
+
+# Not str.isprintable: its answer changes with Python's Unicode tables, and a file must mean the same everywhere.
+_UNFIT_IN_NAMES: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def check_name(path: Path, name: str) -> None:
+    """Refuse a tensor name that could drive a terminal (LF301) or that is too long (LF110)."""
+    if not name or _UNFIT_IN_NAMES.search(name):
+        raise refuse(
+            "LF301", path, f"the tensor name {name!a:.200}", "a name without control characters and bidi marks"
+        )
+    size = len(name.encode())
+    if size > MAX_NAME_BYTES:
+        raise refuse("LF110", path, f"a tensor name of {size} bytes, {name[:60]!r}...", f"at most {MAX_NAME_BYTES}")
+
+
+def check_shape(where: str, shape: tuple[int, ...], dtype: Dtype, code: str) -> None:
+    """Refuse more dimensions than we handle (LF110), negative sizes and sizes beyond 2^63 bytes (`code`)."""
+    if len(shape) > MAX_DIMS:
+        raise refuse("LF110", where, f"{len(shape)} dimensions", f"at most {MAX_DIMS}")
+    # A zero elsewhere in the shape does not save an array library from the overflow.
+    if min(shape, default=0) < 0 or math.prod(size or 1 for size in shape) * dtype.bits > 8 * _MAX_ARRAY_BYTES:
+        raise refuse(code, where, f"shape {list(shape)!r:.200}", "sizes from 0, and fewer than 2^63 bytes")
+
+
+def is_c_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Say whether elements with these strides, in elements, lie one after another; a size of 1 has no stride."""
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != step:
+            return False
+        step *= size
+    return True
+
+
+class StridedTensor(StoredTensor):
+    """A sound tensor that is not one run of bytes in C order: a transposed or sliced view, Fortran order.
+
+    It can be read like any other. It has no span: asking for it raises LF114, so that nobody rewrites it in place.
+
+    Args:
+        name: its name in the file.
+        dtype: its number form.
+        shape: its dimensions.
+        strides: elements between neighbours, for each dimension; not negative.
+        extent: the bytes from its first to its last element.
+        file: the open file.
+    """
+
+    __slots__ = ("_extent", "_strides")
+    _extent: Span
+    _strides: tuple[int, ...]
+
+    def __init__(
+        self,
+        name: str,
+        dtype: Dtype,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        extent: Span,
+        file: InputFile,
+    ) -> None:
+        fields = {"name": name, "dtype": dtype, "shape": shape, "file": file, "_strides": strides, "_extent": extent}
+        for key, value in fields.items():
+            object.__setattr__(self, key, value)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"StridedTensor({self.name!r}, {self.dtype.name}, {self.shape}, strides {self._strides})"
+
+    @property
+    def span(self) -> Span:
+        """There is none."""
+        where = f"{self.file.path}, tensor {self.name!r}"
+        mend = "Save the tensor contiguous: tensor.contiguous() in torch, numpy.ascontiguousarray in numpy."
+        raise refuse("LF114", where, "a view that is not one run of bytes", "a contiguous tensor", mend)
+
+    def read(self) -> NDArray[Any]:
+        """Return the tensor in its own number form, in C order, freshly read."""
+        form = self.dtype.numpy()
+        flat: NDArray[Any] = np.empty(self._extent.length // form.itemsize, dtype=form)
+        self.file.read_into(flat.view(np.uint8), self._extent.offset)
+        steps = [stride * form.itemsize for stride in self._strides]
+        return np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False).copy(order="C")
