@@ -21,8 +21,7 @@ FACTORS_NAME: Final = "adapter_model.safetensors"
 CONFIG_NAME: Final = "adapter_config.json"
 _DIGEST_STEP_BYTES: Final = 1 << 22
 _FACTORS_NAMES: Final = (FACTORS_NAME, "adapter_model.bin", "adapter_model.pt")
-"""PEFT's own names for the file with the factors, the one to prefer first."""
-
+"""What the file with the factors is called in a PEFT folder, the one to prefer first."""
 
 _KNOWN_ENDINGS: Final = (
     ("lora_down.weight", "kohya's scheme"),
@@ -128,7 +127,7 @@ def is_base(path: Path) -> bool:
     """Say whether `path` is a model rather than an adapter, from its content: an adapter's tensors have a scheme."""
     if isdir(path):
         looks_so = any(base.accepts(path, b"", 0) for _, base in BASES)
-        return looks_so and not any((path / name).exists() for name in (FACTORS_NAME, CONFIG_NAME, *_PICKLES))
+        return looks_so and not any((path / name).exists() for name in (*_FACTORS_NAMES, CONFIG_NAME))
     bundle, _ = open_bundle(path)
     return not any(scheme.detect(bundle) for _, scheme in SCHEMES) and not _recognise(bundle)
 

@@ -26,7 +26,9 @@ def expected_positions(target: str, shape: tuple[int, ...]) -> list[tuple[int, i
     out, width = shape[0], int(np.prod(shape[1:]))
     places = []
     for j in range(16):
-        h = hashlib.sha256(b"loraformat-fingerprint-1" + b"\x0a" + target.encode("utf-8") + b"\x0a" + b"%d" % j).digest()
+        h = hashlib.sha256(
+            b"loraformat-fingerprint-1" + b"\x0a" + target.encode("utf-8") + b"\x0a" + b"%d" % j
+        ).digest()
         r = sum(byte << (8 * (7 - place)) for place, byte in enumerate(h[0:8])) % out
         c = sum(byte << (8 * (7 - place)) for place, byte in enumerate(h[8:16])) % width
         places.append((r, c))

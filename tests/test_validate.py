@@ -89,7 +89,9 @@ def test_severities() -> None:
 
 def test_problems_stand_in_the_order_of_weight(tmp_path: Path, pair: Any) -> None:
     down, up = pair
-    folder = write_peft(tmp_path / "s", {f"module.{Q}": (down, 0 * up), V: (down, up[:, :1])}, target_modules=["k_proj"])
+    folder = write_peft(
+        tmp_path / "s", {f"module.{Q}": (down, 0 * up), V: (down, up[:, :1])}, target_modules=["k_proj"]
+    )
     verdict = judge(folder)
     assert [severity for _, severity in codes(verdict)] == ["error", "warning", "warning", "note"]
     assert {code for code, _ in codes(verdict)} == {"LF203", "LF214", "LF219", "LF304"}

@@ -67,7 +67,7 @@ class TorchZip:
         A name that is longer than `head` does not show its end: then it is torch's if the member is streamed, as torch
         always writes it and numpy never does.
         """
-        if not head.startswith(ZIP_MAGIC) or size_bytes < LOCAL_HEADER.size:
+        if not head.startswith(ZIP_MAGIC) or min(len(head), size_bytes) < LOCAL_HEADER.size:
             return False
         *_, name_bytes, _ = LOCAL_HEADER.unpack_from(head)
         name = head[LOCAL_HEADER.size :][:name_bytes]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from builders import lora_factors, write_onnx, write_peft
+from loraformat import Verdict
 from loraformat.errors import refuse
 from loraformat.problems import Problem, Severity
 from loraformat.reports import list_formats
-from loraformat.validate import Verdict
 
 
 def verdict(*severities: Severity, path: str = "style") -> Verdict:

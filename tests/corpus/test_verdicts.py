@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from loraformat import Verdict
 from loraformat.api import validate
-from loraformat.validate import Verdict
 
 CORPUS = Path(os.environ.get("LORAFORMAT_CORPUS", Path(__file__).parents[3] / "shared" / "corpus"))
 if not CORPUS.is_dir():
@@ -58,8 +58,8 @@ FILES = (
     Expected(
         "Tashu014__lora-imdb-distilbert",
         {REPLACED: 2, ("LF217", "warning"): 1},
-        "Two heads are saved whole, which this version cannot merge. pre_classifier is not in modules_to_save: PEFT took "
-        "it along because its name ends with classifier. score is in the list by itself, as PEFT adds it.",
+        "Two heads are saved whole, which this version cannot merge. pre_classifier is not in modules_to_save: PEFT "
+        "took it along because its name ends with classifier. score is in the list by itself, as PEFT adds it.",
         "peft",
         14,
         ("pre_classifier", "ends with 'classifier'"),

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from loraformat import Verdict
 from loraformat.problems import Problem
-from loraformat.validate import Verdict
 
 ROOT = Path("/repo")
 

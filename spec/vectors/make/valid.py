@@ -123,7 +123,7 @@ def _documented() -> Files:
                 "numbers": [0.1, 1e-7, 1e21, 333333333.3333332, 9007199254740991, -5e-324, 0.000125, 100],
                 "\U0001f600": "sorted by UTF-16: before U+FB33",
                 "\ufb33": "after",
-                "must_understand": {"\u20ac": "\x7f\x01\x1f"},
+                "must_understand": {"\u20ac": "\x7f\x01\x1f\uffff\ufeff"},
             },
         }
     )
@@ -179,6 +179,14 @@ def _padding(spaces: int) -> Files:
     header = canonical(entries_of(ordered) | {"__metadata__": {"loraformat": canonical(manifest)}})
     file = frame(header + " " * spaces, b"".join(item.data for _, item in ordered))
     return vector("R-073", file, targets, pack(manifest, tensors))
+
+
+def _length_of_onnx() -> Files:
+    """The header's length, 0x071a, is read by a parser of protobuf as the beginning of an ONNX model."""
+    manifest, tensors, targets = _simple()
+    header = canonical(entries_of(sorted(tensors.items())) | {"__metadata__": {"loraformat": canonical(manifest)}})
+    file = frame(header.ljust(0x071A), b"".join(item.data for _, item in sorted(tensors.items())))
+    return vector("R-001 R-073", file, targets, pack(manifest, tensors))
 
 
 def _other_metadata() -> Files:
@@ -298,6 +306,7 @@ VECTORS: Mapping[str, Files] = {
     "another-order": _other_order(),
     "no-padding": _padding(0),
     "much-padding": _padding(101),
+    "length-like-onnx": _length_of_onnx(),
     "other-metadata": _other_metadata(),
     "dtypes": _dtypes(),
     "fingerprints": _fingerprints(),
