@@ -186,14 +186,18 @@ def test_parts_of_a_running_process_are_left_alone(tmp_path: Path, forker: Forke
 # --- interruption ----------------------------------------------------------------------------------------------------
 
 INTERRUPTED = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 import loraformat
 
 class Progress:
-    def start(self, total): pass
+    def start(self, total):
+        self.lock, self.sent = threading.Lock(), False
     def advance(self, done):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)  # The main thread takes the signal while this worker is still at work.
+        with self.lock:
+            if not self.sent:
+                self.sent = True
+                os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # The main thread takes the signal while the workers are still at work.
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background job would ignore it.
 try:

@@ -71,14 +71,19 @@ class _Machine:
     def run(self) -> Value:
         if self._take(1)[0] != _PROTO or self._take(1)[0] not in _PROTOCOLS:
             self._fail(f"the beginning {self._data[:2]!r}", "protocol 2, 3, 4 or 5")
+        data, actions = self._data, _ACTIONS
         for _ in range(MAX_PICKLE_OPCODES):
-            code = self._take(1)[0]
-            if code == _STOP:
+            if self._place >= len(data):
+                self._fail("a pickle that is cut off", "an opcode")
+            code = data[self._place]
+            self._place += 1
+            action = actions.get(code)
+            if action is not None:
+                action[0](self, *action[1])
+            elif code == _STOP:
                 return self._finish()
-            action = _ACTIONS.get(code)
-            if action is None:
+            else:
                 self._refuse_opcode(code)
-            action[0](self, *action[1:])
         raise refuse("LF110", self._where, "a pickle without end", f"at most {MAX_PICKLE_OPCODES} opcodes")
 
     def _finish(self) -> Value:
@@ -97,7 +102,11 @@ class _Machine:
         return piece
 
     def take_number(self, form: struct.Struct) -> Value:
-        return form.unpack(self._take(form.size))[0]
+        place = self._place
+        self._place += form.size
+        if self._place > len(self._data):
+            self._fail("a pickle that is cut off", f"{form.size} more bytes")
+        return form.unpack_from(self._data, place)[0]
 
     def _take_counted(self, form: struct.Struct, most: int = MAX_PICKLE_STRING_BYTES) -> bytes:
         count: int = self.take_number(form)
@@ -271,50 +280,50 @@ _I32: Final = struct.Struct("<i")
 _U8, _U16, _U32, _U64 = (struct.Struct(f"<{letter}") for letter in "BHIQ")
 _F64: Final = struct.Struct(">d")
 
-_ACTIONS: Final[dict[int, tuple[Any, ...]]] = {
-    0x95: (_Machine.take_number, _U64),  # The length of a frame, a hint for reading ahead.
-    ord("("): (_Machine.mark,),
-    ord("0"): (_Machine.discard,),
-    ord("1"): (_Machine.discard_marked,),
-    ord("q"): (_Machine.remember, _U8),
-    ord("r"): (_Machine.remember, _U32),
-    0x94: (_Machine.remember,),
-    ord("h"): (_Machine.recall, _U8),
-    ord("j"): (_Machine.recall, _U32),
-    ord("N"): (_Machine.push, None),
-    0x88: (_Machine.push, True),
-    0x89: (_Machine.push, False),
-    ord(")"): (_Machine.push, ()),
-    ord("]"): (_Machine.push_new, list),
-    ord("}"): (_Machine.push_new, Entries),
-    0x8F: (_Machine.push_new, Elements),
-    ord("K"): (_Machine.push_number, _U8),
-    ord("M"): (_Machine.push_number, _U16),
-    ord("J"): (_Machine.push_number, _I32),
-    ord("G"): (_Machine.push_number, _F64),
-    0x8A: (_Machine.push_long, _U8),
-    0x8B: (_Machine.push_long, _I32),
-    ord("C"): (_Machine.push_bytes, _U8),
-    ord("B"): (_Machine.push_bytes, _U32),
-    0x8E: (_Machine.push_bytes, _U64),
-    0x96: (_Machine.push_bytes, _U64),
-    0x8C: (_Machine.push_text, _U8),
-    ord("X"): (_Machine.push_text, _U32),
-    0x8D: (_Machine.push_text, _U64),
-    0x85: (_Machine.push_tuple, 1),
-    0x86: (_Machine.push_tuple, 2),
-    0x87: (_Machine.push_tuple, 3),
-    ord("t"): (_Machine.push_tuple,),
-    0x91: (_Machine.push_frozenset,),
-    ord("a"): (_Machine.extend, 1),
-    ord("e"): (_Machine.extend,),
-    0x90: (_Machine.add,),
-    ord("s"): (_Machine.set_items, 2),
-    ord("u"): (_Machine.set_items,),
-    ord("c"): (_Machine.push_global,),
-    0x93: (_Machine.push_stack_global,),
-    ord("R"): (_Machine.reduce,),
-    ord("Q"): (_Machine.push_storage,),
-    ord("b"): (_Machine.build,),
+_ACTIONS: Final[dict[int, tuple[Callable[..., Value], tuple[Any, ...]]]] = {
+    0x95: (_Machine.take_number, (_U64,)),  # The length of a frame, a hint for reading ahead.
+    ord("("): (_Machine.mark, ()),
+    ord("0"): (_Machine.discard, ()),
+    ord("1"): (_Machine.discard_marked, ()),
+    ord("q"): (_Machine.remember, (_U8,)),
+    ord("r"): (_Machine.remember, (_U32,)),
+    0x94: (_Machine.remember, ()),
+    ord("h"): (_Machine.recall, (_U8,)),
+    ord("j"): (_Machine.recall, (_U32,)),
+    ord("N"): (_Machine.push, (None,)),
+    0x88: (_Machine.push, (True,)),
+    0x89: (_Machine.push, (False,)),
+    ord(")"): (_Machine.push, ((),)),
+    ord("]"): (_Machine.push_new, (list,)),
+    ord("}"): (_Machine.push_new, (Entries,)),
+    0x8F: (_Machine.push_new, (Elements,)),
+    ord("K"): (_Machine.push_number, (_U8,)),
+    ord("M"): (_Machine.push_number, (_U16,)),
+    ord("J"): (_Machine.push_number, (_I32,)),
+    ord("G"): (_Machine.push_number, (_F64,)),
+    0x8A: (_Machine.push_long, (_U8,)),
+    0x8B: (_Machine.push_long, (_I32,)),
+    ord("C"): (_Machine.push_bytes, (_U8,)),
+    ord("B"): (_Machine.push_bytes, (_U32,)),
+    0x8E: (_Machine.push_bytes, (_U64,)),
+    0x96: (_Machine.push_bytes, (_U64,)),
+    0x8C: (_Machine.push_text, (_U8,)),
+    ord("X"): (_Machine.push_text, (_U32,)),
+    0x8D: (_Machine.push_text, (_U64,)),
+    0x85: (_Machine.push_tuple, (1,)),
+    0x86: (_Machine.push_tuple, (2,)),
+    0x87: (_Machine.push_tuple, (3,)),
+    ord("t"): (_Machine.push_tuple, ()),
+    0x91: (_Machine.push_frozenset, ()),
+    ord("a"): (_Machine.extend, (1,)),
+    ord("e"): (_Machine.extend, ()),
+    0x90: (_Machine.add, ()),
+    ord("s"): (_Machine.set_items, (2,)),
+    ord("u"): (_Machine.set_items, ()),
+    ord("c"): (_Machine.push_global, ()),
+    0x93: (_Machine.push_stack_global, ()),
+    ord("R"): (_Machine.reduce, ()),
+    ord("Q"): (_Machine.push_storage, ()),
+    ord("b"): (_Machine.build, ()),
 }
 """Opcode to method and its arguments."""

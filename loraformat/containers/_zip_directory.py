@@ -105,9 +105,11 @@ def read_directory(file: InputFile) -> Mapping[str, Member]:
         member, end = _locate(file, entry, bounds.start)
         members[entry.name] = member
         extents.append((entry.header_offset, end, entry.name))
-    for (_, end, name), (start, _, following) in pairwise(sorted(extents)):
-        if start < end:
-            raise _refuse(file, f"members {name!r} and {following!r} overlap", "members apart")
+    edges = [(0, 0, "the beginning"), *sorted(extents), (bounds.start, bounds.start, "the directory")]
+    for (_, end, name), (start, _, following) in pairwise(edges):
+        if start != end:
+            found = f"{name!r:.100} ends at byte {end}, {following!r:.100} begins at byte {start}"
+            raise _refuse(file, found, "members one after another, without overlap or hole")
     return members
 
 
@@ -159,17 +161,17 @@ def _find_directory(file: InputFile) -> _Bounds:
             if narrow not in (full, real):
                 raise _refuse(file, f"end records that say {narrow} and {real}", "one number")
         count, size, start = wide
-    if size > MAX_ZIP_DIRECTORY_BYTES:
-        raise refuse("LF110", file.path, f"a zip directory of {size} bytes", f"at most {MAX_ZIP_DIRECTORY_BYTES}")
     if start + size != end or count * _CENTRAL.size > size:
         found = f"a directory of {count} entries at byte {start}, {size} bytes long"
         raise _refuse(file, found, f"one that ends at byte {end}, where the end record stands")
+    if size > MAX_ZIP_DIRECTORY_BYTES:
+        raise refuse("LF110", file.path, f"a zip directory of {size} bytes", f"at most {MAX_ZIP_DIRECTORY_BYTES}")
     return _Bounds(start, end, count)
 
 
 def _refuse_tail(file: InputFile) -> None:
     length = min(file.size_bytes, _END.size + _MAX_COMMENT_BYTES)
-    if _END_MAGIC in file.read(file.size_bytes - length, length):
+    if 0 <= file.read(file.size_bytes - length, length).find(_END_MAGIC) <= length - _END.size:
         raise _refuse(file, "bytes after the end record", "an archive that ends with its end record")
     mend = "The file is cut off: fetch or write it again."
     raise refuse("LF101", file.path, "a zip archive without its end record", "a whole archive", mend)
