@@ -8,6 +8,7 @@ from loraformat.limits import RETAINED_WARN
 from loraformat.plan import Plan, PlannedWeight
 from loraformat.problems import Problem, Severity
 from loraformat.receipt import AppliedAdapter, MergedWeight, Receipt
+from loraformat.rules import is_replacement
 from loraformat.tiles import TileSums
 
 
@@ -61,7 +62,8 @@ def _judge(weight: PlannedWeight, sums: TileSums, min_retained: float) -> list[P
     if sums.not_finite:
         found = f"{sums.not_finite} numbers of the base"
         problems.append(Problem("LF502", weight.name, found, "finite numbers", severity="warning"))
-    if sums.retained < max(min_retained, RETAINED_WARN):
+    # Replaced values are rounded, not lost: only a change can drown in the weight that it is added to.
+    if sums.retained < max(min_retained, RETAINED_WARN) and not is_replacement(weight.changes[0].kind):
         severity: Severity = "error" if sums.retained < min_retained else "warning"
         found = f"{sums.retained:.3f} of the delta survives rounding to {weight.dtype}"
         problems.append(

@@ -5,13 +5,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from loraformat.adapter import Adapter, Target
 from loraformat.bases import BaseModel, Site
-from loraformat.kinds import KINDS
+from loraformat.kinds import KINDS, AdditiveKind, Nature
 from loraformat.loading import choose_scheme, digest_file, open_bundle
 from loraformat.problems import Problem
 from loraformat.schemes import StatedScale
@@ -141,10 +141,13 @@ def _summarise(target: Target) -> tuple[TargetSummary, list[Problem]]:
     problems = kind.check(target)
     if any(problem.severity == "error" for problem in problems):
         return _describe_target(target, None, None), problems
+    if kind.nature is not Nature.ADDITIVE:
+        return _describe_target(target, None, None), problems
+    additive = cast(AdditiveKind, kind)
     factors = {role: factor.read().astype(np.float64) for role, factor in target.factors.items()}
     with np.errstate(all="ignore"):  # What is not finite is for the plan to refuse.
-        norm = kind.norm(target, factors)
-    return _describe_target(target, kind.weight_shape(target), norm if math.isfinite(norm) else None), problems
+        norm = additive.norm(target, factors)
+    return _describe_target(target, additive.weight_shape(target), norm if math.isfinite(norm) else None), problems
 
 
 def _describe_target(target: Target, shape: tuple[int, ...] | None, norm: float | None) -> TargetSummary:

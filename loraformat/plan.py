@@ -19,7 +19,7 @@ from loraformat.errors import error_for
 from loraformat.limits import TILE_BYTES
 from loraformat.problems import Problem
 from loraformat.resolve import Match, resolve
-from loraformat.rules import check_adapter
+from loraformat.rules import check_adapter, is_replacement
 from loraformat.strict_json import write_canonical
 
 _FLOAT32_BYTES: Final = 4
@@ -58,6 +58,7 @@ class PlannedChange:
     Attributes:
         adapter: position of the adapter in the plan.
         target: name of the target.
+        parameter: which parameter of the target's module it changes: `weight`, `bias` ...
         kind: its kind.
         rank: its rank.
         scale: the whole multiplier: the target's own, the user's weight, and what the graph multiplies by.
@@ -66,6 +67,7 @@ class PlannedChange:
 
     adapter: int
     target: str
+    parameter: str
     kind: str
     rank: int
     scale: float
@@ -268,7 +270,8 @@ def _check_weight(item: WeightedAdapter, *, allow_zero: bool) -> list[Problem]:
 def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedChange:
     target = match.target
     scale = target.scale * item.weight / match.divisor
-    return PlannedChange(position, target.name, target.kind, target.rank, scale, match.transposed)
+    parameter = match.want.parameter
+    return PlannedChange(position, target.name, parameter, target.kind, target.rank, scale, match.transposed)
 
 
 def _check_scale(change: PlannedChange) -> list[Problem]:
@@ -281,6 +284,7 @@ def _check_scale(change: PlannedChange) -> list[Problem]:
 def _plan_weight(group: Sequence[_Change], problems: list[Problem]) -> PlannedWeight | None:
     match, weight, _ = group[0]
     tensor = weight.tensor
+    problems += _check_replacement(group)
     encoding = next((name for name, encoding in ENCODINGS if encoding.accepts(tensor.dtype)), None)
     if encoding is None:
         found = f"the weight {tensor.name!r} is stored as {tensor.dtype.name}"
@@ -299,6 +303,21 @@ def _plan_weight(group: Sequence[_Change], problems: list[Problem]) -> PlannedWe
         changes=tuple(entry.change for entry in group),
         evidence=match.evidence,
     )
+
+
+def _check_replacement(group: Sequence[_Change]) -> list[Problem]:
+    """Return a problem when values would be replaced that another target changes too (spec/SPEC.md, R-085)."""
+    replacing = [entry for entry in group if is_replacement(entry.change.kind)]
+    if not replacing:
+        return []
+    where, name = replacing[0].match.want.name, replacing[0].weight.name
+    if len(group) > 1:
+        others = ", ".join(entry.match.want.name for entry in group if entry is not replacing[0])
+        return [Problem("LF409", where, f"{name!r} is changed by {others} as well", "one change of it")]
+    if replacing[0].match.divisor != 1:
+        found = f"the graph multiplies {name!r} by {replacing[0].match.divisor:g}"
+        return [Problem("LF403", where, found, "a weight that is used as it is stored")]
+    return []
 
 
 def count_tile_rows(shape: Sequence[int]) -> int:

@@ -7,11 +7,9 @@ no half of an encoder-decoder, which have modules of the same names; that anythi
 consumed exactly once, or the error says which were near.
 """
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -19,21 +17,39 @@ from loraformat.adapter import Adapter, SlotKind, Target
 from loraformat.bases import Site, Weight
 from loraformat.fingerprint import sample_weight
 from loraformat.kinds import KINDS
-from loraformat.limits import NEAR_MISSES
 from loraformat.problems import Problem
+from loraformat.site_index import Candidate, SiteIndex
 
 _LISTED: Final = 8
 BY_FINGERPRINT: Final = "fingerprint"
-_HALVES: Final = frozenset({"encoder", "decoder"})
-_NUMBERED: Final = re.compile(r"\d")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Want:
+    """One parameter that a target changes.
+
+    Attributes:
+        target: the target.
+        parameter: `weight`, `bias` ...
+        shape: its canonical shape.
+    """
+
+    target: Target
+    parameter: str
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Its name for people: the target's, with the parameter where that does not go without saying."""
+        return f"{self.target.name}.{self.parameter}" if self.target.slot is SlotKind.PARAMETER else self.target.name
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """One target and the weight that it changes.
+    """One parameter that a target changes, and the weight that it is in the base.
 
     Attributes:
-        target: the adapter's target.
+        want: the target and its parameter.
         weights: the stored weight; several where the exporter wrote copies of it, one for each call of the module.
         sites: where the base applies it, all of this target.
         transposed: whether the stored matrix is the transpose of the canonical `(out, in * kernel)`.
@@ -42,13 +58,18 @@ class Match:
         relation: how the names differ: empty, `+prefix` that the base has more, `-prefix` that it lacks, `fingerprint`.
     """
 
-    target: Target
+    want: Want
     weights: tuple[Weight, ...]
     sites: tuple[Site, ...]
     transposed: bool
     divisor: float
     evidence: str
     relation: str
+
+    @property
+    def target(self) -> Target:
+        """The adapter's target."""
+        return self.want.target
 
     @property
     def weight(self) -> Weight:
@@ -63,54 +84,6 @@ class Resolution:
     matches: tuple[Match, ...]
     unmatched: tuple[str, ...]
     problems: tuple[Problem, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A site whose path fits, and what had to be added to or dropped from the target's name."""
-
-    site: Site
-    relation: str
-
-
-class SiteIndex:
-    """The sites of a base by module path and by the ends of module paths."""
-
-    def __init__(self, sites: Iterable[Site]) -> None:
-        self._by_path: dict[str, list[Site]] = defaultdict(list)
-        self._by_end: dict[str, list[Site]] = defaultdict(list)
-        for site in sites:
-            if not site.module:
-                continue
-            self._by_path[site.module].append(site)
-            for end, _ in _ends(site.module):
-                self._by_end[end].append(site)
-        self.paths = sorted(self._by_path)
-
-    def find(self, name: str) -> list[Candidate]:
-        """Return the sites that the name may mean: exact ones alone where there are any."""
-        if name in self._by_path:
-            return [Candidate(site, "") for site in self._by_path[name]]
-        longer = [Candidate(site, f"+{site.module[: -len(name)]}") for site in self._by_end.get(name, ())]
-        shorter = [
-            Candidate(site, f"-{dropped}")
-            for end, dropped in _ends(name)
-            if not _NUMBERED.search(dropped) and _HALVES.isdisjoint(dropped.split("."))
-            for site in self._by_path.get(end, ())
-        ]
-        return longer + shorter
-
-    def near(self, name: str) -> list[str]:
-        """Return the module paths most like `name`."""
-        return get_close_matches(name, self.paths, n=NEAR_MISSES, cutoff=0.5)
-
-
-def _ends(path: str) -> Iterable[tuple[str, str]]:
-    """Yield every proper end of a dotted path with what precedes it."""
-    position = path.find(".")
-    while position >= 0:
-        yield path[position + 1 :], path[: position + 1]
-        position = path.find(".", position + 1)
 
 
 def resolve(
@@ -130,53 +103,59 @@ def resolve(
         strip_prefix: removed from the front of target names before they are matched.
         ignore_fingerprints: accept weights that do not match the fingerprint of their target.
     """
-    index = SiteIndex(sites)
-    names = {target.name: _strip(target.name, strip_prefix) for target in adapter.targets}
-    found = {target.name: index.find(names[target.name]) for target in adapter.targets}
+    wants = [want for target in adapter.targets for want in _list_wants(target)]
+    indexes = {parameter: SiteIndex(sites, parameter) for parameter in {want.parameter for want in wants}}
+    names = {want: _strip(want.target.name, strip_prefix) for want in wants}
+    found = {want: indexes[want.parameter].find(names[want]) for want in wants}
     usual = _usual_relation(found)
     matches: list[Match] = []
-    missing: list[str] = []
+    missing: list[Want] = []
     problems: list[Problem] = []
-    for target in adapter.targets:
-        candidates = found[target.name] or find_by_fingerprint(target, sites)
-        if not candidates:
-            missing.append(target.name)
-            continue
-        outcome = _match(target, candidates, usual)
+    for want in wants:
+        candidates = found[want] or find_by_fingerprint(want, sites)
+        outcome = _match(want, candidates, usual) if candidates else None
         if isinstance(outcome, Match) and not ignore_fingerprints:
             outcome = _check_fingerprint(outcome)
         if isinstance(outcome, Match):
             matches.append(outcome)
+        elif outcome is None:
+            missing.append(want)
         else:
             problems.append(outcome)
     matches, displaced = _prefer_exact(matches)
     missing += displaced
-    allowed = tuple(name for name in missing if any(fnmatchcase(name, pattern) for pattern in allow_unmatched))
-    missing = [name for name in missing if name not in allowed]
-    problems += _report_missing(missing, {name: names[name] for name in missing}, index)
-    problems += _report_collisions(matches) + _report_dropped(matches)
-    return Resolution(tuple(matches), allowed, tuple(problems))
+    allowed = [want for want in missing if any(fnmatchcase(want.target.name, glob) for glob in allow_unmatched)]
+    lost = [(want.name, names[want], indexes[want.parameter]) for want in missing if want not in allowed]
+    problems += _report_missing(lost) + _report_collisions(matches) + _report_dropped(matches)
+    return Resolution(tuple(matches), tuple(want.name for want in allowed), tuple(problems))
 
 
-def find_by_fingerprint(target: Target, sites: Sequence[Site]) -> list[Candidate]:
+def _list_wants(target: Target) -> list[Want]:
+    kind = KINDS.find(target.kind)
+    assert kind is not None, "checked before"
+    return [Want(target, parameter, shape) for parameter, shape in kind.parameters(target).items()]
+
+
+def find_by_fingerprint(want: Want, sites: Sequence[Site]) -> list[Candidate]:
     """Return the sites whose weights have the numbers that the target's fingerprint says, whatever their names."""
-    if target.fingerprint is None or not target.fingerprint.is_telling:
+    fingerprint = want.target.fingerprint
+    if fingerprint is None or not fingerprint.is_telling:
         return []
     return [
         Candidate(site, BY_FINGERPRINT)
         for site in sites
-        if target.slot in site.transposed
+        if want.target.slot in site.transposed
         and site.weight is not None
-        and _fits(target, site, site.weight)
-        and target.fingerprint.matches(sample_site(target, site))
+        and _fits(want, site, site.weight)
+        and fingerprint.matches(sample_site(want, site))
     ]
 
 
-def sample_site(target: Target, site: Site) -> tuple[float, ...]:
-    """Return the samples of the weight that a site applies, at the positions of `target`."""
+def sample_site(want: Want, site: Site) -> tuple[float, ...]:
+    """Return the samples of the weight that a site applies, at the positions of the target."""
     assert site.weight is not None, "chosen so"
-    shape = _canonical_shape(target)
-    samples = sample_weight(target.name, shape, site.weight.tensor, transposed=site.transposed[target.slot])
+    target = want.target
+    samples = sample_weight(target.name, want.shape, site.weight.tensor, transposed=site.transposed[target.slot])
     return tuple(sample * site.divisor for sample in samples)
 
 
@@ -184,11 +163,11 @@ def _check_fingerprint(match: Match) -> Match | Problem:
     fingerprint = match.target.fingerprint
     if fingerprint is None:
         return match
-    samples = sample_site(match.target, match.sites[0])
-    if fingerprint.shape == _canonical_shape(match.target) and fingerprint.matches(samples):
+    samples = sample_site(match.want, match.sites[0])
+    if fingerprint.shape == match.want.shape and fingerprint.matches(samples):
         return match
-    name = match.weight.name
     near = sum(abs(a - b) <= abs(a) / 16 for a, b in zip(fingerprint.samples, samples, strict=True))
+    name = match.weight.name
     found = f"the weight {name!r}, with {near} of {len(samples)} sampled numbers near the expected ones"
     return Problem("LF406", match.target.name, found, "the weight that its fingerprint was taken from")
 
@@ -197,7 +176,7 @@ def _strip(name: str, prefix: str | None) -> str:
     return name.removeprefix(prefix) if prefix else name
 
 
-def _usual_relation(found: Mapping[str, Sequence[Candidate]]) -> str | None:
+def _usual_relation(found: Mapping[Want, Sequence[Candidate]]) -> str | None:
     """Return how names differ between adapter and base, as the targets without a second reading show it."""
     relations: Counter[str] = Counter()
     for candidates in found.values():
@@ -207,39 +186,39 @@ def _usual_relation(found: Mapping[str, Sequence[Candidate]]) -> str | None:
     return relations.most_common(1)[0][0] if relations else None
 
 
-def _match(target: Target, candidates: Sequence[Candidate], usual: str | None) -> Match | Problem:
+def _match(want: Want, candidates: Sequence[Candidate], usual: str | None) -> Match | Problem:
     """Return the one weight that the candidates lead to, or why there is none."""
     if len({candidate.relation for candidate in candidates}) > 1:
         candidates = [candidate for candidate in candidates if candidate.relation == usual] or candidates
     sites = [candidate.site for candidate in candidates]
-    usable = [site for site in sites if target.slot in site.transposed]
+    usable = [site for site in sites if want.target.slot in site.transposed]
     if not usable:
         kinds = sorted({str(kind) for site in sites for kind in site.transposed})
-        return Problem("LF408", target.name, f"a slot for {', '.join(kinds) or 'nothing'}", f"a {target.slot} slot")
-    fitting = [site for site in usable if site.weight is None or _fits(target, site, site.weight)]
+        return Problem("LF408", want.name, f"a slot for {', '.join(kinds) or 'nothing'}", f"a {want.target.slot} slot")
+    fitting = [site for site in usable if site.weight is None or _fits(want, site, site.weight)]
     if not fitting:
-        return _report_shape(target, usable)
+        return _report_shape(want, usable)
     blocked = next((site.obstacle for site in fitting if site.obstacle is not None), None)
     if blocked is not None:
-        return Problem(blocked.code, f"{target.name} at {blocked.where}", blocked.found, blocked.expected, blocked.mend)
-    return _match_weight(target, fitting, candidates[0].relation)
+        return Problem(blocked.code, f"{want.name} at {blocked.where}", blocked.found, blocked.expected, blocked.mend)
+    return _match_weight(want, fitting, candidates[0].relation)
 
 
-def _match_weight(target: Target, sites: Sequence[Site], relation: str) -> Match | Problem:
+def _match_weight(want: Want, sites: Sequence[Site], relation: str) -> Match | Problem:
     by_key = {site.weight.key: site.weight for site in sites if site.weight is not None}
     weights = tuple(by_key.values())
-    manners = {(site.transposed[target.slot], site.divisor) for site in sites}
+    manners = {(site.transposed[want.target.slot], site.divisor) for site in sites}
     if len(manners) != 1 or (len(weights) != 1 and not _are_copies(sites, weights)):
         listed = "; ".join(f"{site.module} ({site.evidence}) reads {_name(site)}" for site in sites[:_LISTED])
-        return Problem("LF404", target.name, f"several weights or several ways to read one: {listed}", "one weight")
+        return Problem("LF404", want.name, f"several weights or several ways to read one: {listed}", "one weight")
     for weight in weights:
         strangers = sorted(weight.consumers - {site.id for site in sites})
         if strangers:
             found = f"the tensor {weight.name!r} is also read by {', '.join(strangers[:_LISTED])}"
-            return Problem("LF402", target.name, found, "a tensor that nothing else reads")
+            return Problem("LF402", want.name, found, "a tensor that nothing else reads")
     transposed, divisor = manners.pop()
     evidence = BY_FINGERPRINT if relation == BY_FINGERPRINT else sites[0].evidence
-    return Match(target, weights, tuple(sites), transposed, divisor, evidence, relation)
+    return Match(want, weights, tuple(sites), transposed, divisor, evidence, relation)
 
 
 def _are_copies(sites: Sequence[Site], weights: Sequence[Weight]) -> bool:
@@ -252,41 +231,32 @@ def _name(site: Site) -> str:
     return site.weight.name if site.weight is not None else "nothing"
 
 
-def _fits(target: Target, site: Site, weight: Weight) -> bool:
-    return weight.tensor.shape == _stored_shape(target, site)
+def _fits(want: Want, site: Site, weight: Weight) -> bool:
+    return weight.tensor.shape == _stored_shape(want, site)
 
 
-def _stored_shape(target: Target, site: Site) -> tuple[int, ...]:
+def _stored_shape(want: Want, site: Site) -> tuple[int, ...]:
     """Return the shape in which the target's weight would be stored at the site."""
-    shape = _canonical_shape(target)
-    if target.slot is SlotKind.CONV or not site.transposed[target.slot]:
-        return shape
-    return shape[::-1]
+    return want.shape[::-1] if site.transposed[want.target.slot] else want.shape
 
 
-def _canonical_shape(target: Target) -> tuple[int, ...]:
-    kind = KINDS.find(target.kind)
-    assert kind is not None, "checked before"
-    return kind.weight_shape(target)
-
-
-def _report_shape(target: Target, sites: Sequence[Site]) -> Problem:
+def _report_shape(want: Want, sites: Sequence[Site]) -> Problem:
     site = next(site for site in sites if site.weight is not None)
     assert site.weight is not None, "chosen so"
-    stored, wanted = site.weight.tensor.shape, _stored_shape(target, site)
+    stored, wanted = site.weight.tensor.shape, _stored_shape(want, site)
     turned = " (it would fit transposed, which is never guessed)" if stored == wanted[::-1] else ""
     found = f"the weight {site.weight.name!r} is {stored}{turned}"
-    return Problem("LF405", target.name, found, f"{wanted} for its factors")
+    return Problem("LF405", want.name, found, f"{wanted} for its factors")
 
 
-def _report_missing(missing: Sequence[str], names: Mapping[str, str], index: SiteIndex) -> list[Problem]:
+def _report_missing(lost: Sequence[tuple[str, str, SiteIndex]]) -> list[Problem]:
     """Return one problem for each of the first few names, and one that lists the rest."""
     problems = []
-    for name in missing[:_LISTED]:
-        near = index.near(names[name])
+    for name, looked_for, index in lost[:_LISTED]:
+        near = index.near(looked_for)
         found = f"nothing of this name; nearest: {', '.join(near)}" if near else "nothing of this name, and none near"
         problems.append(Problem("LF401", name, found, f"one of {len(index.paths)} modules of the base"))
-    rest = missing[_LISTED:]
+    rest = [name for name, *_ in lost[_LISTED:]]
     if rest:
         problems.append(Problem("LF401", f"{len(rest)} more targets", f"nothing of these names: {', '.join(rest)}"))
     return problems
@@ -314,18 +284,18 @@ def _group_by_weight(matches: Sequence[Match]) -> list[list[Match]]:
     return list(groups.values())
 
 
-def _prefer_exact(matches: Sequence[Match]) -> tuple[list[Match], list[str]]:
+def _prefer_exact(matches: Sequence[Match]) -> tuple[list[Match], list[Want]]:
     """Return the matches that stand, and the targets that only came to a weight by dropping a prefix.
 
     Where one target of several has the weight's very name, the others mean something else that the base lacks.
     """
     kept: list[Match] = []
-    displaced: list[str] = []
+    displaced: list[Want] = []
     for group in _group_by_weight(matches):
         exact = [match for match in group if not match.relation.startswith("-")]
         if len(group) > 1 and len(exact) == 1:
             kept += exact
-            displaced += [match.target.name for match in group if match is not exact[0]]
+            displaced += [match.want for match in group if match is not exact[0]]
         else:
             kept += group
     return kept, displaced

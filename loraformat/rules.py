@@ -32,7 +32,13 @@ def check_adapter(adapter: Adapter, *, allow_zero: bool = False) -> list[Problem
 def is_mergeable(kind: str) -> bool:
     """Say whether this version can merge adapters of a kind."""
     known = KINDS.find(kind)
-    return known is not None and known.nature is Nature.ADDITIVE
+    return known is not None and known.nature in {Nature.ADDITIVE, Nature.REPLACEMENT}
+
+
+def is_replacement(kind: str) -> bool:
+    """Say whether adapters of a kind bring values instead of changes."""
+    known = KINDS.find(kind)
+    return known is not None and known.nature is Nature.REPLACEMENT
 
 
 def refuse_kind(kind: str, where: str, found: str) -> Problem:
@@ -68,7 +74,7 @@ def _check_numbers(target: Target) -> list[Problem]:
             bad = np.argwhere(~finite)
             found = f"{len(bad)} of {values.size} numbers, the first at {tuple(int(i) for i in bad[0])}"
             problems.append(Problem("LF501", f"{target.name}: {role}", found, "finite numbers"))
-        silent = silent or not values.any()
+        silent = silent or not (values.any() or is_replacement(target.kind))
     if silent and not problems:
         problems.append(Problem("LF214", target.name, "a factor of zeros", severity="warning"))
     return problems

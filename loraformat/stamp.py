@@ -3,18 +3,17 @@
 import math
 from dataclasses import replace
 
-from loraformat.adapter import Adapter, Target
+from loraformat.adapter import Adapter
 from loraformat.bases import BaseModel
 from loraformat.errors import error_for
 from loraformat.fingerprint import Fingerprint
-from loraformat.kinds import KINDS
 from loraformat.problems import Problem
 from loraformat.resolve import Match, resolve, sample_site
-from loraformat.rules import check_adapter
+from loraformat.rules import check_adapter, is_replacement
 
 
 def stamp_adapter(adapter: Adapter, base: BaseModel, *, strip_prefix: str | None = None) -> Adapter:
-    """Return `adapter` with a fingerprint of `base` at every target, in place of any that it had.
+    """Return `adapter` with a fingerprint of `base` at every target that changes a weight, in place of any it had.
 
     Args:
         adapter: the adapter.
@@ -31,17 +30,18 @@ def stamp_adapter(adapter: Adapter, base: BaseModel, *, strip_prefix: str | None
         problems = list(resolution.problems)
     if _are_grave(problems):
         raise error_for([problem for problem in problems if problem.severity == "error"])
-    return replace(adapter, targets=tuple(map(_stamp_target, resolution.matches)))
+    prints = {match.target.name: _take(match) for match in resolution.matches if not is_replacement(match.target.kind)}
+    return replace(
+        adapter, targets=tuple(replace(target, fingerprint=prints.get(target.name)) for target in adapter.targets)
+    )
 
 
 def _are_grave(problems: list[Problem]) -> bool:
     return any(problem.severity == "error" for problem in problems)
 
 
-def _stamp_target(match: Match) -> Target:
-    kind = KINDS.find(match.target.kind)
-    assert kind is not None, "checked before"
-    samples = sample_site(match.target, match.sites[0])
+def _take(match: Match) -> Fingerprint:
+    samples = sample_site(match.want, match.sites[0])
     if not all(map(math.isfinite, samples)):
         raise error_for([Problem("LF502", match.weight.name, "a sampled number that is not finite", "finite numbers")])
-    return replace(match.target, fingerprint=Fingerprint(kind.weight_shape(match.target), samples))
+    return Fingerprint(match.want.shape, samples)

@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,9 @@ from loraformat.adapter import Target
 from loraformat.dtypes import BY_NAME
 from loraformat.encodings import ENCODINGS, Encoding
 from loraformat.files import write_at
-from loraformat.kinds import KINDS, Delta
-from loraformat.plan import PlannedWeight
+from loraformat.kinds import KINDS, AdditiveKind, Delta, ReplacingKind
+from loraformat.plan import PlannedChange, PlannedWeight
+from loraformat.rules import is_replacement
 from loraformat.spans import StoredTensor
 
 
@@ -78,6 +79,7 @@ class WeightWork:
         self._targets = tuple(targets)
         self._lock = threading.Lock()
         self._deltas: tuple[Delta, ...] | None = None
+        self.is_replaced = is_replacement(weight.changes[0].kind)
         encoding = ENCODINGS.find(weight.encoding)
         assert encoding is not None, "the plan names it"
         self.encoding: Encoding = encoding
@@ -86,7 +88,7 @@ class WeightWork:
         self.runs_left = 0
 
     def deltas(self) -> tuple[Delta, ...]:
-        """Return the deltas of the stored matrix, each with rows and columns as stored."""
+        """Return the deltas of the stored matrix, each with rows and columns as stored; or the one replacement."""
         with self._lock:
             if self._deltas is None:
                 self._deltas = tuple(map(self._read_delta, self._targets, self.weight.changes))
@@ -99,13 +101,16 @@ class WeightWork:
             if self.runs_left == 0:
                 self._deltas = None
 
-    def _read_delta(self, target: Target, change: Any) -> Delta:
+    def _read_delta(self, target: Target, change: PlannedChange) -> Delta:
         kind = KINDS.find(target.kind)
         assert kind is not None, "the plan checked it"
         factors: Mapping[str, NDArray[Any]] = {
             role: factor.read().astype(self.work_form, copy=False) for role, factor in target.factors.items()
         }
-        delta = kind.delta(target, factors, change.scale)
+        if self.is_replaced:
+            delta = cast(ReplacingKind, kind).value(factors, change.parameter)
+        else:
+            delta = cast(AdditiveKind, kind).delta(target, factors, change.scale)
         return delta.transposed() if change.transposed else delta
 
 
@@ -145,10 +150,13 @@ def merge_tile(work: WeightWork, buffers: TileBuffers, rows: range, sink: int, s
     write_from = merged if plain else read_to
     work.tensor.file.read_into(_as_bytes(read_to), work.tensor.span.offset + skipped_bytes)
     with np.errstate(over="ignore", invalid="ignore"):
-        _sum_deltas(work.deltas(), rows, delta, merged)
         if not plain:
             work.encoding.decode(read_to, base)
-        np.add(base, delta, out=merged)
+        if work.is_replaced:
+            _replace(work, rows, base, delta, merged)
+        else:
+            _sum_deltas(work.deltas(), rows, delta, merged)
+            np.add(base, delta, out=merged)
         if not plain:
             work.encoding.encode(merged, write_from)
         write_at(sink, _as_bytes(write_from).data, sink_offset + skipped_bytes)
@@ -166,6 +174,16 @@ def _sum_deltas(deltas: Sequence[Delta], rows: range, out: NDArray[Any], scratch
     for delta in deltas[1:]:
         delta.write_rows(rows.start, rows.stop, scratch)
         np.add(out, scratch, out=out)
+
+
+def _replace(work: WeightWork, rows: range, base: NDArray[Any], delta: NDArray[Any], merged: NDArray[Any]) -> None:
+    """Write W + λ·(V − W) into `merged` and the change into `delta`; for λ = 1 the values themselves, unrounded."""
+    (values,), (scale,) = work.deltas(), work.weight.scales
+    values.write_rows(rows.start, rows.stop, merged)
+    np.subtract(merged, base, out=delta)
+    if scale != 1:
+        np.multiply(delta, delta.dtype.type(scale), out=delta)
+        np.add(base, delta, out=merged)
 
 
 def _sum_up(base: NDArray[Any], delta: NDArray[Any], merged: NDArray[Any]) -> TileSums:

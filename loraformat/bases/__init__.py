@@ -46,6 +46,7 @@ class Site:
         weight: the weight, or None when there is an obstacle.
         divisor: the site multiplies its weight by this number, so a delta is divided by it (`alpha` of Gemm).
         obstacle: why nothing can be merged here.
+        parameter: which of the module's parameters it is: `weight`, `bias` ...
     """
 
     id: str
@@ -55,6 +56,7 @@ class Site:
     weight: Weight | None
     divisor: float = 1.0
     obstacle: Problem | None = None
+    parameter: str = "weight"
 
 
 class BaseModel(Protocol):

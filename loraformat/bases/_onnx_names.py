@@ -35,7 +35,7 @@ def find_folding(visit: Visit, trace: Trace) -> str:
     return ""
 
 
-def module_of_node(visit: Visit, position: int, trace: Trace) -> tuple[str, str]:
+def module_of_node(visit: Visit, position: int, trace: Trace, parameter: str = "weight") -> tuple[str, str]:
     """Return the module path that stands at the node, at a Transpose before its weight, or at the call around it."""
     around: Visit | None = visit
     while around is not None:
@@ -45,12 +45,12 @@ def module_of_node(visit: Visit, position: int, trace: Trace) -> tuple[str, str]
                 return path, "name scopes"
             path = read_node_path(candidate.node.name)
             if path:
-                return _refine(path, visit, position, trace)
+                return _refine(path, visit, position, trace, parameter)
         around = around.call
     return "", ""
 
 
-def _refine(path: str, visit: Visit, position: int, trace: Trace) -> tuple[str, str]:
+def _refine(path: str, visit: Visit, position: int, trace: Trace, parameter: str) -> tuple[str, str]:
     """Return the whole path where the weight's or bias's own name tells it.
 
     The TorchScript exporter leaves out modules that are never called themselves, and numbers what then looks alike: for
@@ -59,7 +59,8 @@ def _refine(path: str, visit: Visit, position: int, trace: Trace) -> tuple[str, 
     weight, and tells nothing here.
     """
     read = [visit.node.input[position], *(step.node.input[0] for step in trace.steps)]
-    for name, ending in (*((name, ".weight") for name in read), *((name, ".bias") for name in _bias_names(visit))):
+    beside = _bias_names(visit) if parameter == "weight" else ()
+    for name, ending in (*((name, f".{parameter}") for name in read), *((name, ".bias") for name in beside)):
         if name.endswith(ending) and _holds(name.removesuffix(ending).split("."), path.split(".")):
             return name.removesuffix(ending), f"{NODE_NAME} and tensor name"
     return path, NODE_NAME

@@ -34,7 +34,10 @@ class Use:
 
 
 def _linear(*, transposed: bool) -> Orientations:
-    return {SlotKind.LINEAR: transposed, SlotKind.LINEAR_TRANSPOSED: transposed}
+    return {SlotKind.LINEAR: transposed, SlotKind.LINEAR_TRANSPOSED: transposed, SlotKind.PARAMETER: transposed}
+
+
+_AS_IT_IS: Final[Orientations] = {SlotKind.PARAMETER: False}
 
 
 _ANY: Final[Orientations] = dict.fromkeys(SlotKind, False)
@@ -49,17 +52,29 @@ def _use_gemm(node: "onnx.NodeProto", position: int) -> Use:
     flag = _attribute(node, "transB" if position == 1 else "transA", 0)
     alpha = float(_attribute(node, "alpha", 1.0))
     refusal = "" if alpha else "the operator multiplies the product by zero"
-    return Use(_linear(transposed=(position == 1) != bool(flag)), alpha or 1.0, refusal)
+    orientations = _linear(transposed=(position == 1) != bool(flag))
+    if orientations[SlotKind.LINEAR]:  # A Linear, or GPT-2's Conv1D, whose own parameter is the other way round.
+        orientations = {kind: turned for kind, turned in orientations.items() if kind is not SlotKind.PARAMETER}
+    return Use(orientations, alpha or 1.0, refusal)
+
+
+def _use_addend(node: "onnx.NodeProto", position: int) -> Use:
+    beta = float(_attribute(node, "beta", 1.0))
+    return Use(_AS_IT_IS, refusal="" if beta == 1 else f"the operator multiplies its bias by {beta:g}")
+
+
+def _use_as_it_is(node: "onnx.NodeProto", position: int) -> Use:
+    return Use(_AS_IT_IS)
 
 
 def _use_conv(node: "onnx.NodeProto", position: int) -> Use:
     group = _attribute(node, "group", 1)
-    return Use({SlotKind.CONV: False}, refusal="" if group == 1 else f"a convolution of {group} groups")
+    return Use({SlotKind.CONV: False, **_AS_IT_IS}, refusal="" if group == 1 else f"a convolution of {group} groups")
 
 
 def _use_gather(node: "onnx.NodeProto", position: int) -> Use:
     axis = _attribute(node, "axis", 0)
-    return Use({SlotKind.EMBEDDING: True}, refusal="" if axis == 0 else f"a lookup along axis {axis}")
+    return Use({SlotKind.EMBEDDING: True, **_AS_IT_IS}, refusal="" if axis == 0 else f"a lookup along axis {axis}")
 
 
 def _read_use(visit: Visit, position: int, read: "_UseReader") -> Use:
@@ -101,6 +116,15 @@ _USES: Final[Mapping[str, tuple[tuple[int, ...], _UseReader]]] = {
 }
 """Operator to the inputs that may hold a weight, and how they use it. MatMul may have it on either side."""
 
+_VECTORS: Final[Mapping[str, tuple[tuple[tuple[int, ...], str, _UseReader], ...]]] = {
+    "Add": (((1, 0), "bias", _use_as_it_is),),
+    "Gemm": (((2,), "bias", _use_addend),),
+    "Conv": (((2,), "bias", _use_as_it_is),),
+    "LayerNormalization": (((1,), "weight", _use_as_it_is), ((2,), "bias", _use_as_it_is)),
+    "Mul": (((1, 0), "weight", _use_as_it_is),),
+}
+"""Operator to the inputs that may hold one of a module's vectors: what a Linear adds, what a norm multiplies by."""
+
 
 @dataclass(frozen=True, slots=True)
 class RawSite:
@@ -114,6 +138,7 @@ class RawSite:
         module: module path.
         evidence: how the path is known.
         folded: why the stored values are not the module's own weight; empty when they are.
+        parameter: which of the module's parameters it is.
         repeated: whether the exporter may have given this path to another module of the same name.
     """
 
@@ -124,6 +149,7 @@ class RawSite:
     module: str
     evidence: str
     folded: str = ""
+    parameter: str = "weight"
     repeated: bool = False
 
     @property
@@ -155,7 +181,21 @@ def _find_at(visit: Visit) -> Iterator[RawSite]:
         trace = _trace_input(visit, position)
         if trace is not None:
             yield from _name_site(visit, position, trace, _read_use(visit, position, read_use))
-            return
+            break
+    for positions, parameter, read_vector in _VECTORS.get(visit.op, ()):
+        yield from _find_vector(visit, positions, parameter, read_vector)
+
+
+def _find_vector(visit: Visit, positions: Iterable[int], parameter: str, read: _UseReader) -> Iterator[RawSite]:
+    """Yield the site of a vector among the inputs at `positions`; two constants together are no module's parameter."""
+    traced = [(position, trace) for position in positions if (trace := _trace_input(visit, position)) is not None]
+    if len(traced) != 1 or traced[0][1].tensor is None or len(traced[0][1].tensor.dims) != 1:
+        return
+    position, trace = traced[0]
+    module, evidence = module_of_node(visit, position, trace, parameter)
+    if module:
+        use = _read_use(visit, position, read)
+        yield RawSite(visit, position, trace, use, module, evidence, find_folding(visit, trace), parameter)
 
 
 def _trace_input(visit: Visit, position: int) -> Trace | None:

@@ -16,7 +16,7 @@ from loraformat.spans import StoredTensor, read_small
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 
 CONFIG_NAME: Final = "config.json"
-_WEIGHT: Final = ".weight"
+_WEIGHT: Final = "weight"
 
 _CONV1D_FAMILIES: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 """`model_type`s of transformers whose blocks store matrices `(in, out)` (`transformers.pytorch_utils.Conv1D`)."""
@@ -32,9 +32,15 @@ _MATRIX: Final[Mapping[SlotKind, bool]] = {
     SlotKind.LINEAR: False,
     SlotKind.LINEAR_TRANSPOSED: True,
     SlotKind.EMBEDDING: True,
+    SlotKind.PARAMETER: False,
 }
-_CONV1D: Final[Mapping[SlotKind, bool]] = {SlotKind.LINEAR: True, SlotKind.LINEAR_TRANSPOSED: True}
-_CONV: Final[Mapping[SlotKind, bool]] = {SlotKind.CONV: False}
+_CONV1D: Final[Mapping[SlotKind, bool]] = {
+    SlotKind.LINEAR: True,
+    SlotKind.LINEAR_TRANSPOSED: True,
+    SlotKind.PARAMETER: False,
+}
+_CONV: Final[Mapping[SlotKind, bool]] = {SlotKind.CONV: False, SlotKind.PARAMETER: False}
+_VECTOR: Final[Mapping[SlotKind, bool]] = {SlotKind.PARAMETER: False}
 
 
 def list_sites(tensors: Iterable[StoredTensor], config: Mapping[str, JsonValue]) -> list[Site]:
@@ -48,11 +54,11 @@ def list_sites(tensors: Iterable[StoredTensor], config: Mapping[str, JsonValue])
 
 
 def _is_adaptable(tensor: StoredTensor) -> bool:
-    return tensor.name.endswith(_WEIGHT) and 2 <= len(tensor.shape) <= 5 and tensor.elements > 0
+    return "." in tensor.name and 1 <= len(tensor.shape) <= 5 and tensor.elements > 0
 
 
 def _make_site(tensor: StoredTensor, config: Mapping[str, JsonValue]) -> Site:
-    module = tensor.name.removesuffix(_WEIGHT)
+    module, _, parameter = tensor.name.rpartition(".")
     consumers = {tensor.name}
     if config.get("tie_word_embeddings") is True and module.rsplit(".", 1)[-1] in _TIED_MODULES:
         consumers.add("the output layer or embedding tied to it (tie_word_embeddings in config.json)")
@@ -63,13 +69,16 @@ def _make_site(tensor: StoredTensor, config: Mapping[str, JsonValue]) -> Site:
         id=tensor.name,
         module=module,
         evidence="tensor name",
-        transposed=_orient(module, tensor, config),
+        transposed=_orient(module, tensor, config) if parameter == _WEIGHT else _VECTOR,
+        parameter=parameter,
         weight=None if obstacle else Weight(tensor.name, tensor.name, tensor, frozenset(consumers)),
         obstacle=obstacle,
     )
 
 
 def _orient(module: str, tensor: StoredTensor, config: Mapping[str, JsonValue]) -> Mapping[SlotKind, bool]:
+    if len(tensor.shape) == 1:
+        return _VECTOR
     if len(tensor.shape) > 2:
         return _CONV
     conv1d = config.get("model_type") in _CONV1D_FAMILIES and module.rsplit(".", 1)[-1] in _CONV1D_MODULES

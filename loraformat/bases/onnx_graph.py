@@ -85,6 +85,7 @@ def _make_site(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> Site:
         evidence=raw.evidence,
         transposed={kind: turned ^ raw.trace.flipped for kind, turned in raw.use.orientations.items()},
         weight=weight,
+        parameter=raw.parameter,
         divisor=raw.use.divisor,
         obstacle=obstacle,
     )

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from loraformat.adapter import SlotKind, Target
+from loraformat.adapter import Factor, SlotKind, Target
 from loraformat.problems import Problem
 from loraformat.registry import Registry
 
@@ -67,7 +67,7 @@ def check_roles(target: Target, role_sets: Sequence[RoleSet]) -> list[Problem]:
 
 
 class Kind(Protocol):
-    """What a file in this folder provides as `KIND`.
+    """What a file in this folder provides as `KIND`; one of the two below.
 
     Attributes:
         name: as in the manifest.
@@ -87,12 +87,23 @@ class Kind(Protocol):
         """Return what is wrong with the target's factors, from names, shapes and number forms alone."""
         ...
 
-    def rank(self, factors: Mapping[str, Any]) -> int:
+    def rank(self, factors: Mapping[str, Factor]) -> int:
         """Return the rank that the factors have; 0 when they cannot tell."""
         ...
 
+    def parameters(self, target: Target) -> Mapping[str, tuple[int, ...]]:
+        """Return the module's parameters that the target changes (`weight`, `bias`), each with its canonical shape.
+
+        The canonical shape of a weight is `(out, in, *kernel)`.
+        """
+        ...
+
+
+class AdditiveKind(Kind, Protocol):
+    """A kind whose change is added to the weight."""
+
     def weight_shape(self, target: Target) -> tuple[int, ...]:
-        """Return the shape of the weight that the target changes, `(out, in, *kernel)`."""
+        """Return the canonical shape of the weight that the target changes, `(out, in, *kernel)`."""
         ...
 
     def delta(self, target: Target, factors: Mapping[str, NDArray[Any]], scale: float) -> Delta:
@@ -101,6 +112,14 @@ class Kind(Protocol):
 
     def norm(self, target: Target, factors: Mapping[str, NDArray[Any]]) -> float:
         """Return the Frobenius norm of the change at the target's own scale, without forming it."""
+        ...
+
+
+class ReplacingKind(Kind, Protocol):
+    """A kind that brings the values themselves."""
+
+    def value(self, factors: Mapping[str, NDArray[Any]], parameter: str) -> Delta:
+        """Return the new values of one parameter as a matrix: its first dimension and the rest."""
         ...
 
 

@@ -85,6 +85,10 @@ class Lora:
         down, _ = _pair(factors)
         return down.shape[0] if down is not None and down.shape else 0
 
+    def parameters(self, target: Target) -> Mapping[str, tuple[int, ...]]:
+        """Return the weight alone."""
+        return {"weight": self.weight_shape(target)}
+
     def weight_shape(self, target: Target) -> tuple[int, ...]:
         """Return `(out, in, *kernel)`; for an embedding `(dim, vocabulary)`."""
         down, up = _checked_pair(target.factors)

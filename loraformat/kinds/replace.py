@@ -1,0 +1,77 @@
+"""Replacement: values that were trained as a whole and saved as they are.
+
+PEFT's `modules_to_save` (a classifier on top of an adapted encoder), trained biases and norms. The merged parameter is
+the saved one; with a weight λ it lies between: W + λ·(V − W).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraformat.adapter import Factor, SlotKind, Target
+from loraformat.kinds import Delta, Nature, RoleSet, check_roles
+from loraformat.problems import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Given values as a matrix, taken row by row.
+
+    Attributes:
+        matrix: (rows, columns).
+    """
+
+    matrix: NDArray[Any]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(rows, columns)`."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    def transposed(self) -> "Values":
+        """Return the transposed values."""
+        return Values(np.ascontiguousarray(self.matrix.T))
+
+    def write_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
+        """Write rows `start:stop` into `out: (stop - start, columns)`."""
+        np.copyto(out, self.matrix[start:stop])
+
+
+class Replace:
+    """The kind `replace`."""
+
+    name = "replace"
+    nature = Nature.REPLACEMENT
+    formula = "W + λ·(V − W); V itself for λ = 1"
+    source = "PEFT modules_to_save"
+    role_sets = (RoleSet((SlotKind.PARAMETER,), (), ("weight", "bias")),)
+
+    def check(self, target: Target) -> list[Problem]:
+        """Return problems of slot, roles and number forms."""
+        problems = check_roles(target, self.role_sets)
+        for role, factor in target.factors.items():
+            where = f"{target.name}: {role}"
+            if factor.dtype.family != "float":
+                problems.append(Problem("LF210", where, factor.dtype.name, "a floating-point form"))
+            if not factor.shape or not factor.elements:
+                problems.append(Problem("LF203", where, f"shape {factor.shape}", "at least one number, on an axis"))
+        return problems
+
+    def rank(self, factors: Mapping[str, Factor]) -> int:
+        """Return 0: there is none."""
+        return 0
+
+    def parameters(self, target: Target) -> Mapping[str, tuple[int, ...]]:
+        """Return every saved parameter with its shape."""
+        return {role: factor.shape for role, factor in target.factors.items()}
+
+    def value(self, factors: Mapping[str, NDArray[Any]], parameter: str) -> Delta:
+        """Return the saved values as a matrix: the first dimension and the rest."""
+        saved = factors[parameter]
+        return Values(np.ascontiguousarray(saved.reshape(saved.shape[0], -1)))
+
+
+KIND: Final = Replace()
