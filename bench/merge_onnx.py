@@ -4,7 +4,7 @@
     python bench/merge_onnx.py --gb 4
     python bench/merge_onnx.py --inline   # weights inside the .onnx file
 
-The model is a stack of Llama-shaped blocks (MatMul only) of random float32, float16 or bfloat16 numbers; the adapter has rank 16 on
+The model is a stack of Llama-shaped blocks (MatMul only) of random numbers; the adapter has rank 16 on
 every matrix. Files lie in the page cache. `cp` and the merge take turns; medians and their ratio are printed, and the
 peak memory of the merge as the kernel accounts for it, interpreter included.
 """

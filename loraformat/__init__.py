@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loraformat.plan import Plan
     from loraformat.problems import Problem
     from loraformat.receipt import Receipt
-    from loraformat.validate import Verdict
+    from loraformat.validation import Verdict
 
 __all__ = [
     "Adapter",
@@ -52,7 +52,7 @@ _HOMES = {
     "loraformat.plan": ("Plan",),
     "loraformat.problems": ("Problem",),
     "loraformat.receipt": ("Receipt",),
-    "loraformat.validate": ("Verdict",),
+    "loraformat.validation": ("Verdict",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -4,7 +4,7 @@ Records only. Readers of schemes build them, kinds give them meaning, nothing he
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -163,3 +163,8 @@ class Adapter:
     def parameters(self) -> int:
         """Number of trained numbers."""
         return sum(target.parameters for target in self.targets)
+
+    def factors(self) -> Iterator[Factor]:
+        """Yield every tensor of every target."""
+        for target in self.targets:
+            yield from target.factors.values()

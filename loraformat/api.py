@@ -12,14 +12,15 @@ from loraformat.containers.safetensors import write_safetensors
 from loraformat.errors import error_for
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
 from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE
-from loraformat.loading import FACTORS_NAME, is_base, load_adapter, open_base
+from loraformat.loading import FACTORS_NAME, is_base, list_files, load_adapter, open_base
 from loraformat.outputs import PendingOutput, check_apart, check_output
 from loraformat.plan import Plan, WeightedAdapter, build_plan, default_output
 from loraformat.receipt import Receipt
+from loraformat.rules import check_shapes
 from loraformat.schemes import StatedScale
 from loraformat.schemes.native import write_tensors
-from loraformat.stamp import stamp_adapter
-from loraformat.validate import Verdict, validate_paths
+from loraformat.stamping import stamp_adapter
+from loraformat.validation import Verdict, validate_paths
 
 StrPath: TypeAlias = str | os.PathLike[str]
 AdapterSource: TypeAlias = StrPath | Adapter
@@ -56,10 +57,11 @@ def save(adapter: Adapter, path: StrPath, *, force: bool = False) -> Path:
             source stands against merging it.
     """
     output = Path(path)
-    against = [problem for problem in adapter.problems if problem.severity == "error"]
+    found = [*adapter.problems, *check_shapes(adapter)]
+    against = [problem for problem in found if problem.severity == "error"]
     if against:  # The file has no place for them: it would pass for an adapter that can be merged.
         raise error_for(against)
-    check_output(output, _sources(adapter), force=force)
+    check_output(output, [file.path for file in list_files(adapter)], force=force)
     tensors, metadata = write_tensors(adapter)
     with PendingOutput([output], force=force) as pending:
         entries = [(name, factor.dtype, factor.shape, factor.read) for name, factor in tensors.items()]
@@ -219,7 +221,7 @@ def merge(
         ignore_fingerprints=ignore_fingerprints,
     )
     for item in weighted:
-        check_apart(plan.output, _sources(item.adapter))
+        check_apart(plan.output, [file.path for file in list_files(item.adapter)])
     work = Work(count_workers(jobs), max_memory_bytes, min_retained, force, durable, progress)
     return apply_plan(plan, opened, weighted, work)
 
@@ -247,11 +249,3 @@ def _name_of(path: Path) -> str:
 
 def _place_output(base: BaseModel, adapters: Sequence[WeightedAdapter], output: StrPath | None) -> Path:
     return Path(output) if output is not None else default_output(base.path, base.suffix, adapters)
-
-
-def _sources(adapter: Adapter) -> list[Path]:
-    """Return the files that an adapter's factors are read from."""
-    if not adapter.source:
-        return []
-    source = Path(adapter.source)
-    return [source / FACTORS_NAME] if os.path.isdir(source) else [source]

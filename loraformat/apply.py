@@ -19,6 +19,7 @@ from loraformat.errors import refuse
 from loraformat.files import copy_range, reserve_bytes, write_at
 from loraformat.images import Blank, Copy, FileImage, Literal
 from loraformat.limits import COPY_CHUNK_BYTES
+from loraformat.loading import list_files
 from loraformat.outputs import PendingFolder, PendingOutput, check_output, check_output_folder, output_errors
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
 from loraformat.receipt import Receipt
@@ -81,7 +82,7 @@ def apply_plan(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter],
         sums = _Run(plan, base, adapters, work, images, pending.descriptors).carry_out()
         receipt = finish_receipt(plan, base, sums, work.min_retained)
         _fill_blank(images[-1], pending.descriptors[-1], base.encode_receipt(receipt.embedded_text()))
-        for file in base.files:
+        for file in (*base.files, *(file for item in adapters for file in list_files(item.adapter))):
             file.check_unchanged()
         pending.commit()
     return receipt

@@ -80,6 +80,12 @@ def digest_file(file: InputFile) -> str:
     return digest.hexdigest()
 
 
+def list_files(adapter: Adapter) -> list[InputFile]:
+    """Return the open files that an adapter's factors are read from; none for one made in memory."""
+    files = (getattr(factor, "file", None) for factor in adapter.factors())
+    return list({id(file): file for file in files if isinstance(file, InputFile)}.values())
+
+
 def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
     """Return the scheme of `bundle` and the evidence for it.
 
@@ -145,7 +151,11 @@ def _read_config(factors: Path) -> Mapping[str, JsonValue] | None:
     path = factors.with_name(CONFIG_NAME)
     if factors.name not in _FACTORS_NAMES or not path.exists():
         return None
-    return parse_json_object(read_small(path), path)
+    data = read_small(path)
+    described = describe_head(data[:HEAD_BYTES])
+    if described is not None and not data.lstrip().startswith(b"{"):
+        raise refuse("LF111", path, described.what, "JSON text", described.mend)
+    return parse_json_object(data, path)
 
 
 def _read_head(path: Path) -> tuple[bytes, int]:
@@ -157,7 +167,7 @@ def _read_head(path: Path) -> tuple[bytes, int]:
 
 
 def _choose_container(path: Path, head: bytes, size: int) -> Container:
-    containers = [container for _, container in CONTAINERS]
+    containers = sorted((container for _, container in CONTAINERS), key=lambda each: not each.has_magic)
     for container in containers:
         if container.sniff(head, size):
             return container

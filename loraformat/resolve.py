@@ -208,7 +208,8 @@ def _match_weight(want: Want, sites: Sequence[Site], relation: str) -> Match | P
     by_key = {site.weight.key: site.weight for site in sites if site.weight is not None}
     weights = tuple(by_key.values())
     manners = {(site.transposed[want.target.slot], site.divisor) for site in sites}
-    if len(manners) != 1 or (len(weights) != 1 and not _are_copies(sites, weights)):
+    nameless = relation == BY_FINGERPRINT and len(sites) > 1 and not _are_of_one_module(sites)
+    if nameless or len(manners) != 1 or (len(weights) != 1 and not _are_copies(sites, weights)):
         listed = "; ".join(f"{site.module} ({site.evidence}) reads {_name(site)}" for site in sites[:_LISTED])
         return Problem("LF404", want.name, f"several weights or several ways to read one: {listed}", "one weight")
     for weight in weights:
@@ -224,7 +225,12 @@ def _match_weight(want: Want, sites: Sequence[Site], relation: str) -> Match | P
 def _are_copies(sites: Sequence[Site], weights: Sequence[Weight]) -> bool:
     """Say whether several tensors are one parameter, written once for each call: one module, equal to the last bit."""
     first, *others = (weight.tensor for weight in weights)
-    return len({site.module for site in sites}) == 1 and all(first.equals(other) for other in others)
+    return _are_of_one_module(sites) and all(first.equals(other) for other in others)
+
+
+def _are_of_one_module(sites: Sequence[Site]) -> bool:
+    """Say whether sites are known to be of one module; of sites without a name nothing is known."""
+    return len({site.module for site in sites}) == 1 and bool(sites[0].module)
 
 
 def _name(site: Site) -> str:

@@ -10,6 +10,10 @@ from loraformat.adapter import Adapter, Target
 from loraformat.kinds import KINDS, Nature
 from loraformat.problems import Problem
 
+_MENDS: Final = {
+    "lora and replace": "PEFT saves the base's table beside an adapted embedding: save_pretrained(..., "
+    "save_embedding_layers=False) leaves it out where the vocabulary has not grown."
+}
 _LISTED: Final = 8
 """Targets of which one message each is said; the rest shares one."""
 
@@ -29,6 +33,12 @@ def check_adapter(adapter: Adapter, *, allow_zero: bool = False) -> list[Problem
     return problems
 
 
+def check_shapes(adapter: Adapter) -> list[Problem]:
+    """Return what the kinds say of their targets' slots, roles, shapes and number forms; reads no factor."""
+    known = ((target, KINDS.find(target.kind)) for target in adapter.targets)
+    return [problem for target, kind in known if kind is not None for problem in kind.check(target)]
+
+
 def is_mergeable(kind: str) -> bool:
     """Say whether this version can merge adapters of a kind."""
     known = KINDS.find(kind)
@@ -43,7 +53,8 @@ def is_replacement(kind: str) -> bool:
 
 def refuse_kind(kind: str, where: str, found: str) -> Problem:
     """Return the problem of a kind that this version cannot merge."""
-    return Problem("LF209", where, f"the kind {kind!r} ({found})", f"one of {', '.join(KINDS.names())}")
+    mend = _MENDS.get(kind, "")
+    return Problem("LF209", where, f"the kind {kind!r} ({found})", f"one of {', '.join(KINDS.names())}", mend)
 
 
 def _check_target(target: Target, *, allow_zero: bool) -> list[Problem]:

@@ -30,10 +30,12 @@ class Container(Protocol):
     Attributes:
         name: for messages.
         suffixes: file name endings that are usual for it, lower case with the dot.
+        has_magic: whether its files begin in a way that no other format's do.
     """
 
     name: str
     suffixes: tuple[str, ...]
+    has_magic: bool
 
     def sniff(self, head: bytes, size_bytes: int) -> bool:
         """Say whether a file that starts with `head` (up to 64 bytes) is of this format."""

@@ -84,6 +84,7 @@ class Npz:
 
     name: str = "npz"
     suffixes: tuple[str, ...] = (".npz",)
+    has_magic: bool = True
 
     def sniff(self, head: bytes, size_bytes: int) -> bool:
         """Say whether the first member of a zip is a `.npy` file.

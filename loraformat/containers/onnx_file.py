@@ -246,6 +246,7 @@ class Onnx:
 
     name: str = "onnx"
     suffixes: tuple[str, ...] = (".onnx",)
+    has_magic: bool = False
 
     def sniff(self, head: bytes, size_bytes: int) -> bool:
         """Say whether `head` begins with fields that a model has; protobuf has no magic number."""

@@ -58,6 +58,7 @@ class Safetensors:
 
     name: str = "safetensors"
     suffixes: tuple[str, ...] = (".safetensors",)
+    has_magic: bool = True
 
     def sniff(self, head: bytes, size_bytes: int) -> bool:
         """Say whether `head` has a header length that the file can hold, followed by `{`."""

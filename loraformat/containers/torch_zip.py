@@ -60,6 +60,7 @@ class TorchZip:
 
     name: str = "torch"
     suffixes: tuple[str, ...] = (".bin", ".pt", ".pth", ".ckpt")
+    has_magic: bool = True
 
     def sniff(self, head: bytes, size_bytes: int) -> bool:
         """Say whether the first member of a zip is `<root>/data.pkl`.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 from loraformat.problems import Severity
 
 if TYPE_CHECKING:
-    from loraformat.validate import Verdict
+    from loraformat.validation import Verdict
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from loraformat.problems import Problem, escape_controls
 
 if TYPE_CHECKING:
-    from loraformat.validate import Verdict
+    from loraformat.validation import Verdict
 
 
 def one_line(value: object) -> str:

@@ -13,7 +13,7 @@ from loraformat.reports import Setting
 from loraformat.reports._words import locate, one_line
 
 if TYPE_CHECKING:
-    from loraformat.validate import Verdict
+    from loraformat.validation import Verdict
 
 _COMMANDS: Final[Mapping[Severity, str]] = {"error": "error", "warning": "warning", "note": "notice"}
 _IN_DATA: Final = {ord(character): f"%{ord(character):02X}" for character in "%\r\n"}

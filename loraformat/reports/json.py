@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from loraformat.reports import Setting
 
 if TYPE_CHECKING:
-    from loraformat.validate import Verdict
+    from loraformat.validation import Verdict
 
 VERSION: Final = "1.0"
 

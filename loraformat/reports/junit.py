@@ -12,7 +12,7 @@ from loraformat.reports import Setting
 from loraformat.reports._words import count_targets, locate, one_line
 
 if TYPE_CHECKING:
-    from loraformat.validate import Verdict
+    from loraformat.validation import Verdict
 
 _NOT_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 

@@ -14,7 +14,7 @@ from loraformat.reports import Setting
 from loraformat.reports._words import as_uri, describe, one_line
 
 if TYPE_CHECKING:
-    from loraformat.validate import Verdict
+    from loraformat.validation import Verdict
 
 _SCHEMA: Final = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 

@@ -8,7 +8,7 @@ from loraformat.reports import Setting
 from loraformat.reports._words import count_targets, one_line
 
 if TYPE_CHECKING:
-    from loraformat.validate import Verdict
+    from loraformat.validation import Verdict
 
 
 def write(verdicts: "Sequence[Verdict]", setting: Setting) -> str:

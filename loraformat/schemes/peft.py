@@ -175,7 +175,7 @@ def _read_target(name: str, group: _Group, config: PeftConfig, stated: StatedSca
 
 def _choose_kind(kinds: set[str]) -> str:
     """Return the one kind that a target's tensors make; several that do not belong together keep all names."""
-    special = sorted(kinds - {"lora"})
+    special = sorted(kinds if "replace" in kinds else kinds - {"lora"})
     return " and ".join(special) if special else "lora"
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from builders import lora_factors, write_peft, write_tensors
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 import loraformat
+from builders import lora_factors, write_peft, write_tensors
 from loraformat.errors import LoraformatError
 from loraformat.loading import open_base
 

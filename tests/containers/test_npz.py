@@ -103,12 +103,12 @@ def test_what_numpy_writes_we_read(
 ) -> None:
     dice = np.random.default_rng(seed)
     array = np.array(dice.integers(0, 2 if form == "b1" else 100, shape)).astype(form)
-    array = np.asfortranarray(array) if fortran else array
+    array = array.copy(order="F" if fortran else "C")
     sink = io.BytesIO()
     npy.write_array(sink, array, version=version)
     opened = open_bytes(tmp_path / "a.npz", pack({"a.b.npy": sink.getvalue()}))
     found = opened.tensors["a.b"]
-    assert same_bits(found.read(), np.ascontiguousarray(array).reshape(shape))
+    assert same_bits(found.read(), array.copy(order="C"))
     if isinstance(found, StridedTensor):
         assert fortran
     else:
@@ -210,7 +210,7 @@ def test_number_forms_that_are_not_read(
         (frame(header(descr="'='")), "LF106"),
         (frame(header(descr="'=f4'")), "LF106"),
         (frame(header(descr="'f4'")), "LF106"),
-        (frame(header(descr="''")), "LF109"),
+        (frame(header(descr="''")), "LF106"),
         (frame(header(descr="__import__('os').system('true')")), "LF109"),
         (frame(header(descr="('<f4', (2,))")), "LF109"),
         (frame("(" * 5000), "LF109"),

@@ -36,9 +36,7 @@ class Vector:
         return json.loads((self.folder / "expected.json").read_text(encoding="utf-8"))
 
 
-PENDING: dict[str, str] = {
-    "valid/length-like-onnx": "loading.py asks the ONNX container, which has no magic number, before safetensors",
-}
+PENDING: dict[str, str] = {}
 """Vectors that this package does not pass yet, with the reason; a test finds those that it passes after all."""
 
 

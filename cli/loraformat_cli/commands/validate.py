@@ -13,7 +13,7 @@ from loraformat_cli.screen import Screen
 
 if TYPE_CHECKING:
     from loraformat.problems import Severity
-    from loraformat.validate import Verdict
+    from loraformat.validation import Verdict
 
 _FILE: Final = click.Path(path_type=Path)
 _STANDARD_OUTPUT: Final = Path("-")
