@@ -39,10 +39,10 @@ MAX_ZIP_DIRECTORY_BYTES: Final = 100_000_000
 MAX_PICKLE_BYTES: Final = 100_000_000
 """The pickle of a torch checkpoint holds names and shapes, no weights: about 140 bytes for each tensor."""
 
-MAX_PICKLE_OPCODES: Final = 5_000_000
-"""About 40 for each tensor. What they build takes some hundred megabytes and some seconds at worst."""
+MAX_PICKLE_OPCODES: Final = 2_500_000
+"""About 40 for each tensor. What they build takes 350 MB at worst."""
 
-MAX_PICKLE_MEMO: Final = 2_500_000
+MAX_PICKLE_MEMO: Final = 1_250_000
 """Values that a pickle can refer back to; Python's pickler remembers about every second one."""
 
 MAX_PICKLE_MARKS: Final = 1000

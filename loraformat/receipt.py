@@ -39,7 +39,8 @@ class MergedWeight:
         name: its name in the base.
         targets: the adapter targets that it took in, one entry for each adapter.
         scales: effective multiplier of each entry of `targets`, the user's weight included.
-        retained: share of the delta that survived rounding: Σ Δ·(W′−W) / Σ Δ²; 1.0 for a zero delta.
+        retained: share of the delta that survived rounding: Σ Δ·(W′−W) / Σ Δ²; 1.0 for a zero delta. Of a float32 or
+            float64 weight, which loses next to nothing, one tile in eight is summed.
         relative: ‖Δ‖ / ‖W‖, both Frobenius norms; infinite for a weight of zeros, which JSON has as null.
     """
 
