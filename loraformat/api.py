@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from loraformat.adapter import Adapter
 from loraformat.apply import Progress, Work, apply_plan, count_workers
@@ -12,7 +12,7 @@ from loraformat.containers.safetensors import write_safetensors
 from loraformat.errors import error_for
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
 from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE
-from loraformat.loading import FACTORS_NAME, is_base, list_files, load_adapter, open_base
+from loraformat.loading import FACTORS_NAMES, is_base, list_files, load_adapter, open_base
 from loraformat.outputs import PendingOutput, check_apart, check_output
 from loraformat.plan import Plan, WeightedAdapter, build_plan, default_output
 from loraformat.receipt import Receipt
@@ -25,6 +25,8 @@ from loraformat.validation import Verdict, validate_paths
 StrPath: TypeAlias = str | os.PathLike[str]
 AdapterSource: TypeAlias = StrPath | Adapter
 AdapterArgument: TypeAlias = AdapterSource | tuple[AdapterSource, float]
+
+_ADAPTER_SUFFIXES: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz"})
 
 
 def load(
@@ -242,9 +244,9 @@ def _weigh(argument: AdapterArgument, scheme: str | None, stated: StatedScale) -
 def _name_of(path: Path) -> str:
     """Return the adapter's own name: the folder's where the file has the name that all PEFT files have."""
     path = path.absolute()
-    if path.name == FACTORS_NAME:
+    if path.name in FACTORS_NAMES:
         return path.parent.name
-    return path.name.removesuffix(".safetensors")
+    return path.stem if path.suffix in _ADAPTER_SUFFIXES else path.name
 
 
 def _place_output(base: BaseModel, adapters: Sequence[WeightedAdapter], output: StrPath | None) -> Path:

@@ -20,7 +20,7 @@ from loraformat.strict_json import JsonValue, parse_json_object
 FACTORS_NAME: Final = "adapter_model.safetensors"
 CONFIG_NAME: Final = "adapter_config.json"
 _DIGEST_STEP_BYTES: Final = 1 << 22
-_FACTORS_NAMES: Final = (FACTORS_NAME, "adapter_model.bin", "adapter_model.pt")
+FACTORS_NAMES: Final = (FACTORS_NAME, "adapter_model.bin", "adapter_model.pt")
 """What the file with the factors is called in a PEFT folder, the one to prefer first."""
 
 _KNOWN_ENDINGS: Final = (
@@ -133,13 +133,13 @@ def is_base(path: Path) -> bool:
     """Say whether `path` is a model rather than an adapter, from its content: an adapter's tensors have a scheme."""
     if isdir(path):
         looks_so = any(base.accepts(path, b"", 0) for _, base in BASES)
-        return looks_so and not any((path / name).exists() for name in (*_FACTORS_NAMES, CONFIG_NAME))
+        return looks_so and not any((path / name).exists() for name in (*FACTORS_NAMES, CONFIG_NAME))
     bundle, _ = open_bundle(path)
     return not any(scheme.detect(bundle) for _, scheme in SCHEMES) and not _recognise(bundle)
 
 
 def _find_factors(folder: Path) -> Path:
-    for name in _FACTORS_NAMES:
+    for name in FACTORS_NAMES:
         if (folder / name).exists():
             return folder / name
     inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
@@ -149,7 +149,7 @@ def _find_factors(folder: Path) -> Path:
 def _read_config(factors: Path) -> Mapping[str, JsonValue] | None:
     """Return the configuration beside PEFT's file name; beside any other name it may belong to another file."""
     path = factors.with_name(CONFIG_NAME)
-    if factors.name not in _FACTORS_NAMES or not path.exists():
+    if factors.name not in FACTORS_NAMES or not path.exists():
         return None
     data = read_small(path)
     described = describe_head(data[:HEAD_BYTES])

@@ -14,7 +14,7 @@ from loraformat.adapter import Adapter
 from loraformat.bases import BaseModel
 from loraformat.errors import LoraformatError, refuse
 from loraformat.kinds import KINDS
-from loraformat.loading import CONFIG_NAME, FACTORS_NAME, choose_scheme, is_base, open_base, open_bundle
+from loraformat.loading import CONFIG_NAME, FACTORS_NAME, FACTORS_NAMES, choose_scheme, is_base, open_base, open_bundle
 from loraformat.problems import Problem, Severity
 from loraformat.resolve import resolve
 from loraformat.rules import check_adapter, is_mergeable, refuse_kind
@@ -24,8 +24,7 @@ from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import read_small
 from loraformat.strict_json import JsonValue, parse_json_object
 
-_FACTORS_NAMES: Final = (FACTORS_NAME, "adapter_model.bin", "adapter_model.pt")
-_ADAPTER_NAMES: Final = (*_FACTORS_NAMES, CONFIG_NAME)
+_ADAPTER_NAMES: Final = (*FACTORS_NAMES, CONFIG_NAME)
 _SUFFIXES: Final = (".safetensors", ".onnx_adapter")
 _CONFIG_SUFFIX: Final = ".json"
 _SEVERITIES: Final[tuple[Severity, ...]] = ("error", "warning", "note")
@@ -192,7 +191,7 @@ def _main_file(path: Path) -> Path:
         names = (name for name in _ADAPTER_NAMES if (path / name).exists())
         return path / next(names, "")
     if path.name == CONFIG_NAME:
-        return next((path.with_name(name) for name in _FACTORS_NAMES if path.with_name(name).exists()), path)
+        return next((path.with_name(name) for name in FACTORS_NAMES if path.with_name(name).exists()), path)
     return path
 
 

@@ -53,8 +53,8 @@ def _report_failure(error: Exception, screen: Screen) -> int:
     if isinstance(error, LoraformatError):
         if screen.json:
             _print_document([problem.as_json() for problem in error.problems], error.exit_code, screen)
-        for problem in () if screen.json else error.problems:
-            screen.problem(problem)
+        else:
+            screen.problems(error.problems)
         return error.exit_code
     if isinstance(error, OSError) and error.errno in _STREAM_FULL:
         reason = os.strerror(error.errno or 0)

@@ -26,6 +26,8 @@ COLOUR_MODES: Final[tuple[str, ...]] = get_args(ColourMode)
 Stream = Literal["stdout", "stderr"]
 _FOLDED_ROWS: Final = 1000
 """rich takes a second for so many; lines of longer tables are left to the terminal to break."""
+_IN_FULL: Final = 6
+"""Problems of one code that are printed whole; more say the same again."""
 RIGHT: Final = ">"
 """A heading that starts with it stands over a column that is set to the right."""
 _SEVERITY_STYLES: Final = {"error": "red", "warning": "yellow", "note": "cyan"}
@@ -68,6 +70,19 @@ class Screen:
         """Print a problem on stderr; warnings and notes are left out when quiet."""
         if problem.severity == "error" or not self.quiet:
             self._say(str(problem), problem.severity)
+
+    def problems(self, problems: "Sequence[Problem]") -> None:
+        """Print problems; of many with one code the first few in full, and the rest by what they are about."""
+        counts: dict[str, int] = {}
+        rest: dict[str, list[str]] = {}
+        for problem in problems:
+            counts[problem.code] = counts.get(problem.code, 0) + 1
+            if counts[problem.code] <= _IN_FULL or self.verbose:
+                self.problem(problem)
+            else:
+                rest.setdefault(problem.code, []).append(problem.where)
+        for code, places in rest.items():
+            self._say(plain(f"{code} also: {', '.join(places)}"), "error")
 
     def error_line(self, text: str) -> None:
         """Print, on one line, an error that has no reason code."""

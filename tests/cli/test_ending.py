@@ -38,7 +38,9 @@ def test_exit_codes_as_json(run, face, code, exit_code) -> None:
 
 def test_every_problem_is_printed(run, face) -> None:
     face.answer("inspect", error_for([Problem("LF401", f"target {number}", "none") for number in range(40)]))
-    assert run("inspect", "file").stderr.count("error: LF401") == 40
+    stderr = run("inspect", "file").stderr
+    assert all(f"target {number}" in stderr for number in range(40))
+    assert run("inspect", "file", "-v").stderr.count("error: LF401") == 40
 
 
 def test_names_cannot_drive_the_terminal(run, face) -> None:
@@ -273,3 +275,15 @@ def test_progress_only_where_it_can_be_seen(face, receipt, monkeypatch) -> None:
     finally:
         os.close(terminal)
         os.close(controller)
+
+
+def test_many_problems_of_one_code_are_all_named_and_few_in_full(run, face) -> None:
+    from loraformat.errors import error_for
+    from loraformat.problems import Problem
+
+    places = [f"model.layers.{index}.q" for index in range(9)]
+    face.answer("merge", error_for([Problem("LF401", place, "nothing of this name") for place in places]))
+    result = run("merge", "base.onnx", "style")
+    assert result.exit_code == 1
+    assert all(place in result.stderr for place in places)
+    assert result.stderr.count("found:") == 6

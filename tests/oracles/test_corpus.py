@@ -199,17 +199,15 @@ def test_the_scheme_of_a_saved_copy(expected: Expected, tmp_path: Path) -> None:
 REFUSED = [
     # A pointer of git-LFS in the place of the file.
     ("JOSASA__gpt2", "LF111", "git-LFS"),
-    # Pickles are not read.
-    ("Inishpy__lerobot-libero", "LF111", "torch checkpoint"),
-    ("huggingface__peft/tests/regression/ia3_opt-350m/0.6.1", "LF111", "torch checkpoint"),
-    ("microsoft__LoRA/examples/NLU/roberta_base_lora_mnli.bin", "LF111", "torch checkpoint"),
-    ("cloneofsimo__lora/example_loras/lora_kiriko2.text_encoder.pt", "LF111", "torch checkpoint"),
     # Schemes and kinds that this version does not read, each by name.
     (
         "IBM__text-generation-inference/integration_tests/prompt_prefixes/tinyllama_peft_adapter",
         "LF121",
         "prompt tuning",
     ),
+    ("Inishpy__lerobot-libero", "LF121", ""),
+    ("huggingface__peft/tests/regression/ia3_opt-350m/0.6.1", "LF121", ""),
+    ("microsoft__LoRA/examples/NLU/roberta_base_lora_mnli.bin", "LF121", "loralib"),
     ("cloneofsimo__lora/example_loras/lora_disney.safetensors", "LF121", "cloneofsimo"),
     ("KohakuBlueleaf__LyCORIS/result/smart_falcon_4_lokr.safetensors", "LF121", "LoKr"),
     ("catundchat__stable-diffusion-v1.5-lora/pytorch_lora_weights.safetensors", "LF121", "diffusers"),
