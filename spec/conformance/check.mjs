@@ -312,14 +312,37 @@ function readAdapter(file) {
     demand(end >= 0, "LF202", `${tensor.name} belongs to no target`);
     adapter.targets.get(tensor.name.slice(0, end)).factors.set(tensor.name.slice(end + 1), tensor);
   }
-  adapter.warnings = [...adapter.targets.values()].flatMap(checkLora);
+  adapter.warnings = [...adapter.targets.values()].flatMap(checkTarget);
   return adapter;
 }
 
-/** Check a target of the kind `lora` (R-023, R-030, R-040 to R-043), give it A, B and shape, return warnings. */
+const KINDS = { lora: checkLora, replace: checkReplace };
+
+/** Check a target's factors, give it what its kind has of them, return warnings. */
+function checkTarget(target) {
+  demand(Object.hasOwn(KINDS, target.kind), "LF209", `${target.name}: the kind ${target.kind}`);
+  return KINDS[target.kind](target);
+}
+
+/** Check a target of the kind `replace` (R-023, R-030, R-044) and give it the shapes of its parameters. */
+function checkReplace(target) {
+  const { name, slot, rank, rule, factors } = target;
+  demand(slot === "parameter", "LF408", `${name}: the slot ${slot}`);
+  demand(rule === "multiplier", "LF122", `${name}: the rule ${rule}`);
+  demand(factors.size > 0, "LF201", `${name} has no tensors`);
+  for (const [role, { dtype, shape }] of factors) {
+    demand(["weight", "bias"].includes(role), "LF202", `${name}: the role ${role}`);
+    demand(FACTOR_DTYPES.includes(dtype), "LF210", `${name}: ${dtype}`);
+    demand(shape.length > 0 && !shape.includes(0), "LF203", `${name}: ${role} of shape ${shape}`);
+  }
+  demand(rank === 0, "LF205", `${name}: rank ${rank}`);
+  target.shapes = Object.fromEntries([...factors].map(([role, { shape }]) => [role, shape]));
+  return [];
+}
+
+/** Check a target of the kind `lora` (R-023, R-030, R-041 to R-043), give it A, B and shape, return warnings. */
 function checkLora(target) {
-  const { name, kind, slot, rank, factors } = target;
-  demand(kind === "lora", "LF209", `${name}: the kind ${kind}`);
+  const { name, slot, rank, factors } = target;
   demand(slot !== "parameter", "LF408", `${name}: the slot ${slot}`);
   const roles = slot === "embedding" ? ["lora_embedding_A", "lora_embedding_B"] : ["lora_A.weight", "lora_B.weight"];
   for (const role of factors.keys()) demand(roles.includes(role), "LF202", `${name}: the role ${role}`);
@@ -477,15 +500,33 @@ function addDelta(target, weight, sum) {
   }
 }
 
+/** Return the merged bytes of a parameter that V replaces: of W + λ·(V − W), and for λ = 1 of V itself. */
+function replaceTensor({ name, dtype, data }, values, factor) {
+  const fit = dtype === "F64" ? (x) => x : Math.fround;
+  const between = (w, v) => (factor === 1 ? v : fit(w + fit(factor * fit(v - w))));
+  return Buffer.concat(numbersOf({ dtype, data }).map((w, i) => encodeNumber(between(w, values[i]), dtype, name)));
+}
+
 /** Return each tensor of the merged state dict, its bytes in hexadecimal. */
 function merge(base, adapters, minRetained) {
   const { tensors } = readSafetensors(base);
   const sums = new Map();
+  const replaced = new Map();
   for (const { adapter, weight } of adapters) {
     for (const target of adapter.targets.values()) {
-      const numbers = [target.a, target.b].flatMap(numbersOf);
+      const numbers = [...target.factors.values()].flatMap(numbersOf);
       demand(numbers.every(Number.isFinite), "LF501", target.name);
       demand(scaleOf(target) !== 0, "LF208", target.name);
+      if (target.kind === "replace") {
+        for (const [role, saved] of target.factors) {
+          const stored = tensors.get(`${target.name}.${role}`);
+          demand(stored, "LF401", `${target.name}.${role}`);
+          demand(String(saved.shape) === String(stored.shape), "LF405", stored.name);
+          demand(!replaced.has(stored.name), "LF409", stored.name);
+          replaced.set(stored.name, replaceTensor(stored, numbersOf(saved), scaleOf(target) * weight));
+        }
+        continue;
+      }
       const stored = tensors.get(`${target.name}.weight`);
       demand(stored, "LF401", target.name);
       const turned = target.slot === "embedding" || target.slot === "linear-transposed";
@@ -499,7 +540,9 @@ function merge(base, adapters, minRetained) {
   const merged = {};
   for (const [name, tensor] of tensors) {
     const sum = sums.get(name);
-    merged[name] = (sum ? mergeTensor(tensor, sum, minRetained) : tensor.data).toString("hex");
+    demand(!sum || !replaced.has(name), "LF409", name);
+    const bytes = replaced.get(name) ?? (sum ? mergeTensor(tensor, sum, minRetained) : tensor.data);
+    merged[name] = bytes.toString("hex");
   }
   return merged;
 }
@@ -529,8 +572,8 @@ function checkValid(folder, expected) {
   const adapter = readAdapter(readFileSync(join(folder, "adapter.safetensors")));
   const targets = {};
   for (const target of adapter.targets.values()) {
-    const { name, kind, slot, rank, shape } = target;
-    targets[name] = { kind, slot, rank, scale: scaleOf(target), shape };
+    const { name, kind, slot, rank, shape, shapes } = target;
+    targets[name] = { kind, slot, rank, scale: scaleOf(target), ...(shapes ? { shapes } : { shape }) };
   }
   if (!same(targets, expected.targets)) return `targets ${JSON.stringify(targets)}`;
   if (!same([...new Set(adapter.warnings)].sort(), expected.problems)) return `warnings ${adapter.warnings}`;

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import loraformat
+from loraformat.adapter import SlotKind, Target
 from loraformat.api import validate
 from loraformat.containers.safetensors import CONTAINER
 from loraformat.kinds import KINDS
@@ -16,6 +17,11 @@ from spec.cases import CODES_OF_THE_SPEC, PENDING, VECTORS, Vector, read, vector
 def named(kind: str, verdict: str) -> pytest.MarkDecorator:
     chosen = [vector for vector in vectors(kind) if vector.expected["verdict"] == verdict]
     return pytest.mark.parametrize("vector", chosen, ids=lambda vector: vector.name)
+
+
+def shapes_of(target: Target) -> dict[str, Any]:
+    shapes = {role: list(shape) for role, shape in KINDS.find(target.kind).parameters(target).items()}
+    return {"shapes": shapes} if target.slot is SlotKind.PARAMETER else {"shape": shapes["weight"]}
 
 
 @named("valid", "valid")
@@ -31,7 +37,7 @@ def test_a_valid_file_is_read_as_it_is_meant(vector: Vector) -> None:
             "slot": target.slot.value,
             "rank": target.rank,
             "scale": target.scale,
-            "shape": list(KINDS.find(target.kind).weight_shape(target)),
+            **shapes_of(target),
         }
         for target in adapter.targets
     }

@@ -18,6 +18,7 @@ from make.kit import (
     lora,
     manifest_of,
     pack,
+    replacement,
     shape_factors,
     store,
     tensor,
@@ -322,6 +323,15 @@ def _without_name() -> bytes:
     return pack(manifest_of({"": TARGET}), {name.removeprefix("proj"): item for name, item in TENSORS.items()})
 
 
+def _replace(tensors: Mapping[str, Tensor], **changes: Any) -> bytes:
+    """Return a file that has a lora target and replaces parameters of `head`."""
+    named = {f"head.{role}": item for role, item in tensors.items()}
+    return pack(manifest_of({"proj": TARGET, "head": replacement() | changes}), {**TENSORS, **named})
+
+
+SAVED = {"weight": tensor("F32", [[1, 2], [3, 4]])}
+BY_RANK = {"rule": "alpha/rank", "alpha": 1}
+
 MEANINGS: Mapping[str, Files] = {
     "target-without-a-name": vector("R-020", "LF301", _without_name()),
     "no-targets": vector("R-021", "LF212", pack(manifest_of({}), {})),
@@ -357,6 +367,18 @@ MEANINGS: Mapping[str, Files] = {
     "factors-of-exponents": vector("R-042", "LF210", _raw("F8_E8M0", b"\x7f" * 8)),
     "rank-0": vector("R-043", "LF204", _factors("linear", np.zeros((0, 4)), np.zeros((3, 0)), 0)),
     "rank-is-not-that-of-the-factors": vector("R-043", "LF205", _target({"rank": 3})),
+    "replace-without-roles": vector("R-022 R-044", "LF201", _replace({})),
+    "replace-with-an-unknown-role": vector("R-023 R-044", "LF202", _replace({**SAVED, "scale": tensor("F32", [1])})),
+    "replace-with-roles-of-lora": vector(
+        "R-023 R-044", "LF202", _replace({**SAVED, "lora_A.weight": TENSORS[DOWN], "lora_B.weight": TENSORS[UP]})
+    ),
+    "replace-in-another-slot": vector("R-030 R-044", "LF408", _replace(SAVED, slot="linear")),
+    "replace-by-integers": vector("R-042 R-044", "LF210", _replace({"weight": tensor("I32", [[1, 2]])})),
+    "replace-by-exponents": vector("R-042 R-044", "LF210", _replace({"weight": Tensor("F8_E8M0", (2,), b"\x7f\x7f")})),
+    "replace-by-nothing": vector("R-044", "LF203", _replace({"weight": tensor("F32", np.zeros((0, 4)))})),
+    "replace-by-a-scalar": vector("R-044", "LF203", _replace({"bias": tensor("F32", 1)})),
+    "replace-with-a-rank": vector("R-044", "LF205", _replace(SAVED, rank=2)),
+    "replace-scaled-by-a-rank": vector("R-044", "LF122", _replace(SAVED, scaling=BY_RANK)),
     "scaling-missing": vector("R-012 R-050", "LF122", _scaling(...)),
     "scaling-is-a-number": vector("R-050", "LF122", _scaling(1)),
     "scaling-without-a-rule": vector("R-050", "LF122", _scaling({"alpha": 16})),

@@ -152,6 +152,12 @@ def lora(slot: str, rank: int, rule: str = "multiplier", number: float = 1, **mo
     return {"kind": "lora", "slot": slot, "rank": rank, "scaling": {"rule": rule, field: number}, **more}
 
 
+def replacement(number: float = 1, **more: Any) -> dict[str, Any]:
+    """Return a target of the kind `replace`."""
+    scaling = {"rule": "multiplier", "multiplier": number}
+    return {"kind": "replace", "slot": "parameter", "rank": 0, "scaling": scaling, **more}
+
+
 def manifest_of(targets: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Return a manifest of version 1.0."""
     return {"version": "1.0", "targets": dict(targets), **more}

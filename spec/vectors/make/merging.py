@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from make.kit import Dice, Files, Tensor, factors, fingerprint, lora, manifest_of, pack, store, tensor
+from make.kit import Dice, Files, Tensor, factors, fingerprint, lora, manifest_of, pack, replacement, store, tensor
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,24 @@ class Change:
         return (self.up.shape[0], *self.down.shape[1:])
 
 
-Adapter = Sequence[Change]
+@dataclass(frozen=True)
+class Saved:
+    """One target of the kind `replace`.
+
+    Attributes:
+        name: target name.
+        values: role to V.
+        number: the multiplier s.
+        dtype: of V.
+    """
+
+    name: str
+    values: Mapping[str, np.ndarray[Any, Any]]
+    number: float = 1
+    dtype: str = "F32"
+
+
+Adapter = Sequence[Change | Saved]
 Weights = Mapping[str, np.ndarray[Any, Any]]
 """Tensor name in the state dict to its numbers, as stored."""
 
@@ -130,6 +147,10 @@ def write_adapter(adapter: Adapter) -> bytes:
     targets: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for change in adapter:
+        if isinstance(change, Saved):
+            targets[change.name] = replacement(change.number)
+            tensors |= {f"{change.name}.{role}": tensor(change.dtype, v) for role, v in change.values.items()}
+            continue
         target = lora(change.slot, change.rank, change.rule, change.number)
         targets[change.name] = target | dict(change.more or {})
         tensors |= factors(change.name, change.slot, change.down, change.up, change.dtype)
@@ -149,6 +170,20 @@ def merged_bits(form: Form, stored: np.ndarray[Any, Any], terms: np.ndarray[Any,
         total = Fraction(float(value)) + sum(parts)
         _check_exact(form, parts, total)
         out += round_to(form, total).to_bytes(form.bits // 8, "little")
+    return bytes(out)
+
+
+def replaced_bits(form: Form, stored: np.ndarray[Any, Any], saved: np.ndarray[Any, Any], factor: Fraction) -> bytes:
+    """Return the bytes of W + λ·(V − W), where each step is exact in binary32 or λ is 1."""
+    out = bytearray()
+    single = FORMS["F32"]
+    for before, value in zip(stored.reshape(-1), saved.reshape(-1), strict=True):
+        old, new = Fraction(float(before)), Fraction(float(value))
+        change = factor * (new - old)
+        steps = [new] if factor == 1 else [new - old, change, *([old + change] if form.bits < single.bits else [])]
+        if not all(is_exact(single, step) for step in steps):
+            raise ValueError(f"replacing {float(old)} by {float(new)} is rounded more than once")
+        out += round_to(form, old + change).to_bytes(form.bits // 8, "little")
     return bytes(out)
 
 
@@ -181,7 +216,7 @@ def _steps(shape: Sequence[int], adapters: Sequence[tuple[Adapter, float]], name
         terms_of(change, weight).reshape(-1)
         for adapter, weight in adapters
         for change in adapter
-        if f"{change.name}.weight" == name
+        if isinstance(change, Change) and f"{change.name}.weight" == name
     ]
     joined = np.empty(prod(shape), dtype=object)
     for index in range(prod(shape)):
@@ -191,8 +226,19 @@ def _steps(shape: Sequence[int], adapters: Sequence[tuple[Adapter, float]], name
 
 def merge_weights(form: str, weights: Weights, adapters: Sequence[tuple[Adapter, float]]) -> dict[str, str]:
     """Return every tensor of the merged state dict, its bytes in hexadecimal."""
+    replaced = {
+        f"{change.name}.{role}": (saved, Fraction(change.number) * Fraction(weight))
+        for adapter, weight in adapters
+        for change in adapter
+        if isinstance(change, Saved)
+        for role, saved in change.values.items()
+    }
     return {
-        name: merged_bits(FORMS[form], stored, _steps(stored.shape, adapters, name)).hex()
+        name: (
+            replaced_bits(FORMS[form], stored, *replaced[name])
+            if name in replaced
+            else merged_bits(FORMS[form], stored, _steps(stored.shape, adapters, name))
+        ).hex()
         for name, stored in weights.items()
     }
 
@@ -372,6 +418,36 @@ def _fingerprints() -> Files:
     return vector("R-060 R-061 R-062 R-063", weights, [(adapter, 1)])
 
 
+def _saved(seed: int, **more: Any) -> Saved:
+    """Return a weight and a bias that 16 bits do not hold."""
+    dice = Dice(seed)
+    values = {"weight": dice.numbers((3, 4), 1 / 4096, 30000), "bias": dice.numbers((3,), 1 / 4096, 30000)}
+    return Saved("head", values, **more)
+
+
+def _head(seed: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Return base numbers for `_saved`, and a tensor that nothing changes."""
+    dice = Dice(seed)
+    shapes = {"head.weight": (3, 4), "head.bias": (3,), "norm.weight": (2,)}
+    return {name: dice.numbers(shape, 0.125, 60) for name, shape in shapes.items()}
+
+
+def _replaced() -> Files:
+    """For λ = 1 it is V, rounded once: ties, and numbers so small that W + (V − W) would be another one."""
+    base, saved = _head(120), _saved(121)
+    base["head.weight"][0] = saved.values["weight"][1, 0] = 1
+    saved.values["weight"][0] = [1 + 2.0**-11, 1 + 3 * 2.0**-8, 3 * 2.0**-26, 0]
+    adapter = [saved, Saved("norm", {"weight": np.array([1 / 3, -(2.0**-7)]).astype(np.float32)})]
+    return vector("R-044 R-080 R-081", base, [(adapter, 1)])
+
+
+def _bias_beside_lora() -> Files:
+    """One adapter adds to the weight, another replaces the bias of the same module."""
+    change, saved = _change(126, "head", "linear", (3, 4)), _saved(127)
+    saved = replace(saved, values={"bias": saved.values["bias"]})
+    return vector("R-044 R-080 R-085", _head(128), [([change], 1), ([saved], 0.5)])
+
+
 MERGES: Mapping[str, Files] = {
     "linear": _one_slot(100, "linear", (3, 4)),
     "linear-transposed": _one_slot(102, "linear-transposed", (3, 4), "R-030 R-041 R-080"),
@@ -395,6 +471,11 @@ MERGES: Mapping[str, Files] = {
     "float64": _double(),
     "factor-dtypes": _factor_dtypes(),
     "fingerprints-after-a-cast": _fingerprints(),
+    "replace": _replaced(),
+    "replace-by-half": vector("R-044 R-080", _head(122), [([_saved(123)], 0.5)]),
+    "replace-scaled": vector("R-044 R-050 R-080", _head(124), [([_saved(125, number=-0.5)], 0.5)]),
+    "replace-scaled-to-one": vector("R-044 R-050", _head(129), [([_saved(130, number=4, dtype="F64")], 0.25)]),
+    "replace-bias-beside-lora": _bias_beside_lora(),
 }
 
 
@@ -448,4 +529,25 @@ def _refusals() -> Iterator[tuple[str, Files]]:
     )
 
 
-VECTORS: Mapping[str, Files] = MERGES | dict(_refusals())
+def _refused_replacements() -> Iterator[tuple[str, Files]]:
+    saved, base = _saved(220), _head(221)
+    weight, bias = saved.values["weight"], saved.values["bias"]
+    both = [([saved], 1), ([_saved(222)], 0.5)]
+    yield "refused-replace-twice", refusal("R-044 R-085", "LF409", base, both)
+    change = _change(223, "head", "linear", (3, 4))
+    yield "refused-replace-beside-lora", refusal("R-085", "LF409", base, [([change], 1), ([saved], 1)])
+
+    def refused(requirements: str, code: str, weights: Weights, form: str = "F32", **values: Any) -> Files:
+        return refusal(f"R-044 {requirements}", code, weights, [([replace(saved, values=values)], 1)], form)
+
+    yield "refused-replace-shape", refused("R-081", "LF405", base, weight=weight[:, :3], bias=bias)
+    turned = np.ascontiguousarray(weight.T)
+    yield "refused-replace-shape-transposed", refused("R-031 R-081", "LF405", base, weight=turned)
+    yield "refused-replace-shape-of-a-bias", refused("R-081", "LF405", base, bias=bias.reshape(1, 3))
+    without = {name: values for name, values in base.items() if name != "head.bias"}
+    yield "refused-replace-bias-missing", refused("R-081", "LF401", without, weight=weight, bias=bias)
+    yield "refused-replace-by-nan", refused("R-042", "LF501", base, bias=np.array([1, float("nan"), 2]))
+    yield "refused-replace-overflow", refused("R-084", "LF503", base, "F16", bias=np.array([1, 65520.0, 2]))
+
+
+VECTORS: Mapping[str, Files] = MERGES | dict(_refusals()) | dict(_refused_replacements())

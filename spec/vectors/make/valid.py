@@ -20,6 +20,7 @@ from make.kit import (
     lora,
     manifest_of,
     pack,
+    replacement,
     sha256,
     shape_factors,
     store,
@@ -295,6 +296,32 @@ def _zeros() -> Files:
     return vector("R-042", pack(manifest, tensors), {"proj": seen("linear", 2, 2, (4, 3))}, problems="LF214")
 
 
+def _replace() -> Files:
+    """Saved modules beside an adapted one: weight and bias, a bias of zeros alone, eight axes; no roles are shared."""
+    dice = Dice(10)
+    saved = {
+        "classifier": {"weight": tensor("F32", dice.numbers((2, 4))), "bias": tensor("F16", dice.numbers((2,)))},
+        "proj.norm": {"bias": tensor("BF16", np.zeros(3))},
+        "table": {"weight": tensor("F64", dice.numbers((1, 2, 1, 1, 1, 1, 1, 3)))},
+    }
+    tensors = shape_factors(dice, "proj", "linear", (3, 4), 2)
+    tensors |= {f"{name}.{role}": item for name, roles in saved.items() for role, item in roles.items()}
+    numbers = {"classifier": 1, "proj.norm": -0.5, "table": 2}
+    targets = {name: replacement(number) for name, number in numbers.items()}
+    expected = {
+        name: {
+            "kind": "replace",
+            "slot": "parameter",
+            "rank": 0,
+            "scale": numbers[name],
+            "shapes": {role: list(item.shape) for role, item in roles.items()},
+        }
+        for name, roles in saved.items()
+    }
+    file = pack(manifest_of(targets | {"proj": lora("linear", 2)}), tensors)
+    return vector("R-022 R-023 R-042 R-044 R-050", file, expected | {"proj": seen("linear", 2, 1, (3, 4))})
+
+
 VECTORS: Mapping[str, Files] = {
     "minimal": _minimal(),
     "slots": _slots(),
@@ -317,6 +344,7 @@ VECTORS: Mapping[str, Files] = {
     "no-canonical-form": _unwritable(),
     "rank-above-both-dimensions": _rank_above(),
     "factor-of-zeros": _zeros(),
+    "replace-beside-lora": _replace(),
 }
 
 
