@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from loraformat.adapter import Adapter
 from loraformat.apply import Progress, Work, apply_plan, count_workers
@@ -152,17 +152,8 @@ def plan_merge(
     ignore_fingerprints: bool = False,
 ) -> Plan:
     """Return what `merge` would do with the same arguments; reads no weight of the base and writes nothing."""
-    opened, weighted = _open(base, adapters, scheme, StatedScale(alpha, scale))
-    place = _place_output(opened, weighted, output)
-    return build_plan(
-        opened,
-        weighted,
-        place,
-        allow_unmatched=allow_unmatched,
-        strip_prefix=strip_prefix,
-        allow_zero=allow_zero,
-        ignore_fingerprints=ignore_fingerprints,
-    )
+    matching = _Matching(tuple(allow_unmatched), strip_prefix, allow_zero, ignore_fingerprints)
+    return _prepare(base, adapters, output, scheme, StatedScale(alpha, scale), matching)[2]
 
 
 def merge(
@@ -212,26 +203,36 @@ def merge(
     Raises:
         LoraformatError: with every problem that was found; the output is what it was before.
     """
-    opened, weighted = _open(base, adapters, scheme, StatedScale(alpha, scale))
-    plan = build_plan(
-        opened,
-        weighted,
-        _place_output(opened, weighted, output),
-        allow_unmatched=allow_unmatched,
-        strip_prefix=strip_prefix,
-        allow_zero=allow_zero,
-        ignore_fingerprints=ignore_fingerprints,
-    )
+    matching = _Matching(tuple(allow_unmatched), strip_prefix, allow_zero, ignore_fingerprints)
+    opened, weighted, plan = _prepare(base, adapters, output, scheme, StatedScale(alpha, scale), matching)
     for item in weighted:
         check_apart(plan.output, [file.path for file in list_files(item.adapter)])
     work = Work(count_workers(jobs), max_memory_bytes, min_retained, force, durable, progress)
     return apply_plan(plan, opened, weighted, work)
 
 
-def _open(
-    base: StrPath, adapters: Sequence[AdapterArgument], scheme: str | None, stated: StatedScale
-) -> tuple[BaseModel, list[WeightedAdapter]]:
-    return open_base(Path(base)), [_weigh(argument, scheme, stated) for argument in adapters]
+class _Matching(NamedTuple):
+    """What the user allows when targets are matched with weights; the names are those of `build_plan`."""
+
+    allow_unmatched: tuple[str, ...]
+    strip_prefix: str | None
+    allow_zero: bool
+    ignore_fingerprints: bool
+
+
+def _prepare(
+    base: StrPath,
+    adapters: Sequence[AdapterArgument],
+    output: StrPath | None,
+    scheme: str | None,
+    stated: StatedScale,
+    matching: _Matching,
+) -> tuple[BaseModel, list[WeightedAdapter], Plan]:
+    """Open everything and plan the merge."""
+    opened = open_base(Path(base))
+    weighted = [_weigh(argument, scheme, stated) for argument in adapters]
+    place = Path(output) if output is not None else default_output(opened.path, opened.suffix, weighted)
+    return opened, weighted, build_plan(opened, weighted, place, **matching._asdict())
 
 
 def _weigh(argument: AdapterArgument, scheme: str | None, stated: StatedScale) -> WeightedAdapter:
@@ -247,7 +248,3 @@ def _name_of(path: Path) -> str:
     if path.name in FACTORS_NAMES:
         return path.parent.name
     return path.stem if path.suffix in _ADAPTER_SUFFIXES else path.name
-
-
-def _place_output(base: BaseModel, adapters: Sequence[WeightedAdapter], output: StrPath | None) -> Path:
-    return Path(output) if output is not None else default_output(base.path, base.suffix, adapters)
