@@ -12,7 +12,8 @@ from loraformat.problems import Problem
 
 _MENDS: Final = {
     "lora and replace": "PEFT saves the base's table beside an adapted embedding: save_pretrained(..., "
-    "save_embedding_layers=False) leaves it out where the vocabulary has not grown."
+    "save_embedding_layers=False) leaves it out where the vocabulary has not grown. A bias that was trained beside "
+    "factors (bias of 'lora_only' or 'all') is merged by PEFT's own merge_and_unload alone."
 }
 _LISTED: Final = 8
 """Targets of which one message each is said; the rest shares one."""

@@ -91,7 +91,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
         ('{"peft_type": "LORA",', "LF104"),
         ("[1]", "LF104"),
         ('{"r": 8}', "LF121"),
-        (LFS.decode(), "LF104"),
+        (LFS.decode(), "LF111"),
         ('{"peft_type": "IA3"}', "LF209"),
     ],
 )

@@ -180,18 +180,40 @@ def _find_at(visit: Visit) -> Iterator[RawSite]:
     for position in positions:
         trace = _trace_input(visit, position)
         if trace is not None:
-            yield from _name_site(visit, position, trace, _read_use(visit, position, read_use))
+            use = _read_use(visit, position, read_use)
+            yield from _name_site(visit, position, trace, _without_doubt(visit, position, trace, use))
             break
     for positions, parameter, read_vector in _VECTORS.get(visit.op, ()):
         yield from _find_vector(visit, positions, parameter, read_vector)
 
 
+def _without_doubt(visit: Visit, position: int, trace: Trace, use: Use) -> Use:
+    """Return the use without the slot `parameter` where the stored matrix may lie either way round.
+
+    A tensor that bears a weight's own name is that weight as it is; one that an operator reads the other way round than
+    a Linear's is some other module's, or was turned by a tool that kept the name. A nameless left factor was made of
+    the weight in a way that nothing tells.
+    """
+    named = trace.tensor is not None and trace.tensor.name.endswith(".weight")
+    turned = use.orientations.get(SlotKind.PARAMETER, False) ^ trace.flipped
+    if turned if named else (visit.op == "MatMul" and position == 0):
+        return replace(use, orientations={k: v for k, v in use.orientations.items() if k is not SlotKind.PARAMETER})
+    return use
+
+
 def _find_vector(visit: Visit, positions: Iterable[int], parameter: str, read: _UseReader) -> Iterator[RawSite]:
-    """Yield the site of a vector among the inputs at `positions`; two constants together are no module's parameter."""
+    """Yield the site of a vector among the inputs at `positions`; two constants together are no module's parameter.
+
+    A vector keeps its name on every way into a graph but one: a nameless one was computed from the parameter, as
+    `1 + weight` of Gemma's norms is.
+    """
     traced = [(position, trace) for position in positions if (trace := _trace_input(visit, position)) is not None]
     if len(traced) != 1 or traced[0][1].tensor is None or len(traced[0][1].tensor.dims) != 1:
         return
     position, trace = traced[0]
+    names = (visit.node.input[position], *(step.node.input[0] for step in trace.steps), trace.tensor.name)
+    if not any(name.endswith(f".{parameter}") for name in names):
+        return
     module, evidence = module_of_node(visit, position, trace, parameter)
     if module:
         use = _read_use(visit, position, read)

@@ -52,6 +52,10 @@ class Replace:
     def check(self, target: Target) -> list[Problem]:
         """Return problems of slot, roles and number forms."""
         problems = check_roles(target, self.role_sets)
+        if not target.factors:
+            problems.append(Problem("LF201", target.name, "no tensors", "a weight, a bias, or both"))
+        if target.rank:
+            problems.append(Problem("LF205", target.name, f"rank {target.rank} stated", "rank 0: values have none"))
         for role, factor in target.factors.items():
             where = f"{target.name}: {role}"
             if factor.dtype.family != "float":

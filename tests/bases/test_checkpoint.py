@@ -42,7 +42,8 @@ def test_the_room_has_it() -> None:
     assert BASE in [member for _, member in BASES]
 
 
-def test_sites_are_the_weights_of_two_to_five_dimensions(tmp_path: Path) -> None:
+def test_sites_are_the_parameters_of_one_to_five_dimensions(tmp_path: Path) -> None:
+    """A weight of one dimension, and whatever is no weight, can only be replaced."""
     arrays = {
         "a.weight": matrix(3, 2),
         "b.weight": matrix(3, 2, 4),
@@ -50,13 +51,21 @@ def test_sites_are_the_weights_of_two_to_five_dimensions(tmp_path: Path) -> None
         "d.weight": matrix(3, 2, 2, 2, 2),
         "norm.weight": matrix(3),
         "six.weight": matrix(1, 1, 1, 1, 1, 2),
-        "a.bias": matrix(3, 2),
+        "a.bias": matrix(3),
+        "odd.bias": matrix(3, 2),
         "empty.weight": matrix(0, 2),
         "weight": matrix(3, 2),
         "a.weight.extra": matrix(3, 2),
     }
     base = open_with(tmp_path, arrays)
-    assert sorted(site.module for site in base.sites) == ["a", "b", "c", "d"]
+    found = {f"{site.module} {site.parameter}": set(site.transposed) for site in base.sites}
+    kernel, vector = {SlotKind.CONV, SlotKind.PARAMETER}, {SlotKind.PARAMETER}
+    assert found == {
+        "a weight": {SlotKind.LINEAR, SlotKind.LINEAR_TRANSPOSED, SlotKind.EMBEDDING, SlotKind.PARAMETER},
+        **dict.fromkeys(("b weight", "c weight", "d weight"), kernel),
+        **dict.fromkeys(("norm weight", "a bias", "odd bias", "a.weight extra"), vector),
+    }
+    assert not any(site.transposed[SlotKind.PARAMETER] for site in base.sites)
     assert sorted(tensor.name for tensor in base.list_tensors()) == sorted(arrays)
 
 

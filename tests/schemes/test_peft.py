@@ -319,11 +319,13 @@ BEYOND = {
     "lora_bias": ({**LINEAR, "lora_B.bias": (7,)}, "lora with bias"),
     "lora_bias of a state dict": ({**infix("default"), "lora_B.default.bias": (7,)}, "lora with bias"),
     "both": ({**LINEAR, "lora_B.bias": (7,), "lora_magnitude_vector": (7,)}, "dora and lora with bias"),
-    "saved head": ({"weight": (7, 5)}, "replace"),
-    "saved head with bias": ({"weight": (7, 5), "bias": (7,)}, "replace"),
-    "saved head of a state dict": ({"modules_to_save.default.weight": (7, 5)}, "replace"),
-    "trained bias": ({**LINEAR, "base_layer.bias": (7,)}, "replace"),
-    "resized embedding": ({**EMBEDDING, "base_layer.weight": (9, 5)}, "replace"),
+    "trained bias": ({**LINEAR, "base_layer.bias": (7,)}, "lora and replace"),
+    "resized embedding": ({**EMBEDDING, "base_layer.weight": (9, 5)}, "lora and replace"),
+    "resized embedding of an older version": ({**EMBEDDING, "weight": (9, 5)}, "lora and replace"),
+    "trained bias beside DoRA": (
+        {**LINEAR, "lora_magnitude_vector": (7,), "base_layer.bias": (7,)},
+        "dora and replace",
+    ),
     "trained tokens": ({"token_adapter.trainable_tokens_delta": (3, 5)}, "trained tokens"),
     "trained tokens of their own type": ({"trainable_tokens_delta": (3, 5)}, "trained tokens"),
 }
@@ -338,6 +340,53 @@ def test_what_is_more_than_lora_is_never_taken_for_it(case: str) -> None:
     problems = errors(bundle)
     assert [(problem.code, problem.where) for problem in problems] == [("LF209", "m.x")]
     assert kind in problems[0].found
+    assert ("merge_and_unload" in problems[0].advice) == (kind == "lora and replace")
+
+
+SAVED = {
+    "head": {"weight": (7, 5)},
+    "head with bias": {"weight": (7, 5), "bias": (7,)},
+    "head of a state dict": {"modules_to_save.default.weight": (7, 5), "modules_to_save.default.bias": (7,)},
+    "bias of a module that is not adapted": {"bias": (7,)},
+    "bias of an adapted module without its factors": {"base_layer.bias": (7,)},
+    "norm": {"weight": (7,), "bias": (7,)},
+    "kernel": {"weight": (7, 5, 3, 3)},
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_what_is_saved_whole_is_a_replacement(case: str) -> None:
+    """It has no rank, and alpha is not for it."""
+    bundle = make_bundle({"m.q": LINEAR, "m.x": SAVED[case]})
+    lora, saved = read(bundle).targets
+    assert not errors(bundle)
+    assert (lora.name, lora.kind, lora.scale) == ("m.q", "lora", 4.0)
+    assert (saved.name, saved.kind, saved.slot) == ("m.x", "replace", SlotKind.PARAMETER)
+    assert (saved.rank, saved.scaling) == (0, Scaling(ScalingRule.MULTIPLIER, 1.0))
+    shapes = {role.rpartition(".")[2]: shape for role, shape in SAVED[case].items()}
+    assert {role: factor.shape for role, factor in saved.factors.items()} == shapes
+
+
+def test_a_saved_module_alone_needs_no_scale() -> None:
+    target = read_one(make_bundle({"m.x": {"weight": (7, 5)}}, {"peft_type": "LORA"}))
+    assert (target.kind, target.scale) == ("replace", 1.0)
+
+
+def test_the_copy_that_a_state_dict_keeps_is_another_module() -> None:
+    """`original_module` is the base's own: no base has a module of that name, so that it is never merged."""
+    saved = {"modules_to_save.default.weight": (7, 5), "original_module.weight": (7, 5)}
+    assert [target.name for target in read(make_bundle({"head": saved})).targets] == ["head", "head.original_module"]
+
+
+def test_two_copies_of_a_saved_weight() -> None:
+    saved = {"modules_to_save.default.weight": (7, 5), "weight": (7, 5)}
+    assert codes(make_bundle({"m.q": LINEAR, "m.x": saved})) == ["LF302"]
+
+
+def test_what_is_no_weight_or_bias_of_a_saved_module() -> None:
+    """A buffer or a parameter of another name cannot be placed, and is not left out in silence."""
+    for role in ("running_mean", "in_proj_weight"):
+        assert codes(make_bundle({"m.q": LINEAR, "m.x": {"weight": (7, 5), role: (7,)}})) == ["LF202"]
 
 
 def test_a_dora_adapter_that_lost_its_magnitudes() -> None:
