@@ -4,9 +4,10 @@
     python bench/merge_onnx.py --gb 4
     python bench/merge_onnx.py --inline   # weights inside the .onnx file
 
-The model is a stack of Llama-shaped blocks (MatMul only) of random numbers; the adapter has rank 16 on
-every matrix. Files lie in the page cache. `cp` and the merge take turns; medians and their ratio are printed, and the
-peak memory of the merge as the kernel accounts for it, interpreter included.
+The model is Llama-shaped: an embedding of 32,000 tokens, as many layers as the size asks for (MatMul only) and a head,
+of random numbers. The adapter has rank 16 on every matrix of the layers. Files lie in the page cache. `cp` and the merge
+take turns; printed are medians and ratios, for the whole process and for the call of `loraformat.merge` inside it, and
+the peak memory of the process as the kernel accounts for it, interpreter included.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-HIDDEN, INNER, RANK = 2048, 5504, 16
+HIDDEN, INNER, RANK, TOKENS = 2048, 5504, 16, 32_000
 MATRICES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (HIDDEN, HIDDEN // 4),
@@ -39,16 +40,19 @@ FORMS = {
     "float16": (TensorProto.FLOAT16, 2),
     "bfloat16": (TensorProto.BFLOAT16, 2),
 }
-MERGE = (
-    "import resource, sys, loraformat as l; l.merge(sys.argv[1], [sys.argv[2]], sys.argv[3], force=True, jobs={jobs});"
-)
-MERGE += " print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+MERGE = """
+import resource, sys, time
+import loraformat.api, onnx
+start = time.perf_counter()
+loraformat.merge(sys.argv[1], [sys.argv[2]], sys.argv[3], jobs={jobs})
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
 
 
 def list_weights(total_bytes: int, itemsize: int) -> list[tuple[str, tuple[int, int]]]:
     """Return module paths and shapes `(in, out)` of whole layers that add up to about `total_bytes`."""
     layer_bytes = sum(rows * columns for rows, columns in MATRICES.values()) * itemsize
-    layers = max(1, round(total_bytes / layer_bytes))
+    layers = max(1, round((total_bytes - 2 * TOKENS * HIDDEN * itemsize) / layer_bytes))
     return [(f"model.layers.{i}.{name}", shape) for i in range(layers) for name, shape in MATRICES.items()]
 
 
@@ -64,7 +68,8 @@ def write_numbers(path: Path, sizes: list[int]) -> None:
 def build_base(folder: Path, total_bytes: int, form: str, *, inline: bool) -> Path:
     """Write `base.onnx` with its weights in `base.onnx.data`, or inside."""
     code, itemsize = FORMS[form]
-    weights = list_weights(total_bytes, itemsize)
+    weights = [("model.embed_tokens", (TOKENS, HIDDEN)), *list_weights(total_bytes, itemsize)]
+    weights.append(("lm_head", (HIDDEN, TOKENS)))
     sizes = [rows * columns * itemsize for _, (rows, columns) in weights]
     write_numbers(folder / "base.onnx.data", sizes)
     nodes, initializers, offset = [], [], 0
@@ -75,15 +80,22 @@ def build_base(folder: Path, total_bytes: int, form: str, *, inline: bool) -> Pa
             tensor.external_data.add(key=key, value=str(value))
         offset += size
         initializers.append(tensor)
-        parts = path.replace("model.layers.", "model/layers.").split(".")
-        node = "/" + "/".join([f"{parts[0]}.{parts[1]}", *parts[2:]]) + "/MatMul"
-        nodes.append(helper.make_node("MatMul", [f"x{shape[0]}", tensor.name], [f"y{index}"], name=node))
+        nodes.append(make_node(path, shape, tensor.name, index))
     inputs = [helper.make_tensor_value_info(f"x{width}", code, ["n", width]) for width in (HIDDEN, INNER)]
+    inputs.append(helper.make_tensor_value_info("tokens", TensorProto.INT64, ["n"]))
     outputs = [helper.make_tensor_value_info(f"y{i}", code, ["n", shape[1]]) for i, (_, shape) in enumerate(weights)]
     model = helper.make_model(helper.make_graph(nodes, "bench", inputs, outputs, initializers))
     base = folder / "base.onnx"
     onnx.save(onnx.load_from_string(model.SerializeToString()), str(base)) if not inline else _save_inline(model, base)
     return base
+
+
+def make_node(path: str, shape: tuple[int, int], weight: str, index: int) -> onnx.NodeProto:
+    """Return the node that applies a weight, named as torch's TorchScript exporter does."""
+    scope = "/" + path.replace("layers.", "layers#").replace(".", "/").replace("#", ".")
+    if shape[0] == TOKENS:
+        return helper.make_node("Gather", [weight, "tokens"], [f"y{index}"], name=f"{scope}/Gather")
+    return helper.make_node("MatMul", [f"x{shape[0]}", weight], [f"y{index}"], name=f"{scope}/MatMul")
 
 
 def _save_inline(model: onnx.ModelProto, base: Path) -> None:
@@ -129,8 +141,8 @@ def time_cp(base: Path, folder: Path) -> float:
     return seconds
 
 
-def time_merge(base: Path, adapter: Path, folder: Path, jobs: int | None) -> tuple[float, int]:
-    """Return the seconds of a merge in a process of its own, start included, and its peak memory in bytes."""
+def time_merge(base: Path, adapter: Path, folder: Path, jobs: int | None) -> tuple[float, float, int]:
+    """Return the seconds of a merge's whole process, those of the call inside it, and its peak memory in bytes."""
     target = folder / "merged"
     target.mkdir()
     command = [sys.executable, "-c", MERGE.format(jobs=jobs), str(base), str(adapter), str(target / "merged.onnx")]
@@ -138,7 +150,8 @@ def time_merge(base: Path, adapter: Path, folder: Path, jobs: int | None) -> tup
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     shutil.rmtree(target)
-    return seconds, int(result.stdout) * (1024 if sys.platform == "linux" else 1)
+    inside, peak = result.stdout.split()
+    return seconds, float(inside), int(peak) * (1024 if sys.platform == "linux" else 1)
 
 
 def main() -> None:
@@ -158,20 +171,28 @@ def main() -> None:
         base = build_base(folder / "base", total_bytes, arguments.form, inline=arguments.inline)
         adapter = build_adapter(folder, total_bytes, FORMS[arguments.form][1])
         size = sum(path.stat().st_size for path in base.parent.iterdir())
+        itemsize = FORMS[arguments.form][1]
+        touched = itemsize * sum(rows * columns for _, (rows, columns) in list_weights(total_bytes, itemsize))
         time_cp(base, folder)
-        copies, merges, peak = [], [], 0
+        copies, merges, calls, peak = [], [], [], 0
         for _ in range(arguments.rounds):
             copies.append(time_cp(base, folder))
-            seconds, memory = time_merge(base, adapter, folder, arguments.jobs)
+            seconds, inside, memory = time_merge(base, adapter, folder, arguments.jobs)
             merges.append(seconds)
+            calls.append(inside)
             peak = max(peak, memory)
+    report(arguments, size, touched, {"cp": copies, "merge, call": calls, "merge, process": merges}, peak)
+
+
+def report(arguments: argparse.Namespace, size: int, touched: int, seconds: dict[str, list[float]], peak: int) -> None:
+    """Print the figures: seconds of each round by name, `cp` among them, and bytes."""
     place = "inline" if arguments.inline else "external data"
-    cp, merge = statistics.median(copies), statistics.median(merges)
-    spread = statistics.median(m / c for m, c in zip(merges, copies, strict=True))
-    print(f"model            {size / 1e9:.2f} GB, {arguments.form}, {place}; {os.cpu_count()} processors")
-    print(f"cp               {cp:.2f} s  ({min(copies):.2f} to {max(copies):.2f})")
-    print(f"loraformat merge {merge:.2f} s  ({min(merges):.2f} to {max(merges):.2f}), interpreter start included")
-    print(f"ratio            {spread:.2f} (median of {arguments.rounds} pairs)")
+    print(f"model            {size / 1e9:.2f} GB, {arguments.form}, {place}; {touched / size:.0%} of it rewritten")
+    print(f"machine          {os.cpu_count()} processors")
+    for name, rounds in seconds.items():
+        ratio = statistics.median(s / c for s, c in zip(rounds, seconds["cp"], strict=True))
+        times = f"{statistics.median(rounds):.2f} s  ({min(rounds):.2f} to {max(rounds):.2f})"
+        print(f"{name:16} {times}  {ratio:.2f} x cp, median of {len(rounds)} pairs")
     print(f"peak memory      {peak / 1e6:.0f} MB")
 
 

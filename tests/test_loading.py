@@ -41,6 +41,30 @@ def torch_zip(path: Path) -> Path:
     return path
 
 
+def torch_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """Write float32 tensors 0, 1, 2 ... as torch.save does; the pickle is put together opcode by opcode."""
+
+    def text(value: str) -> bytes:
+        return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+    def sizes(*values: int) -> bytes:
+        return b"(" + b"".join(b"J" + value.to_bytes(4, "little") for value in values) + b"t"
+
+    body, parts = b"", {}
+    for index, (key, shape) in enumerate(shapes.items()):
+        elements = int(np.prod(shape))
+        parts[f"data/{index}"] = np.arange(elements, dtype="<f4").tobytes()
+        held = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(str(index)) + text("cpu")
+        held += b"J" + elements.to_bytes(4, "little") + b"tQ"
+        made = held + b"J" + bytes(4) + sizes(*shape) + sizes(shape[1], 1) + b"\x89ccollections\nOrderedDict\n)R"
+        body += text(key) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + made + b"tR"
+    parts |= {"data.pkl": b"\x80\x02}(" + body + b"u.", "byteorder": b"little", "version": b"3\n"}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in parts.items():
+            archive.writestr(f"adapter_model/{name}", data)
+    return path
+
+
 # --- what is read ----------------------------------------------------------------------------------------------------
 
 
@@ -141,13 +165,28 @@ def test_a_folder_without_factors_says_what_is_in_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
 def test_a_pickle_is_called_one(tmp_path: Path, name: str) -> None:
-    torch_zip(tmp_path / name)
+    """Alone it is refused unread; in torch's zip format it is read without being run, and may hold no tensor."""
+    (tmp_path / name).write_bytes(pickle.dumps({"a": 1}, protocol=2))
     problem = refusal(tmp_path)
     assert (problem.code, problem.where) == ("LF111", str(tmp_path / name))
-    assert "torch checkpoint" in problem.found
+    assert "pickle" in problem.found
     assert "safetensors" in problem.advice
-    (tmp_path / name).write_bytes(pickle.dumps({"a": 1}, protocol=2))
-    assert "pickle" in refusal(tmp_path).found
+    torch_zip(tmp_path / name)
+    problem = refusal(tmp_path)
+    assert (problem.code, problem.where) == ("LF121", str(tmp_path))
+    assert "without tensors" in problem.found
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
+def test_a_torch_checkpoint_beside_its_configuration_is_an_adapter(tmp_path: Path, name: str) -> None:
+    """The bytes are what torch.save writes, as far as a reader looks; the numbers are float32 in order."""
+    shapes = {"m.q.lora_A.weight": (2, 3), "m.q.lora_B.weight": (4, 2)}
+    write_config(tmp_path, {"r": 2, "lora_alpha": 4})
+    torch_tensors(tmp_path / name, {f"base_model.model.{key}": shape for key, shape in shapes.items()})
+    (target,) = load_adapter(tmp_path).targets
+    assert (target.name, target.kind, target.scale) == ("m.q", "lora", 2.0)
+    assert {f"m.q.{role}": factor.shape for role, factor in target.factors.items()} == shapes
+    assert target.factors["lora_B.weight"].read().ravel().tolist() == list(range(8))
 
 
 def test_a_pickle_that_is_a_pointer(tmp_path: Path) -> None:

@@ -3,13 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from numpy.typing import NDArray
 
 from loraformat.adapter import Factor, SlotKind, Target
 from loraformat.problems import Problem
 from loraformat.registry import Registry
+
+FLOATS: Final = frozenset({"float64", "float32", "float16", "bfloat16"}) | frozenset(
+    {"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"}
+)
+"""Number forms that factors may have: whole numbers, exponents alone and forms below a byte are none of them."""
 
 
 class Nature(StrEnum):

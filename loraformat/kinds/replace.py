@@ -11,9 +11,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from loraformat.adapter import Factor, SlotKind, Target
-from loraformat.kinds import Delta, Nature, RoleSet, check_roles
+from loraformat.adapter import Factor, ScalingRule, SlotKind, Target
+from loraformat.kinds import FLOATS, Delta, Nature, RoleSet, check_roles
 from loraformat.problems import Problem
+
+_AXES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +52,22 @@ class Replace:
     role_sets = (RoleSet((SlotKind.PARAMETER,), (), ("weight", "bias")),)
 
     def check(self, target: Target) -> list[Problem]:
-        """Return problems of slot, roles and number forms."""
+        """Return problems of slot, roles, rank, scaling, number forms and shapes."""
         problems = check_roles(target, self.role_sets)
         if not target.factors:
             problems.append(Problem("LF201", target.name, "no tensors", "a weight, a bias, or both"))
         if target.rank:
             problems.append(Problem("LF205", target.name, f"rank {target.rank} stated", "rank 0: values have none"))
+        if target.scaling.rule is not ScalingRule.MULTIPLIER:
+            found = f"the rule {target.scaling.rule.value!r}, which divides by a rank"
+            problems.append(Problem("LF122", target.name, found, f"the rule {ScalingRule.MULTIPLIER.value!r}"))
         for role, factor in target.factors.items():
             where = f"{target.name}: {role}"
-            if factor.dtype.family != "float":
+            if factor.dtype.name not in FLOATS:
                 problems.append(Problem("LF210", where, factor.dtype.name, "a floating-point form"))
-            if not factor.shape or not factor.elements:
-                problems.append(Problem("LF203", where, f"shape {factor.shape}", "at least one number, on an axis"))
+            if not 1 <= len(factor.shape) <= _AXES or not factor.elements:
+                expected = f"one to {_AXES} axes, none of them empty"
+                problems.append(Problem("LF203", where, f"shape {factor.shape}", expected))
         return problems
 
     def rank(self, factors: Mapping[str, Factor]) -> int:

@@ -1,7 +1,9 @@
-"""What every kind keeps. A kind's test class inherits `KindLaws` and gives the kind and a strategy of examples.
+"""What every kind keeps. A kind's test class inherits the laws of its nature and gives the kind and some examples.
 
-The class has no `Test` prefix, so that it is collected only where it is inherited. The laws so far are those of
-additive kinds; the oracle is the dense change, which the test class computes in float64 from the paper's formula.
+`KindLaws` are those of additive kinds; the oracle is the dense change, which the test class computes in float64 from
+the paper's formula. `ReplacingKindLaws` are those of kinds that bring values; the oracle is the values themselves. What
+holds for both stands in `CommonKindLaws`. No class has a `Test` prefix, so that it is collected only where it is
+inherited.
 """
 
 from abc import abstractmethod
@@ -17,8 +19,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from builders import MemoryFactor
-from loraformat.adapter import SlotKind, Target
-from loraformat.kinds import KINDS, Delta, Kind
+from loraformat.adapter import Scaling, ScalingRule, SlotKind, Target
+from loraformat.kinds import KINDS, AdditiveKind, Delta, Kind, ReplacingKind
 
 # One law runs for several classes, on purpose.
 _law = settings(suppress_health_check=list(HealthCheck))
@@ -28,18 +30,27 @@ TINY = 1e-37
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """A target with its numbers, and what it must do.
+class Held:
+    """A target with its numbers.
 
     Attributes:
         target: the target; its factors are `MemoryFactor`s.
         arrays: role to numbers.
-        dense: the change at scale 1, `(out, in * kernel)` in float64, by other means than the kind's.
-        bound: the same from the factors' absolute values: how large the sums on the way can get.
     """
 
     target: Target
     arrays: Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Example(Held):
+    """A target of an additive kind, and what it must do.
+
+    Attributes:
+        dense: the change at scale 1, `(out, in * kernel)` in float64, by other means than the kind's.
+        bound: the same from the factors' absolute values: how large the sums on the way can get.
+    """
+
     dense: NDArray[np.float64]
     bound: NDArray[np.float64]
 
@@ -59,21 +70,14 @@ def whole(delta: Delta, dtype: Any) -> NDArray[Any]:
     return out
 
 
-class KindLaws:
-    """The laws."""
+class CommonKindLaws:
+    """The laws of kinds of any nature."""
 
     kind: Kind
 
     @abstractmethod
-    def examples(self) -> st.SearchStrategy[Example]:
+    def examples(self) -> st.SearchStrategy[Held]:
         """Return valid targets of every slot that the kind knows, never square, in float32 and float64."""
-
-    def make_delta(self, example: Example, scale: float) -> tuple[Delta, Any]:
-        arrays = {role: array.copy() for role, array in example.arrays.items()}
-        for array in arrays.values():
-            array.setflags(write=False)
-        dtype = next(iter(arrays.values())).dtype
-        return self.kind.delta(example.target, arrays, scale), dtype
 
     def test_its_room_finds_it(self) -> None:
         assert KINDS.find(self.kind.name) is self.kind
@@ -86,7 +90,7 @@ class KindLaws:
         slots = [slot for roles in self.kind.role_sets for slot in roles.slots]
         assert slots
         assert len(slots) == len(set(slots))
-        assert all(roles.required for roles in self.kind.role_sets)
+        assert all(roles.required or roles.optional for roles in self.kind.role_sets)
 
     @_law
     @given(data=st.data())
@@ -113,18 +117,6 @@ class KindLaws:
 
     @_law
     @given(data=st.data())
-    def test_check_names_a_role_that_is_missing(self, data: st.DataObject) -> None:
-        target = data.draw(self.examples()).target
-        roles = next(roles for roles in self.kind.role_sets if target.slot in roles.slots)
-        gone = data.draw(st.sampled_from(roles.required))
-        problems = self.kind.check(
-            replace(target, factors={role: factor for role, factor in target.factors.items() if role != gone})
-        )
-        assert [problem.code for problem in problems] == ["LF201"]
-        assert gone in problems[0].expected
-
-    @_law
-    @given(data=st.data())
     def test_check_refuses_slots_that_it_has_no_roles_for(self, data: st.DataObject) -> None:
         known = {slot for roles in self.kind.role_sets for slot in roles.slots}
         target = data.draw(self.examples()).target
@@ -140,6 +132,35 @@ class KindLaws:
         factor = MemoryFactor(role, np.ones(target.factors[role].shape, form))
         problems = self.kind.check(replace(target, factors={**target.factors, role: factor}))
         assert [problem.code for problem in problems] == ["LF210"]
+
+
+class KindLaws(CommonKindLaws):
+    """The laws of additive kinds."""
+
+    kind: AdditiveKind
+
+    @abstractmethod
+    def examples(self) -> st.SearchStrategy[Example]:
+        """Return valid targets as `CommonKindLaws` has it, with what they must do."""
+
+    def make_delta(self, example: Example, scale: float) -> tuple[Delta, Any]:
+        arrays = {role: array.copy() for role, array in example.arrays.items()}
+        for array in arrays.values():
+            array.setflags(write=False)
+        dtype = next(iter(arrays.values())).dtype
+        return self.kind.delta(example.target, arrays, scale), dtype
+
+    @_law
+    @given(data=st.data())
+    def test_check_names_a_role_that_is_missing(self, data: st.DataObject) -> None:
+        target = data.draw(self.examples()).target
+        roles = next(roles for roles in self.kind.role_sets if target.slot in roles.slots)
+        gone = data.draw(st.sampled_from(roles.required))
+        problems = self.kind.check(
+            replace(target, factors={role: factor for role, factor in target.factors.items() if role != gone})
+        )
+        assert [problem.code for problem in problems] == ["LF201"]
+        assert gone in problems[0].expected
 
     @_law
     @given(data=st.data())
@@ -218,3 +239,101 @@ class KindLaws:
         # The norm comes from squares: where the change cancels to nothing, half of the digits are left.
         slack = 1e-7 * abs(example.target.scale) * float(np.linalg.norm(example.bound))
         assert self.kind.norm(example.target, arrays) == pytest.approx(expected, rel=1e-9, abs=slack)
+
+    def test_each_slot_has_roles_that_it_needs(self) -> None:
+        assert all(roles.required for roles in self.kind.role_sets)
+
+
+class ReplacingKindLaws(CommonKindLaws):
+    """The laws of kinds that bring the values themselves: nothing is computed, so that all holds to the bit."""
+
+    kind: ReplacingKind
+
+    def values(self, held: Held, parameter: str) -> Delta:
+        arrays = {role: array.copy() for role, array in held.arrays.items()}
+        for array in arrays.values():
+            array.setflags(write=False)
+        return self.kind.value(arrays, parameter)
+
+    def draw(self, data: st.DataObject) -> tuple[Held, str, NDArray[Any]]:
+        """Return an example, one of its parameters, and the parameter's values as a matrix."""
+        held = data.draw(self.examples())
+        parameter = data.draw(st.sampled_from(sorted(held.arrays)))
+        saved = held.arrays[parameter]
+        return held, parameter, saved.reshape(len(saved), -1)
+
+    @_law
+    @given(data=st.data())
+    def test_each_parameter_has_the_shape_that_was_saved(self, data: st.DataObject) -> None:
+        held = data.draw(self.examples())
+        parameters = self.kind.parameters(held.target)
+        assert dict(parameters) == {role: array.shape for role, array in held.arrays.items()}
+        for parameter, shape in parameters.items():
+            assert self.values(held, parameter).shape == (shape[0], int(np.prod(shape[1:])))
+
+    @_law
+    @given(data=st.data())
+    def test_the_values_are_the_saved_ones(self, data: st.DataObject) -> None:
+        held, parameter, expected = self.draw(data)
+        found = whole(self.values(held, parameter), expected.dtype)
+        assert found.tobytes() == np.ascontiguousarray(expected).tobytes()
+
+    @_law
+    @given(data=st.data())
+    def test_rows_by_any_tiling_are_the_whole(self, data: st.DataObject) -> None:
+        held, parameter, expected = self.draw(data)
+        values = self.values(held, parameter)
+        cuts = sorted({0, len(expected), *data.draw(st.lists(st.integers(0, len(expected)), max_size=4))})
+        tiled = np.full(expected.shape, np.nan, dtype=expected.dtype)
+        for start, stop in data.draw(st.permutations(list(pairwise(cuts)))):
+            values.write_rows(start, stop, tiled[start:stop])
+        np.testing.assert_array_equal(tiled, expected)
+
+    @_law
+    @given(data=st.data())
+    def test_the_transposed_values_are_the_transpose(self, data: st.DataObject) -> None:
+        held, parameter, expected = self.draw(data)
+        values = self.values(held, parameter)
+        turned = values.transposed()
+        assert turned.shape == values.shape[::-1]
+        np.testing.assert_array_equal(whole(turned, expected.dtype), expected.T)
+        cut = data.draw(st.integers(0, turned.shape[0]))
+        part = np.full((turned.shape[0] - cut, turned.shape[1]), np.nan, dtype=expected.dtype)
+        turned.write_rows(cut, turned.shape[0], part)
+        np.testing.assert_array_equal(part, expected.T[cut:])
+        np.testing.assert_array_equal(whole(turned.transposed(), expected.dtype), expected)
+
+    @_law
+    @given(data=st.data())
+    def test_zeros_are_values_like_others(self, data: st.DataObject) -> None:
+        target = data.draw(self.examples()).target
+        zeros = {role: MemoryFactor(role, np.zeros(factor.shape)) for role, factor in target.factors.items()}
+        assert not self.kind.check(replace(target, factors=zeros))
+
+    @_law
+    @given(data=st.data())
+    def test_check_refuses_a_target_without_tensors(self, data: st.DataObject) -> None:
+        """It would be carried out without a change, and nobody would know."""
+        target = data.draw(self.examples()).target
+        assert [problem.code for problem in self.kind.check(replace(target, factors={}))] == ["LF201"]
+
+    @_law
+    @given(data=st.data(), shape=st.sampled_from([(), (0,), (3, 0), (0, 3), (2, 0, 2), (1,) * 9]))
+    def test_check_refuses_shapes_that_no_parameter_has(self, data: st.DataObject, shape: tuple[int, ...]) -> None:
+        target = data.draw(self.examples()).target
+        role = data.draw(st.sampled_from(sorted(target.factors)))
+        factors = {**target.factors, role: MemoryFactor(role, np.ones(shape, np.float32))}
+        assert [problem.code for problem in self.kind.check(replace(target, factors=factors))] == ["LF203"]
+
+    @_law
+    @given(data=st.data(), rank=st.integers(1, 99))
+    def test_values_have_no_rank(self, data: st.DataObject, rank: int) -> None:
+        target = data.draw(self.examples()).target
+        assert target.rank == self.kind.rank(target.factors) == 0
+        assert [problem.code for problem in self.kind.check(replace(target, rank=rank))] == ["LF205"]
+
+    @_law
+    @given(data=st.data(), rule=st.sampled_from(sorted(set(ScalingRule) - {ScalingRule.MULTIPLIER})))
+    def test_no_rule_may_divide_by_it(self, data: st.DataObject, rule: ScalingRule) -> None:
+        target = data.draw(self.examples()).target
+        assert [problem.code for problem in self.kind.check(replace(target, scaling=Scaling(rule, 1.0)))] == ["LF122"]

@@ -324,7 +324,7 @@ BEYOND = {
     "resized embedding of an older version": ({**EMBEDDING, "weight": (9, 5)}, "lora and replace"),
     "trained bias beside DoRA": (
         {**LINEAR, "lora_magnitude_vector": (7,), "base_layer.bias": (7,)},
-        "dora and replace",
+        "dora and lora and replace",
     ),
     "trained tokens": ({"token_adapter.trainable_tokens_delta": (3, 5)}, "trained tokens"),
     "trained tokens of their own type": ({"trainable_tokens_delta": (3, 5)}, "trained tokens"),

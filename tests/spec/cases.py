@@ -36,12 +36,7 @@ class Vector:
         return json.loads((self.folder / "expected.json").read_text(encoding="utf-8"))
 
 
-PENDING: dict[str, str] = {
-    "invalid/replace-by-exponents": "the kind takes every form of the family float, R-042 names eight",
-    "invalid/replace-scaled-by-a-rank": "the kind does not look at the scaling rule",
-    "invalid/replace-with-a-rank": "the kind does not look at the stated rank",
-    "invalid/replace-without-roles": "the kind requires neither role, and so not one of them",
-}
+PENDING: dict[str, str] = {}
 """Vectors that this package does not pass yet, with the reason; a test finds those that it passes after all."""
 
 
