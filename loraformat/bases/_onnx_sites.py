@@ -208,9 +208,11 @@ def _find_vector(visit: Visit, positions: Iterable[int], parameter: str, read: _
     `1 + weight` of Gemma's norms is.
     """
     traced = [(position, trace) for position in positions if (trace := _trace_input(visit, position)) is not None]
-    if len(traced) != 1 or traced[0][1].tensor is None or len(traced[0][1].tensor.dims) != 1:
+    if len(traced) != 1:
         return
     position, trace = traced[0]
+    if trace.tensor is None or len(trace.tensor.dims) != 1:
+        return
     names = (visit.node.input[position], *(step.node.input[0] for step in trace.steps), trace.tensor.name)
     if not any(name.endswith(f".{parameter}") for name in names):
         return

@@ -1,5 +1,7 @@
 """The oracle tests compare with the real packages; nothing heavy is imported before a test asks for it."""
 
+import importlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,10 @@ sys.path.append(str(Path(__file__).parent))
 
 if TYPE_CHECKING:
     from lab import Lab
+
+if os.environ.get("LORAFORMAT_REQUIRE_ORACLES"):  # In CI a package that is missing is an error, not a skip.
+    for package in ("torch", "peft", "transformers", "onnxscript", "onnxruntime"):
+        importlib.import_module(package)
 
 
 @pytest.fixture(scope="session")

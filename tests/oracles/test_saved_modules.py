@@ -58,6 +58,15 @@ def norms(tmp_path_factory: pytest.TempPathFactory) -> "Trained":
     return train(tmp_path_factory.mktemp("norms"), ATTENTION, modules_to_save=["LayerNorm", "position_embeddings"])
 
 
+def refusal(base: Path, adapter: Path, output: Path) -> set[str]:
+    """Merge; return the reason codes of a refusal, nothing when there was none."""
+    try:
+        loraformat.merge(base, [adapter], output)
+    except loraformat.LoraformatError as error:
+        return set(error.codes)
+    return set()
+
+
 def replaced(adapter: Adapter) -> dict[str, Any]:
     """Return the values of every replaced parameter by name."""
     saved = [target for target in adapter.targets if is_replacement(target.kind)]
@@ -135,7 +144,7 @@ def test_a_bias_beside_factors_is_refused(lab: "Lab", tmp_path: Path, bias: str)
     with pytest.raises(loraformat.LoraformatError) as caught:
         loraformat.merge(lab.exported("bert", "ts"), [trained.folder], tmp_path / "merged.onnx")
     assert caught.value.codes == ("LF209",) * 4
-    assert "base_layer.bias" in str(caught.value) or "bias" in caught.value.problems[0].found
+    assert "bias" in caught.value.problems[0].found
     assert "merge_and_unload" in caught.value.problems[0].advice
     assert not (tmp_path / "merged.onnx").exists()
 
@@ -144,10 +153,9 @@ def test_a_bias_beside_factors_is_refused(lab: "Lab", tmp_path: Path, bias: str)
 def test_a_norm_of_one_plus_weight_is_never_mistaken_for_its_weight(tmp_path: Path, exporter: str) -> None:
     """Gemma's: folded, the sum stands in the place of the weight, of the same shape and under the module's own path."""
     import torch
-    from lab import ABSOLUTE_TOLERANCE, difference
     from peft import LoraConfig
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-    from zoo import TEXT_AXES, Specimen, _randomised, _tokens, export, run_onnx
+    from zoo import TEXT_AXES, Specimen, _randomised, _tokens, export
     from zoo import train as train_one
 
     def make() -> torch.nn.Module:
@@ -171,13 +179,11 @@ def test_a_norm_of_one_plus_weight_is_never_mistaken_for_its_weight(tmp_path: Pa
     specimen = Specimen("gemma", make, lambda: _tokens(97), configure, TEXT_AXES)
     trained = train_one(specimen, tmp_path / "adapter")
     base, output = export(specimen, tmp_path / "base.onnx", exporter), tmp_path / "merged.onnx"
-    try:
+    with pytest.raises(loraformat.LoraformatError) as caught:
         loraformat.merge(base, [trained.folder], output)
-    except loraformat.LoraformatError as error:
-        assert set(error.codes) == {"LF401"}
-        assert not output.exists()
-        return
-    assert difference(run_onnx(output, trained.feeds, ("logits",)), trained.unmerged) <= ABSOLUTE_TOLERANCE
+    assert set(caught.value.codes) == {"LF401"}
+    assert all("input_layernorm" in problem.where for problem in caught.value.problems)
+    assert not output.exists()
 
 
 def test_a_real_adapter_with_two_heads(tmp_path: Path) -> None:
