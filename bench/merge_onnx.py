@@ -4,8 +4,8 @@
     python bench/merge_onnx.py --gb 4
     python bench/merge_onnx.py --inline   # weights inside the .onnx file
 
-The model is Llama-shaped: an embedding of 32,000 tokens, layers (MatMul only) as the size asks for, and a head,
-of random numbers. The adapter has rank 16 on every matrix of the layers. Files lie in the page cache. `cp` and the merge
+The model is Llama-shaped: an embedding of 32,000 tokens, layers (MatMul only) as the size asks for, and a head, of
+random numbers. The adapter has rank 16 on every matrix of the layers. Files lie in the page cache. `cp` and the merge
 take turns; printed are medians and ratios, for the whole process and for the call of `loraformat.merge` inside it, and
 the peak memory of the process as the kernel accounts for it, interpreter included.
 """
