@@ -13,7 +13,6 @@ import jsonschema
 import numpy as np
 import pytest
 
-import loraformat
 from builders import lora_factors, write_peft
 from loraformat.reasons import all_reasons
 from loraformat.reports import list_formats
@@ -22,7 +21,7 @@ from reports.public_schemas import find_schema
 
 yaml = pytest.importorskip("yaml", reason="PyYAML is missing; pip install pyyaml")
 
-ROOT = Path(loraformat.__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 HOOKS, ACTION, PAGE = (ROOT / name for name in (".pre-commit-hooks.yaml", "action.yml", "docs/validate-in-ci.md"))
 
 

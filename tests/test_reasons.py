@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import loraformat
 from loraformat.reasons import EXIT_FINDING, EXIT_INPUT, EXIT_OUTPUT, EXIT_REFUSED, all_reasons, find_reason
 
-ROOT = Path(loraformat.__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 LIST = ROOT / "spec" / "reasons.toml"
 SOURCES = sorted([*ROOT.glob("loraformat/**/*.py"), *ROOT.glob("cli/**/*.py")])
 

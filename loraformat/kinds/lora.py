@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Factor, SlotKind, Target
-from loraformat.kinds import Delta, Nature, RoleSet, check_roles
+from loraformat.kinds import FLOATS, Delta, Nature, RoleSet, check_roles
 from loraformat.problems import Problem
 
 _LINEAR: Final = RoleSet(
@@ -26,10 +26,6 @@ _EMBEDDING: Final = RoleSet((SlotKind.EMBEDDING,), ("lora_embedding_A", "lora_em
 _DOWN: Final = ("lora_A.weight", "lora_embedding_A")
 _UP: Final = ("lora_B.weight", "lora_embedding_B")
 _CONV_AXES: Final = (3, 4, 5)
-_FORMS: Final = frozenset({"float64", "float32", "float16", "bfloat16"}) | frozenset(
-    f"float8_{form}" for form in ("e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz")
-)
-"""Scales (e8m0) and packed forms (4 and 6 bits) are no numbers to train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +72,7 @@ class Lora:
         problems = [
             Problem("LF210", f"{target.name}: {factor.name}", factor.dtype.name, "a floating-point form")
             for factor in (down, up)
-            if factor.dtype.name not in _FORMS
+            if factor.dtype.name not in FLOATS
         ]
         return problems or _check_shapes(target, down, up)
 
