@@ -190,7 +190,7 @@ def merge(
         allow_zero: accept a scale of zero.
         ignore_fingerprints: accept weights that do not match the fingerprint of their target.
         min_retained: refuse when a smaller share of a weight's delta survives rounding.
-        jobs: worker threads; None takes one more than there are processors.
+        jobs: worker threads; None takes one for each processor.
         max_memory_bytes: cap on tiles and factors in flight.
         force: replace an existing output.
         durable: wait until the disk has the bytes before the output is moved into place; without it a power cut, but

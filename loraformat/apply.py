@@ -295,11 +295,7 @@ def _fill_blank(image: FileImage, descriptor: int, data: bytes) -> None:
 
 
 def count_workers(jobs: int | None) -> int:
-    """Return the number of worker threads: as asked, else one more than the processors that this process may use.
-
-    One of them is usually waiting for the output file, which takes one writer at a time.
-    """
+    """Return the number of worker threads: as asked, else one for each processor that this process may use."""
     if jobs is not None:
         return max(1, jobs)
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return processors + 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -167,7 +167,12 @@ def _read_head(path: Path) -> tuple[bytes, int]:
 
 
 def _choose_container(path: Path, head: bytes, size: int) -> Container:
-    containers = sorted((container for _, container in CONTAINERS), key=lambda each: not each.has_magic)
+    hint = path.suffix.lower().removeprefix(".") or "-"
+    for name in sorted(CONTAINERS.names(), key=lambda name: not name.startswith(hint)):
+        likely = CONTAINERS.find(name)  # Imports no other where the file is what its name says.
+        if likely is not None and likely.has_magic and likely.sniff(head, size):
+            return likely
+    containers = [container for _, container in CONTAINERS]
     for container in containers:
         if container.sniff(head, size):
             return container
