@@ -7,7 +7,8 @@
 The model is Llama-shaped: an embedding of 32,000 tokens, layers (MatMul only) as the size asks for, and a head, of
 random numbers. The adapter has rank 16 on every matrix of the layers. Files lie in the page cache. `cp` and the merge
 take turns; printed are medians and ratios, for the whole process and for the call of `loraformat.merge` inside it, and
-the peak memory of the process as the kernel accounts for it, interpreter included.
+the peak memory of the process as Linux accounts for it (VmHWM; ru_maxrss would hold this script's own), interpreter
+included.
 """
 
 import argparse
@@ -41,11 +42,12 @@ FORMS = {
     "bfloat16": (TensorProto.BFLOAT16, 2),
 }
 MERGE = """
-import resource, sys, time
+import re, sys, time
 import loraformat.api, onnx
 start = time.perf_counter()
 loraformat.merge(sys.argv[1], [sys.argv[2]], sys.argv[3], jobs={jobs})
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+seconds = time.perf_counter() - start
+print(seconds, re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """
 
 
@@ -151,7 +153,7 @@ def time_merge(base: Path, adapter: Path, folder: Path, jobs: int | None) -> tup
     seconds = time.perf_counter() - start
     shutil.rmtree(target)
     inside, peak = result.stdout.split()
-    return seconds, float(inside), int(peak) * (1024 if sys.platform == "linux" else 1)
+    return seconds, float(inside), int(peak) * 1024
 
 
 def main() -> None:

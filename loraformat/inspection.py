@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ import numpy as np
 from loraformat.adapter import Adapter, Target
 from loraformat.bases import BaseModel, Site
 from loraformat.kinds import KINDS, AdditiveKind, Nature
-from loraformat.loading import choose_scheme, digest_file, open_bundle
+from loraformat.loading import read_adapter
 from loraformat.problems import Problem
 from loraformat.schemes import StatedScale
 
@@ -115,9 +115,7 @@ class BaseInspection:
 
 def inspect_adapter(path: Path, scheme: str | None, stated: StatedScale) -> AdapterInspection:
     """Read the adapter at `path` and summarise it; what stands against a merge is listed, not raised."""
-    bundle, file = open_bundle(path)
-    reader, evidence = choose_scheme(bundle, scheme)
-    adapter = replace(reader.read(bundle, stated), sha256=digest_file(file))
+    adapter, evidence, file = read_adapter(path, scheme, stated)
     problems = list(adapter.problems)
     targets = []
     for target in adapter.targets:

@@ -49,11 +49,16 @@ def load_adapter(path: Path, scheme: str | None = None, stated: StatedScale = NO
     Raises:
         LoraformatError: the file, its scheme or its meaning is not sound.
     """
+    return read_adapter(path, scheme, stated)[0]
+
+
+def read_adapter(path: Path, scheme: str | None, stated: StatedScale) -> tuple[Adapter, str, InputFile]:
+    """Return the adapter as `load_adapter` does, the evidence for its scheme, and the file that holds its tensors."""
     bundle, file = open_bundle(path)
-    reader, _ = choose_scheme(bundle, scheme)
+    reader, evidence = choose_scheme(bundle, scheme)
     adapter = reader.read(bundle, stated)
     problems = (*adapter.problems, *_find_unused(adapter, stated))
-    return replace(adapter, sha256=digest_file(file), problems=problems)
+    return replace(adapter, sha256=digest_file(file), problems=problems), evidence, file
 
 
 def _find_unused(adapter: Adapter, stated: StatedScale) -> list[Problem]:

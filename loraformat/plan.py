@@ -6,6 +6,7 @@ factors.
 
 import hashlib
 import math
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -251,7 +252,8 @@ def build_plan(
 
 def describe_base(base: BaseModel) -> dict[str, Any]:
     """Return what a plan and a receipt say about the base: names, sizes, and the digest of its structure."""
-    files = sorted({file.path.name: file.size_bytes for file in base.files}.items())
+    root = base.path if base.folder_mark else base.path.parent
+    files = sorted((os.path.relpath(file.path, root), file.size_bytes) for file in base.files)
     return {
         "name": base.path.name,
         "structure_sha256": base.structure_sha256,

@@ -107,8 +107,9 @@ class WeightWork:
     def _read_delta(self, target: Target, change: PlannedChange) -> Delta:
         kind = KINDS.find(target.kind)
         assert kind is not None, "the plan checked it"
+        roles = [change.parameter] if self.is_replaced else list(target.factors)
         factors: Mapping[str, NDArray[Any]] = {
-            role: factor.read().astype(self.work_form, copy=False) for role, factor in target.factors.items()
+            role: target.factors[role].read().astype(self.work_form, copy=False) for role in roles
         }
         if self.is_replaced:
             delta = cast(ReplacingKind, kind).value(factors, change.parameter)

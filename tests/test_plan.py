@@ -7,7 +7,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from graphs import (
 from loraformat.adapter import Adapter, ScalingRule, SlotKind
 from loraformat.limits import TILE_BYTES
 from loraformat.loading import open_base
-from loraformat.plan import Plan, build_plan, count_tile_rows
+from loraformat.plan import Plan, build_plan, count_tile_rows, describe_base
 from loraformat.problems import Problem
 from loraformat.spans import InputFile
 
@@ -368,3 +369,11 @@ def test_build_plan_takes_opened_things_as_they_are(tmp_path: Path, rng: np.rand
     plan = build_plan(open_base(base), [weigh(adapter, 2.0, "mine")], tmp_path / "out")
     assert [(item.name, item.weight) for item in plan.adapters] == [("mine", 2.0)]
     assert plan.weights[0].file == "base.safetensors"
+
+
+def test_data_files_of_one_name_in_two_folders_are_both_told() -> None:
+    places = (("a", 1), ("b", 2))
+    files = [SimpleNamespace(path=Path("/m") / folder / "w.bin", size_bytes=size) for folder, size in places]
+    base = SimpleNamespace(path=Path("/m/base.onnx"), folder_mark="", structure_sha256="0", files=files)
+    told = describe_base(cast(Any, base))["files"]
+    assert told == [{"name": "a/w.bin", "bytes": 1}, {"name": "b/w.bin", "bytes": 2}]

@@ -45,11 +45,6 @@ class StatedScale:
         if self.alpha is not None and self.multiplier is not None:
             raise ValueError("give alpha or scale, not both")
 
-    @property
-    def is_given(self) -> bool:
-        """Whether the user stated anything."""
-        return self.alpha is not None or self.multiplier is not None
-
 
 NOT_STATED: Final = StatedScale()
 
