@@ -8,7 +8,6 @@ from loraformat.limits import RETAINED_WARN
 from loraformat.plan import Plan, PlannedWeight
 from loraformat.problems import Problem, Severity
 from loraformat.receipt import AppliedAdapter, MergedWeight, Receipt
-from loraformat.rules import is_replacement
 from loraformat.tiles import TileSums
 
 
@@ -57,15 +56,15 @@ def _judge(weight: PlannedWeight, sums: TileSums, min_retained: float) -> list[P
     """Return what the numbers of one merged weight say."""
     problems = []
     if sums.overflowed > 0:
-        found = f"{sums.overflowed} numbers beyond the range of {weight.dtype}"
+        found = f"{sums.overflowed} numbers beyond the range of {weight.written_dtype}"
         problems.append(Problem("LF503", weight.name, found, "numbers that it holds"))
     if sums.not_finite:
         found = f"{sums.not_finite} numbers of the base"
         problems.append(Problem("LF502", weight.name, found, "finite numbers", severity="warning"))
     # Replaced values are rounded, not lost: only a change can drown in the weight that it is added to.
-    if sums.retained < max(min_retained, RETAINED_WARN) and not is_replacement(weight.changes[0].kind):
+    if sums.retained < max(min_retained, RETAINED_WARN) and not weight.is_replaced:
         severity: Severity = "error" if sums.retained < min_retained else "warning"
-        found = f"{sums.retained:.3f} of the delta survives rounding to {weight.dtype}"
+        found = f"{sums.retained:.3f} of the delta survives rounding to {weight.written_dtype}"
         problems.append(
             Problem("LF504", weight.name, found, f"at least {max(min_retained, RETAINED_WARN)}", severity=severity)
         )

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from loraformat.dtypes import Dtype
 from loraformat.fingerprint import Fingerprint
 from loraformat.problems import Problem
+from loraformat.strict_json import JsonValue
 
 
 class Factor(Protocol):
@@ -100,6 +101,7 @@ class Target:
         rank: rank as stated or as the factors have it; 0 for kinds without one.
         scaling: how strongly it acts.
         fingerprint: sampled numbers of the base weight that it was trained on, or None.
+        options: what else the kind needs to know: block sizes, seeds, the rows of trained tokens ...
     """
 
     name: str
@@ -109,6 +111,7 @@ class Target:
     rank: int
     scaling: Scaling
     fingerprint: Fingerprint | None = None
+    options: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def scale(self) -> float:

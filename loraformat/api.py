@@ -14,7 +14,8 @@ from loraformat.inspection import AdapterInspection, BaseInspection, inspect_ada
 from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE
 from loraformat.loading import FACTORS_NAMES, is_base, list_files, load_adapter, open_base
 from loraformat.outputs import PendingOutput, check_apart, check_output
-from loraformat.plan import Plan, WeightedAdapter, build_plan, default_output
+from loraformat.plan import Plan, WeightedAdapter
+from loraformat.planning import build_plan, default_output
 from loraformat.receipt import Receipt
 from loraformat.rules import check_shapes
 from loraformat.schemes import StatedScale

@@ -16,15 +16,17 @@ from typing import Any, Final, Protocol
 from loraformat.accounting import draft_receipt, finish_receipt, slack_bytes
 from loraformat.bases import BaseModel
 from loraformat.errors import refuse
-from loraformat.files import copy_range, reserve_bytes, write_at
+from loraformat.files import write_at
 from loraformat.images import Blank, Copy, FileImage, Literal
 from loraformat.limits import COPY_CHUNK_BYTES
 from loraformat.loading import list_files
 from loraformat.outputs import PendingFolder, PendingOutput, check_output, check_output_folder, output_errors
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
 from loraformat.receipt import Receipt
+from loraformat.sinks import FileSink, Sink
 from loraformat.spans import StoredTensor
-from loraformat.tiles import TileBuffers, TileSums, WeightWork, merge_tile
+from loraformat.tiles import TileBuffers, TileSums, merge_tile
+from loraformat.weight_work import WeightWork
 
 _RUN_BYTES: Final = 8 << 20
 _BUFFERS_PER_WORKER: Final = 4
@@ -79,7 +81,8 @@ def apply_plan(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter],
     draft = base.encode_receipt(draft_receipt(plan, base).embedded_text())
     images = base.describe_images(plan.output, len(draft) + slack_bytes(plan), plan.sha256[:8])
     with _open_outputs(plan.output, base, images, work) as pending:
-        sums = _Run(plan, base, adapters, work, images, pending.descriptors).carry_out()
+        sinks = [FileSink(fd, image.path) for fd, image in zip(pending.descriptors, images, strict=True)]
+        sums = _Run(plan, base, adapters, work, images, sinks).carry_out()
         receipt = finish_receipt(plan, base, sums, work.min_retained)
         _fill_blank(images[-1], pending.descriptors[-1], base.encode_receipt(receipt.embedded_text()))
         for file in (*base.files, *(file for item in adapters for file in list_files(item.adapter))):
@@ -148,12 +151,12 @@ class _Run:
         adapters: Sequence[WeightedAdapter],
         work: Work,
         images: Sequence[FileImage],
-        descriptors: Sequence[int],
+        sinks: Sequence[Sink],
     ) -> None:
         self._plan = plan
         self._work = work
         self._images = images
-        self._descriptors = descriptors
+        self._sinks = sinks
         self._tensors = _index_tensors(base)
         self._targets = [{target.name: target for target in item.adapter.targets} for item in adapters]
         self._buffers = TileBuffers()
@@ -163,9 +166,8 @@ class _Run:
         """Do all jobs and return the sums of each weight, in the plan's order."""
         from threadpoolctl import threadpool_limits
 
-        for image, descriptor in zip(self._images, self._descriptors, strict=True):
-            with output_errors(image.path):
-                reserve_bytes(descriptor, image.size_bytes)
+        for image, sink in zip(self._images, self._sinks, strict=True):
+            sink.reserve(image.size_bytes)
         if self._work.progress:
             self._work.progress.start(sum(image.size_bytes for image in self._images))
         jobs = self._fit_memory()
@@ -191,16 +193,16 @@ class _Run:
 
     def _need_bytes(self, weight: PlannedWeight) -> int:
         """Return the bytes that one worker on `weight` holds: tiles, and factors with their working copies."""
-        widest = 8 if weight.dtype == "float64" else 4
+        widest = 8 if "float64" in (weight.dtype, weight.written_dtype) else 4
         tile = widest * weight.tile_rows * weight.matrix[1]
         factors = sum(widest * self._targets[change.adapter][change.target].parameters for change in weight.changes)
         return _BUFFERS_PER_WORKER * tile + _FACTOR_COPIES * factors
 
     def _submit_weight(self, pool: ThreadPoolExecutor, weight: PlannedWeight) -> "list[Future[TileSums]]":
         targets = [self._targets[change.adapter][change.target] for change in weight.changes]
-        work = WeightWork(weight, self._tensors[weight.key], targets)
-        image, offset = _locate(self._images, work.tensor)
-        runs = list(_split_runs(weight, work.stored_form.itemsize))
+        work = WeightWork(weight, self._tensors.get(weight.key), targets)
+        image, offset = _locate(self._images, self._tensors[weight.key])
+        runs = list(_split_runs(weight, work.written_form.itemsize))
         work.runs_left = len(runs)
         return [pool.submit(self._merge_run, work, run, image, offset) for run in runs]
 
@@ -208,11 +210,10 @@ class _Run:
         """Merge the tiles of stored rows `run`, in order."""
         sums = TileSums()
         step = work.weight.tile_rows
-        row_bytes = work.weight.matrix[1] * work.stored_form.itemsize
+        row_bytes = work.weight.matrix[1] * work.written_form.itemsize
         for start in range(run.start, run.stop, step):
             rows = range(start, min(start + step, run.stop))
-            with output_errors(self._images[image].path):
-                sums += merge_tile(work, self._buffers, rows, self._descriptors[image], offset)
+            sums += merge_tile(work, self._buffers, rows, self._sinks[image], offset)
             self._advance(len(rows) * row_bytes)
         work.finish_run()
         return sums
@@ -231,12 +232,10 @@ class _Run:
                     yield from ((index, part, start) for start, part in _cut(offset, piece, holes))
 
     def _copy(self, image: int, piece: Copy | Literal, offset: int) -> None:
-        with output_errors(self._images[image].path):
-            if isinstance(piece, Literal):
-                write_at(self._descriptors[image], piece.data, offset)
-            else:
-                source = piece.file.descriptor
-                copy_range(source, piece.offset, self._descriptors[image], offset, piece.length)
+        if isinstance(piece, Literal):
+            self._sinks[image].write(piece.data, offset)
+        else:
+            self._sinks[image].copy(piece, offset)
         self._advance(piece.length)
 
     def _advance(self, done_bytes: int) -> None:

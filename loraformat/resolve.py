@@ -7,6 +7,7 @@ no half of an encoder-decoder, which have modules of the same names; that anythi
 consumed exactly once, or the error says which were near.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from typing import Final
 
 from loraformat.adapter import Adapter, SlotKind, Target
 from loraformat.bases import Site, Weight
-from loraformat.fingerprint import sample_weight
-from loraformat.kinds import KINDS
+from loraformat.fingerprint import positions, read_number
+from loraformat.kinds import KINDS, Change, Nature
 from loraformat.problems import Problem
 from loraformat.site_index import Candidate, SiteIndex
+from loraformat.spans import Part
 
 _LISTED: Final = 8
 BY_FINGERPRINT: Final = "fingerprint"
@@ -26,22 +28,35 @@ BY_FINGERPRINT: Final = "fingerprint"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Want:
-    """One parameter that a target changes.
+    """One change of one parameter that a target asks for.
 
     Attributes:
         target: the target.
-        parameter: `weight`, `bias` ...
-        shape: its canonical shape.
+        change: what its kind does to the parameter.
     """
 
     target: Target
-    parameter: str
-    shape: tuple[int, ...]
+    change: Change
+
+    @property
+    def parameter(self) -> str:
+        """`weight`, `bias` ..."""
+        return self.change.parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its canonical shape."""
+        return self.change.shape
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it changes the weight that the target's fingerprint was taken from."""
+        return self.parameter == "weight" and self.change.slot is self.target.slot
 
     @property
     def name(self) -> str:
         """Its name for people: the target's, with the parameter where that does not go without saying."""
-        return f"{self.target.name}.{self.parameter}" if self.target.slot is SlotKind.PARAMETER else self.target.name
+        return f"{self.target.name}.{self.parameter}" if self.change.slot is SlotKind.PARAMETER else self.target.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +66,7 @@ class Match:
     Attributes:
         want: the target and its parameter.
         weights: the stored weight; several where the exporter wrote copies of it, one for each call of the module.
-        sites: where the base applies it, all of this target.
+        sites: where the base applies it, all of this target and, where the base splits the module, of one section.
         transposed: whether the stored matrix is the transpose of the canonical `(out, in * kernel)`.
         divisor: what the site multiplies its weight by.
         evidence: how the weight was found.
@@ -75,6 +90,16 @@ class Match:
     def weight(self) -> Weight:
         """The stored weight, the first of its copies."""
         return self.weights[0]
+
+    @property
+    def part(self) -> Part | None:
+        """Where in the stored tensor it is; None for all of it."""
+        return self.sites[0].part
+
+    @property
+    def section(self) -> tuple[int, int] | None:
+        """The rows of the change that this weight holds; None for all."""
+        return self.sites[0].section
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +138,16 @@ def resolve(
     problems: list[Problem] = []
     for want in wants:
         candidates = found[want] or find_by_fingerprint(want, sites)
-        outcome = _match(want, candidates, usual) if candidates else None
-        if isinstance(outcome, Match) and not ignore_fingerprints:
-            outcome = _check_fingerprint(outcome)
-        if isinstance(outcome, Match):
-            matches.append(outcome)
-        elif outcome is None:
+        if not candidates:
             missing.append(want)
-        else:
+            continue
+        outcome = _match(want, candidates, usual)
+        if not isinstance(outcome, Problem) and not ignore_fingerprints:
+            outcome = _check_fingerprint(want, outcome)
+        if isinstance(outcome, Problem):
             problems.append(outcome)
+        else:
+            matches += outcome
     matches, displaced = _prefer_exact(matches)
     missing += displaced
     allowed = [want for want in missing if any(fnmatchcase(want.target.name, glob) for glob in allow_unmatched)]
@@ -133,43 +159,51 @@ def resolve(
 def _list_wants(target: Target) -> list[Want]:
     kind = KINDS.find(target.kind)
     assert kind is not None, "checked before"
-    return [Want(target, parameter, shape) for parameter, shape in kind.parameters(target).items()]
+    return [Want(target, change) for change in kind.changes(target)]
 
 
 def find_by_fingerprint(want: Want, sites: Sequence[Site]) -> list[Candidate]:
     """Return the sites whose weights have the numbers that the target's fingerprint says, whatever their names."""
     fingerprint = want.target.fingerprint
-    if fingerprint is None or not fingerprint.is_telling:
+    if fingerprint is None or not fingerprint.is_telling or not want.is_main:
         return []
     return [
         Candidate(site, BY_FINGERPRINT)
         for site in sites
-        if want.target.slot in site.transposed
+        if want.change.slot in site.transposed
         and site.weight is not None
-        and _fits(want, site, site.weight)
-        and fingerprint.matches(sample_site(want, site))
+        and _fits(want, site)
+        and fingerprint.matches(sample_sites(want, [site]))
     ]
 
 
-def sample_site(want: Want, site: Site) -> tuple[float, ...]:
-    """Return the samples of the weight that a site applies, at the positions of the target."""
+def sample_sites(want: Want, sites: Sequence[Site]) -> tuple[float, ...]:
+    """Return the samples of the weight that sites apply, one or several sections, at the positions of the target."""
+    return tuple(_read_sample(want, sites, row, column) for row, column in positions(want.target.name, want.shape))
+
+
+def _read_sample(want: Want, sites: Sequence[Site], row: int, column: int) -> float:
+    site = next((site for site in sites if site.section and site.section[0] <= row < site.section[1]), sites[0])
     assert site.weight is not None, "chosen so"
-    target = want.target
-    samples = sample_weight(target.name, want.shape, site.weight.tensor, transposed=site.transposed[target.slot])
-    return tuple(sample * site.divisor for sample in samples)
+    first, stop = site.section or (0, want.shape[0])
+    rows, columns = stop - first, math.prod(want.shape[1:])
+    turned = site.transposed[want.change.slot]
+    place = (column, row - first) if turned else (row - first, column)
+    index = site.part.index(*place) if site.part else place[0] * (rows if turned else columns) + place[1]
+    return read_number(site.weight.tensor, index) * site.divisor
 
 
-def _check_fingerprint(match: Match) -> Match | Problem:
-    fingerprint = match.target.fingerprint
-    if fingerprint is None:
-        return match
-    samples = sample_site(match.want, match.sites[0])
-    if fingerprint.shape == match.want.shape and fingerprint.matches(samples):
-        return match
+def _check_fingerprint(want: Want, matches: list[Match]) -> list[Match] | Problem:
+    fingerprint = want.target.fingerprint
+    if fingerprint is None or not want.is_main:
+        return matches
+    samples = sample_sites(want, [site for match in matches for site in match.sites])
+    if fingerprint.shape == want.shape and fingerprint.matches(samples):
+        return matches
     near = sum(abs(a - b) <= abs(a) / 16 for a, b in zip(fingerprint.samples, samples, strict=True))
-    name = match.weight.name
-    found = f"the weight {name!r}, with {near} of {len(samples)} sampled numbers near the expected ones"
-    return Problem("LF406", match.target.name, found, "the weight that its fingerprint was taken from")
+    names = ", ".join(repr(match.weight.name) for match in matches)
+    found = f"the weight {names}, with {near} of {len(samples)} sampled numbers near the expected ones"
+    return Problem("LF406", want.target.name, found, "the weight that its fingerprint was taken from")
 
 
 def _strip(name: str, prefix: str | None) -> str:
@@ -186,28 +220,44 @@ def _usual_relation(found: Mapping[Want, Sequence[Candidate]]) -> str | None:
     return relations.most_common(1)[0][0] if relations else None
 
 
-def _match(want: Want, candidates: Sequence[Candidate], usual: str | None) -> Match | Problem:
-    """Return the one weight that the candidates lead to, or why there is none."""
+def _match(want: Want, candidates: Sequence[Candidate], usual: str | None) -> list[Match] | Problem:
+    """Return the weight that the candidates lead to, or the weights of its sections, or why there is none."""
     if len({candidate.relation for candidate in candidates}) > 1:
         candidates = [candidate for candidate in candidates if candidate.relation == usual] or candidates
     sites = [candidate.site for candidate in candidates]
-    usable = [site for site in sites if want.target.slot in site.transposed]
+    usable = [site for site in sites if want.change.slot in site.transposed]
     if not usable:
         kinds = sorted({str(kind) for site in sites for kind in site.transposed})
-        return Problem("LF408", want.name, f"a slot for {', '.join(kinds) or 'nothing'}", f"a {want.target.slot} slot")
-    fitting = [site for site in usable if site.weight is None or _fits(want, site, site.weight)]
+        return Problem("LF408", want.name, f"a slot for {', '.join(kinds) or 'nothing'}", f"a {want.change.slot} slot")
+    fitting = [site for site in usable if site.weight is None or _fits(want, site)]
     if not fitting:
         return _report_shape(want, usable)
     blocked = next((site.obstacle for site in fitting if site.obstacle is not None), None)
     if blocked is not None:
         return Problem(blocked.code, f"{want.name} at {blocked.where}", blocked.found, blocked.expected, blocked.mend)
-    return _match_weight(want, fitting, candidates[0].relation)
+    outcomes = [_match_weight(want, group, candidates[0].relation) for group in _split_sections(fitting)]
+    problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
+    return problems[0] if problems else [outcome for outcome in outcomes if isinstance(outcome, Match)]
+
+
+def _split_sections(sites: Sequence[Site]) -> list[list[Site]]:
+    """Return the sites of each section of a module that the base splits; one group where it does not.
+
+    Sites that hold the module whole come before those that hold sections of it.
+    """
+    whole = [site for site in sites if site.section is None]
+    if whole:
+        return [whole]
+    groups: dict[tuple[int, int] | None, list[Site]] = defaultdict(list)
+    for site in sorted(sites, key=lambda site: site.section or (0, 0)):
+        groups[site.section].append(site)
+    return list(groups.values())
 
 
 def _match_weight(want: Want, sites: Sequence[Site], relation: str) -> Match | Problem:
     by_key = {site.weight.key: site.weight for site in sites if site.weight is not None}
     weights = tuple(by_key.values())
-    manners = {(site.transposed[want.target.slot], site.divisor) for site in sites}
+    manners = {(site.transposed[want.change.slot], site.divisor, site.part) for site in sites}
     nameless = relation == BY_FINGERPRINT and len(sites) > 1 and not _are_of_one_module(sites)
     if nameless or len(manners) != 1 or (len(weights) != 1 and not _are_copies(sites, weights)):
         listed = "; ".join(f"{site.module} ({site.evidence}) reads {_name(site)}" for site in sites[:_LISTED])
@@ -217,7 +267,7 @@ def _match_weight(want: Want, sites: Sequence[Site], relation: str) -> Match | P
         if strangers:
             found = f"the tensor {weight.name!r} is also read by {', '.join(strangers[:_LISTED])}"
             return Problem("LF402", want.name, found, "a tensor that nothing else reads")
-    transposed, divisor = manners.pop()
+    transposed, divisor, _ = manners.pop()
     evidence = BY_FINGERPRINT if relation == BY_FINGERPRINT else sites[0].evidence
     return Match(want, weights, tuple(sites), transposed, divisor, evidence, relation)
 
@@ -237,21 +287,37 @@ def _name(site: Site) -> str:
     return site.weight.name if site.weight is not None else "nothing"
 
 
-def _fits(want: Want, site: Site, weight: Weight) -> bool:
-    return weight.tensor.shape == _stored_shape(want, site)
+def _fits(want: Want, site: Site) -> bool:
+    stored, wanted = site.stored_shape(), _stored_shape(want, site)
+    if stored == wanted:
+        return True
+    grown = site.grows and len(stored) == len(wanted) and wanted[0] > stored[0] and wanted[1:] == stored[1:]
+    return grown and _brings_rows(want)
+
+
+def _brings_rows(want: Want) -> bool:
+    """Say whether the target brings values of its own for all rows: then there may be more of them than are stored."""
+    kind = KINDS.find(want.target.kind)
+    assert kind is not None, "checked before"
+    changes = kind.changes(want.target)
+    return any(each.nature is Nature.REPLACEMENT and each.parameter == want.parameter for each in changes)
 
 
 def _stored_shape(want: Want, site: Site) -> tuple[int, ...]:
     """Return the shape in which the target's weight would be stored at the site."""
-    return want.shape[::-1] if site.transposed[want.target.slot] else want.shape
+    shape = want.shape
+    if site.section is not None:
+        shape = (site.section[1] - site.section[0], *shape[1:])
+    if site.part is not None and len(shape) == 1:
+        shape = (*shape, 1)
+    return shape[::-1] if site.transposed[want.change.slot] else shape
 
 
 def _report_shape(want: Want, sites: Sequence[Site]) -> Problem:
     site = next(site for site in sites if site.weight is not None)
-    assert site.weight is not None, "chosen so"
-    stored, wanted = site.weight.tensor.shape, _stored_shape(want, site)
+    stored, wanted = site.stored_shape(), _stored_shape(want, site)
     turned = " (it would fit transposed, which is never guessed)" if stored == wanted[::-1] else ""
-    found = f"the weight {site.weight.name!r} is {stored}{turned}"
+    found = f"the weight {_name(site)!r} is {stored}{turned}"
     return Problem("LF405", want.name, found, f"{wanted} for its factors")
 
 
@@ -269,24 +335,24 @@ def _report_missing(lost: Sequence[tuple[str, str, SiteIndex]]) -> list[Problem]
 
 
 def _report_collisions(matches: Sequence[Match]) -> list[Problem]:
-    """Return a problem for every weight that two targets of one adapter lead to."""
+    """Return a problem for every weight, or part of one, that two targets of one adapter lead to."""
     return [
         Problem(
             "LF404",
-            " and ".join(match.target.name for match in group),
+            " and ".join(dict.fromkeys(match.target.name for match in group)),
             f"both lead to {group[0].weight.name!r} ({group[0].sites[0].module})",
             "a weight for each",
             "Drop the part of the names that the base lacks with --strip-prefix, or leave one out.",
         )
         for group in _group_by_weight(matches)
-        if len(group) > 1
+        if len({match.target.name for match in group}) > 1
     ]
 
 
 def _group_by_weight(matches: Sequence[Match]) -> list[list[Match]]:
-    groups: dict[str, list[Match]] = defaultdict(list)
+    groups: dict[tuple[str, Part | None], list[Match]] = defaultdict(list)
     for match in matches:
-        groups[match.weight.key].append(match)
+        groups[match.weight.key, match.part].append(match)
     return list(groups.values())
 
 
@@ -299,9 +365,10 @@ def _prefer_exact(matches: Sequence[Match]) -> tuple[list[Match], list[Want]]:
     displaced: list[Want] = []
     for group in _group_by_weight(matches):
         exact = [match for match in group if not match.relation.startswith("-")]
-        if len(group) > 1 and len(exact) == 1:
+        named = {match.target.name for match in group}
+        if len(named) > 1 and len({match.target.name for match in exact}) == 1:
             kept += exact
-            displaced += [match.want for match in group if match is not exact[0]]
+            displaced += [match.want for match in group if match not in exact]
         else:
             kept += group
     return kept, displaced

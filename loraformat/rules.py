@@ -43,7 +43,7 @@ def check_shapes(adapter: Adapter) -> list[Problem]:
 def is_mergeable(kind: str) -> bool:
     """Say whether this version can merge adapters of a kind."""
     known = KINDS.find(kind)
-    return known is not None and known.nature in {Nature.ADDITIVE, Nature.REPLACEMENT}
+    return known is not None
 
 
 def is_replacement(kind: str) -> bool:

@@ -43,6 +43,30 @@ class Span:
         return self.offset + self.length
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows and columns of a stored tensor, seen as a matrix: a slice of a fused weight, one of packed experts.
+
+    Attributes:
+        matrix: `(rows, columns)` of the whole tensor.
+        rows: start, stop and step.
+        columns: start, stop and step.
+    """
+
+    matrix: tuple[int, int]
+    rows: tuple[int, int, int]
+    columns: tuple[int, int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(rows, columns)` of the part."""
+        return len(range(*self.rows)), len(range(*self.columns))
+
+    def index(self, row: int, column: int) -> int:
+        """Return the position in the whole tensor, in elements, of an element of the part."""
+        return range(*self.rows)[row] * self.matrix[1] + range(*self.columns)[column]
+
+
 class InputFile:
     """A regular file, opened once for reading by position; safe to share between threads.
 

@@ -13,7 +13,7 @@ from loraformat.adapter import SlotKind
 from loraformat.images import FileImage
 from loraformat.problems import Problem
 from loraformat.registry import Registry
-from loraformat.spans import InputFile, StoredTensor
+from loraformat.spans import InputFile, Part, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,10 @@ class Site:
         divisor: the site multiplies its weight by this number, so a delta is divided by it (`alpha` of Gemm).
         obstacle: why nothing can be merged here.
         parameter: which of the module's parameters it is: `weight`, `bias` ...
+        part: where in the stored tensor it is; None for all of it.
+        section: first and last row, the latter excluded, of the module's canonical matrix `(out, in)` that are stored
+            here, where the base splits the module; None for all of them. The sections of a module follow one another.
+        grows: whether a replacement may have more rows than are stored: a table of tokens.
     """
 
     id: str
@@ -57,6 +61,15 @@ class Site:
     divisor: float = 1.0
     obstacle: Problem | None = None
     parameter: str = "weight"
+    part: Part | None = None
+    section: tuple[int, int] | None = None
+    grows: bool = False
+
+    def stored_shape(self) -> tuple[int, ...]:
+        """Return the shape of what the site applies, as it is stored; empty where there is nothing."""
+        if self.weight is None:
+            return ()
+        return self.part.shape if self.part is not None else self.weight.tensor.shape
 
 
 class BaseModel(Protocol):
