@@ -249,7 +249,7 @@ def _is_in_range(merged: NDArray[Any], form: np.dtype[Any]) -> bool:
         return math.isfinite(np.dot(flat, flat))
     import ml_dtypes
 
-    return _largest(flat) <= float(ml_dtypes.finfo(form).max)
+    return _largest(flat) <= float(ml_dtypes.finfo(form).max)  # type: ignore[no-untyped-call]
 
 
 def _largest(values: NDArray[Any]) -> float:

@@ -103,7 +103,7 @@ class WeightMap(Protocol):
         ...
 
     def write_rows(self, start: int, stop: int, base: NDArray[Any], out: NDArray[Any]) -> None:
-        """Write rows `start:stop` of f(W) into `out`, given these rows of W in `base`; both `(stop - start, columns)`."""
+        """Write rows `start:stop` of f(W) into `out`, given these rows of W in `base`, of the same shape."""
         ...
 
 
