@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
 from loraformat.adapter import Adapter
-from loraformat.apply import Progress, Work, apply_plan, count_workers
+from loraformat.apply import Work, apply_plan
 from loraformat.bases import BaseModel
 from loraformat.containers.safetensors import write_safetensors
+from loraformat.engine import Effort, Progress, count_workers
 from loraformat.errors import error_for
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
-from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE
+from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE, RETAINED_WARN
 from loraformat.loading import FACTORS_NAMES, is_base, list_files, load_adapter, open_base
 from loraformat.outputs import PendingOutput, check_apart, check_output
 from loraformat.plan import Plan, WeightedAdapter
@@ -170,10 +171,13 @@ def merge(
     allow_zero: bool = False,
     ignore_fingerprints: bool = False,
     min_retained: float = RETAINED_REFUSE,
+    warn_retained: float = RETAINED_WARN,
     jobs: int | None = None,
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
     force: bool = False,
     durable: bool = False,
+    resume: bool = False,
+    link: bool = False,
     progress: Progress | None = None,
 ) -> Receipt:
     """Merge adapters into a copy of a base model: its numbers change, its structure does not.
@@ -191,11 +195,14 @@ def merge(
         allow_zero: accept a scale of zero.
         ignore_fingerprints: accept weights that do not match the fingerprint of their target.
         min_retained: refuse when a smaller share of a weight's delta survives rounding.
+        warn_retained: warn when a smaller share of it does.
         jobs: worker threads; None takes one for each processor.
         max_memory_bytes: cap on tiles and factors in flight.
         force: replace an existing output.
         durable: wait until the disk has the bytes before the output is moved into place; without it a power cut, but
             no crash or kill of the process, can lose it.
+        resume: take up what a killed run of the same merge has left, and leave something to take up if killed.
+        link: make hard links of the base's files that nothing of is rewritten, instead of copies; for model folders.
         progress: told how far the work is, in bytes.
 
     Returns:
@@ -208,7 +215,8 @@ def merge(
     opened, weighted, plan = _prepare(base, adapters, output, scheme, StatedScale(alpha, scale), matching)
     for item in weighted:
         check_apart(plan.output, [file.path for file in list_files(item.adapter)])
-    work = Work(count_workers(jobs), max_memory_bytes, min_retained, force, durable, progress)
+    effort = Effort(count_workers(jobs), max_memory_bytes, progress)
+    work = Work(effort, min_retained, warn_retained, force, durable, resume, link)
     return apply_plan(plan, opened, weighted, work)
 
 
