@@ -15,7 +15,7 @@ _LONGEST_ROOM: Final = 9_999_999_999
 
 
 def draft_receipt(plan: Plan, base: BaseModel) -> Receipt:
-    """Return a receipt with the longest numbers it could have; its `room_bytes` is the room that it needs in a model."""
+    """Return a receipt with the longest numbers it could have; its `room_bytes` is what it needs in a model."""
     longest = -1.23457e-05
     weights = [MergedWeight(w.name, w.targets, w.scales, longest, longest, longest) for w in plan.weights if w.changes]
     draft = _compose_receipt(plan, base, weights, (), _LONGEST_ROOM)
@@ -59,9 +59,7 @@ def finish_receipt(
     return _compose_receipt(plan, base, weights, [*plan.problems, *found], room_bytes)
 
 
-def _judge(
-    weight: PlannedWeight, sums: TileSums, min_retained: float, warn_retained: float
-) -> list[Problem]:
+def _judge(weight: PlannedWeight, sums: TileSums, min_retained: float, warn_retained: float) -> list[Problem]:
     """Return what the numbers of one merged weight say."""
     problems = []
     if sums.overflowed > 0:

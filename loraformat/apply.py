@@ -1,4 +1,4 @@
-"""From plans to merged models: open the outputs, have everything carried out, and move them into place when they are whole."""
+"""From plans to merged models: open the outputs, have all carried out, and move them into place when they are whole."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,13 +11,12 @@ from loraformat.engine import Assignment, Effort, carry_out
 from loraformat.files import write_at
 from loraformat.images import Blank, FileImage
 from loraformat.job_log import FileJobLog
-from loraformat.loading import list_files
 from loraformat.output_folders import PendingFolder, check_output_folder
+from loraformat.output_forms import Order, choose_form, describe_output, list_inputs, list_touched
 from loraformat.outputs import PendingOutput, check_output, name_log, output_errors
 from loraformat.plan import Plan, WeightedAdapter
 from loraformat.receipt import Receipt
 from loraformat.sinks import FileSink
-from loraformat.spans import InputFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +40,6 @@ class Work:
     durable: bool = False
     resume: bool = False
     link: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """One model to write: a plan, and the adapters that it was made from, in its order."""
-
-    plan: Plan
-    adapters: Sequence[WeightedAdapter]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +87,17 @@ def apply_plans(base: BaseModel, orders: Sequence[Order], work: Work) -> list[Re
     return receipts
 
 
-def list_inputs(base: BaseModel, orders: Sequence[Order]) -> list[InputFile]:
-    """Return every open file that orders are carried out from."""
-    adapters = [item.adapter for order in orders for item in order.adapters]
-    return [*base.files, *(file for adapter in adapters for file in list_files(adapter))]
-
-
-def describe_output(plan: Plan, base: BaseModel, blank_bytes: int) -> list[FileImage]:
-    """Return the files of a plan's output, the one with the receipt last."""
-    return base.describe_images(plan.output, blank_bytes, plan.sha256[:8])
-
-
 def _finish(base: BaseModel, delivery: _Delivery, receipt: Receipt) -> None:
     """Put the receipt into its blank, and mend what depends on the numbers."""
     images, descriptors = delivery.assignment.images, delivery.pending.descriptors
-    _fill_blank(images[-1], descriptors[-1], base.encode_receipt(receipt.embedded_text()))
+    plan = delivery.order.plan
+    if not plan.rewritten:
+        touched = list_touched(plan, base)
+        for image, descriptor in zip(images, descriptors, strict=True):
+            if descriptor >= 0:
+                with output_errors(image.path):
+                    base.finish_output(image, descriptor, touched)
+    _fill_blank(images[-1], descriptors[-1], choose_form(plan, base).encode_receipt(receipt.embedded_text()))
 
 
 @contextmanager
@@ -118,7 +105,7 @@ def _open(base: BaseModel, order: Order, work: Work) -> Iterator[_Delivery]:
     """Open the outputs of an order, once it is known that nothing is destroyed by them."""
     plan = order.plan
     draft = draft_receipt(plan, base)
-    images = describe_output(plan, base, draft.room_bytes)
+    images = describe_output(order, base, draft.room_bytes)
     with ExitStack() as stack:
         pending = stack.enter_context(_open_outputs(plan, base, images, work))
         log = None
@@ -137,13 +124,12 @@ def _open_outputs(
     plan: Plan, base: BaseModel, images: Sequence[FileImage], work: Work
 ) -> Iterator[PendingOutput | PendingFolder]:
     output, resume = plan.output, plan.sha256[:16] if work.resume else None
-    if base.folder_mark:
-        check_output_folder(output, base.path, base.folder_mark, force=work.force)
+    mark = choose_form(plan, base).folder_mark
+    if mark:
+        check_output_folder(output, base.path, mark, force=work.force)
         names = [image.path.relative_to(output) for image in images]
         links = _list_links(plan, base, images) if work.link else {}
-        with PendingFolder(
-            output, names, force=work.force, durable=work.durable, resume=resume, links=links
-        ) as folder:
+        with PendingFolder(output, names, force=work.force, durable=work.durable, resume=resume, links=links) as folder:
             yield folder
         return
     inputs = [file.path for file in base.files]

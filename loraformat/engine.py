@@ -190,9 +190,9 @@ class _Bench:
         runs = list(_split_runs(weight, work.written_form.itemsize))
         work.runs_left = len(runs)
         row_bytes = weight.matrix[1] * work.written_form.itemsize
-        source = str(tensor.span.path) if tensor is not None else ""
+        source = (str(tensor.extent.path), tensor.extent.offset) if tensor is not None else ("", 0)
         for run in runs:
-            order = (source, (tensor.span.offset if tensor is not None else 0) + run.start * row_bytes)
+            order = (source[0], source[1] + run.start * row_bytes)
             carry = partial(_merge_run, work, self._buffers, run, sink, offset)
             yield _Job(order, f"{image}@{offset}:{run.start}", number, len(run) * row_bytes, carry)
 
@@ -242,8 +242,9 @@ def _need_bytes(assignment: Assignment) -> int:
 
 
 def index_tensors(base: BaseModel) -> Mapping[str, StoredTensor]:
-    """Return the tensors of a base by the keys of its weights."""
-    return {site.weight.key: site.weight.tensor for site in base.sites if site.weight is not None}
+    """Return the tensors of a base by the keys of its weights, which in a state dict are their names."""
+    named = {tensor.name: tensor for tensor in base.list_tensors()} if base.rewriter is not None else {}
+    return named | {site.weight.key: site.weight.tensor for site in base.sites if site.weight is not None}
 
 
 def index_targets(adapters: Sequence[WeightedAdapter]) -> list[Mapping[str, Target]]:
@@ -251,9 +252,7 @@ def index_targets(adapters: Sequence[WeightedAdapter]) -> list[Mapping[str, Targ
     return [{target.name: target for target in item.adapter.targets} for item in adapters]
 
 
-def locate_weight(
-    images: Sequence[FileImage], weight: PlannedWeight, tensor: StoredTensor | None
-) -> tuple[int, int]:
+def locate_weight(images: Sequence[FileImage], weight: PlannedWeight, tensor: StoredTensor | None) -> tuple[int, int]:
     """Return which image holds the merged weight, and where."""
     for index, image in enumerate(images):
         offset = None

@@ -136,6 +136,13 @@ class FileImage:
             return None
         return start + span.offset - offset
 
+    def whole_copy(self) -> InputFile | None:
+        """Return the input file that this one is a copy of, from its first byte to its last, or None."""
+        match self.pieces:
+            case (Copy(file, 0, length),) if length == file.size_bytes:
+                return file
+        return None
+
     def locate_fresh(self, key: str) -> int | None:
         """Return the offset in this file of the room for the computed tensor `key`, or None; no bytes need none."""
         return self._fresh.get(key)

@@ -211,9 +211,9 @@ def remove_stale_parts(final: Path, resume: str | None = None) -> None:
     resumable = f".{final.name}.loraformat-resume-"
     for entry in final.parent.iterdir():
         match = _PART.match(entry.name)
-        if match and not _is_alive(int(match["pid"])):
-            remove(entry)
-        elif entry.name.startswith(resumable) and not (resume and entry.name.startswith(f"{resumable}{resume}.")):
+        dead = match is not None and not _is_alive(int(match["pid"]))
+        foreign = entry.name.startswith(resumable) and not entry.name.startswith(f"{resumable}{resume}.")
+        if dead or foreign:
             remove(entry)
 
 
