@@ -49,5 +49,7 @@ def rewrite_spans(base: BaseModel, images: Sequence[FileImage], changes: Mapping
         descriptor = os.open(image.path, os.O_RDWR)
         try:
             base.finish_output(image, descriptor, touched)
+            checksums = base.compute_checksums(image, descriptor, touched)
+            assert all(os.pread(descriptor, len(data), at) == data for at, data in checksums.items())
         finally:
             os.close(descriptor)

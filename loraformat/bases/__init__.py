@@ -182,16 +182,29 @@ class BaseModel(Protocol):
         """
         ...
 
-    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span]) -> None:
-        """Mend what depends on the numbers, such as checksums, once all pieces and tiles of a file are written.
+    def compute_checksums(
+        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
+    ) -> Mapping[int, bytes]:
+        """Return what must stand where in an output file because its numbers are what they are, such as checksums.
 
-        To be called once for every image, from any thread; a no-op where nothing depends on the numbers. Memory is
-        bounded.
+        Whoever verifies an output compares these bytes, and takes them out of what must equal the base.
 
         Args:
             image: the output file, from `describe_images`.
-            descriptor: it, open for reading and writing.
+            descriptor: it, with all pieces and tiles written, open for reading.
             touched: the spans of the base, in any of its files, whose numbers were written anew.
+            jobs: threads.
+
+        Returns:
+            Offsets in the file, and the bytes there; nothing for a container without checksums.
+        """
+        ...
+
+    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
+        """Write what `compute_checksums` returns, once all pieces and tiles of a file are written.
+
+        To be called once for every image, from any thread, with the descriptor open for reading and writing. Memory is
+        bounded.
         """
         ...
 

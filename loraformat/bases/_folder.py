@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.bases import BaseModel, Rewriter, Site
-from loraformat.bases._checksums import mend_checksums
+from loraformat.bases._checksums import compute_checksums, write_checksums
 from loraformat.bases._folder_rewriter import FolderParts, FolderRewriter
 from loraformat.bases._receipts import RECEIPT_NAME, describe_receipt_file, read_receipt_file
 from loraformat.bases._shards import INDEX_SUFFIX, open_shards
@@ -61,12 +61,19 @@ class StateDictFolder:
         images = [FileImage(output / name, [Copy(file, 0, file.size_bytes)]) for name, file in self._copied().items()]
         return [*images, describe_receipt_file(output / RECEIPT_NAME, blank_bytes)]
 
-    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span]) -> None:
-        """Mend the checksums that the shards' container has."""
+    def compute_checksums(
+        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
+    ) -> Mapping[int, bytes]:
+        """Return the checksums that the shards' container has."""
         paths = {span.path for span in touched}
-        for shard in self._shards.files.values():
-            if shard.file.path in paths:
-                mend_checksums(self._form.list_crc_fields(shard), image, descriptor, touched)
+        shards = (shard for shard in self._shards.files.values() if shard.file.path in paths)
+        fields = (self._form.list_crc_fields(shard) for shard in shards)
+        found = (compute_checksums(held, image, descriptor, touched, jobs) for held in fields)
+        return {offset: checksum for each in found for offset, checksum in each.items()}
+
+    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
+        """Mend the checksums that the shards' container has."""
+        write_checksums(descriptor, self.compute_checksums(image, descriptor, touched, jobs))
 
     def encode_receipt(self, text: str) -> bytes:
         """Return the text as the receipt's file holds it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.bases import BaseModel, Rewriter, Site
-from loraformat.bases._checksums import mend_checksums
+from loraformat.bases._checksums import compute_checksums, write_checksums
 from loraformat.bases._file_rewriter import FileRewriter
 from loraformat.bases._receipts import describe_receipt_file, name_receipt, read_receipt_file
 from loraformat.bases._rewriting import note_values
@@ -55,9 +55,16 @@ class ZipStateDict:
         copy = FileImage(output, [Copy(file, 0, file.size_bytes)])
         return [copy, describe_receipt_file(name_receipt(output), blank_bytes)]
 
-    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span]) -> None:
+    def compute_checksums(
+        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
+    ) -> Mapping[int, bytes]:
+        """Return the CRC-32 of the members that hold touched spans."""
+        fields = self._form.list_crc_fields(self._opened) if touched else {}
+        return compute_checksums(fields, image, descriptor, touched, jobs)
+
+    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
         """Mend the CRC-32 of the members that hold touched spans."""
-        mend_checksums(self._form.list_crc_fields(self._opened), image, descriptor, touched)
+        write_checksums(descriptor, self.compute_checksums(image, descriptor, touched, jobs))
 
     def encode_receipt(self, text: str) -> bytes:
         """Return the text as the receipt's file holds it."""

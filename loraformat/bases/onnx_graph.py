@@ -50,7 +50,13 @@ class OnnxGraph:
         """Return the data files and, last, the model: the same bytes and a metadata entry for the receipt."""
         return self._opened.images(output, blank_bytes, fresh)
 
-    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span]) -> None:
+    def compute_checksums(
+        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
+    ) -> Mapping[int, bytes]:
+        """Return nothing: there are no checksums."""
+        return {}
+
+    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
         """Do nothing: protobuf has no checksums."""
 
     def encode_receipt(self, text: str) -> bytes:

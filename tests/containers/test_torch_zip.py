@@ -31,7 +31,8 @@ from loraformat import limits
 from loraformat.containers._inert_pickle import read_pickle
 from loraformat.containers._inert_values import Entries
 from loraformat.containers._strided import StridedTensor
-from loraformat.containers._zip_directory import mend_crcs, read_directory
+from loraformat.containers._zip_checksums import compute_crcs, mend_crcs
+from loraformat.containers._zip_directory import read_directory
 from loraformat.containers.torch_zip import CONTAINER, describe_images, list_crc_fields
 from loraformat.errors import InputError, LoraformatError, RefusedError
 from loraformat.images import Copy
@@ -999,6 +1000,23 @@ def test_every_place_of_a_crc_is_listed(streamed: bool, path: Path) -> None:
     crc = struct.pack("<L", zlib.crc32(SIX))
     assert [data[at : at + 4] for at in offsets] == [crc] * 2
     assert data.count(crc) == 2
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_checksums_of_several_members_by_several_threads(jobs: int, path: Path) -> None:
+    dice = np.random.default_rng(1)
+    members = {str(index): dice.bytes(1 << 20 | index) for index in range(5)}
+    parts = [
+        Part("m/data.pkl", finish(pairs([("w", tensor(storage(elements=1 << 18)))]))),
+        Part("m/byteorder", b"little"),
+    ]
+    opened = open_bytes(path, build([*parts, *(Part(f"m/data/{key}", data) for key, data in members.items())]))
+    fields = list_crc_fields(opened)
+    with path.open("rb") as stream:
+        found = compute_crcs(stream.fileno(), fields, jobs)
+    assert [found[at] for offsets in fields.values() for at in offsets] == [
+        struct.pack("<L", zlib.crc32(data)) for data in members.values() for _ in range(2)
+    ]
 
 
 def test_mending_a_copy_that_was_cut_off(path: Path) -> None:
