@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter, Target
-    from loraformat.api import inspect, load, merge, plan_merge, save, stamp, validate
+    from loraformat.api import inspect, load, save, stamp, validate
     from loraformat.errors import FindingError, InputError, LoraformatError, OutputError, RefusedError
     from loraformat.inspection import AdapterInspection, BaseInspection
+    from loraformat.merging import merge, merge_each, merge_into, plan_merge, unmerge, verify
     from loraformat.plan import Plan
     from loraformat.problems import Problem
     from loraformat.receipt import Receipt
+    from loraformat.unmerging import Undone
     from loraformat.validation import Verdict
+    from loraformat.verification import Verification
 
 __all__ = [
     "Adapter",
@@ -34,25 +37,34 @@ __all__ = [
     "Receipt",
     "RefusedError",
     "Target",
+    "Undone",
     "Verdict",
+    "Verification",
     "inspect",
     "load",
     "merge",
+    "merge_each",
+    "merge_into",
     "plan_merge",
     "save",
     "stamp",
+    "unmerge",
     "validate",
+    "verify",
 ]
 
 _HOMES = {
     "loraformat.adapter": ("Adapter", "Target"),
-    "loraformat.api": ("inspect", "load", "merge", "plan_merge", "save", "stamp", "validate"),
+    "loraformat.api": ("inspect", "load", "save", "stamp", "validate"),
     "loraformat.errors": ("FindingError", "InputError", "LoraformatError", "OutputError", "RefusedError"),
     "loraformat.inspection": ("AdapterInspection", "BaseInspection"),
+    "loraformat.merging": ("merge", "merge_each", "merge_into", "plan_merge", "unmerge", "verify"),
     "loraformat.plan": ("Plan",),
     "loraformat.problems": ("Problem",),
     "loraformat.receipt": ("Receipt",),
+    "loraformat.unmerging": ("Undone",),
     "loraformat.validation": ("Verdict",),
+    "loraformat.verification": ("Verification",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

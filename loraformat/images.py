@@ -106,9 +106,10 @@ class FileImage:
     Args:
         path: where the file will stand.
         pieces: its content, in order.
+        is_kept: whether it keeps bytes of the input as they were, so that nothing of it is to be rewritten.
     """
 
-    def __init__(self, path: Path, pieces: Sequence[Piece]) -> None:
+    def __init__(self, path: Path, pieces: Sequence[Piece], *, is_kept: bool = False) -> None:
         self.path = path
         self.pieces = tuple(piece for piece in pieces if piece.length)
         lengths = [piece.length for piece in self.pieces]
@@ -117,7 +118,7 @@ class FileImage:
         self._copies = sorted(
             (piece.file.path, piece.offset, start, piece.length)
             for piece, start in zip(self.pieces, self._starts, strict=False)
-            if isinstance(piece, Copy)
+            if isinstance(piece, Copy) and not is_kept
         )
         placed = zip(self.pieces, self._starts, strict=False)
         self._fresh = {piece.key: start for piece, start in placed if isinstance(piece, Fresh)}
@@ -142,6 +143,10 @@ class FileImage:
             case (Copy(file, 0, length),) if length == file.size_bytes:
                 return file
         return None
+
+    def sources(self) -> list[InputFile]:
+        """Return the input files that pieces are copied from."""
+        return [piece.file for piece in self.pieces if isinstance(piece, Copy)]
 
     def locate_fresh(self, key: str) -> int | None:
         """Return the offset in this file of the room for the computed tensor `key`, or None; no bytes need none."""

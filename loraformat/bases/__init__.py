@@ -7,7 +7,8 @@ Two ways lead from a base to an output. `BaseModel.describe_images` is the base 
 that keeps every size and form. `BaseModel.rewriter` describes new files, for one that changes them.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -175,10 +176,12 @@ class BaseModel(Protocol):
         """Return every stored tensor, for `inspect`."""
         ...
 
-    def describe_images(self, output: Path, blank_bytes: int, fresh: str) -> list[FileImage]:
+    def describe_images(
+        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
+    ) -> list[FileImage]:
         """Return the output files: this base plus a blank of `blank_bytes` for the receipt, in the last file.
 
-        `fresh` distinguishes data files whose usual name is taken.
+        `fresh` distinguishes data files whose usual name is taken, as `is_taken` says of a path.
         """
         ...
 
