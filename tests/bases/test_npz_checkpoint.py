@@ -45,6 +45,13 @@ def test_fortran_order_is_an_obstacle_that_says_how_to_mend_it(tmp_path: Path) -
     assert sites["b.weight"].weight is not None
 
 
+def test_views_are_counted_when_a_base_is_inspected(tmp_path: Path) -> None:
+    open_fortran(tmp_path)
+    told = loraformat.inspect(tmp_path / "model.npz").as_json()
+    assert (told["tensors"], told["parameters"], told["bytes"]) == (2, 12, 48)
+    assert [site["obstacle"] is None for site in told["sites"]] == [False, True]
+
+
 @pytest.mark.parametrize("dtype", [None, "float16"])
 def test_fortran_order_is_put_in_c_order_when_it_is_written_anew(tmp_path: Path, dtype: str | None) -> None:
     """Numbers and integers alike; only the former have another form when that is asked for."""
