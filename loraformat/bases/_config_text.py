@@ -28,9 +28,9 @@ class _Member:
 def edit_config(data: bytes, changes: Mapping[str, JsonValue], where: object) -> bytes:
     """Return the text of a configuration with `changes` made: order, indentation and other values stay as they are.
 
-    A member is changed where it stands: at the top, in `text_config` or its like, or in both. One that stands nowhere is
-    added in these places; the number form (`dtype`, or `torch_dtype` of old) is not, for without it the form is that of
-    the weights.
+    A member is changed where it stands: at the top, in `text_config` or its like, or in both. One that stands nowhere
+    is added in these places; the number form (`dtype`, or `torch_dtype` of old) is not, for without it the form is
+    that of the weights.
 
     Args:
         data: the text, UTF-8.
