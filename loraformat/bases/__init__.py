@@ -85,8 +85,7 @@ class Rewriter(Protocol):
     """Describes the base as new files in safetensors, in which tensors may be added, changed in size and form, or gone.
 
     The plan takes `output_tensors`, edits the list, and hands it to `describe_rewritten`. The engine then writes every
-    tensor that is not `OutputTensor.is_copied` to where `FileImage.locate_fresh(name)` says: numbers that it computes,
-    or the source's own (`source.read()`), cast.
+    tensor without a source, or with one of another form or shape, to where `FileImage.locate_fresh(name)` says.
 
     Attributes:
         format: what kind of base the output is.
