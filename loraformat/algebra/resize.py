@@ -1,0 +1,84 @@
+"""Cut the ranks of an adapter by the singular values of its changes."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from loraformat.adapter import Adapter, Target
+from loraformat.algebra._cutting import cut_target
+from loraformat.algebra._lowrank import Cut
+from loraformat.algebra._refusals import check_numbers, refuse_addition
+from loraformat.algebra._targets import nature_of
+from loraformat.algebra.reduction import Reduction
+from loraformat.errors import error_for
+from loraformat.kinds import Nature
+from loraformat.problems import Problem
+
+Report = Callable[[Reduction], object]
+
+
+def resize_adapter(
+    adapter: Adapter, cut: Cut, ranks: Mapping[str, int] | None = None, report: Report | None = None
+) -> Adapter:
+    """Return `adapter` with each change in the best form of a lower rank; a target that loses nothing stays as it is.
+
+    Args:
+        adapter: what to resize. Values that replace pass; other additive kinds become LoRAs.
+        cut: where to cut.
+        ranks: glob pattern of target names to the rank that these have at most instead of that of `cut`; the last
+            that matches counts.
+        report: told of each target whose rank was looked at.
+
+    Raises:
+        LoraformatError: LF501 NaN, LF702 a kind that is no sum, LF706 a pattern that matches nothing.
+    """
+    patterns = dict(ranks or {})
+    names = [target.name for target in adapter.targets]
+    problems = check_numbers(adapter)
+    problems += [refuse_addition(t) for t in adapter.targets if nature_of(t) is Nature.FUNCTION_OF_BASE]
+    problems += [
+        Problem("LF706", pattern, "no target that it matches", f"one of {', '.join(names[:3])} ...")
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    if problems:
+        raise error_for(problems)
+    resized = tuple(_resize(target, _cut_for(target, cut, patterns), report) for target in adapter.targets)
+    return replace(adapter, targets=resized, sha256="")
+
+
+def _cut_for(target: Target, cut: Cut, patterns: Mapping[str, int]) -> Cut:
+    matching = [rank for pattern, rank in patterns.items() if fnmatchcase(target.name, pattern)]
+    return replace(cut, rank=matching[-1]) if matching else cut
+
+
+def _resize(target: Target, cut: Cut, report: Report | None) -> Target:
+    if nature_of(target) is not Nature.ADDITIVE:
+        return target
+    kept, reduction = cut_target(target, cut)
+    if report is not None:
+        report(reduction)
+    return kept
+
+
+def make_cut(rank: int | None, **rules: float | None) -> Cut:
+    """Return the cut for a rank and at most one rule, by the names of `RULES`.
+
+    Raises:
+        RefusedError: LF705 two rules, or a number out of its range.
+    """
+    given = {name: number for name, number in rules.items() if number is not None}
+    problems = []
+    if len(given) > 1:
+        problems.append(Problem("LF705", " and ".join(given), "two rules", "one rule, beside a rank if you like"))
+    if rank is not None and rank < 1:
+        problems.append(Problem("LF705", "rank", str(rank), "at least 1"))
+    for name, number in given.items():
+        low, high = (1.0, math.inf) if name == "sv_ratio" else (0.0, 1.0)
+        if not low <= number <= high or not math.isfinite(number):
+            problems.append(Problem("LF705", name, f"{number:g}", f"a number from {low:g} to {high:g}"))
+    if problems:
+        raise error_for(problems)
+    rule, threshold = next(iter(given.items()), (None, 0.0))
+    return Cut(rank, rule, threshold)
