@@ -83,7 +83,7 @@ class WeightedAdapter(click.ParamType[tuple[Path, float | None]]):
 
 
 class NamedNumber(click.ParamType[tuple[str, float]]):
-    """`GLOB=NUMBER`: a pattern of target names, and a number for what it matches; `whole` asks for one of at least 1."""
+    """`GLOB=NUMBER`: a pattern of target names and a number for what it matches; `whole` asks for 1, 2, 3 ..."""
 
     name = "glob=number"
 

@@ -139,6 +139,10 @@ def _check_group(terms: Sequence[Term], method: Method, weights: Sequence[float]
         return [] if alone else [refuse_addition(strange)]
     if nature is Nature.REPLACEMENT:
         return _check_values(terms, method, weights)
+    infinite = [term for term in terms if not math.isfinite(term.target.scale * term.weight)]
+    if infinite:
+        found = f"{infinite[0].target.scale:g} times the weight {infinite[0].weight:g}"
+        return [Problem("LF207", first.name, found, "a finite number", "Give a smaller weight.")]
     factored = len(terms) == 1 or all(pair_roles(term.target) is not None for term in terms)
     if isinstance(method, Linear) and not factored and recipe.cut == _NO_CUT:
         kinds = ", ".join(sorted({term.target.kind for term in terms}))

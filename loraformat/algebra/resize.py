@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 from loraformat.adapter import Adapter, Target
 from loraformat.algebra._cutting import cut_target
 from loraformat.algebra._lowrank import Cut
+from loraformat.algebra._patterns import check_patterns, choose_number
 from loraformat.algebra._refusals import check_numbers, refuse_addition
 from loraformat.algebra._targets import nature_of
 from loraformat.algebra.reduction import Reduction
@@ -34,14 +34,9 @@ def resize_adapter(
         LoraformatError: LF501 NaN, LF702 a kind that is no sum, LF706 a pattern that matches nothing.
     """
     patterns = dict(ranks or {})
-    names = [target.name for target in adapter.targets]
-    problems = check_numbers(adapter)
+    problems = [*check_patterns(adapter, patterns), *check_numbers(adapter)]
     problems += [refuse_addition(t) for t in adapter.targets if nature_of(t) is Nature.FUNCTION_OF_BASE]
-    problems += [
-        Problem("LF706", pattern, "no target that it matches", f"one of {', '.join(names[:3])} ...")
-        for pattern in patterns
-        if not any(fnmatchcase(name, pattern) for name in names)
-    ]
+    problems += [Problem("LF705", name, f"rank {low}", "at least 1") for name, low in patterns.items() if low < 1]
     if problems:
         raise error_for(problems)
     resized = tuple(_resize(target, _cut_for(target, cut, patterns), report) for target in adapter.targets)
@@ -49,8 +44,8 @@ def resize_adapter(
 
 
 def _cut_for(target: Target, cut: Cut, patterns: Mapping[str, int]) -> Cut:
-    matching = [rank for pattern, rank in patterns.items() if fnmatchcase(target.name, pattern)]
-    return replace(cut, rank=matching[-1]) if matching else cut
+    rank = choose_number(patterns, target.name)
+    return cut if rank is None else replace(cut, rank=rank)
 
 
 def _resize(target: Target, cut: Cut, report: Report | None) -> Target:

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 from loraformat.adapter import Adapter
+from loraformat.algebra._patterns import check_patterns, choose_number
 from loraformat.algebra._refusals import refuse_addition
 from loraformat.algebra._targets import nature_of, rescale
 from loraformat.errors import error_for
@@ -26,16 +26,11 @@ def scale_adapter(adapter: Adapter, factor: float = 1.0, targets: Mapping[str, f
             LF706 a pattern that matches nothing.
     """
     patterns = dict(targets or {})
-    names = [target.name for target in adapter.targets]
-    problems = [
-        Problem("LF706", pattern, "no target that it matches", f"one of {', '.join(names[:3])} ...")
-        for pattern in patterns
-        if not any(fnmatchcase(name, pattern) for name in names)
-    ]
+    problems = check_patterns(adapter, patterns)
     scaled = []
     for target in adapter.targets:
-        matching = [number for pattern, number in patterns.items() if fnmatchcase(target.name, pattern)]
-        number = matching[-1] if matching else factor
+        chosen = choose_number(patterns, target.name)
+        number = factor if chosen is None else chosen
         if number == 1:
             scaled.append(target)
         elif nature_of(target) is Nature.FUNCTION_OF_BASE:

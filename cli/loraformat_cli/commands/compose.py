@@ -22,15 +22,9 @@ _METHODS: Final = ("sum", "task-arithmetic", "mean", "slerp", "magnitude-prune",
 @click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Cut the result to this rank.")
 @click.option("--energy", type=Finite(0.0, 1.0), metavar="SHARE", help="Cut to this share of the squared norm.")
 @click.option("--max-error", type=Finite(0.0, 1.0), metavar="X", help="Cut to this relative error.")
-@click.option(
-    "--density", type=Finite(0.0, 1.0), metavar="SHARE", help="What pruning and dropping keep.  [default: 0.5]"
-)
-@click.option(
-    "--seed", type=click.IntRange(min=0), metavar="N", help="Of the methods that drop by chance.  [default: 0]"
-)
-@click.option(
-    "--allow-different-bases", is_flag=True, default=None, help="Accept adapters of bases of different names."
-)
+@click.option("--density", type=Finite(0.0, 1.0), metavar="SHARE", help="What is kept of each change.  [default: 0.5]")
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Of methods that drop by chance.  [default: 0]")
+@click.option("--allow-different-bases", is_flag=True, default=None, help="Accept bases of different names.")
 @json_option
 @adapter_options
 @common_options
