@@ -142,15 +142,15 @@ def rescale(target: Target, weight: float) -> Target:
     return replace(target, scaling=Scaling(target.scaling.rule, target.scaling.value * weight))
 
 
-def with_factors(target: Target, truncated: Truncated, bias: Factor | None = None) -> Target:
-    """Return a LoRA of a cut change in float32, alpha equal to the rank, for the slot of `target`."""
+def with_factors(target: Target, truncated: Truncated, form: Dtype, bias: Factor | None = None) -> Target:
+    """Return a LoRA of a cut change, rounded once to `form`, alpha equal to the rank, for the slot of `target`."""
     shape, rank = weight_change(target).shape, truncated.rank
     roles = PAIRS[target.slot is SlotKind.EMBEDDING]
     shapes = (rank, *shape[1:]), (shape[0], rank, *(1 for _ in shape[2:]))
     sources = list(target.factors.values())
     factors: dict[str, Factor] = {}
     for role, matrix, size in zip(roles, (truncated.down, truncated.up), shapes, strict=True):
-        array = round_once(np.ascontiguousarray(matrix).reshape(size), FLOAT32, f"{target.name}.{role}")
+        array = round_once(np.ascontiguousarray(matrix).reshape(size), form, f"{target.name}.{role}")
         factors[role] = hold(f"{target.name}.{role}", array, sources)
     return replace(
         target,

@@ -1,6 +1,7 @@
 """The group: commands are found, documented, and cheap to list."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
