@@ -12,7 +12,7 @@ from loraformat.algebra._cutting import cut_dense, cut_sum
 from loraformat.algebra._dense import Tiles
 from loraformat.algebra._lowrank import Cut
 from loraformat.algebra._refusals import check_alike, check_numbers, check_same_base, name_of, refuse_addition
-from loraformat.algebra._sums import Share, Term, blend_values, concatenate
+from loraformat.algebra._sums import VALUES, Share, Term, blend_values, concatenate
 from loraformat.algebra._targets import is_weight_alone, nature_of, open_delta, pair_roles, rescale, with_factors
 from loraformat.algebra.methods import METHODS, Elementwise, Linear, Method, pair_shares
 from loraformat.algebra.reduction import Reduction
@@ -170,6 +170,10 @@ def _check_values(terms: Sequence[Term], method: Method, weights: Sequence[float
     if isinstance(method, Elementwise):
         found = f"values that replace, in {len(terms)} adapters, under a method for changes"
         return [Problem("LF703", name, found, "them in one adapter, or the method 'sum' or 'mean'")]
+    strange = next((term.target.kind for term in terms if term.target.kind != VALUES), None)
+    if strange is not None:
+        found = f"the kind {strange!r}, whose values stand for parts of a weight, in {len(terms)} adapters"
+        return [Problem("LF703", name, found, f"them in one adapter, or the kind {VALUES!r}")]
     shares = pair_shares(method, weights, terms)
     if math.fsum(target.scale * share for target, share in shares) == 0:
         found = "values that replace, whose weights add up to 0: what is left is a difference, which replaces nothing"

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 import loraformat
-from algebra.adapters import delta_of, distance, every_slot, factors, weighted
+from algebra.adapters import delta_of, distance, every_slot, factors, values, weighted
 from graphs import make_adapter, make_target
 from loraformat.adapter import Adapter, SlotKind, Target
 from loraformat.errors import LoraformatError
 from loraformat.kinds import KINDS, Kind
 from loraformat.kinds.lora import Lora
+from loraformat.kinds.replace import Replace
 
 
 class Opaque(Lora):
@@ -90,3 +91,17 @@ def test_what_a_lora_could_not_hold(rng: np.random.Generator, monkeypatch: pytes
     odd = make_adapter(replace(target, kind="opaque", slot=SlotKind.PARAMETER))
     assert codes(lambda: loraformat.resize(odd, 1)) == {"LF703"}
     assert codes(lambda: loraformat.compose([odd, odd], rank=1)) == {"LF703"}
+
+
+def test_values_that_stand_for_parts_of_a_weight(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that indices name are no values to take the mean of."""
+
+    class Rows(Replace):
+        name = "opaque"
+
+    known = KINDS.find
+    monkeypatch.setattr(KINDS, "find", lambda name: Rows() if name == "opaque" else known(name))
+    rows = make_adapter(replace(values("e", weight=rng.standard_normal((3, 4)).astype(np.float32)), kind="opaque"))
+    assert codes(lambda: rows + rows) == {"LF703"}
+    assert (0.5 * rows).targets[0].scale == 0.5
+    assert [problem.code for problem in loraformat.diff(rows, rows).incomparable] == ["LF702"]
