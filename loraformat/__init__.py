@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from loraformat.algebra.difference import Difference
     from loraformat.algebra.reduction import Reduction
     from loraformat.algebra_api import compose, diff, resize, scale
-    from loraformat.api import inspect, load, merge, plan_merge, save, stamp, validate
+    from loraformat.api import inspect, load, save, stamp, validate
     from loraformat.errors import FindingError, InputError, LoraformatError, OutputError, RefusedError
     from loraformat.inspection import AdapterInspection, BaseInspection
+    from loraformat.merging import merge, merge_each, merge_into, plan_merge, unmerge, verify
     from loraformat.plan import Plan
     from loraformat.problems import Problem
     from loraformat.receipt import Receipt
+    from loraformat.unmerging import Undone
     from loraformat.validation import Verdict
+    from loraformat.verification import Verification
 
 __all__ = [
     "Adapter",
@@ -39,18 +42,24 @@ __all__ = [
     "Reduction",
     "RefusedError",
     "Target",
+    "Undone",
     "Verdict",
+    "Verification",
     "compose",
     "diff",
     "inspect",
     "load",
     "merge",
+    "merge_each",
+    "merge_into",
     "plan_merge",
     "resize",
     "save",
     "scale",
     "stamp",
+    "unmerge",
     "validate",
+    "verify",
 ]
 
 _HOMES = {
@@ -58,13 +67,16 @@ _HOMES = {
     "loraformat.algebra.difference": ("Difference",),
     "loraformat.algebra.reduction": ("Reduction",),
     "loraformat.algebra_api": ("compose", "diff", "resize", "scale"),
-    "loraformat.api": ("inspect", "load", "merge", "plan_merge", "save", "stamp", "validate"),
+    "loraformat.api": ("inspect", "load", "save", "stamp", "validate"),
     "loraformat.errors": ("FindingError", "InputError", "LoraformatError", "OutputError", "RefusedError"),
     "loraformat.inspection": ("AdapterInspection", "BaseInspection"),
+    "loraformat.merging": ("merge", "merge_each", "merge_into", "plan_merge", "unmerge", "verify"),
     "loraformat.plan": ("Plan",),
     "loraformat.problems": ("Problem",),
     "loraformat.receipt": ("Receipt",),
+    "loraformat.unmerging": ("Undone",),
     "loraformat.validation": ("Verdict",),
+    "loraformat.verification": ("Verification",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
