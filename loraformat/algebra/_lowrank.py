@@ -6,11 +6,13 @@ has the size of the rank. Everything is float64.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 Matrix: TypeAlias = NDArray[np.float64]
 
@@ -36,10 +38,17 @@ def factor_svd(up: NDArray[Any], down: NDArray[Any]) -> Svd:
         up: (rows, rank) of any float form.
         down: (rank, columns).
     """
-    left_base, left_core = np.linalg.qr(up.astype(np.float64))
-    right_base, right_core = np.linalg.qr(down.astype(np.float64).T)
-    left, values, right = np.linalg.svd(left_core @ right_core.T, full_matrices=False)
-    return _orient(left_base @ left, values, right @ right_base.T)
+    with _blas().limit(limits=1):  # Panels so narrow are faster without threads, and the same on every machine.
+        left_base, left_core = np.linalg.qr(up.astype(np.float64))
+        right_base, right_core = np.linalg.qr(down.astype(np.float64).T)
+        left, values, right = np.linalg.svd(left_core @ right_core.T, full_matrices=False)
+        return _orient(left_base @ left, values, right @ right_base.T)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """Return the handle of the BLAS libraries; looking for them takes longer than a small SVD."""
+    return ThreadpoolController()
 
 
 def dense_svd(matrix: NDArray[Any]) -> Svd:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from loraformat.adapter import Adapter, Target
-from loraformat.algebra._targets import nature_of, shape_of
+from loraformat.algebra._targets import nature_of, weight_change
 from loraformat.kinds import Nature
 from loraformat.problems import Problem
 from loraformat.rules import check_adapter
@@ -36,6 +36,8 @@ def check_numbers(adapter: Adapter) -> list[Problem]:
 def refuse_addition(target: Target) -> Problem:
     """Return the problem of a target that is a function of the base where changes are summed, scaled or cut."""
     why = _WHY.get(target.kind, "its effect is a function of the base's weight")
+    if any(role.startswith("base_layer.") for role in target.factors):
+        why = "it brings values of the base's own beside its change, and they replace what the change is added to"
     return Problem("LF702", target.name, f"the kind {target.kind!r}: {why}", "a change that is added", _ONE_BY_ONE)
 
 
@@ -87,12 +89,15 @@ def check_alike(adapters: Sequence[Adapter]) -> list[Problem]:
 
 
 def _describe(target: Target) -> str:
-    if nature_of(target) is Nature.REPLACEMENT:
-        shapes = (f"{role} {list(factor.shape)}" for role, factor in sorted(target.factors.items()))
-        return f"values that replace, {', '.join(shapes)}"
-    if nature_of(target) is Nature.FUNCTION_OF_BASE:
+    nature = nature_of(target)
+    if nature is Nature.FUNCTION_OF_BASE:
         return f"the kind {target.kind}"
-    return f"a change of {target.slot.value} {list(shape_of(target))}"
+    if nature is Nature.ADDITIVE:
+        change = weight_change(target)
+        return f"a change of the {change.parameter} of {target.slot.value} {list(change.shape)}"
+    shapes = (f"{role} {list(factor.shape)}" for role, factor in sorted(target.factors.items()))
+    options = f" with {dict(target.options)}" if target.options else ""
+    return f"values that replace ({target.kind}), {', '.join(shapes)}{options}"
 
 
 def name_of(adapter: Adapter) -> str:

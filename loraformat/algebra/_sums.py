@@ -18,7 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Factor, Scaling, ScalingRule, Target
-from loraformat.algebra._targets import FLOAT32, FLOAT64, MadeFactor, files_of, pair_of, pair_roles, rescale, round_once
+from loraformat.algebra._targets import (
+    BIAS,
+    FLOAT32,
+    FLOAT64,
+    MadeFactor,
+    files_of,
+    pair_of,
+    pair_roles,
+    rescale,
+    round_once,
+)
 from loraformat.dtypes import Dtype
 
 _HALF: Final = 16
@@ -73,8 +83,27 @@ def concatenate(shares: Sequence[Share]) -> Target:
         partial(_stack, ups, ratios, 1, up_form),
         files_of(ups),
     )
-    factors = MappingProxyType({roles[0]: down, roles[1]: up})
-    return replace(first, factors=factors, rank=rank, scaling=Scaling(ScalingRule.MULTIPLIER, unit))
+    factors: dict[str, Factor] = {roles[0]: down, roles[1]: up}
+    bias = add_biases(shares, unit)
+    if bias is not None:
+        factors[BIAS] = bias
+    return replace(first, factors=MappingProxyType(factors), rank=rank, scaling=Scaling(ScalingRule.MULTIPLIER, unit))
+
+
+def add_biases(shares: Sequence[Share], unit: float) -> MadeFactor | None:
+    """Return Σ cᵢbᵢ / unit of what LoRAs add to the bias, rounded once to float32 or wider; None where none does."""
+    parts = [(t.factors[BIAS], t.scale * weight / unit) for t, weight in shares if BIAS in t.factors]
+    if not parts:
+        return None
+    held, ratios = zip(*parts, strict=True)
+    form = FLOAT64 if join_forms([factor.dtype for factor in held]) == FLOAT64 else FLOAT32
+    name = f"{shares[0][0].name}.{BIAS}"
+
+    def total() -> NDArray[Any]:
+        read = (factor.read().astype(np.float64) * ratio for factor, ratio in zip(held, ratios, strict=True))
+        return round_once(np.sum(list(read), axis=0), form, name)
+
+    return MadeFactor(name, form, held[0].shape, total, files_of(held))
 
 
 def choose_unit(scales: Sequence[float], ranks: Sequence[int]) -> float:

@@ -9,16 +9,19 @@ from typing import Any, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from loraformat.adapter import Factor, Scaling, ScalingRule, Target
+from loraformat.adapter import Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.algebra._lowrank import Truncated
 from loraformat.dtypes import BY_NAME, Dtype
 from loraformat.errors import refuse
-from loraformat.kinds import KINDS, AdditiveKind, Delta, Nature
+from loraformat.kinds import KINDS, AdditiveKind, Change, Delta, Nature
 from loraformat.spans import InputFile
 
 LORA: Final = "lora"
 PAIRS: Final = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
 """The roles of A (rank, in, *kernel) and B (out, rank, 1 ...), by slot."""
+LORA_SLOTS: Final = frozenset(SlotKind) - {SlotKind.PARAMETER}
+BIAS: Final = "lora_B.bias"
+"""What a LoRA may add to the module's bias, times the scale: (out,)."""
 FLOAT32: Final = BY_NAME["float32"]
 FLOAT64: Final = BY_NAME["float64"]
 
@@ -76,10 +79,10 @@ def files_of(factors: Sequence[Factor]) -> tuple[InputFile, ...]:
 
 
 def pair_roles(target: Target) -> tuple[str, str] | None:
-    """Return the roles of A and B where the target is a LoRA that consists of these two, else None."""
+    """Return the roles of A and B where the target is a LoRA of these, and at most a bias; else None."""
     if target.kind != LORA:
         return None
-    return next((pair for pair in PAIRS if set(pair) == set(target.factors)), None)
+    return next((pair for pair in PAIRS if set(pair) == set(target.factors) - {BIAS}), None)
 
 
 def pair_of(target: Target) -> tuple[Factor, Factor]:
@@ -96,23 +99,42 @@ def read_pair(target: Target) -> tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def nature_of(target: Target) -> Nature | None:
-    """Return the nature of the target's kind, None for a kind that this version lacks."""
+    """Return how a target composes with others; None for a kind that this version lacks.
+
+    One that brings values of the base's own beside a change that is added composes as a function of the base does.
+    """
     kind = KINDS.find(target.kind)
-    return kind.nature if kind is not None else None
+    if kind is None:
+        return None
+    if kind.nature is Nature.FUNCTION_OF_BASE or any(problem.severity == "error" for problem in kind.check(target)):
+        return kind.nature
+    natures = {change.nature for change in kind.changes(target)}
+    return natures.pop() if len(natures) == 1 else Nature.FUNCTION_OF_BASE
 
 
-def shape_of(target: Target) -> tuple[int, ...]:
-    """Return the canonical shape `(out, in, *kernel)` of the weight that an additive target changes."""
-    return cast(AdditiveKind, KINDS.find(target.kind)).weight_shape(target)
+def list_changes(target: Target) -> tuple[Change, ...]:
+    """Return what a target of a known kind changes."""
+    return cast(AdditiveKind, KINDS.find(target.kind)).changes(target)
 
 
-def open_delta(target: Target) -> Delta:
-    """Return the change of an additive target as a matrix `(out, in * kernel)` in float32, its scale in it."""
-    kind = cast(AdditiveKind, KINDS.find(target.kind))
+def weight_change(target: Target) -> Change:
+    """Return the change of the weight, of canonical shape `(out, in, *kernel)`; the first one where there is none."""
+    changes = list_changes(target)
+    return next((change for change in changes if change.parameter == "weight"), changes[0])
+
+
+def is_weight_alone(target: Target) -> bool:
+    """Say whether an additive target changes a weight that a LoRA could change, and nothing beside it."""
+    return target.slot in LORA_SLOTS and [change.parameter for change in list_changes(target)] == ["weight"]
+
+
+def open_delta(target: Target, change: Change | None = None) -> Delta:
+    """Return an additive change, the weight's if not given, as a matrix `(out, in * kernel)` in float32, scaled."""
+    wanted = change or weight_change(target)
     factors: Mapping[str, NDArray[Any]] = {
-        role: factor.read().astype(np.float32, copy=False) for role, factor in target.factors.items()
+        role: target.factors[role].read().astype(np.float32, copy=False) for role in wanted.roles
     }
-    return kind.delta(target, factors, target.scale)
+    return cast(AdditiveKind, KINDS.find(target.kind)).delta(target, wanted, factors, target.scale)
 
 
 def rescale(target: Target, weight: float) -> Target:
@@ -120,22 +142,21 @@ def rescale(target: Target, weight: float) -> Target:
     return replace(target, scaling=Scaling(target.scaling.rule, target.scaling.value * weight))
 
 
-def with_factors(target: Target, truncated: Truncated) -> Target:
+def with_factors(target: Target, truncated: Truncated, bias: Factor | None = None) -> Target:
     """Return a LoRA of a cut change in float32, alpha equal to the rank, for the slot of `target`."""
-    shape = shape_of(target)
-    rank = truncated.rank
-    roles = PAIRS[target.slot.value == "embedding"]
-    axes = (1,) * (len(shape) - 2)
-    down = np.ascontiguousarray(round_once(truncated.down, FLOAT32, target.name)).reshape(rank, *shape[1:])
-    up = np.ascontiguousarray(round_once(truncated.up, FLOAT32, target.name)).reshape(shape[0], rank, *axes)
+    shape, rank = weight_change(target).shape, truncated.rank
+    roles = PAIRS[target.slot is SlotKind.EMBEDDING]
+    shapes = (rank, *shape[1:]), (shape[0], rank, *(1 for _ in shape[2:]))
     sources = list(target.factors.values())
-    factors = {
-        role: hold(f"{target.name}.{role}", array, sources) for role, array in zip(roles, (down, up), strict=True)
-    }
+    factors: dict[str, Factor] = {}
+    for role, matrix, size in zip(roles, (truncated.down, truncated.up), shapes, strict=True):
+        array = round_once(np.ascontiguousarray(matrix).reshape(size), FLOAT32, f"{target.name}.{role}")
+        factors[role] = hold(f"{target.name}.{role}", array, sources)
     return replace(
         target,
         kind=LORA,
-        factors=MappingProxyType(factors),
+        factors=MappingProxyType(factors | ({} if bias is None else {BIAS: bias})),
         rank=rank,
         scaling=Scaling(ScalingRule.ALPHA_OVER_RANK, float(rank)),
+        options=MappingProxyType({}),
     )

@@ -13,7 +13,7 @@ from loraformat.algebra._dense import Tiles
 from loraformat.algebra._lowrank import Cut
 from loraformat.algebra._refusals import check_alike, check_numbers, check_same_base, name_of, refuse_addition
 from loraformat.algebra._sums import Share, Term, blend_values, concatenate
-from loraformat.algebra._targets import nature_of, open_delta, pair_roles, rescale, with_factors
+from loraformat.algebra._targets import is_weight_alone, nature_of, open_delta, pair_roles, rescale, with_factors
 from loraformat.algebra.methods import METHODS, Elementwise, Linear, Method, pair_shares
 from loraformat.algebra.reduction import Reduction
 from loraformat.errors import error_for
@@ -143,11 +143,22 @@ def _check_group(terms: Sequence[Term], method: Method, weights: Sequence[float]
     if infinite:
         found = f"{infinite[0].target.scale:g} times the weight {infinite[0].weight:g}"
         return [Problem("LF207", first.name, found, "a finite number", "Give a smaller weight.")]
-    factored = len(terms) == 1 or all(pair_roles(term.target) is not None for term in terms)
-    if isinstance(method, Linear) and not factored and recipe.cut == _NO_CUT:
-        kinds = ", ".join(sorted({term.target.kind for term in terms}))
+    return _check_factors(terms, method, recipe)
+
+
+def _check_factors(terms: Sequence[Term], method: Method, recipe: Recipe) -> list[Problem]:
+    """Return the problem of additive targets whose sum has no exact factors, or cannot be cut."""
+    name, targets = terms[0].target.name, [term.target for term in terms]
+    factored = all(pair_roles(target) is not None for target in targets)
+    if isinstance(method, Linear) and (factored or (len(terms) == 1 and recipe.cut == _NO_CUT)):
+        return []
+    kinds = ", ".join(sorted({target.kind for target in targets}))
+    if not all(map(is_weight_alone, targets)):
+        found = f"the kinds {kinds}, of which one changes something beside a weight"
+        return [Problem("LF703", name, found, "changes of a weight alone, or a sum of LoRAs")]
+    if recipe.cut == _NO_CUT:
         found = f"a sum of the kinds {kinds}, which has no exact factors, and nothing to cut it to"
-        return [Problem("LF703", first.name, found, "LoRAs of factors A and B alone, or a rank")]
+        return [Problem("LF703", name, found, "LoRAs of factors A and B, or a rank")]
     return []
 
 

@@ -1,7 +1,7 @@
 """How two adapters, or two models, differ: target by target, or weight by weight."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from loraformat.adapter import Adapter, Target
 from loraformat.algebra._cutting import sum_svd
-from loraformat.algebra._dense import walk
+from loraformat.algebra._dense import Tile, walk
 from loraformat.algebra._lowrank import Svd, compare_subspaces
 from loraformat.algebra._refusals import check_alike, check_numbers
-from loraformat.algebra._targets import nature_of, open_delta, pair_roles
+from loraformat.algebra._targets import list_changes, nature_of, open_delta, pair_roles
 from loraformat.bases import BaseModel
 from loraformat.encodings import ENCODINGS
 from loraformat.errors import error_for, refuse
-from loraformat.kinds import Nature
+from loraformat.kinds import Change, Nature
 from loraformat.limits import TILE_BYTES
 from loraformat.problems import Problem
 from loraformat.spans import Span, StoredTensor
@@ -116,19 +116,44 @@ def compare_adapters(one: Adapter, other: Adapter) -> Difference:
     common = sorted(first.keys() & second.keys() - odd.keys())
     return Difference(
         "adapter",
-        tuple(_compare_targets(first[name], second[name]) for name in common),
+        tuple(item for name in common for item in _compare_targets(first[name], second[name])),
         tuple(sorted(first.keys() - second.keys())),
         tuple(sorted(second.keys() - first.keys())),
         tuple(odd[name] for name in sorted(odd)),
     )
 
 
-def _compare_targets(one: Target, other: Target) -> Compared:
+def _compare_targets(one: Target, other: Target) -> Iterator[Compared]:
+    """Yield the comparison of every parameter that either changes; the weight has the target's name."""
     if nature_of(one) is Nature.REPLACEMENT:
         pairs = ((one.factors[role].read(), other.factors[role].read()) for role in one.factors)
-        return _sum_up(one.name, pairs)
-    if pair_roles(one) is None or pair_roles(other) is None:
-        return _sum_up(one.name, zip(walk(open_delta(one)), walk(open_delta(other)), strict=True))
+        yield _sum_up(one.name, pairs)
+        return
+    first, second = ({change.parameter: change for change in list_changes(target)} for target in (one, other))
+    for parameter in sorted(first.keys() | second.keys(), key=lambda name: (name != "weight", name)):
+        if parameter == "weight" and pair_roles(one) is not None and pair_roles(other) is not None:
+            yield _compare_factors(one, other)
+            continue
+        changes = first.get(parameter), second.get(parameter)
+        name = one.name if parameter == "weight" else f"{one.name}.{parameter}"
+        yield _sum_up(name, _walk_pair((one, other), changes))
+
+
+def _walk_pair(targets: Sequence[Target], changes: Sequence[Change | None]) -> Iterator[tuple[Tile, Tile]]:
+    """Yield the tiles of two changes side by side; of one that is not there, zeros."""
+    first, second = (
+        None if change is None else walk(open_delta(target, change))
+        for target, change in zip(targets, changes, strict=True)
+    )
+    for tile in first or second or ():
+        if first is None or second is None:
+            yield (np.zeros_like(tile), tile) if first is None else (tile, np.zeros_like(tile))
+        else:
+            yield tile, next(second)
+
+
+def _compare_factors(one: Target, other: Target) -> Compared:
+    """Compare the changes of two LoRAs without forming them."""
     first, second = sum_svd([(one, 1.0)]), sum_svd([(other, 1.0)])
     before, after = (float(np.linalg.norm(svd.values)) for svd in (first, second))
     apart = float(np.linalg.norm(sum_svd([(other, 1.0), (one, -1.0)]).values))

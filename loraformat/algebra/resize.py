@@ -9,7 +9,7 @@ from loraformat.algebra._cutting import cut_target
 from loraformat.algebra._lowrank import Cut
 from loraformat.algebra._patterns import check_patterns, choose_number
 from loraformat.algebra._refusals import check_numbers, refuse_addition
-from loraformat.algebra._targets import nature_of
+from loraformat.algebra._targets import is_weight_alone, nature_of, pair_roles
 from loraformat.algebra.reduction import Reduction
 from loraformat.errors import error_for
 from loraformat.kinds import Nature
@@ -37,10 +37,19 @@ def resize_adapter(
     problems = [*check_patterns(adapter, patterns), *check_numbers(adapter)]
     problems += [refuse_addition(t) for t in adapter.targets if nature_of(t) is Nature.FUNCTION_OF_BASE]
     problems += [Problem("LF705", name, f"rank {low}", "at least 1") for name, low in patterns.items() if low < 1]
+    if not problems:
+        problems = [found for target in adapter.targets for found in _check_factors(target)]
     if problems:
         raise error_for(problems)
     resized = tuple(_resize(target, _cut_for(target, cut, patterns), report) for target in adapter.targets)
     return replace(adapter, targets=resized, sha256="")
+
+
+def _check_factors(target: Target) -> list[Problem]:
+    if nature_of(target) is not Nature.ADDITIVE or pair_roles(target) is not None or is_weight_alone(target):
+        return []
+    found = f"the kind {target.kind!r}, which changes something beside a weight"
+    return [Problem("LF703", target.name, found, "a change of a weight alone, or a LoRA")]
 
 
 def _cut_for(target: Target, cut: Cut, patterns: Mapping[str, int]) -> Cut:

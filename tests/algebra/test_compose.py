@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import loraformat
 from algebra.adapters import delta_of, deltas_of, distance, every_slot, factors, values, weighted
-from builders import write_peft
+from builders import MemoryFactor, write_peft
 from graphs import make_adapter, make_target, same_bits
 from loraformat.adapter import BaseBinding, ScalingRule, SlotKind
 from loraformat.algebra._sums import choose_unit
@@ -204,6 +204,47 @@ def test_equal_values_stay_to_the_bit(rng: np.random.Generator) -> None:
     (made,) = loraformat.compose([(make_adapter(head), 0.3), (make_adapter(head), 0.7)]).targets
     assert same_bits(made.factors["weight"].read(), head.factors["weight"].read())
     assert made.scale == pytest.approx(1.0)
+
+
+# --- what stands beside the factors ----------------------------------------------------------------------------------
+
+
+def beside(rng: np.random.Generator, name: str, scale: float, *roles: str) -> loraformat.Target:
+    target = make_target(name, factors(rng, 6, 4, 2), scale=scale)
+    shapes = {"lora_B.bias": (6,), "base_layer.bias": (6,), "base_layer.weight": (6, 4)}
+    extra = {role: MemoryFactor(role, rng.standard_normal(shapes[role]).astype(np.float32)) for role in roles}
+    return replace(target, factors=dict(target.factors) | extra)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_biases_are_summed(rng: np.random.Generator, rank: int | None) -> None:
+    targets = [beside(rng, "q", 0.7, "lora_B.bias"), beside(rng, "q", 1.3), beside(rng, "q", 0.5, "lora_B.bias")]
+    weights = [0.5, 2.0, -1.0]
+    items = [(make_adapter(target), weight) for target, weight in zip(targets, weights, strict=True)]
+    (made,) = loraformat.compose(items, rank=rank).targets
+    first, third = (targets[place].factors["lora_B.bias"].read().astype(float) for place in (0, 2))
+    found = made.scale * made.factors["lora_B.bias"].read().astype(float)
+    np.testing.assert_allclose(found, 0.35 * first - 0.5 * third, rtol=1e-6, atol=1e-7)
+    assert set(made.factors) == {"lora_A.weight", "lora_B.weight", "lora_B.bias"}
+
+
+def test_a_bias_has_no_vote(rng: np.random.Generator) -> None:
+    adapter = make_adapter(beside(rng, "q", 0.7, "lora_B.bias"))
+    assert codes(adapter, adapter, method="ties", rank=2) == ("LF703",)
+
+
+def test_values_of_the_base_pass_alone(rng: np.random.Generator) -> None:
+    adapter = make_adapter(beside(rng, "q", 0.7, "base_layer.weight"))
+    assert loraformat.compose([adapter, make_adapter(beside(rng, "v", 1.0))]).targets[0] == adapter.targets[0]
+    assert (
+        codes((adapter, 0.5))
+        == codes(adapter, adapter)
+        == codes(adapter, make_adapter(beside(rng, "q", 1.0)))
+        == ("LF702",)
+    )
+    for call in (lambda: 0.5 * adapter, lambda: loraformat.resize(adapter, 1)):
+        with pytest.raises(LoraformatError, match="values of the base's own"):
+            call()
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 import loraformat
 from algebra.adapters import deltas_of, every_slot, factors, values
-from builders import write_onnx, write_peft, write_tensors
+from builders import MemoryFactor, write_onnx, write_peft, write_tensors
 from graphs import make_adapter, make_target
 from loraformat.algebra import difference
 from loraformat.errors import LoraformatError
@@ -88,6 +88,17 @@ def test_nothing_against_something(rng: np.random.Generator) -> None:
     found = loraformat.diff(0.0 * make_adapter(q), make_adapter(q))
     assert (found.shared[0].relative, found.shared[0].outputs) == (np.inf, None)
     assert loraformat.diff(0.0 * make_adapter(q), 0.0 * make_adapter(q)).is_same
+
+
+def test_biases_are_compared_too(rng: np.random.Generator) -> None:
+    plain = make_target("q", factors(rng, 6, 4, 2), scale=0.5)
+    bias = rng.standard_normal(6).astype(np.float32)
+    biased = replace(plain, factors=dict(plain.factors) | {"lora_B.bias": MemoryFactor("b", bias)})
+    for pair, norms in (((plain, biased), (0, 0.5)), ((biased, plain), (0.5, 0)), ((biased, biased), (0.5, 0.5))):
+        weight, beside = loraformat.diff(*map(make_adapter, pair)).shared
+        assert (weight.name, weight.difference, beside.name) == ("q", 0.0, "q.bias")
+        np.testing.assert_allclose([beside.first, beside.second], np.linalg.norm(bias) * np.array(norms), rtol=1e-6)
+        assert beside.difference == pytest.approx(abs(norms[0] - norms[1]) * np.linalg.norm(bias), rel=1e-6)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
