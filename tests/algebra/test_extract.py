@@ -9,13 +9,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from builders import read_onnx, write_onnx, write_tensors
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 import loraformat
+from builders import read_onnx, write_onnx, write_tensors
 from loraformat.adapter import SlotKind
 from loraformat.algebra.extraction import Extraction, Outcome
 
@@ -27,7 +27,9 @@ def low(rng: np.random.Generator, rows: int, columns: int, rank: int, size: floa
     return (size * product / np.sqrt(rank)).astype(np.float32)
 
 
-def write_models(folder: Path, base: Arrays, tuned: Arrays, config: Mapping[str, Any] | None = None) -> tuple[Path, Path]:
+def write_models(
+    folder: Path, base: Arrays, tuned: Arrays, config: Mapping[str, Any] | None = None
+) -> tuple[Path, Path]:
     folder.mkdir(exist_ok=True)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -109,7 +111,9 @@ def test_the_adapter_is_bound_to_the_base(models: tuple[Arrays, Arrays], tmp_pat
         target.name: target.fingerprint for target in stamped.targets
     }
     rng = np.random.default_rng(9)
-    other = write_tensors(tmp_path / "other.safetensors", {n: rng.standard_normal(a.shape).astype("f4") for n, a in base.items()})
+    other = write_tensors(
+        tmp_path / "other.safetensors", {n: rng.standard_normal(a.shape).astype("f4") for n, a in base.items()}
+    )
     with pytest.raises(loraformat.LoraformatError) as caught:
         loraformat.merge(other, [adapter], tmp_path / "wrong.safetensors")
     assert "LF406" in caught.value.codes
@@ -171,7 +175,10 @@ def test_rounding_does_not_hide_a_low_rank(form: Any, tmp_path: Path) -> None:
 def test_a_cast_alone_is_no_change(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     base = {"a.q.weight": rng.standard_normal((30, 20)).astype(np.float32), "a.k.weight": np.ones((30, 20), np.float32)}
-    tuned = {"a.q.weight": base["a.q.weight"].astype(ml_dtypes.bfloat16), "a.k.weight": base["a.k.weight"] + low(rng, 30, 20, 1)}
+    tuned = {
+        "a.q.weight": base["a.q.weight"].astype(ml_dtypes.bfloat16),
+        "a.k.weight": base["a.k.weight"] + low(rng, 30, 20, 1),
+    }
     tuned_path, base_path = write_models(tmp_path, base, tuned)
     extraction = loraformat.extract(tuned_path, base_path)
     record = next(each for each in extraction.parameters if each.name == "a.q.weight")
@@ -190,7 +197,9 @@ def test_conv1d_by_the_configuration(tmp_path: Path) -> None:
     assert target.slot is SlotKind.LINEAR_TRANSPOSED
     assert target.factors["lora_A.weight"].shape == (2, 24)
     assert target.factors["lora_B.weight"].shape == (72, 2)
-    np.testing.assert_allclose(merged(extraction, base_path, tmp_path)[f"{name}.weight"], tuned[f"{name}.weight"], atol=3e-7)
+    np.testing.assert_allclose(
+        merged(extraction, base_path, tmp_path)[f"{name}.weight"], tuned[f"{name}.weight"], atol=3e-7
+    )
 
 
 def test_from_two_graphs(tmp_path: Path) -> None:
@@ -232,7 +241,10 @@ def test_values_of_a_graph_are_the_modules(tmp_path: Path) -> None:
 
 def test_new_rows_and_a_new_head_are_taken_whole(tmp_path: Path) -> None:
     rng = np.random.default_rng(6)
-    base = {"m.embed_tokens.weight": rng.standard_normal((20, 8)).astype("f4"), "m.lm_head.weight": np.ones((20, 8), "f4")}
+    base = {
+        "m.embed_tokens.weight": rng.standard_normal((20, 8)).astype("f4"),
+        "m.lm_head.weight": np.ones((20, 8), "f4"),
+    }
     grown = np.vstack([base["m.embed_tokens.weight"], rng.standard_normal((3, 8)).astype("f4")])
     tuned = {"m.embed_tokens.weight": grown, "m.score.weight": np.ones((2, 8), "f4")}
     tuned_path, base_path = write_models(tmp_path, base, tuned)
@@ -273,8 +285,16 @@ def test_targets_and_replace_choose(models: tuple[Arrays, Arrays], tmp_path: Pat
 
 def test_what_no_adapter_holds_is_said(tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
-    base = {"a.q.weight": rng.standard_normal((30, 20)).astype("f4"), "a.A_log": np.ones(4, "f4"), "a.steps": np.zeros(2, "i8")}
-    tuned = {"a.q.weight": base["a.q.weight"] + low(rng, 30, 20, 1), "a.A_log": np.zeros(4, "f4"), "a.steps": np.ones(2, "i8")}
+    base = {
+        "a.q.weight": rng.standard_normal((30, 20)).astype("f4"),
+        "a.A_log": np.ones(4, "f4"),
+        "a.steps": np.zeros(2, "i8"),
+    }
+    tuned = {
+        "a.q.weight": base["a.q.weight"] + low(rng, 30, 20, 1),
+        "a.A_log": np.zeros(4, "f4"),
+        "a.steps": np.ones(2, "i8"),
+    }
     tuned_path, base_path = write_models(tmp_path, base, tuned)
     extraction = loraformat.extract(tuned_path, base_path)
     assert {problem.where for problem in extraction.problems} == {"a.A_log", "a.steps"}
@@ -283,7 +303,7 @@ def test_what_no_adapter_holds_is_said(tmp_path: Path) -> None:
 
 def test_refusals(models: tuple[Arrays, Arrays], tmp_path: Path) -> None:
     base, tuned = models
-    tuned_path, base_path = write_models(tmp_path, base, tuned)
+    _tuned_path, base_path = write_models(tmp_path, base, tuned)
     broken = tuned | {"model.layers.0.q_proj.weight": np.full((48, 32), np.nan, np.float32)}
     narrow = tuned | {"model.layers.0.q_proj.weight": np.ones((48, 31), np.float32)}
     cases = {
@@ -339,6 +359,7 @@ def test_memory_is_that_of_one_weight(tmp_path: Path) -> None:
     assert peak < 9 << 20, "less than one model, of 12 MB"
 
 
+@settings(max_examples=15)
 @given(rank=st.integers(1, 4), rows=st.integers(40, 60), columns=st.integers(33, 50), seed=st.integers(0, 99))
 def test_round_trip(rank: int, rows: int, columns: int, seed: int, tmp_path: Path) -> None:
     """A LoRA that was merged into a base is extracted again: the same change, of the same rank."""
