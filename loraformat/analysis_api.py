@@ -177,11 +177,11 @@ def _limit(rank: int | None, energy: float | None, max_error: float | None) -> L
 def _tell_apart(paths: Sequence[Path | None]) -> list[str]:
     """Return short names of adapters: as much of the ends of their paths as tells them apart."""
     parts = [_parts_of(path, place) for place, path in enumerate(paths)]
-    for count in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(each[-count:]) for each in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{name} ({place + 1})" for place, name in enumerate(names)]
+    count = 1
+    while len({each[-count:] for each in parts}) < len(set(parts)):
+        count += 1
+    names = ["/".join(each[-count:]) for each in parts]
+    return [f"{name} ({place + 1})" if names.count(name) > 1 else name for place, name in enumerate(names)]
 
 
 def _parts_of(path: Path | None, place: int) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The targets of an adapter under analysis, by module, and their singular directions."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -66,16 +66,14 @@ class Subject:
 
 
 def name_modules(names: Sequence[str]) -> dict[str, str]:
-    """Return each name with its numbers as `*`, without what all begin with up to the last number in common."""
-    starred = {name: NUMBER.sub("*", name).split(".") for name in names}
-    shortest = min(map(len, starred.values()))
-    first = next(iter(starred.values()))
-    shared = 0
-    while shared < shortest - 1 and all(parts[shared] == first[shared] for parts in starred.values()):
-        shared += 1
-    if "*" in first[:shared]:
-        shared = shared - first[:shared][::-1].index("*")
-    return {name: ".".join(parts[shared:]) for name, parts in starred.items()}
+    """Return each name's module: what follows its last number.
+
+    Where that does not tell modules apart it is the whole name, numbers as `*`.
+    """
+    whole = {name: NUMBER.sub("*", name) for name in names}
+    ends = {full: full.rpartition("*.")[2] for full in whole.values()}
+    counts = Counter(ends.values())
+    return {name: full if counts[ends[full]] > 1 else ends[full] for name, full in whole.items()}
 
 
 def order_of(name: str) -> tuple[tuple[int, ...], str]:

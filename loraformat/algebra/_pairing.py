@@ -49,8 +49,8 @@ def choose_slot(site: Site) -> SlotKind:
     """Return the slot that an adapter of this site should expect; `parameter` where no product of factors fits.
 
     A matrix that the base knows to be stored `(in, out)` is GPT-2's Conv1D where that is how the module's parameter is,
-    and a Linear that an exporter turned around where it is not. A table of embeddings is known by its operator, or in a state
-    dict by its module's name.
+    and a Linear that an exporter turned around where it is not. A table of embeddings is known by its operator, or in a
+    state dict by its module's name.
     """
     turned = site.transposed
     if SlotKind.CONV in turned and SlotKind.LINEAR not in turned:

@@ -52,6 +52,8 @@ def analyse_adapters(
     Raises:
         LoraformatError: LF725 no target has singular values; what is wrong with factors or their place in the base.
     """
+    if not adapters:
+        raise error_for([Problem("LF725", "adapters", "none", "at least one")])
     problems = [problem for name, adapter in adapters for problem in _list_left_out(name, adapter)]
     subjects = [_choose_targets(name, adapter) for name, adapter in adapters]
     return Analysis(

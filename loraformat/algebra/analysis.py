@@ -38,7 +38,7 @@ class TargetAnalysis:
     Attributes:
         name: module path.
         layer: the first number in its name; None without one.
-        module: its name without what the names of all targets begin with, numbers as `*`.
+        module: what follows the last number in its name, or all of it with numbers as `*`.
         shape: `(out, in * kernel)`.
         rank: its rank.
         scale: its effective multiplier.

@@ -1,15 +1,18 @@
 """The sections of a page about one adapter."""
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Final
 
 from loraformat.algebra.analysis import AdapterAnalysis, LayerMap, TargetAnalysis
 from loraformat.pages import _svg as svg
-from loraformat.pages._text import count, dashed, figure, folded, many, number, percent, ramp, table, tiles
+from loraformat.pages._text import SQUARE_ROOT, count, dashed, figure, folded, many, number, percent, ramp, table, tiles
 
 _MAPS: Final = 64
 """Small pictures of one sort on a page; the JSON output has all."""
+_DECADES: Final = 6
+"""Powers of ten that spectra are shown over at most."""
 _SIDES: Final = {"input": "what enters (A)", "output": "what leaves (B)"}
 
 
@@ -43,15 +46,21 @@ def _summarise(adapter: AdapterAnalysis) -> list[tuple[str, str, str]]:
     return entries
 
 
+def _layers(adapter: AdapterAnalysis) -> list[str]:
+    """Return the layers; what has no layer only where it has changed."""
+    return [layer for layer, share in adapter.by_layer.items() if layer or share]
+
+
 def _by_layer(adapter: AdapterAnalysis) -> str:
-    if len(adapter.by_layer) < 2:
+    layers = _layers(adapter)
+    if len(layers) < 2:
         return ""
-    labels = [layer or "–" for layer in adapter.by_layer]
+    labels = [layer or "–" for layer in layers]
     even = 1 / len(labels)
     return figure(
         "Energy by layer",
         "share of ‖ΔW‖² over all targets",
-        svg.columns(labels, list(adapter.by_layer.values()), percent, even),
+        svg.columns(labels, [adapter.by_layer[layer] for layer in layers], percent, even),
         "Where training changed the model most. Columns above the dashed line hold more than an even share.",
         dashed("even share"),
     )
@@ -99,7 +108,7 @@ def _grid(
     top: float | None,
 ) -> str:
     """Return a heat map with a row for each module and a column for each layer; the mean where a cell has several."""
-    layers = list(adapter.by_layer)
+    layers = _layers(adapter)
     if len(layers) < 2:
         return ""
     modules = sorted(adapter.by_module)
@@ -117,6 +126,7 @@ def _grid(
         axes=("", "layer"),
         left=190,
         width=1080,
+        tall=26,
     )
     wide = f'<div class="scroll"><div class="wide">{picture}</div></div>'
     return figure(title, subtitle, wide, reading, ramp("0", number(highest)))
@@ -124,11 +134,13 @@ def _grid(
 
 def _spectra(adapter: AdapterAnalysis) -> str:
     pictures = []
+    least = min((e.values[-1] / e.values[0] for e in adapter.targets if e.values and e.values[-1] > 0), default=0.1)
+    decades = max(1, min(_DECADES, math.ceil(-math.log10(least) - 1e-9)))
     for module in sorted(adapter.by_module)[:_MAPS]:
         members = [each for each in adapter.targets if each.module == module and each.values and each.values[0] > 0]
         lines = [(each.name, [value / each.values[0] for value in each.values]) for each in members]
         if lines:
-            pictures.append((module, f"{len(lines)} targets", svg.curves(lines)))
+            pictures.append((module, f"{len(lines)} targets", svg.curves(lines, decades)))
     return figure(
         "Spectra",
         "singular values σᵢ / σ₁ of ΔW, one curve for each target, later layers stronger",
@@ -148,9 +160,9 @@ def _within(adapter: AdapterAnalysis) -> str:
         "What the layers share",
         "φ(r, r) between the subspaces of two layers, r the rank",
         many(pictures),
-        "1 (strong colour): two layers read, or write, the same subspace. Spaces drawn at random share about the number "
-        "under the name. The diagonal is 1 by definition and left empty.",
-        ramp("0", "1", "colours are on a square-root scale, so that small values can be seen"),
+        "1 (strong colour): two layers read, or write, the same subspace. Spaces drawn at random share about the "
+        "number under the name. The diagonal is 1 by definition and left empty.",
+        ramp("0", "1", SQUARE_ROOT),
     )
 
 

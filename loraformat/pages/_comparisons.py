@@ -5,7 +5,7 @@ from typing import Final
 
 from loraformat.algebra.analysis import SIDES, Comparison, RankMap
 from loraformat.pages import _svg as svg
-from loraformat.pages._text import count, figure, folded, many, number, ramp, table, tiles
+from loraformat.pages._text import SQUARE_ROOT, count, figure, folded, many, number, ramp, table, tiles
 
 _MAPS: Final = 64
 """Small pictures on a page; the JSON output has all."""
@@ -42,7 +42,7 @@ def _maps(compared: Comparison) -> str:
         "1 (strong colour): the smaller space lies in the larger one; 0: they are orthogonal. A strong corner at the "
         "top left says that the leading directions agree, as the LoRA paper finds (figure 3). Spaces drawn at random "
         "share about the number under the name.",
-        ramp("0", "1"),
+        ramp("0", "1", SQUARE_ROOT),
     )
 
 
@@ -50,9 +50,9 @@ def _draw(shown: RankMap) -> str:
     return svg.heat_map(
         [str(i) for i in shown.rows],
         [str(j) for j in shown.columns],
-        shown.phi,
+        [[phi**0.5 for phi in row] for row in shown.phi],
         top=1.0,
-        label=lambda phi: f"φ = {number(phi)}",
+        label=lambda root: f"φ = {number(root**2)}",
         axes=("i", "j"),
     )
 

@@ -59,26 +59,28 @@ def heat_map(
     axes: tuple[str, str] = ("", ""),
     left: int = 30,
     width: int = 260,
+    tall: float | None = None,
 ) -> str:
-    """Return cells, the darker the nearer to `top`; None is an empty cell.
+    """Return cells, the stronger the nearer to `top`; None is an empty cell.
 
     Args:
         rows: names of the rows, from the top down.
         names: names of the columns.
         values: one list for each row.
-        top: the value of the darkest colour.
+        top: the value of the strongest colour.
         label: how a value is said.
         axes: names of what runs downwards and of what runs to the right.
         left: room for the rows' names.
         width: of the whole picture.
+        tall: height of a row; None makes cells square.
     """
     size = (width - left - 4) / max(1, len(names))
-    tall = min(size, 22.0) if len(rows) < len(names) else size
+    tall = tall or size
     head = 14 if axes[0] else 0
     parts = [f'<text x="0" y="10">{escape(axes[0])} ↓</text>'] if axes[0] else []
     bottom = head + tall * len(rows)
     parts.append(
-        f'<rect class="back" x="{left}" y="{head}" width="{size * len(names):.1f}" height="{tall * len(rows):.1f}"/>'
+        f'<rect class="frame" x="{left}" y="{head}" width="{size * len(names):.1f}" height="{tall * len(rows):.1f}"/>'
     )
     titled = len(rows) * len(names) <= _TITLED_CELLS
     for i, row in enumerate(values):
@@ -96,10 +98,8 @@ def heat_map(
     return _wrap(width, bottom + (32 if axes[1] else 18), parts)
 
 
-def curves(lines: Sequence[tuple[str, Sequence[float]]], *, width: int = 260, height: int = 150) -> str:
-    """Return falling curves on a logarithmic scale, 1 at the top, the later ones darker; values are at most 1."""
-    low = min((value for _, values in lines for value in values if value > 0), default=0.1)
-    decades = max(1, min(8, math.ceil(-math.log10(low) - 1e-9)))
+def curves(lines: Sequence[tuple[str, Sequence[float]]], decades: int, *, width: int = 260, height: int = 150) -> str:
+    """Return falling curves on a logarithmic scale of so many decades, 1 at the top, the later ones stronger."""
     longest = max((len(values) for _, values in lines), default=1)
     left, bottom, right = 34, height - 22, width - 6
     parts = []
@@ -128,7 +128,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 def _cell(x: float, y: float, width: float, height: float, share: float, say: str) -> str:
     shade = _FAINT + (1 - _FAINT) * min(1.0, max(0.0, share))
-    place = f'x="{x:.1f}" y="{y:.1f}" width="{width + 0.2:.1f}" height="{height + 0.2:.1f}"'
+    place = f'x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}"'
     title = f"<title>{escape(say)}</title>" if say else ""
     return f'<rect class="cell" {place} fill-opacity="{shade:.3f}">{title}</rect>'
 

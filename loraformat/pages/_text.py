@@ -3,6 +3,7 @@
 import html
 import math
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from loraformat.problems import Problem, escape_controls
 
@@ -74,8 +75,12 @@ def folded(label: str, content: str) -> str:
     return f"<details><summary>{escape(label)}</summary>{content}</details>"
 
 
+SQUARE_ROOT: Final = "colours follow the square root, so that small values can be seen"
+"""What the legend says of maps that are mostly near 0."""
+
+
 def ramp(low: str, high: str, remark: str = "") -> str:
-    """Return the legend of a heat map, from its lightest colour to its darkest."""
+    """Return the legend of a heat map, from its faintest colour to its strongest."""
     tail = f"<span>{escape(remark)}</span>" if remark else ""
     scale = f'<span>{escape(low)}<i class="ramp"></i>{escape(high)}</span>'
     return f'<div class="legend">{scale}{tail}</div>'

@@ -187,7 +187,14 @@ def test_refusals(base: Path) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [{"method": "best"}, {"alpha": 0.0}, {"alpha": float("nan")}, {"smoothness": -1.0}, {"sparsity": 1.0}, {"smoothness": 1.0, "sparsity": 0.5}],
+    [
+        {"method": "best"},
+        {"alpha": 0.0},
+        {"alpha": float("nan")},
+        {"smoothness": -1.0},
+        {"sparsity": 1.0},
+        {"smoothness": 1.0, "sparsity": 0.5},
+    ],
 )
 def test_numbers_out_of_range(flags: dict[str, Any], base: Path) -> None:
     with pytest.raises(ValueError, match=r"best|alpha|smoothness"):

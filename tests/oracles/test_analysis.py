@@ -114,13 +114,13 @@ def test_peft_takes_a_new_adapter(method: str, tmp_path: Path) -> None:
     assert changed == (method == "pissa")
 
 
-def test_analysis_is_the_papers(tmp_path: Path) -> None:
-    """Section 7 of arXiv 2106.09685, written down once more in float64 with torch.linalg.svd."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """Return a base, and two PEFT adapters for it of other ranks."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    model = make_model()
-    base = save(model, tmp_path / "base.safetensors")
+    root = tmp_path_factory.mktemp("analysis")
     folders = []
     for seed, rank in ((1, 3), (2, 5)):
         torch.manual_seed(seed)
@@ -129,40 +129,57 @@ def test_analysis_is_the_papers(tmp_path: Path) -> None:
             for name, parameter in wrapped.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(0, 0.1)
-        wrapped.save_pretrained(tmp_path / f"seed{seed}")
-        folders.append(tmp_path / f"seed{seed}")
-    analysis = loraformat.analyse(folders, base)
-    adapters = [loraformat.load(folder) for folder in folders]
-    for adapter, shown in zip(adapters, analysis.adapters, strict=True):
-        for target, found in zip(adapter.targets, shown.targets, strict=True):
+        wrapped.save_pretrained(root / f"seed{seed}")
+        folders.append(root / f"seed{seed}")
+    return save(make_model(), root / "base.safetensors"), folders
+
+
+def test_spectra_and_amplification_are_the_papers(trained: tuple[Path, list[Path]]) -> None:
+    """Section 7 of arXiv 2106.09685, written down once more in float64 with torch.linalg.svd."""
+    import torch
+
+    base, folders = trained
+    model = make_model()
+    for folder, shown in zip(folders, loraformat.analyse(folders, base).adapters, strict=True):
+        for target, found in zip(loraformat.load(folder).targets, shown.targets, strict=True):
             down, up = (torch.from_numpy(target.factors[r].read()).double() for r in ("lora_A.weight", "lora_B.weight"))
-            delta = 2.0 * up @ down
+            rank, delta = target.rank, 2.0 * up @ down
             u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-            rank = target.rank
             np.testing.assert_allclose(found.values, s[:rank], rtol=1e-6)
             assert found.stable_rank == pytest.approx(float(s.square().sum() / s[0] ** 2), rel=1e-6)
             shares = s[:rank] / s[:rank].sum()
             assert found.effective_rank == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())), rel=1e-6)
             weight = model.get_submodule(target.name).weight.detach().double()
-            _wu, ws, _wvh = torch.linalg.svd(weight, full_matrices=False)
+            own = torch.linalg.svdvals(weight)[:rank]
             amplified = found.amplification
             assert amplified is not None
             along = float((u[:, :rank].T @ weight @ vh[:rank].T).norm())
             assert amplified.along_delta == pytest.approx(along, rel=1e-5)
             assert amplified.factor == pytest.approx(float(delta.norm()) / along, rel=1e-5)
-            assert amplified.along_weight == pytest.approx(float(ws[:rank].norm()), rel=1e-3)
+            assert amplified.along_weight == pytest.approx(float(own.norm()), rel=1e-3)
             assert amplified.weight_norm == pytest.approx(float(weight.norm()), rel=1e-6)
             expected = amplified.weight_norm * rank / np.sqrt(weight.numel())
             assert 0.1 * expected < amplified.along_random < 5 * expected
-    (compared,) = analysis.comparisons
-    for first, second in zip(*(adapter.targets for adapter in adapters), strict=True):
-        for side, role in (("input", "lora_A.weight"), ("output", "lora_B.weight")):
-            spaces = []
-            for target in (first, second):
-                matrix = torch.from_numpy(target.factors[role].read()).double()
-                spaces.append(torch.linalg.svd(matrix if side == "input" else matrix.T, full_matrices=False)[2].T)
-            shown_map = next(m for m in compared.maps if m.module == first.name and m.side == side)
-            for i in shown_map.rows:
-                for j in shown_map.columns:
-                    phi = float((spaces[0][:, :i].T @ spaces[1][:, :j]).norm() ** 2 / min(i, j))
-                    assert shown_map.phi[i - 1][j - 1] == pytest.approx(phi, abs=1e-5)
+
+
+def test_phi_is_the_papers(trained: tuple[Path, list[Path]]) -> None:
+    """Equation 4, for A and for B, at every i and j."""
+    import torch
+
+    _, folders = trained
+    (compared,) = loraformat.analyse(folders).comparisons
+    first, second = ({target.name: target for target in loraformat.load(folder).targets} for folder in folders)
+    assert {(shown.module, shown.side) for shown in compared.maps} == {
+        (n, s) for n in first for s in ("input", "output")
+    }
+    for shown in compared.maps:
+        spaces = []
+        for target in (first[shown.module], second[shown.module]):
+            role = "lora_A.weight" if shown.side == "input" else "lora_B.weight"
+            matrix = torch.from_numpy(target.factors[role].read()).double()
+            wide = matrix if shown.side == "input" else matrix.T
+            spaces.append(torch.linalg.svd(wide, full_matrices=False)[2].T)
+        for i in shown.rows:
+            for j in shown.columns:
+                phi = float((spaces[0][:, :i].T @ spaces[1][:, :j]).norm() ** 2 / min(i, j))
+                assert shown.phi[i - 1][j - 1] == pytest.approx(phi, abs=1e-5)
