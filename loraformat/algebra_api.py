@@ -22,6 +22,7 @@ def compose(
     rank: int | None = None,
     energy: float | None = None,
     max_error: float | None = None,
+    dtype: str = "float32",
     density: float = 0.5,
     seed: int = 0,
     allow_different_bases: bool = False,
@@ -40,6 +41,7 @@ def compose(
         rank: at most this rank for each target, by the singular values of the result.
         energy: the fewest that hold this share of Σσ².
         max_error: the fewest with ‖left out‖ ≤ max_error · ‖all‖.
+        dtype: number form of factors that were cut; sums that are not cut keep theirs.
         density: share of the numbers that the pruning and dropping methods keep.
         seed: of the methods that drop by chance.
         allow_different_bases: accept adapters that say that they belong to different bases.
@@ -54,7 +56,7 @@ def compose(
     items = [item if isinstance(item, tuple) else (item, 1.0) for item in adapters]
     stated = StatedScale(alpha, scale)
     opened = [(_open(source, scheme, stated), weight) for source, weight in items]
-    cut = make_cut(rank, energy=energy, max_error=max_error)
+    cut = make_cut(rank, dtype, energy=energy, max_error=max_error)
     return compose_adapters(opened, Recipe(method, cut, density, seed, allow_different_bases), report)
 
 
@@ -94,6 +96,7 @@ def resize(
     sv_fro: float | None = None,
     sv_cumulative: float | None = None,
     ranks: Mapping[str, int] | None = None,
+    dtype: str = "float32",
     scheme: str | None = None,
     alpha: float | None = None,
     scale: float | None = None,
@@ -110,6 +113,7 @@ def resize(
         sv_fro: the fewest that hold this share of √Σσ².
         sv_cumulative: the fewest that hold this share of Σσ.
         ranks: glob pattern of target names to the rank that these have at most instead.
+        dtype: number form of factors that were cut; a target that loses nothing keeps its own.
         scheme: as in `load`.
         alpha: as in `load`.
         scale: as in `load`.
@@ -119,8 +123,8 @@ def resize(
         LoraformatError: two rules, a number out of range, NaN, a kind that is no sum.
     """
     rules = {"energy": energy, "max_error": max_error, "sv_ratio": sv_ratio, "sv_fro": sv_fro}
-    cut = make_cut(rank, **rules, sv_cumulative=sv_cumulative)
-    if cut.rank is None and cut.rule is None and not ranks:
+    cut = make_cut(rank, dtype, **rules, sv_cumulative=sv_cumulative)
+    if cut.is_none and not ranks:
         raise refuse("LF705", "rank", "nothing that says where to cut", "a rank, a rule, or ranks of targets")
     return resize_adapter(_open(adapter, scheme, StatedScale(alpha, scale)), cut, ranks, report)
 

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
 from loraformat.adapter import Adapter
-from loraformat.apply import Progress, Work, apply_plan, count_workers
+from loraformat.apply import Work, apply_plan
 from loraformat.bases import BaseModel
 from loraformat.containers.safetensors import write_safetensors
-from loraformat.errors import error_for
+from loraformat.engine import Effort, Progress, count_workers
+from loraformat.errors import error_for, refuse
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
-from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE
+from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE, RETAINED_WARN
 from loraformat.loading import FACTORS_NAMES, is_base, list_files, load_adapter, open_base
+from loraformat.output_forms import require_rewriter
 from loraformat.outputs import PendingOutput, check_apart, check_output
 from loraformat.plan import Plan, WeightedAdapter
 from loraformat.planning import build_plan, default_output
@@ -151,9 +153,11 @@ def plan_merge(
     strip_prefix: str | None = None,
     allow_zero: bool = False,
     ignore_fingerprints: bool = False,
+    dtype: str | None = None,
+    to: str | None = None,
 ) -> Plan:
     """Return what `merge` would do with the same arguments; reads no weight of the base and writes nothing."""
-    matching = _Matching(tuple(allow_unmatched), strip_prefix, allow_zero, ignore_fingerprints)
+    matching = _Matching(tuple(allow_unmatched), strip_prefix, allow_zero, ignore_fingerprints, dtype, _anew(to))
     return _prepare(base, adapters, output, scheme, StatedScale(alpha, scale), matching)[2]
 
 
@@ -169,11 +173,16 @@ def merge(
     strip_prefix: str | None = None,
     allow_zero: bool = False,
     ignore_fingerprints: bool = False,
+    dtype: str | None = None,
+    to: str | None = None,
     min_retained: float = RETAINED_REFUSE,
+    warn_retained: float = RETAINED_WARN,
     jobs: int | None = None,
     max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
     force: bool = False,
     durable: bool = False,
+    resume: bool = False,
+    link: bool = False,
     progress: Progress | None = None,
 ) -> Receipt:
     """Merge adapters into a copy of a base model: its numbers change, its structure does not.
@@ -190,12 +199,17 @@ def merge(
         strip_prefix: removed from the front of the targets' names.
         allow_zero: accept a scale of zero.
         ignore_fingerprints: accept weights that do not match the fingerprint of their target.
+        dtype: number form of the output's floating-point tensors, such as `bfloat16`; None keeps each one's own.
+        to: `safetensors` writes the output anew in this format; None keeps the base's own.
         min_retained: refuse when a smaller share of a weight's delta survives rounding.
+        warn_retained: warn when a smaller share of it does.
         jobs: worker threads; None takes one for each processor.
         max_memory_bytes: cap on tiles and factors in flight.
         force: replace an existing output.
         durable: wait until the disk has the bytes before the output is moved into place; without it a power cut, but
             no crash or kill of the process, can lose it.
+        resume: take up what a killed run of the same merge has left, and leave something to take up if killed.
+        link: make hard links of the base's files that nothing of is rewritten, instead of copies; for model folders.
         progress: told how far the work is, in bytes.
 
     Returns:
@@ -204,11 +218,12 @@ def merge(
     Raises:
         LoraformatError: with every problem that was found; the output is what it was before.
     """
-    matching = _Matching(tuple(allow_unmatched), strip_prefix, allow_zero, ignore_fingerprints)
+    matching = _Matching(tuple(allow_unmatched), strip_prefix, allow_zero, ignore_fingerprints, dtype, _anew(to))
     opened, weighted, plan = _prepare(base, adapters, output, scheme, StatedScale(alpha, scale), matching)
     for item in weighted:
         check_apart(plan.output, [file.path for file in list_files(item.adapter)])
-    work = Work(count_workers(jobs), max_memory_bytes, min_retained, force, durable, progress)
+    effort = Effort(count_workers(jobs), max_memory_bytes, progress)
+    work = Work(effort, min_retained, warn_retained, force, durable, resume, link)
     return apply_plan(plan, opened, weighted, work)
 
 
@@ -219,6 +234,14 @@ class _Matching(NamedTuple):
     strip_prefix: str | None
     allow_zero: bool
     ignore_fingerprints: bool
+    dtype: str | None
+    anew: bool
+
+
+def _anew(to: str | None) -> bool:
+    if to not in (None, "safetensors"):
+        raise refuse("LF610", "--to", str(to), "safetensors")
+    return to is not None
 
 
 def _prepare(
@@ -232,7 +255,8 @@ def _prepare(
     """Open everything and plan the merge."""
     opened = open_base(Path(base))
     weighted = [_weigh(argument, scheme, stated) for argument in adapters]
-    place = Path(output) if output is not None else default_output(opened.path, opened.suffix, weighted)
+    form = require_rewriter(opened) if matching.anew or matching.dtype is not None else opened
+    place = Path(output) if output is not None else default_output(opened.path, form.suffix, weighted)
     return opened, weighted, build_plan(opened, weighted, place, **matching._asdict())
 
 

@@ -5,6 +5,7 @@ the engine knows where a span of the input lands in the output, and everything t
 to the input by construction.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TypeAlias
 
-from loraformat.spans import InputFile, Span
+from loraformat.dtypes import Dtype
+from loraformat.spans import InputFile, Span, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,50 @@ class Blank:
     length: int
 
 
-Piece: TypeAlias = Copy | Literal | Blank
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """Room for the numbers of a tensor that is computed; `FileImage.locate_fresh` tells where it lies."""
+
+    key: str
+    length: int
+
+
+Piece: TypeAlias = Copy | Literal | Blank | Fresh
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of a file that is written anew.
+
+    Attributes:
+        name: its name there.
+        dtype: its number form there.
+        shape: its dimensions there.
+        source: the tensor that its numbers come from; None for one that is computed.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    source: StoredTensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+        return self.dtype.count_bytes(math.prod(self.shape))
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether its bytes are the source's own, so that it needs no computing."""
+        source = self.source
+        same = source is not None and (source.dtype, source.shape) == (self.dtype, self.shape)
+        return same and source is not None and source.is_contiguous
+
+    def as_piece(self) -> Piece:
+        """Return a `Copy` of the source's bytes, or `Fresh(name)`, which the engine fills, from the source if any."""
+        if self.source is None or not self.is_copied:
+            return Fresh(self.name, self.nbytes)
+        return Copy(self.source.file, self.source.span.offset, self.source.span.length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +119,8 @@ class FileImage:
             for piece, start in zip(self.pieces, self._starts, strict=False)
             if isinstance(piece, Copy)
         )
+        placed = zip(self.pieces, self._starts, strict=False)
+        self._fresh = {piece.key: start for piece, start in placed if isinstance(piece, Fresh)}
 
     def placed(self) -> Iterator[tuple[int, Piece]]:
         """Yield every piece with its offset in this file."""
@@ -88,6 +135,33 @@ class FileImage:
         if path != span.path or span.end > offset + length:
             return None
         return start + span.offset - offset
+
+    def whole_copy(self) -> InputFile | None:
+        """Return the input file that this one is a copy of, from its first byte to its last, or None."""
+        match self.pieces:
+            case (Copy(file, 0, length),) if length == file.size_bytes:
+                return file
+        return None
+
+    def locate_fresh(self, key: str) -> int | None:
+        """Return the offset in this file of the room for the computed tensor `key`, or None; no bytes need none."""
+        return self._fresh.get(key)
+
+
+def join_copies(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Yield the pieces, neighbours that are neighbours in one input file as one."""
+    last: Copy | None = None
+    for piece in pieces:
+        if isinstance(piece, Copy) and last and (last.file, last.offset + last.length) == (piece.file, piece.offset):
+            last = Copy(last.file, last.offset, last.length + piece.length)
+            continue
+        if last:
+            yield last
+        last = piece if isinstance(piece, Copy) else None
+        if not last:
+            yield piece
+    if last:
+        yield last
 
 
 def edit_file(file: InputFile, edits: Iterable[Edit], tail: Sequence[Piece] = ()) -> list[Piece]:

@@ -90,3 +90,9 @@ RETAINED_REFUSE: Final = 0.5
 
 NEAR_MISSES: Final = 3
 """How many similar names a message about an unmatched target lists."""
+
+MAX_TRAVELLING_FILES: Final = 256
+"""Files of a model's folder beside its weights. All are open at once, and a process may have some hundred."""
+
+MAX_FOLDER_DEPTH: Final = 8
+"""Nesting of a model's sub-folders; real ones have one or two levels."""

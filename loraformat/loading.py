@@ -119,9 +119,9 @@ def open_base(path: Path) -> BaseModel:
     if matching:
         return matching[0].open(path)
     if isdir(path):
-        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors"})
+        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors", ".bin"})
         found = f"a folder with {', '.join(inside[:4]) or 'no model'}"
-        raise refuse("LF121", path, found, "a model folder with safetensors weights, or one model file")
+        raise refuse("LF121", path, found, "a model folder with safetensors or torch weights, or one model file")
     by_suffix = [base for _, base in BASES if path.suffix.lower() in base.suffixes]
     return _refuse_or_open(path, head, by_suffix)
 
@@ -131,7 +131,7 @@ def _refuse_or_open(path: Path, head: bytes, by_suffix: list[BaseFormat]) -> Bas
     described = describe_head(head)
     if described is None and by_suffix:
         return by_suffix[0].open(path)
-    raise _unreadable(path, head, "a model as .onnx or .safetensors")
+    raise _unreadable(path, head, "a model as .onnx, .safetensors, .bin, .pt or .npz")
 
 
 def is_base(path: Path) -> bool:

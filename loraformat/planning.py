@@ -15,14 +15,21 @@ from loraformat.bases import BaseModel, Weight
 from loraformat.encodings import ENCODINGS
 from loraformat.errors import error_for
 from loraformat.kinds import KINDS, MappingKind, Nature
-from loraformat.limits import TILE_BYTES
-from loraformat.plan import Plan, PlannedAdapter, PlannedChange, PlannedWeight, WeightedAdapter
+from loraformat.plan import (
+    Plan,
+    PlannedAdapter,
+    PlannedChange,
+    PlannedWeight,
+    WeightedAdapter,
+    as_matrix,
+    count_tile_rows,
+)
 from loraformat.problems import Problem
 from loraformat.resolve import Match, resolve
+from loraformat.rewriting import plan_rewriting
 from loraformat.rules import check_adapter
 from loraformat.spans import Part
 
-_FLOAT32_BYTES: Final = 4
 _FLOAT32_MAX: Final = (2.0 - 2.0**-23) * 2.0**127
 _ORDER: Final = {Nature.REPLACEMENT: 0, Nature.FUNCTION_OF_BASE: 1, Nature.ADDITIVE: 2}
 """What replaces the base's values comes first, then what is a function of them, then what is added."""
@@ -45,6 +52,8 @@ def build_plan(
     strip_prefix: str | None = None,
     allow_zero: bool = False,
     ignore_fingerprints: bool = False,
+    dtype: str | None = None,
+    anew: bool = False,
 ) -> Plan:
     """Plan the merge of `adapters` into `base`.
 
@@ -56,6 +65,8 @@ def build_plan(
         strip_prefix: removed from the front of target names.
         allow_zero: accept scales of zero.
         ignore_fingerprints: accept weights that do not match the fingerprint of their target.
+        dtype: number form of the output's floating-point tensors; None keeps each one's own.
+        anew: write the output anew, as safetensors.
 
     Raises:
         LoraformatError: with every problem that was found, not only the first.
@@ -90,6 +101,11 @@ def build_plan(
     weights = [_plan_weight(group, problems) for group in changes.values()]
     if any(problem.severity == "error" for problem in problems):
         raise error_for([problem for problem in problems if problem.severity == "error"])
+    planned = tuple(sorted((weight for weight in weights if weight), key=lambda weight: (weight.name, weight.key)))
+    rewriting = None
+    if anew or dtype is not None or any(weight.new for weight in planned):
+        rewriting = plan_rewriting(base, planned, dtype, anew=anew)
+        problems += rewriting.problems
     return Plan(
         base=describe_base(base),
         format=base.format,
@@ -98,9 +114,11 @@ def build_plan(
             PlannedAdapter(item.name, item.adapter.sha256, item.weight, count)
             for item, count in zip(adapters, counts, strict=True)
         ),
-        weights=tuple(sorted((weight for weight in weights if weight), key=lambda weight: (weight.name, weight.key))),
+        weights=rewriting.weights if rewriting else planned,
         unmatched=tuple(unmatched),
         problems=tuple(problems),
+        config_changes=rewriting.config_changes if rewriting else {},
+        rewritten=rewriting is not None,
     )
 
 
@@ -179,11 +197,6 @@ def _plan_weight(group: Sequence[_Change], problems: list[Problem]) -> PlannedWe
     )
 
 
-def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """Return rows and columns of a stored tensor as a matrix: its first dimension and the rest."""
-    return shape[0], math.prod(shape[1:])
-
-
 def count_block(group: Sequence[_Change]) -> int:
     """Return how many rows of the stored matrix the functions of the base must see together."""
     blocks = [1]
@@ -222,13 +235,6 @@ def _overlap(one: Part | None, other: Part | None) -> bool:
         return True
     rows = set(range(*one.rows)).isdisjoint(range(*other.rows))
     return not (rows or set(range(*one.columns)).isdisjoint(range(*other.columns)))
-
-
-def count_tile_rows(matrix: tuple[int, int], block: int = 1) -> int:
-    """Return how many rows of a matrix make one tile of about `TILE_BYTES` in float32: whole blocks of `block` rows."""
-    rows, columns = matrix
-    wanted = max(1, min(rows, TILE_BYTES // (_FLOAT32_BYTES * columns)))
-    return max(block, wanted // block * block)
 
 
 def default_output(base: Path, suffix: str, adapters: Sequence[WeightedAdapter]) -> Path:

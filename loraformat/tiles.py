@@ -223,7 +223,8 @@ def _sum_up(base: NDArray[Any], delta: NDArray[Any], merged: NDArray[Any], found
     largest = _largest(m)
     error = 0.0
     if found is not merged:
-        error = _largest(np.subtract(f, m, out=m)) / largest if largest else 0.0
+        difference = _largest(np.subtract(f, m, out=m))
+        error = difference / largest if largest and math.isfinite(difference / largest) else 0.0
     np.subtract(f, w, out=f)
     sums = float(np.dot(f, d)), float(np.dot(d, d)), float(np.dot(w, w))
     if math.isfinite(sum(sums)):

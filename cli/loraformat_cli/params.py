@@ -19,6 +19,10 @@ _UNITS: Final = {"": 1} | {
 """Suffix in lower case to bytes: `MB` is decimal, `MiB` and the bare `M` of other tools are binary."""
 
 
+FORMS: Final = ("float32", "float16", "bfloat16", "float64")
+"""Number forms that factors may be rounded to."""
+
+
 class Finite(click.ParamType[float]):
     """A number that is neither NaN nor infinite, between bounds."""
 

@@ -10,6 +10,7 @@ from loraformat.algebra._lowrank import Cut, Svd, Truncated, factor_svd, truncat
 from loraformat.algebra._sums import Share, add_biases
 from loraformat.algebra._targets import open_delta, pair_roles, read_pair, with_factors
 from loraformat.algebra.reduction import Reduction
+from loraformat.dtypes import BY_NAME
 from loraformat.kinds import Delta
 
 
@@ -32,7 +33,7 @@ def cut_sum(shares: Sequence[Share], cut: Cut) -> tuple[Target, Reduction]:
         truncated = cut_dense(
             [open_delta(target) for target, _ in shares], lambda parts: _walk_sum(parts, weights), cut
         )
-    target = with_factors(first, truncated, add_biases(shares, 1.0))
+    target = with_factors(first, truncated, BY_NAME[cut.dtype], add_biases(shares, 1.0))
     return target, Reduction(first.name, sum(target.rank for target, _ in shares), target.rank, truncated.error)
 
 

@@ -71,11 +71,18 @@ class Cut:
         rank: at most so many; None sets no bound.
         rule: name of a rule in `RULES`, or None.
         threshold: the rule's number.
+        dtype: number form of the factors that come out.
     """
 
     rank: int | None = None
     rule: str | None = None
     threshold: float = 0.0
+    dtype: str = "float32"
+
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing says where to cut."""
+        return self.rank is None and self.rule is None
 
     def choose(self, values: Matrix) -> int:
         """Return how many of `values` (count,), sorted from the largest down, are kept."""

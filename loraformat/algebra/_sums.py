@@ -32,6 +32,8 @@ from loraformat.algebra._targets import (
 from loraformat.dtypes import Dtype
 
 _HALF: Final = 16
+VALUES: Final = "replace"
+"""The kind of whole parameters that replace the base's; those of other such kinds may be rows that indices name."""
 
 
 class Term(NamedTuple):

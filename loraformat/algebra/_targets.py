@@ -125,16 +125,22 @@ def weight_change(target: Target) -> Change:
 
 def is_weight_alone(target: Target) -> bool:
     """Say whether an additive target changes a weight that a LoRA could change, and nothing beside it."""
-    return target.slot in LORA_SLOTS and [change.parameter for change in list_changes(target)] == ["weight"]
+    changes = list_changes(target)
+    known = all(size > 0 for change in changes for size in change.shape)
+    return known and target.slot in LORA_SLOTS and [change.parameter for change in changes] == ["weight"]
 
 
 def open_delta(target: Target, change: Change | None = None) -> Delta:
     """Return an additive change, the weight's if not given, as a matrix `(out, in * kernel)` in float32, scaled."""
     wanted = change or weight_change(target)
-    factors: Mapping[str, NDArray[Any]] = {
-        role: target.factors[role].read().astype(np.float32, copy=False) for role in wanted.roles
-    }
+    factors: Mapping[str, NDArray[Any]] = {role: _read_wide(target.factors[role]) for role in wanted.roles}
     return cast(AdditiveKind, KINDS.find(target.kind)).delta(target, wanted, factors, target.scale)
+
+
+def _read_wide(factor: Factor) -> NDArray[Any]:
+    """Return numbers as float32, whole ones (indices) as they are."""
+    values = factor.read()
+    return values.astype(np.float32, copy=False) if factor.dtype.family == "float" else values
 
 
 def rescale(target: Target, weight: float) -> Target:
@@ -142,15 +148,15 @@ def rescale(target: Target, weight: float) -> Target:
     return replace(target, scaling=Scaling(target.scaling.rule, target.scaling.value * weight))
 
 
-def with_factors(target: Target, truncated: Truncated, bias: Factor | None = None) -> Target:
-    """Return a LoRA of a cut change in float32, alpha equal to the rank, for the slot of `target`."""
+def with_factors(target: Target, truncated: Truncated, form: Dtype, bias: Factor | None = None) -> Target:
+    """Return a LoRA of a cut change, rounded once to `form`, alpha equal to the rank, for the slot of `target`."""
     shape, rank = weight_change(target).shape, truncated.rank
     roles = PAIRS[target.slot is SlotKind.EMBEDDING]
     shapes = (rank, *shape[1:]), (shape[0], rank, *(1 for _ in shape[2:]))
     sources = list(target.factors.values())
     factors: dict[str, Factor] = {}
     for role, matrix, size in zip(roles, (truncated.down, truncated.up), shapes, strict=True):
-        array = round_once(np.ascontiguousarray(matrix).reshape(size), FLOAT32, f"{target.name}.{role}")
+        array = round_once(np.ascontiguousarray(matrix).reshape(size), form, f"{target.name}.{role}")
         factors[role] = hold(f"{target.name}.{role}", array, sources)
     return replace(
         target,

@@ -12,10 +12,11 @@ from loraformat.algebra._cutting import cut_dense, cut_sum
 from loraformat.algebra._dense import Tiles
 from loraformat.algebra._lowrank import Cut
 from loraformat.algebra._refusals import check_alike, check_numbers, check_same_base, name_of, refuse_addition
-from loraformat.algebra._sums import Share, Term, blend_values, concatenate
+from loraformat.algebra._sums import VALUES, Share, Term, blend_values, concatenate
 from loraformat.algebra._targets import is_weight_alone, nature_of, open_delta, pair_roles, rescale, with_factors
 from loraformat.algebra.methods import METHODS, Elementwise, Linear, Method, pair_shares
 from loraformat.algebra.reduction import Reduction
+from loraformat.dtypes import BY_NAME
 from loraformat.errors import error_for
 from loraformat.kinds import Delta, Nature
 from loraformat.problems import Problem
@@ -108,7 +109,7 @@ def _check_cut(recipe: Recipe) -> list[Problem]:
     problems = []
     if not 0 < recipe.density <= 1:
         problems.append(Problem("LF705", "density", f"{recipe.density:g}", "above 0, at most 1"))
-    if recipe.cut == _NO_CUT:
+    if recipe.cut.is_none:
         found = f"the method {recipe.method!r}, whose result has no exact factors, and nothing to cut it to"
         problems.append(Problem("LF703", "rank", found, "a rank, an energy or a largest error"))
     return problems
@@ -150,13 +151,13 @@ def _check_factors(terms: Sequence[Term], method: Method, recipe: Recipe) -> lis
     """Return the problem of additive targets whose sum has no exact factors, or cannot be cut."""
     name, targets = terms[0].target.name, [term.target for term in terms]
     factored = all(pair_roles(target) is not None for target in targets)
-    if isinstance(method, Linear) and (factored or (len(terms) == 1 and recipe.cut == _NO_CUT)):
+    if isinstance(method, Linear) and (factored or (len(terms) == 1 and recipe.cut.is_none)):
         return []
     kinds = ", ".join(sorted({target.kind for target in targets}))
     if not all(map(is_weight_alone, targets)):
         found = f"the kinds {kinds}, of which one changes something beside a weight"
         return [Problem("LF703", name, found, "changes of a weight alone, or a sum of LoRAs")]
-    if recipe.cut == _NO_CUT:
+    if recipe.cut.is_none:
         found = f"a sum of the kinds {kinds}, which has no exact factors, and nothing to cut it to"
         return [Problem("LF703", name, found, "LoRAs of factors A and B, or a rank")]
     return []
@@ -169,6 +170,10 @@ def _check_values(terms: Sequence[Term], method: Method, weights: Sequence[float
     if isinstance(method, Elementwise):
         found = f"values that replace, in {len(terms)} adapters, under a method for changes"
         return [Problem("LF703", name, found, "them in one adapter, or the method 'sum' or 'mean'")]
+    strange = next((term.target.kind for term in terms if term.target.kind != VALUES), None)
+    if strange is not None:
+        found = f"the kind {strange!r}, whose values stand for parts of a weight, in {len(terms)} adapters"
+        return [Problem("LF703", name, found, f"them in one adapter, or the kind {VALUES!r}")]
     shares = pair_shares(method, weights, terms)
     if math.fsum(target.scale * share for target, share in shares) == 0:
         found = "values that replace, whose weights add up to 0: what is left is a difference, which replaces nothing"
@@ -190,7 +195,7 @@ def _combine(
         target, reduction = _combine_numbers(terms, method, recipe)
     else:
         shares = [share for share in pair_shares(method, weights, terms) if share[0].scale * share[1]]
-        if recipe.cut == _NO_CUT or not shares:
+        if recipe.cut.is_none or not shares:
             target = _add_exactly(shares or [(first, 0.0)])
         else:
             target, reduction = _cut_shares(shares, recipe.cut)
@@ -231,7 +236,7 @@ def _combine_numbers(terms: Sequence[Term], method: Elementwise, recipe: Recipe)
             yield method.join(tiles, weights)
 
     truncated = cut_dense([open_delta(term.target) for term in terms], make, recipe.cut)
-    target = with_factors(first, truncated)
+    target = with_factors(first, truncated, BY_NAME[recipe.cut.dtype])
     return target, Reduction(first.name, sum(term.target.rank for term in terms), target.rank, truncated.error)
 
 

@@ -13,6 +13,7 @@ from loraformat.algebra._cutting import sum_svd
 from loraformat.algebra._dense import Tile, walk
 from loraformat.algebra._lowrank import Svd, compare_subspaces
 from loraformat.algebra._refusals import check_alike, check_numbers
+from loraformat.algebra._sums import VALUES
 from loraformat.algebra._targets import list_changes, nature_of, open_delta, pair_roles
 from loraformat.bases import BaseModel
 from loraformat.encodings import ENCODINGS
@@ -110,7 +111,8 @@ def compare_adapters(one: Adapter, other: Adapter) -> Difference:
     odd = {problem.where: problem for problem in check_alike([one, other])}
     for name in first.keys() & second.keys() - odd.keys():
         kinds = {first[name].kind, second[name].kind}
-        if Nature.FUNCTION_OF_BASE in (nature_of(first[name]), nature_of(second[name])):
+        natures = {nature_of(first[name]), nature_of(second[name])}
+        if Nature.FUNCTION_OF_BASE in natures or (Nature.REPLACEMENT in natures and kinds != {VALUES}):
             found = f"the kind {' and '.join(sorted(kinds))}, whose effect depends on the base"
             odd[name] = Problem("LF702", name, found, "merged models to compare", severity="note")
     common = sorted(first.keys() & second.keys() - odd.keys())

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Final
 
 from loraformat.adapter import Adapter, Target
 from loraformat.algebra._cutting import cut_target
@@ -14,6 +15,9 @@ from loraformat.algebra.reduction import Reduction
 from loraformat.errors import error_for
 from loraformat.kinds import Nature
 from loraformat.problems import Problem
+
+FORMS: Final = ("float32", "float16", "bfloat16", "float64")
+"""What cut factors may be rounded to."""
 
 Report = Callable[[Reduction], object]
 
@@ -66,16 +70,18 @@ def _resize(target: Target, cut: Cut, report: Report | None) -> Target:
     return kept
 
 
-def make_cut(rank: int | None, **rules: float | None) -> Cut:
-    """Return the cut for a rank and at most one rule, by the names of `RULES`.
+def make_cut(rank: int | None, dtype: str, **rules: float | None) -> Cut:
+    """Return the cut for a rank and at most one rule, by the names of `RULES`, to factors of a number form.
 
     Raises:
-        RefusedError: LF705 two rules, or a number out of its range.
+        RefusedError: LF705 two rules, a number out of its range, a form that factors do not have.
     """
     given = {name: number for name, number in rules.items() if number is not None}
     problems = []
     if len(given) > 1:
         problems.append(Problem("LF705", " and ".join(given), "two rules", "one rule, beside a rank if you like"))
+    if dtype not in FORMS:
+        problems.append(Problem("LF705", "dtype", repr(dtype), f"one of {', '.join(FORMS)}"))
     if rank is not None and rank < 1:
         problems.append(Problem("LF705", "rank", str(rank), "at least 1"))
     for name, number in given.items():
@@ -85,4 +91,4 @@ def make_cut(rank: int | None, **rules: float | None) -> Cut:
     if problems:
         raise error_for(problems)
     rule, threshold = next(iter(given.items()), (None, 0.0))
-    return Cut(rank, rule, threshold)
+    return Cut(rank, rule, threshold, dtype)

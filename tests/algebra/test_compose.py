@@ -1,6 +1,7 @@
 """The exact sum: against dense sums in float64, and bit by bit where no number is rounded."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import loraformat
 from algebra.adapters import delta_of, deltas_of, distance, every_slot, factors, values, weighted
-from builders import MemoryFactor, write_peft
+from builders import MemoryFactor, read_onnx, write_onnx, write_peft
 from graphs import make_adapter, make_target, same_bits
 from loraformat.adapter import BaseBinding, ScalingRule, SlotKind
 from loraformat.algebra._sums import choose_unit
@@ -378,3 +379,42 @@ def test_the_same_subspace_twice_needs_no_more_rank(rng: np.random.Generator) ->
     (target,) = loraformat.compose([adapter, (adapter, 0.5)], max_error=1e-6).targets
     assert target.rank == 2
     assert distance(delta_of(target), 1.5 * delta_of(adapter.targets[0])) < 1e-6
+
+
+# --- merged ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -0.3)])
+def test_the_sum_merges_as_its_parts_do(rng: np.random.Generator, tmp_path: Path, weights: tuple[float, float]) -> None:
+    base = {name: rng.standard_normal((rows, 10)).astype(np.float32) for name, rows in (("q", 14), ("v", 6))}
+    model = write_onnx(tmp_path / "base.onnx", base)
+    parts = [
+        write_peft(tmp_path / "a", {"q": factors(rng, 14, 10, 2)}, alpha=3),
+        write_peft(tmp_path / "b", {"q": factors(rng, 14, 10, 3), "v": factors(rng, 6, 10, 3)}, alpha=8),
+    ]
+    items = list(zip(parts, weights, strict=True))
+    saved = loraformat.save(loraformat.compose(items), tmp_path / "sum.safetensors")
+    apart = loraformat.merge(model, items, tmp_path / "apart.onnx").output
+    at_once = loraformat.merge(model, [saved], tmp_path / "at_once.onnx").output
+    expected = weighted(*((loraformat.load(path), weight) for path, weight in items))
+    for (name, weight), one, other in zip(
+        base.items(), *(read_onnx(Path(p)).values() for p in (apart, at_once)), strict=True
+    ):
+        np.testing.assert_allclose(other.T, weight + expected[name], rtol=0, atol=4e-6)
+        np.testing.assert_allclose(other, one, rtol=0, atol=4e-6)
+
+
+def test_a_sum_is_written_target_by_target(rng: np.random.Generator, tmp_path: Path) -> None:
+    """No more than a few factors are held while the sum of large adapters is composed and saved."""
+    size = 60_000
+    paths = []
+    for name in "ab":
+        parts = {f"layers.{n}.q": factors(rng, 5, size, 4) for n in range(12)}
+        paths.append(write_peft(tmp_path / name, parts))
+        del parts
+    one_bytes = 4 * 4 * (size + 5)
+    tracemalloc.start()
+    loraformat.save(loraformat.compose(paths), tmp_path / "sum.safetensors")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * one_bytes < 2 * 12 * one_bytes

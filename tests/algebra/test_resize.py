@@ -90,6 +90,23 @@ def test_a_rank_that_was_never_used_goes(rng: np.random.Generator) -> None:
     assert distance(delta_of(target), delta_of(twice)) < 1e-6
 
 
+@pytest.mark.parametrize(("form", "tolerance"), [("float16", 1e-3), ("bfloat16", 8e-3), ("float64", 1e-12)])
+def test_the_number_form_of_what_is_cut(rng: np.random.Generator, form: str, tolerance: float) -> None:
+    adapter = make_adapter(make_target("k", factors(rng, 9, 7, 1)), make_target("q", factors(rng, 9, 7, 4)))
+    k, q = loraformat.resize(adapter, 2, dtype=form).targets
+    assert k == adapter.targets[0]
+    assert {factor.dtype.name for factor in q.factors.values()} == {form}
+    left, sizes, right = np.linalg.svd(delta_of(adapter.targets[1]), full_matrices=False)
+    assert distance(delta_of(q), (left[:, :2] * sizes[:2]) @ right[:2]) < tolerance
+
+
+def test_what_leaves_the_number_form_is_refused(rng: np.random.Generator) -> None:
+    adapter = make_adapter(make_target("q", factors(rng, 9, 7, 4), scale=1e12))
+    with pytest.raises(LoraformatError) as caught:
+        loraformat.resize(adapter, 2, dtype="float16")
+    assert caught.value.codes == ("LF503",)
+
+
 def test_of_a_change_of_zeros_rank_one_is_left(rng: np.random.Generator) -> None:
     down, up = factors(rng, 9, 7, 4)
     (target,) = loraformat.resize(make_adapter(make_target("q", (down, up * 0))), energy=0.9).targets
@@ -105,6 +122,7 @@ def test_of_a_change_of_zeros_rank_one_is_left(rng: np.random.Generator) -> None
         ({"sv_ratio": float("inf")}, "LF705"),
         ({"energy": float("nan")}, "LF705"),
         ({"rank": 0}, "LF705"),
+        ({"rank": 1, "dtype": "int8"}, "LF705"),
         ({"ranks": {"x": 1}}, "LF706"),
         ({"ranks": {"q": 0}}, "LF705"),
     ],

@@ -34,7 +34,9 @@ def writing(face, made):
 
 
 def test_compose_passes_weights_and_flags(run, writing) -> None:
-    words = "--method dare --rank 3 --density 0.25 --seed 7 --allow-different-bases --scheme peft --force"
+    words = (
+        "--method dare --rank 3 --density 0.25 --seed 7 --allow-different-bases --scheme peft --force --dtype float16"
+    )
     result = run("compose", "a", "b:-0.3", "-o", "out.safetensors", *words.split())
     assert (result.exit_code, result.stdout) == (0, "out.safetensors\n")
     assert "1 of 1 targets cut; largest relative error 0.125 (model.q)" in result.stderr
@@ -42,7 +44,9 @@ def test_compose_passes_weights_and_flags(run, writing) -> None:
     (_, args, flags), saving = writing.calls
     assert args == ([Path("a"), (Path("b"), -0.3)], "dare")
     del flags["report"]
-    assert flags == {"rank": 3, "density": 0.25, "seed": 7, "allow_different_bases": True, "scheme": "peft"}
+    assert flags == {"rank": 3, "density": 0.25, "seed": 7, "allow_different_bases": True, "scheme": "peft"} | {
+        "dtype": "float16"
+    }
     assert saving[2] == {"force": True}
 
 
@@ -59,7 +63,7 @@ def test_resize_passes_rules_and_ranks(run, writing) -> None:
     assert (result.exit_code, result.stdout) == (0, "out\n")
     assert "model.q            6     3  0.125" in result.stderr
     flags = {name: value for name, value in writing.calls[0][2].items() if value is not None and name != "report"}
-    assert flags == {"sv_ratio": 20.0, "rank": 8, "ranks": {"*.q": 4}}
+    assert flags == {"sv_ratio": 20.0, "rank": 8, "ranks": {"*.q": 4}, "dtype": "float32"}
 
 
 def test_as_json(run, writing) -> None:

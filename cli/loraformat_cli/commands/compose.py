@@ -7,7 +7,7 @@ import click
 
 from loraformat_cli.making import finish
 from loraformat_cli.options import adapter_options, check_stated, common_options, json_option
-from loraformat_cli.params import Finite, WeightedAdapter
+from loraformat_cli.params import FORMS, Finite, WeightedAdapter
 from loraformat_cli.screen import Screen
 
 _FILE: Final = click.Path(path_type=Path)
@@ -25,6 +25,9 @@ _METHODS: Final = ("sum", "task-arithmetic", "mean", "slerp", "magnitude-prune",
 @click.option("--density", type=Finite(0.0, 1.0), metavar="SHARE", help="What is kept of each change.  [default: 0.5]")
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Of methods that drop by chance.  [default: 0]")
 @click.option("--allow-different-bases", is_flag=True, default=None, help="Accept bases of different names.")
+@click.option(
+    "--dtype", type=click.Choice(FORMS), default=FORMS[0], help="Number form of what is cut.  [default: float32]"
+)
 @json_option
 @adapter_options
 @common_options

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE
+from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE, RETAINED_WARN
 from loraformat_cli.options import adapter_options, check_stated, common_options, json_option
 from loraformat_cli.params import ByteSize, Finite, WeightedAdapter
 from loraformat_cli.screen import Screen
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from loraformat.receipt import Receipt
 
 _FILE: Final = click.Path(path_type=Path)
-_ONLY_MERGING: Final = frozenset({"min_retained", "force", "durable", "jobs", "max_memory_bytes"})
+_ONLY_MERGING: Final = frozenset(
+    {"min_retained", "warn_retained", "force", "durable", "jobs", "max_memory_bytes", "resume", "link"}
+)
 """Flags that a plan has no use for."""
 
 
@@ -36,6 +38,12 @@ _ONLY_MERGING: Final = frozenset({"min_retained", "force", "durable", "jobs", "m
     metavar="SHARE",
     help=f"Refuse when less of a change survives rounding.  [default: {RETAINED_REFUSE}]",
 )
+@click.option(
+    "--warn-retained",
+    type=Finite(0.0, 1.0),
+    metavar="SHARE",
+    help=f"Warn when less of a change survives rounding.  [default: {RETAINED_WARN}]",
+)
 @click.option("--allow-zero", is_flag=True, help="Accept adapters that change nothing.")
 @click.option(
     "--ignore-fingerprints",
@@ -43,6 +51,12 @@ _ONLY_MERGING: Final = frozenset({"min_retained", "force", "durable", "jobs", "m
     default=None,
     help="Accept weights that do not match their target's fingerprint.",
 )
+@click.option(
+    "--dtype", metavar="FORM", help="Number form of the output, such as bfloat16; else each tensor keeps its own."
+)
+@click.option("--to", type=click.Choice(["safetensors"]), help="Write the output anew in this format.")
+@click.option("--resume", is_flag=True, help="Take up a killed run of the same merge, and leave something to take up.")
+@click.option("--link", is_flag=True, help="Hard links of a folder's untouched files instead of copies.")
 @click.option("-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: by the machine]")
 @click.option(
     "--max-memory",
@@ -99,11 +113,15 @@ def _show_plan(screen: Screen, plan: Any) -> None:
         (
             (_listed(w.targets), w.name, _listed(w.ranks), _numbers(w.scales), _listed(w.kinds), _form(w), w.evidence)
             for w in plan.weights
+            if w.changes
         ),
     )
     for target in plan.unmatched:
         screen.note(f"left out, as allowed: {target}")
-    screen.note(f"{len(plan.weights)} weights would be rewritten, into {plan.output} ({plan.format})")
+    changed = sum(bool(w.changes) for w in plan.weights)
+    if changed < len(plan.weights):
+        screen.note(f"{len(plan.weights) - changed} more tensors would change their form")
+    screen.note(f"{changed} weights would be rewritten, into {plan.output} ({plan.format})")
 
 
 def _show_receipt(screen: Screen, receipt: "Receipt") -> None:

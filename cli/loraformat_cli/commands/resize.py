@@ -7,7 +7,7 @@ import click
 
 from loraformat_cli.making import finish
 from loraformat_cli.options import adapter_options, check_stated, common_options, json_option
-from loraformat_cli.params import Finite, NamedNumber
+from loraformat_cli.params import FORMS, Finite, NamedNumber
 from loraformat_cli.screen import Screen
 
 _FILE: Final = click.Path(path_type=Path)
@@ -33,6 +33,9 @@ _SHARE: Final = Finite(0.0, 1.0)
     help="A rank for these targets instead of --rank; repeatable, the last that matches counts.",
 )
 @click.option("--device", type=click.Choice(["cpu"]), expose_value=False, help="Where to compute; numpy has the CPU.")
+@click.option(
+    "--dtype", type=click.Choice(FORMS), default=FORMS[0], help="Number form of what is cut.  [default: float32]"
+)
 @json_option
 @adapter_options
 @common_options
