@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from loraformat.adapter import SlotKind
+from loraformat.algebra._weights import hold_the_same
 from loraformat.bases import BaseModel, Site
 from loraformat.fingerprint import Fingerprint, sample_weight
 from loraformat.problems import Problem
@@ -25,13 +26,15 @@ class Pair:
         module: module path.
         parameter: `weight`, `bias` ...
         tuned: where the tuned model has it.
-        base: where the base has it; None where the base has no such parameter.
+        base: where the base has it; None where the base has no such parameter, or something stands against using it.
+        obstacle: what stands against it in the base.
     """
 
     module: str
     parameter: str
     tuned: Site
     base: Site | None
+    obstacle: Problem | None = None
 
     @property
     def name(self) -> str:
@@ -42,7 +45,9 @@ class Pair:
         """Say whether both have the same bytes."""
         if self.base is None or self.tuned.weight is None or self.base.weight is None:
             return False
-        return self.tuned.divisor == self.base.divisor and self.tuned.weight.tensor.equals(self.base.weight.tensor)
+        return self.tuned.divisor == self.base.divisor and hold_the_same(
+            self.tuned.weight.tensor, self.base.weight.tensor
+        )
 
 
 def choose_slot(site: Site) -> SlotKind:
@@ -101,7 +106,8 @@ def pair_models(
         listed = ", ".join(refused[:_LISTED])
         found = f"{len(refused)} parameters of the base are not in it: {listed}"
         problems.append(Problem("LF722", str(tuned.path), found, "every parameter of the base"))
-    pairs = [Pair(*key, ours[key], theirs.get(key)) for key in sorted(ours)]
+    blocked = {(site.module, site.parameter): site.obstacle for site in base.sites if site.obstacle is not None}
+    pairs = [Pair(*key, ours[key], theirs.get(key), blocked.get(key)) for key in sorted(ours)]
     problems += [problem for pair in pairs for problem in _check_shapes(pair)]
     apart = [(name, "only the base has it") for name in missing]
     return pairs, apart + _list_siteless(tuned, base, ours.values()), problems
@@ -151,7 +157,7 @@ def _list_siteless(tuned: BaseModel, base: BaseModel, sites: Iterable[Site]) -> 
     apart = []
     for tensor in tuned.list_tensors():
         other = theirs.get(tensor.name)
-        if tensor.name not in covered and (other is None or not tensor.equals(other)):
+        if tensor.name not in covered and (other is None or not hold_the_same(tensor, other)):
             apart.append((tensor.name, "it differs, and is nothing that an adapter changes"))
     return apart
 

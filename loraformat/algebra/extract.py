@@ -115,6 +115,8 @@ class _Work:
             return _Piece(ExtractedParameter(pair.name, Outcome.UNCHANGED, norm=0.0))
         if self.targets and not matches_any(pair.name, self.targets):
             return self._leave(pair, "it changed, and is not among the targets")
+        if pair.base is None and pair.obstacle is not None:
+            return self._leave(pair, f"it cannot be read from the base: {pair.obstacle.found}")
         if pair.base is None:
             return self._whole(pair, None, "the base has no such parameter")
         if canonical_shape(pair.tuned) != canonical_shape(pair.base):

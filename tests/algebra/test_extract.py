@@ -226,6 +226,27 @@ def test_a_graph_from_a_checkpoint(tmp_path: Path) -> None:
     np.testing.assert_allclose(merged(extraction, base_path, tmp_path)["model.q.weight"], tuned["model.q"], atol=5e-7)
 
 
+def test_another_container_and_what_stands_against_reading_it(tmp_path: Path) -> None:
+    """A base in an archive of numpy, with one array in Fortran order, which is no run of bytes."""
+    rng = np.random.default_rng(5)
+    base = {
+        "m.q.weight": rng.standard_normal((40, 24)).astype("f4"),
+        "m.k.weight": rng.standard_normal((9, 24)).astype("f4"),
+    }
+    tuned = {name: weight + low(rng, *weight.shape, 1) for name, weight in base.items()}
+    np.savez(
+        tmp_path / "base.npz", **{"m.q.weight": base["m.q.weight"], "m.k.weight": np.asfortranarray(base["m.k.weight"])}
+    )
+    tuned_path = write_tensors(tmp_path / "tuned.safetensors", tuned)
+    extraction = loraformat.extract(tuned_path, tmp_path / "base.npz")
+    assert outcome_of(extraction, "m.q.weight") is Outcome.EXACT
+    assert outcome_of(extraction, "m.k.weight") is Outcome.LEFT_OUT
+    assert "cannot be read from the base" in extraction.problems[0].found
+    (target,) = extraction.adapter.targets
+    change = target.factors["lora_B.weight"].read() @ target.factors["lora_A.weight"].read()
+    np.testing.assert_allclose(base["m.q.weight"] + change, tuned["m.q.weight"], atol=5e-7)
+
+
 def test_values_of_a_graph_are_the_modules(tmp_path: Path) -> None:
     """A weight of full rank that a graph stores turned around is taken as PyTorch has it, and merged back."""
     rng = np.random.default_rng(5)
