@@ -21,6 +21,8 @@ _OVERSAMPLING: Final = 12
 _MAX_ROUNDS: Final = 16
 _GAIN: Final = 5e-4
 """Iterations end when one lowers the squared error by less than this share of it."""
+_DEPENDENT: Final = 1e-13
+"""Eigenvalues of a Gram matrix below this share of the largest: directions that single precision does not have."""
 _DENSE_SHARE: Final = 3
 _TILE_ROWS: Final = 512
 
@@ -94,7 +96,7 @@ def _iterate(
 ) -> Partial:
     """Return `size` values from a random start, iterated until the first `kept` of them gain no more."""
     start = rng.standard_normal((matrix.shape[1], size)).astype(matrix.dtype)
-    base = _orthonormal(matrix @ start)
+    base = _orthonormal(matrix @ start).astype(matrix.dtype)
     before = math.inf
     for _ in range(_MAX_ROUNDS):
         core = base.T @ matrix
@@ -103,14 +105,14 @@ def _iterate(
         if before - after <= _GAIN * max(after, leave**2, 1e-13 * norm**2):
             break
         before = after
-        base = _orthonormal(matrix @ _orthonormal(np.ascontiguousarray(core.T)))
+        base = _orthonormal(matrix @ _orthonormal(core.T).astype(matrix.dtype)).astype(matrix.dtype)
     return _finish(matrix, base, core, norm)
 
 
 def _finish(matrix: NDArray[Any], base: NDArray[Any], core: NDArray[Any], norm: float) -> Partial:
     """Return the SVD of base @ core, and measure what it leaves of the matrix."""
-    right, triangle = np.linalg.qr(core.T.astype(np.float64))
-    inner, values, outer = np.linalg.svd(triangle.T, full_matrices=False)
+    right = _orthonormal(core.T)
+    inner, values, outer = np.linalg.svd(core.astype(np.float64) @ right, full_matrices=False)
     left_out = math.sqrt(sum_residual(matrix, base, core))
     return Partial(Svd(base.astype(np.float64) @ inner, values, outer @ right.T), left_out, norm)
 
@@ -165,8 +167,18 @@ def _row_slices(matrix: NDArray[Any]) -> list[slice]:
     return [slice(start, start + _TILE_ROWS) for start in range(0, matrix.shape[0], _TILE_ROWS)]
 
 
-def _orthonormal(block: NDArray[Any]) -> NDArray[Any]:
-    return np.linalg.qr(block)[0]
+def _orthonormal(block: NDArray[Any]) -> Matrix:
+    """Return an orthonormal basis of a tall block's columns, those that depend on the others left out.
+
+    Through the eigenvectors of its Gram matrix, twice: a few products of matrices, where Householder's method takes
+    thousands of products with vectors.
+    """
+    wide = block.astype(np.float64)
+    for _ in range(2):
+        values, vectors = np.linalg.eigh(wide.T @ wide)
+        kept = values > _DEPENDENT * values[-1]
+        wide = wide @ (vectors[:, kept] / np.sqrt(values[kept]))
+    return wide
 
 
 def _empty(shape: tuple[int, ...]) -> Svd:
