@@ -1,7 +1,7 @@
 """Seconds and error of extracting a LoRA from a full fine-tune, beside a full SVD of the same difference, from one run.
 
     python bench/extract.py                                # 4096 x 4096, ranks 16 and 64
-    python bench/extract.py --rows 2048 --columns 5504 --rank 32
+    python bench/extract.py --rows 2048 --columns 5504 --rank 32 --threads 1
 
 Both models are safetensors files with one weight in bfloat16; the difference has the spectrum of `--decay`: singular
 values i^-decay, as full fine-tunes have them, plus what rounding to bfloat16 adds. Ours is the whole call of
@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+from threadpoolctl import threadpool_limits
 
 import loraformat
 
@@ -77,7 +78,13 @@ def main() -> None:
     parser.add_argument("--rank", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--decay", type=float, default=0.5)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=None, help="threads of BLAS, for both")
     options = parser.parse_args()
+    with threadpool_limits(limits=options.threads):
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         tuned, base = write_models(Path(name), options.rows, options.columns, options.decay)
         difference = read_difference(tuned, base)
