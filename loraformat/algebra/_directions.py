@@ -20,6 +20,8 @@ from loraformat.algebra.subspaces import find_directions
 PURPOSE: Final = "loraformat-analyse-1"
 MAX_RANK: Final = 64
 """Singular values that are sought of a change without factors, and directions for amplification."""
+_ROUNDING: Final = 3e-6
+"""Share of ‖ΔW‖ that single precision cannot tell from nothing."""
 NUMBER: Final = re.compile(r"(?:(?<=[._])|^)\d+(?=[._]|$)")
 
 
@@ -91,6 +93,7 @@ def open_target(target: Target) -> Opened:
     delta = open_delta(target)
     matrix = np.empty(delta.shape, np.float32)
     delta.write_rows(0, delta.shape[0], matrix)
-    svd = leading_svd(matrix, generator(PURPOSE, 0, target.name), rank=min(MAX_RANK, *matrix.shape)).svd
+    rng, leave = generator(PURPOSE, 0, target.name), _ROUNDING * float(np.linalg.norm(matrix))
+    svd = leading_svd(matrix, rng, rank=min(MAX_RANK, *matrix.shape), leave=leave).svd
     right, left = svd.right.T.astype(np.float32), svd.left.astype(np.float32)
     return Opened(target, svd, dict(zip(SIDES, (right, left), strict=True)))

@@ -7,9 +7,10 @@ weight. `docs/analysis.md` says what each number means.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
+from typing import TypeGuard
 
 import numpy as np
 
@@ -56,8 +57,10 @@ def analyse_adapters(
         raise error_for([Problem("LF725", "adapters", "none", "at least one")])
     problems = [problem for name, adapter in adapters for problem in _list_left_out(name, adapter)]
     subjects = [_choose_targets(name, adapter) for name, adapter in adapters]
+    matches = [_match(subject.adapter, base) for subject in subjects]
+    problems += [_report_parts(*pair) for pair in zip(subjects, matches, strict=True) if _count_parts(pair[1])]
     return Analysis(
-        adapters=tuple(_analyse_one(subject, base, seed) for subject in subjects),
+        adapters=tuple(_analyse_one(*pair, seed) for pair in zip(subjects, matches, strict=True)),
         comparisons=tuple(
             compared for pair in combinations(subjects, 2) if (compared := compare_subjects(*pair)) is not None
         ),
@@ -84,8 +87,7 @@ def _list_left_out(name: str, adapter: Adapter) -> Iterator[Problem]:
         yield Problem("LF726", name, f"{count} targets of the kind {kind!r}", severity="warning")
 
 
-def _analyse_one(subject: Subject, base: BaseModel | None, seed: int) -> AdapterAnalysis:
-    matches = _match(subject.adapter, base)
+def _analyse_one(subject: Subject, matches: Mapping[str, Match], seed: int) -> AdapterAnalysis:
     targets: list[TargetAnalysis] = []
     within: list[LayerMap] = []
     for module, group in subject.groups().items():
@@ -128,12 +130,12 @@ def _describe(opened: Opened, module: str, match: Match | None, seed: int) -> Ta
         effective_rank=effective_rank(values),
         stable_rank=stable_rank(values),
         energy=0.0,
-        amplification=_amplify(opened, match, seed) if match is not None and opened.count else None,
+        amplification=_amplify(opened, match, seed) if _is_whole(match) and opened.count else None,
     )
 
 
 def _match(adapter: Adapter, base: BaseModel | None) -> dict[str, Match]:
-    """Return target to weight of the base, empty without a base; a weight that is part of another is left out."""
+    """Return target to weight of the base, empty without a base."""
     if base is None:
         return {}
     resolution = resolve(adapter, base.sites)
@@ -143,11 +145,22 @@ def _match(adapter: Adapter, base: BaseModel | None) -> dict[str, Match]:
     return {
         match.target.name: match
         for match in resolution.matches
-        if match.want.change.nature is Nature.ADDITIVE
-        and match.want.parameter == "weight"
-        and match.part is None
-        and match.section is None
+        if match.want.change.nature is Nature.ADDITIVE and match.want.parameter == "weight"
     }
+
+
+def _is_whole(match: Match | None) -> TypeGuard[Match]:
+    """Say whether a target's weight is a tensor of its own, and not part of a fused, packed or split one."""
+    return match is not None and match.part is None and match.section is None
+
+
+def _count_parts(matches: Mapping[str, Match]) -> int:
+    return sum(not _is_whole(match) for match in matches.values())
+
+
+def _report_parts(subject: Subject, matches: Mapping[str, Match]) -> Problem:
+    found = f"{_count_parts(matches)} targets whose weights are parts of tensors: no amplification"
+    return Problem("LF726", subject.name, found, severity="warning")
 
 
 def _amplify(opened: Opened, match: Match, seed: int) -> Amplification:

@@ -36,10 +36,10 @@ def _summarise(adapter: AdapterAnalysis) -> list[tuple[str, str, str]]:
         ("effective rank", number(used), f"median, of rank {rank}"),
     ]
     module, share = max(adapter.by_module.items(), key=lambda item: item[1])
-    entries.append(("most energy in a module", percent(share), module))
+    entries.append(("strongest module", percent(share), module))
     if len(adapter.by_layer) > 1:
         layer, share = max(adapter.by_layer.items(), key=lambda item: item[1])
-        entries.append(("most energy in a layer", percent(share), f"layer {layer or 'without number'}"))
+        entries.append(("strongest layer", percent(share), f"layer {layer or 'without number'}"))
     factors = [each.amplification.factor for each in targets if each.amplification and each.amplification.factor]
     if factors:
         entries.append(("amplification", f"{number(median(factors))} ×", "median of ‖ΔW‖ / ‖UᵀWV‖"))
@@ -111,11 +111,11 @@ def _grid(
     layers = _layers(adapter)
     if len(layers) < 2:
         return ""
-    modules = sorted(adapter.by_module)
     cells: dict[tuple[str, str], list[float]] = {}
     for each in adapter.targets:
         cells.setdefault((each.module, "" if each.layer is None else str(each.layer)), []).append(measure(each))
-    means = {place: sum(values) / len(values) for place, values in cells.items()}
+    means = {place: sum(values) / len(values) for place, values in cells.items() if place[1] in layers}
+    modules = sorted({module for module, _ in means})
     highest = top or max(means.values())
     picture = svg.heat_map(
         modules,

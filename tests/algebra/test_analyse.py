@@ -173,6 +173,19 @@ def test_refusals(adapters: list[Path], tmp_path: Path) -> None:
     assert codes(lambda: loraformat.analyse([])) == ["LF725"]
 
 
+def test_changes_without_factors_give_the_same(adapters: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As other additive kinds are: by the dense change. φ(r, r) of ΔW's own spaces is that of A and B."""
+    by_factors = loraformat.analyse(adapters)
+    monkeypatch.setattr("loraformat.algebra._directions.PAIRS", ())
+    dense = loraformat.analyse(adapters)
+    for expected, found in zip(by_factors.adapters, dense.adapters, strict=True):
+        for one, other in zip(expected.targets, found.targets, strict=True):
+            np.testing.assert_allclose(other.values[: len(one.values)], one.values, rtol=1e-5)
+            assert all(value < 1e-5 * one.values[0] for value in other.values[len(one.values) :])
+    phi = [{name: each["output"] for name, each in a.comparisons[0].by_target.items()} for a in (by_factors, dense)]
+    assert phi[1] == pytest.approx(phi[0], abs=1e-4)
+
+
 def test_json_holds_everything(adapters: list[Path]) -> None:
     analysis = loraformat.analyse(adapters)
     text = json.dumps(analysis.as_json(), allow_nan=False)
