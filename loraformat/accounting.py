@@ -36,6 +36,7 @@ def _compose_receipt(
         problems=tuple(problems),
         parent=base.parent_receipt,
         room_bytes=room_bytes,
+        options=plan.options,
     )
 
 

@@ -9,7 +9,7 @@ from loraformat.algebra.difference import Difference, compare_adapters, compare_
 from loraformat.algebra.reduction import Reduction
 from loraformat.algebra.resize import make_cut, resize_adapter
 from loraformat.algebra.scale import scale_adapter
-from loraformat.api import AdapterArgument, AdapterSource
+from loraformat.arguments import AdapterArgument, AdapterSource
 from loraformat.errors import refuse
 from loraformat.loading import is_base, load_adapter, open_base
 from loraformat.schemes import StatedScale

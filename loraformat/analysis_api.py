@@ -12,7 +12,7 @@ from loraformat.algebra.analysis import Analysis
 from loraformat.algebra.extract import extract_adapter
 from loraformat.algebra.extraction import Extraction, Limits
 from loraformat.algebra.initialise import Initialisation, Method, Recipe, initialise_adapter
-from loraformat.api import AdapterSource, StrPath
+from loraformat.arguments import AdapterSource, StrPath
 from loraformat.containers.npz import CONTAINER as NPZ
 from loraformat.files import write_at
 from loraformat.loading import FACTORS_NAMES, load_adapter, open_base

@@ -1,6 +1,6 @@
 """From plans to merged models: open the outputs, have all carried out, and move them into place when they are whole."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +8,9 @@ from pathlib import Path
 from loraformat.accounting import draft_receipt, finish_receipt
 from loraformat.bases import BaseModel
 from loraformat.engine import Assignment, Effort, carry_out
+from loraformat.errors import refuse
 from loraformat.files import write_at
-from loraformat.images import Blank, FileImage
+from loraformat.images import Blank, Copy, FileImage, Literal
 from loraformat.job_log import FileJobLog
 from loraformat.output_folders import PendingFolder, check_output_folder
 from loraformat.output_forms import Order, choose_form, describe_output, list_inputs, list_touched
@@ -17,6 +18,8 @@ from loraformat.outputs import PendingOutput, check_output, name_log, output_err
 from loraformat.plan import Plan, WeightedAdapter
 from loraformat.receipt import Receipt
 from loraformat.sinks import FileSink
+from loraformat.spans import InputFile
+from loraformat.undo import FOLDER_UNDO, describe_undo, name_undo
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Work:
         durable: wait for the disk before the output is moved into place.
         resume: take up what a killed run of the same plan has left, and leave something to take up.
         link: make hard links of files that nothing of is rewritten.
+        keep_undo: write a file beside the output with what the merge overwrites.
     """
 
     effort: Effort
@@ -40,6 +44,7 @@ class Work:
     durable: bool = False
     resume: bool = False
     link: bool = False
+    keep_undo: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,7 @@ def apply_plans(base: BaseModel, orders: Sequence[Order], work: Work) -> list[Re
             for each, found in zip(deliveries, sums, strict=True)
         ]
         for each, receipt in zip(deliveries, receipts, strict=True):
-            _finish(base, each, receipt)
+            _finish(base, each, receipt, work.effort.jobs)
         for file in list_inputs(base, orders):
             file.check_unchanged()
         for each in deliveries:
@@ -87,7 +92,7 @@ def apply_plans(base: BaseModel, orders: Sequence[Order], work: Work) -> list[Re
     return receipts
 
 
-def _finish(base: BaseModel, delivery: _Delivery, receipt: Receipt) -> None:
+def _finish(base: BaseModel, delivery: _Delivery, receipt: Receipt, jobs: int) -> None:
     """Put the receipt into its blank, and mend what depends on the numbers."""
     images, descriptors = delivery.assignment.images, delivery.pending.descriptors
     plan = delivery.order.plan
@@ -96,7 +101,7 @@ def _finish(base: BaseModel, delivery: _Delivery, receipt: Receipt) -> None:
         for image, descriptor in zip(images, descriptors, strict=True):
             if descriptor >= 0:
                 with output_errors(image.path):
-                    base.finish_output(image, descriptor, touched)
+                    base.finish_output(image, descriptor, touched, jobs)
     _fill_blank(images[-1], descriptors[-1], choose_form(plan, base).encode_receipt(receipt.embedded_text()))
 
 
@@ -106,11 +111,16 @@ def _open(base: BaseModel, order: Order, work: Work) -> Iterator[_Delivery]:
     plan = order.plan
     draft = draft_receipt(plan, base)
     images = describe_output(order, base, draft.room_bytes)
+    if work.keep_undo:
+        images = [_describe_undo(plan, base, images), *images]
     with ExitStack() as stack:
-        pending = stack.enter_context(_open_outputs(plan, base, images, work))
+        mark = choose_form(plan, base).folder_mark
+        links = _list_links(plan, base, images) if work.link and mark else {}
+        token = plan.sha256[:16] if work.resume else None
+        pending = stack.enter_context(_open_outputs(plan.output, mark, base, images, links, token, work))
         log = None
-        if work.resume:
-            path = name_log(plan.output.absolute(), plan.sha256[:16])
+        if token is not None:
+            path = name_log(plan.output.absolute(), token)
             log = stack.enter_context(FileJobLog(path, plan, list_inputs(base, [order])))
         sinks = [
             FileSink(descriptor, image.path) if descriptor >= 0 else None
@@ -121,14 +131,18 @@ def _open(base: BaseModel, order: Order, work: Work) -> Iterator[_Delivery]:
 
 @contextmanager
 def _open_outputs(
-    plan: Plan, base: BaseModel, images: Sequence[FileImage], work: Work
+    output: Path,
+    mark: str,
+    base: BaseModel,
+    images: Sequence[FileImage],
+    links: Mapping[Path, Path],
+    resume: str | None,
+    work: Work,
 ) -> Iterator[PendingOutput | PendingFolder]:
-    output, resume = plan.output, plan.sha256[:16] if work.resume else None
-    mark = choose_form(plan, base).folder_mark
+    """Open the files of an output, in a folder of their own where that has a `mark`."""
     if mark:
         check_output_folder(output, base.path, mark, force=work.force)
         names = [image.path.relative_to(output) for image in images]
-        links = _list_links(plan, base, images) if work.link else {}
         with PendingFolder(output, names, force=work.force, durable=work.durable, resume=resume, links=links) as folder:
             yield folder
         return
@@ -144,6 +158,50 @@ def _open_outputs(
     for path in set(stale) - {image.path for image in images}:
         with suppress(OSError):
             path.unlink()
+
+
+def _describe_undo(plan: Plan, base: BaseModel, images: Sequence[FileImage]) -> FileImage:
+    if plan.rewritten:
+        raise refuse("LF622", plan.output, "an output that is written anew", "a copy of the base for --keep-undo")
+    output = plan.output.absolute()
+    is_folder = bool(choose_form(plan, base).folder_mark)
+    path = output / FOLDER_UNDO if is_folder else name_undo(output)
+    return describe_undo(path, output if is_folder else output.parent, images, plan, base)
+
+
+def write_copies(
+    base: BaseModel,
+    output: Path,
+    images: Sequence[FileImage],
+    receipt: bytes,
+    work: Work,
+    inputs: Sequence[InputFile],
+) -> None:
+    """Write images that are copies through and through, a receipt in the last one's blank.
+
+    Args:
+        base: the opened base that they are copies of.
+        output: the file or folder.
+        images: the files.
+        receipt: what goes into the blank.
+        work: how to do it.
+        inputs: the other files that they copy from.
+    """
+    with _open_outputs(output, base.folder_mark, base, images, {}, None, work) as pending:
+        for image, descriptor in zip(images, pending.descriptors, strict=True):
+            sink = FileSink(descriptor, image.path)
+            sink.reserve(image.size_bytes)
+            for offset, piece in image.placed():
+                if isinstance(piece, Copy):
+                    sink.copy(piece, offset)
+                elif isinstance(piece, Literal):
+                    sink.write(piece.data, offset)
+            with output_errors(image.path):
+                base.finish_output(image, descriptor, [tensor.extent for tensor in base.list_tensors()])
+        _fill_blank(images[-1], pending.descriptors[-1], receipt)
+        for file in (*base.files, *inputs):
+            file.check_unchanged()
+        pending.commit()
 
 
 def _list_links(plan: Plan, base: BaseModel, images: Sequence[FileImage]) -> dict[Path, Path]:

@@ -38,6 +38,26 @@ class Literal:
         return len(self.data)
 
 
+class Gathered(Literal):
+    """The numbers of a tensor that is no run of bytes, in C order; read when they are asked for."""
+
+    __slots__ = ("_tensor",)
+    _tensor: StoredTensor
+
+    def __init__(self, tensor: StoredTensor) -> None:
+        object.__setattr__(self, "_tensor", tensor)
+
+    @property
+    def data(self) -> bytes:
+        """The bytes."""
+        return self._tensor.read().tobytes()
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return self._tensor.dtype.count_bytes(self._tensor.elements)
+
+
 @dataclass(frozen=True, slots=True)
 class Blank:
     """Room for the receipt, whose size is fixed before its numbers are known; padded with spaces."""
@@ -79,16 +99,19 @@ class OutputTensor:
 
     @property
     def is_copied(self) -> bool:
-        """Whether its bytes are the source's own, so that it needs no computing."""
-        source = self.source
-        same = source is not None and (source.dtype, source.shape) == (self.dtype, self.shape)
-        return same and source is not None and source.is_contiguous
+        """Whether its bytes are a span of the source's file, so that nothing is to be done but to copy them."""
+        return self._is_same and self.source is not None and self.source.is_contiguous
+
+    @property
+    def _is_same(self) -> bool:
+        return self.source is not None and (self.source.dtype, self.source.shape) == (self.dtype, self.shape)
 
     def as_piece(self) -> Piece:
-        """Return a `Copy` of the source's bytes, or `Fresh(name)`, which the engine fills, from the source if any."""
-        if self.source is None or not self.is_copied:
+        """Return where its bytes come from: the source as it is, or `Fresh(name)`, which the engine fills."""
+        source = self.source
+        if source is None or not self._is_same:
             return Fresh(self.name, self.nbytes)
-        return Copy(self.source.file, self.source.span.offset, self.source.span.length)
+        return Copy(source.file, source.span.offset, source.span.length) if source.is_contiguous else Gathered(source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +129,10 @@ class FileImage:
     Args:
         path: where the file will stand.
         pieces: its content, in order.
+        is_kept: whether it keeps bytes of the input as they were, so that nothing of it is to be rewritten.
     """
 
-    def __init__(self, path: Path, pieces: Sequence[Piece]) -> None:
+    def __init__(self, path: Path, pieces: Sequence[Piece], *, is_kept: bool = False) -> None:
         self.path = path
         self.pieces = tuple(piece for piece in pieces if piece.length)
         lengths = [piece.length for piece in self.pieces]
@@ -117,7 +141,7 @@ class FileImage:
         self._copies = sorted(
             (piece.file.path, piece.offset, start, piece.length)
             for piece, start in zip(self.pieces, self._starts, strict=False)
-            if isinstance(piece, Copy)
+            if isinstance(piece, Copy) and not is_kept
         )
         placed = zip(self.pieces, self._starts, strict=False)
         self._fresh = {piece.key: start for piece, start in placed if isinstance(piece, Fresh)}
@@ -142,6 +166,10 @@ class FileImage:
             case (Copy(file, 0, length),) if length == file.size_bytes:
                 return file
         return None
+
+    def sources(self) -> list[InputFile]:
+        """Return the input files that pieces are copied from."""
+        return [piece.file for piece in self.pieces if isinstance(piece, Copy)]
 
     def locate_fresh(self, key: str) -> int | None:
         """Return the offset in this file of the room for the computed tensor `key`, or None; no bytes need none."""

@@ -1,6 +1,7 @@
 """What a plan's output is: a copy of the base with spans rewritten, or new files with its tensors."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +34,20 @@ def choose_form(plan: Plan, base: BaseModel) -> BaseModel | Rewriter:
     return require_rewriter(base) if plan.rewritten else base
 
 
-def describe_output(order: Order, base: BaseModel, blank_bytes: int) -> list[FileImage]:
-    """Return the files of an order's output, the one with the receipt last."""
+def describe_output(
+    order: Order, base: BaseModel, blank_bytes: int, is_taken: Callable[[Path], bool] = os.path.lexists
+) -> list[FileImage]:
+    """Return the files of an order's output, the one with the receipt last.
+
+    Args:
+        order: what is written.
+        base: the opened base.
+        blank_bytes: room for the receipt.
+        is_taken: says whether the path of a data file is another file's.
+    """
     plan = order.plan
     if not plan.rewritten:
-        return base.describe_images(plan.output, blank_bytes, plan.sha256[:8])
+        return base.describe_images(plan.output, blank_bytes, plan.sha256[:8], is_taken)
     rewriter = require_rewriter(base)
     tensors = _edit_tensors(rewriter.output_tensors(), plan)
     replaced = _find_tokenizer(order) if "vocab_size" in plan.config_changes else {}

@@ -174,6 +174,7 @@ class Plan:
         problems: warnings and notes.
         config_changes: members of the model's `config.json` that follow from the changes, and their new values.
         rewritten: whether the output is written anew, in safetensors, rather than copied with its spans changed.
+        options: what the user asked for beyond the usual, by the names of `build_plan`'s arguments.
     """
 
     base: Mapping[str, Any]
@@ -185,6 +186,7 @@ class Plan:
     problems: tuple[Problem, ...]
     config_changes: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
     rewritten: bool = False
+    options: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def sha256(self) -> str:
@@ -200,6 +202,7 @@ class Plan:
             "unmatched": list(self.unmatched),
             "config_changes": dict(self.config_changes),
             "rewritten": self.rewritten,
+            "options": dict(self.options),
         }
 
     def as_json(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from loraformat.resolve import Match, resolve
 from loraformat.rewriting import plan_rewriting
 from loraformat.rules import check_adapter
 from loraformat.spans import Part
+from loraformat.strict_json import JsonValue
 
 _FLOAT32_MAX: Final = (2.0 - 2.0**-23) * 2.0**127
 _ORDER: Final = {Nature.REPLACEMENT: 0, Nature.FUNCTION_OF_BASE: 1, Nature.ADDITIVE: 2}
@@ -71,6 +72,14 @@ def build_plan(
     Raises:
         LoraformatError: with every problem that was found, not only the first.
     """
+    options = _list_options(
+        allow_unmatched=list(allow_unmatched),
+        strip_prefix=strip_prefix,
+        allow_zero=allow_zero,
+        ignore_fingerprints=ignore_fingerprints,
+        dtype=dtype,
+        anew=anew,
+    )
     problems: list[Problem] = [*base.problems]
     changes: dict[str, list[_Change]] = defaultdict(list)
     unmatched: list[str] = []
@@ -119,7 +128,13 @@ def build_plan(
         problems=tuple(problems),
         config_changes=rewriting.config_changes if rewriting else {},
         rewritten=rewriting is not None,
+        options=options,
     )
+
+
+def _list_options(**options: JsonValue) -> dict[str, JsonValue]:
+    """Return the options that are not as usual: not empty, not False."""
+    return {name: value for name, value in options.items() if value}
 
 
 def describe_base(base: BaseModel) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from loraformat.problems import Problem
@@ -67,6 +68,7 @@ class Receipt:
         problems: warnings and notes of the merge.
         parent: the receipt that the base carried, when it was itself a merged model.
         room_bytes: the room that the model has for it.
+        options: what the user asked for beyond the usual, so that the plan can be made again.
     """
 
     output: str
@@ -78,6 +80,7 @@ class Receipt:
     problems: tuple[Problem, ...] = ()
     parent: Mapping[str, Any] | None = None
     room_bytes: int = 0
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def embedded_text(self) -> str:
         """Return the JSON text that the merged model carries: nothing in it depends on where files stand."""
@@ -97,6 +100,7 @@ class Receipt:
             "weights": [_weight_as_json(weight) for weight in self.weights],
             "unmatched": list(self.unmatched),
             "room_bytes": self.room_bytes,
+            "options": dict(self.options),
         }
         return record | ({"parent": dict(self.parent)} if self.parent is not None else {})
 

@@ -24,8 +24,8 @@ def _content(piece: Copy | Literal | Blank | Fresh, receipt: bytes, fresh: Mappi
     match piece:
         case Copy(file, offset, length):
             return file.read(offset, length)
-        case Literal(data):
-            return data
+        case Literal():
+            return piece.data
         case Blank(length):
             return receipt.ljust(length)
         case Fresh(key, length):

@@ -38,8 +38,8 @@ def content_of(image: FileImage) -> bytes:
         match piece:
             case Copy(source, offset, length):
                 new = source.read(offset, length)
-            case Literal(data):
-                new = data
+            case Literal():
+                new = piece.data
             case Blank(length):
                 new = b" " * length
         out[start : start + len(new)] = new
@@ -116,11 +116,20 @@ def test_a_tensor_is_copied_when_its_form_and_shape_stay(file: InputFile) -> Non
     for tensor in (
         OutputTensor("w", form, (2, 3), None),
         OutputTensor("w", form, (3, 2), source),
-        OutputTensor("w", form, (3, 2), turned),
+        OutputTensor("w", form, (2, 3), turned),
     ):
         assert not tensor.is_copied
         assert tensor.as_piece() == Fresh("w", 24)
     assert OutputTensor("w", BY_NAME["float16"], (2, 3), source).as_piece() == Fresh("w", 12)
+
+
+def test_a_tensor_that_is_no_run_of_bytes_is_gathered_when_it_is_written(file: InputFile) -> None:
+    turned = StridedTensor("w", BY_NAME["uint8"], (3, 2), (1, 3), Span(file.path, 8, 6), file)
+    tensor = OutputTensor("w", BY_NAME["uint8"], (3, 2), turned)
+    assert not tensor.is_copied
+    image = FileImage(Path("out"), [Literal(b"ab"), tensor.as_piece()])
+    assert image.size_bytes == 8
+    assert content_of(image) == b"ab" + bytes([8, 11, 9, 12, 10, 13])
 
 
 def test_edits_must_not_overlap(file: InputFile) -> None:

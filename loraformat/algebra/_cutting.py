@@ -7,8 +7,8 @@ import numpy as np
 from loraformat.adapter import Target
 from loraformat.algebra._dense import Tiles, add, cut_tiles, transposed, walk
 from loraformat.algebra._lowrank import Cut, Svd, Truncated, factor_svd, truncate
-from loraformat.algebra._sums import Share, add_biases
-from loraformat.algebra._targets import open_delta, pair_roles, read_pair, with_factors
+from loraformat.algebra._sums import DIFFERENCE, Share, add_biases
+from loraformat.algebra._targets import is_weight_alone, open_delta, pair_roles, read_pair, with_factors
 from loraformat.algebra.reduction import Reduction
 from loraformat.dtypes import BY_NAME
 from loraformat.kinds import Delta
@@ -35,6 +35,12 @@ def cut_sum(shares: Sequence[Share], cut: Cut) -> tuple[Target, Reduction]:
         )
     target = with_factors(first, truncated, BY_NAME[cut.dtype], add_biases(shares, 1.0))
     return target, Reduction(first.name, sum(target.rank for target, _ in shares), target.rank, truncated.error)
+
+
+def stays_dense(targets: Sequence[Target], cut: Cut) -> bool:
+    """Say whether the targets' sum is a difference that was saved as a whole, which no cut would make a LoRA."""
+    dense = all(target.kind == DIFFERENCE for target in targets)
+    return dense and (cut.is_none or not all(map(is_weight_alone, targets)))
 
 
 def sum_svd(shares: Sequence[Share]) -> Svd:

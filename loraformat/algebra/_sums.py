@@ -32,6 +32,8 @@ from loraformat.algebra._targets import (
 from loraformat.dtypes import Dtype
 
 _HALF: Final = 16
+DIFFERENCE: Final = "diff"
+"""The kind of differences that were saved as a whole: their sums are differences too."""
 VALUES: Final = "replace"
 """The kind of whole parameters that replace the base's; those of other such kinds may be rows that indices name."""
 
@@ -93,17 +95,30 @@ def concatenate(shares: Sequence[Share]) -> Target:
 
 
 def add_biases(shares: Sequence[Share], unit: float) -> MadeFactor | None:
-    """Return Σ cᵢbᵢ / unit of what LoRAs add to the bias, rounded once to float32 or wider; None where none does."""
-    parts = [(t.factors[BIAS], t.scale * weight / unit) for t, weight in shares if BIAS in t.factors]
-    if not parts:
-        return None
+    """Return Σ cᵢbᵢ / unit of what LoRAs add to the bias; None where none does."""
+    return _add_role(shares, BIAS, unit) if any(BIAS in target.factors for target, _ in shares) else None
+
+
+def add_differences(shares: Sequence[Share]) -> Target:
+    """Return Σ cᵢDᵢ of differences that were saved as a whole; what some lack is summed over the rest."""
+    first = shares[0][0]
+    roles = sorted({role for target, _ in shares for role in target.factors})
+    factors = MappingProxyType({role: _add_role(shares, role, 1.0) for role in roles})
+    return replace(first, factors=factors, scaling=Scaling(ScalingRule.MULTIPLIER, 1.0))
+
+
+def _add_role(shares: Sequence[Share], role: str, unit: float) -> MadeFactor:
+    """Return Σ cᵢxᵢ / unit of one role where targets have it, rounded once to float32 or wider."""
+    parts = [(t.factors[role], t.scale * weight / unit) for t, weight in shares if role in t.factors]
     held, ratios = zip(*parts, strict=True)
     form = FLOAT64 if join_forms([factor.dtype for factor in held]) == FLOAT64 else FLOAT32
-    name = f"{shares[0][0].name}.{BIAS}"
+    name = f"{shares[0][0].name}.{role}"
 
     def total() -> NDArray[Any]:
-        read = (factor.read().astype(np.float64) * ratio for factor, ratio in zip(held, ratios, strict=True))
-        return round_once(np.sum(list(read), axis=0), form, name)
+        whole = np.zeros(held[0].shape)
+        for factor, ratio in zip(held, ratios, strict=True):
+            whole += factor.read().astype(np.float64) * ratio
+        return round_once(whole, form, name)
 
     return MadeFactor(name, form, held[0].shape, total, files_of(held))
 

@@ -8,11 +8,11 @@ from types import MappingProxyType
 from typing import Final
 
 from loraformat.adapter import Adapter, BaseBinding, Target
-from loraformat.algebra._cutting import cut_dense, cut_sum
+from loraformat.algebra._cutting import cut_dense, cut_sum, stays_dense
 from loraformat.algebra._dense import Tiles
 from loraformat.algebra._lowrank import Cut
 from loraformat.algebra._refusals import check_alike, check_numbers, check_same_base, name_of, refuse_addition
-from loraformat.algebra._sums import VALUES, Share, Term, blend_values, concatenate
+from loraformat.algebra._sums import VALUES, Share, Term, add_differences, blend_values, concatenate
 from loraformat.algebra._targets import is_weight_alone, nature_of, open_delta, pair_roles, rescale, with_factors
 from loraformat.algebra.methods import METHODS, Elementwise, Linear, Method, pair_shares
 from loraformat.algebra.reduction import Reduction
@@ -151,11 +151,13 @@ def _check_factors(terms: Sequence[Term], method: Method, recipe: Recipe) -> lis
     """Return the problem of additive targets whose sum has no exact factors, or cannot be cut."""
     name, targets = terms[0].target.name, [term.target for term in terms]
     factored = all(pair_roles(target) is not None for target in targets)
-    if isinstance(method, Linear) and (factored or (len(terms) == 1 and recipe.cut.is_none)):
+    if isinstance(method, Linear) and (factored or stays_dense(targets, recipe.cut)):
+        return []
+    if isinstance(method, Linear) and len(terms) == 1 and recipe.cut.is_none:
         return []
     kinds = ", ".join(sorted({target.kind for target in targets}))
     if not all(map(is_weight_alone, targets)):
-        found = f"the kinds {kinds}, of which one changes something beside a weight"
+        found = f"the kinds {kinds}, of which one changes something beside a weight, or tells not all of its size"
         return [Problem("LF703", name, found, "changes of a weight alone, or a sum of LoRAs")]
     if recipe.cut.is_none:
         found = f"a sum of the kinds {kinds}, which has no exact factors, and nothing to cut it to"
@@ -195,7 +197,7 @@ def _combine(
         target, reduction = _combine_numbers(terms, method, recipe)
     else:
         shares = [share for share in pair_shares(method, weights, terms) if share[0].scale * share[1]]
-        if recipe.cut.is_none or not shares:
+        if recipe.cut.is_none or not shares or stays_dense([term.target for term in terms], recipe.cut):
             target = _add_exactly(shares or [(first, 0.0)])
         else:
             target, reduction = _cut_shares(shares, recipe.cut)
@@ -214,7 +216,7 @@ def _add_exactly(shares: Sequence[Share]) -> Target:
     target, weight = shares[0]
     if len(shares) == 1:
         return target if weight == 1 else rescale(target, weight)
-    return concatenate(shares)
+    return concatenate(shares) if pair_roles(target) is not None else add_differences(shares)
 
 
 def _cut_shares(shares: Sequence[Share], cut: Cut) -> tuple[Target, Reduction]:

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Final
 
 from loraformat.adapter import Adapter, Target
-from loraformat.algebra._cutting import cut_target
+from loraformat.algebra._cutting import cut_target, stays_dense
 from loraformat.algebra._lowrank import Cut
 from loraformat.algebra._patterns import check_patterns, choose_number
 from loraformat.algebra._refusals import check_numbers, refuse_addition
+from loraformat.algebra._sums import DIFFERENCE
 from loraformat.algebra._targets import is_weight_alone, nature_of, pair_roles
 from loraformat.algebra.reduction import Reduction
 from loraformat.errors import error_for
@@ -52,7 +53,9 @@ def resize_adapter(
 def _check_factors(target: Target) -> list[Problem]:
     if nature_of(target) is not Nature.ADDITIVE or pair_roles(target) is not None or is_weight_alone(target):
         return []
-    found = f"the kind {target.kind!r}, which changes something beside a weight"
+    if target.kind == DIFFERENCE:
+        return []
+    found = f"the kind {target.kind!r}, which changes something beside a weight, or tells not all of its size"
     return [Problem("LF703", target.name, found, "a change of a weight alone, or a LoRA")]
 
 
@@ -62,7 +65,7 @@ def _cut_for(target: Target, cut: Cut, patterns: Mapping[str, int]) -> Cut:
 
 
 def _resize(target: Target, cut: Cut, report: Report | None) -> Target:
-    if nature_of(target) is not Nature.ADDITIVE:
+    if nature_of(target) is not Nature.ADDITIVE or stays_dense([target], cut):
         return target
     kept, reduction = cut_target(target, cut)
     if report is not None:

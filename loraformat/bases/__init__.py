@@ -7,7 +7,8 @@ Two ways lead from a base to an output. `BaseModel.describe_images` is the base 
 that keeps every size and form. `BaseModel.rewriter` describes new files, for one that changes them.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,8 +85,7 @@ class Rewriter(Protocol):
     """Describes the base as new files in safetensors, in which tensors may be added, changed in size and form, or gone.
 
     The plan takes `output_tensors`, edits the list, and hands it to `describe_rewritten`. The engine then writes every
-    tensor that is not `OutputTensor.is_copied` to where `FileImage.locate_fresh(name)` says: numbers that it computes,
-    or the source's own (`source.read()`), cast.
+    tensor without a source, or with one of another form or shape, to where `FileImage.locate_fresh(name)` says.
 
     Attributes:
         format: what kind of base the output is.
@@ -175,10 +175,12 @@ class BaseModel(Protocol):
         """Return every stored tensor, for `inspect`."""
         ...
 
-    def describe_images(self, output: Path, blank_bytes: int, fresh: str) -> list[FileImage]:
+    def describe_images(
+        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
+    ) -> list[FileImage]:
         """Return the output files: this base plus a blank of `blank_bytes` for the receipt, in the last file.
 
-        `fresh` distinguishes data files whose usual name is taken.
+        `fresh` distinguishes data files whose usual name is taken, as `is_taken` says of a path.
         """
         ...
 

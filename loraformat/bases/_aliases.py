@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from loraformat.dtypes import Dtype
 from loraformat.spans import Span, StoredTensor
 
 _LISTED: Final = 8
@@ -36,11 +35,11 @@ def group_aliases(tensors: Iterable[StoredTensor]) -> list[Group]:
     Every group that shares bytes with another has some words for it, found in a time that does not grow with how many
     there are: a hostile file can lay a million views over one storage.
     """
-    same: dict[tuple[Span, Dtype, tuple[int, ...], str], list[StoredTensor]] = defaultdict(list)
+    same: dict[tuple[Span, str, tuple[int, ...], str], list[StoredTensor]] = defaultdict(list)
     for tensor in tensors:
         if tensor.elements:
             own = "" if tensor.is_contiguous else tensor.name
-            same[tensor.extent, tensor.dtype, tensor.shape, own].append(tensor)
+            same[tensor.extent, tensor.dtype.name, tensor.shape, own].append(tensor)
     groups = [tuple(group) for group in same.values()]
     words = _find_overlaps([group[0] for group in groups])
     return [Group(group, tuple(words[index])) for index, group in enumerate(groups)]
@@ -48,23 +47,23 @@ def group_aliases(tensors: Iterable[StoredTensor]) -> list[Group]:
 
 def _find_overlaps(tensors: Sequence[StoredTensor]) -> Mapping[int, list[str]]:
     """Return words for what overlaps each tensor: the widest one that begins before it, and some that begin inside."""
-    by_file: dict[Path, list[int]] = defaultdict(list)
+    by_file: dict[Path, list[tuple[int, int, int]]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
-        by_file[tensor.extent.path].append(index)
+        extent = tensor.extent
+        by_file[extent.path].append((extent.offset, -extent.end, index))
     found: dict[int, list[str]] = defaultdict(list)
-    for indexes in by_file.values():
-        ordered = sorted(indexes, key=lambda index: (tensors[index].extent.offset, -tensors[index].extent.end))
-        widest = ordered[0]
-        for place, index in enumerate(ordered):
-            extent = tensors[index].extent
-            if index != widest and tensors[widest].extent.end > extent.offset:
+    for entries in by_file.values():
+        entries.sort()
+        widest_end, widest = 0, -1
+        for place, (start, minus_end, index) in enumerate(entries):
+            if widest_end > start:
                 found[index].append(_say(tensors[widest]))
-            inside = (
-                after for after in ordered[place + 1 : place + _LISTED] if tensors[after].extent.offset < extent.end
-            )
-            found[index] += map(_say, (tensors[after] for after in inside))
-            if extent.end > tensors[widest].extent.end:
-                widest = index
+            for after, _, other in entries[place + 1 : place + _LISTED]:
+                if after >= -minus_end:
+                    break
+                found[index].append(_say(tensors[other]))
+            if -minus_end > widest_end:
+                widest_end, widest = -minus_end, index
     return found
 
 

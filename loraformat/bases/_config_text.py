@@ -6,13 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from loraformat.bases._state_dict import INNER_CONFIGS
 from loraformat.strict_json import JsonValue, parse_json_object
 
 _DECODER: Final = json.JSONDecoder()
 _SPACE: Final = re.compile(r"[ \t\n\r]*")
-_INNER_KEYS: Final = ("text_config",)
-"""Objects inside a configuration that describe the language model of a larger one."""
-
 _OTHER_NAMES: Final = {"dtype": "torch_dtype", "torch_dtype": "dtype"}
 """Two names of one setting: transformers renamed it in version 5."""
 
@@ -30,9 +28,9 @@ class _Member:
 def edit_config(data: bytes, changes: Mapping[str, JsonValue], where: object) -> bytes:
     """Return the text of a configuration with `changes` made: order, indentation and other values stay as they are.
 
-    A member is changed wherever it stands: at the top, in `text_config`, or in both. One that stands nowhere is added
-    in the same places; the number form (`dtype`, or `torch_dtype` of old) is not, for without it the form is that of
-    the weights.
+    A member is changed where it stands: at the top, in `text_config` or its like, or in both. One that stands nowhere
+    is added in these places; the number form (`dtype`, or `torch_dtype` of old) is not, for without it the form is
+    that of the weights.
 
     Args:
         data: the text, UTF-8.
@@ -68,7 +66,7 @@ def _change(text: str, key: str, value: JsonValue) -> str:
 def _find_objects(text: str) -> list[int]:
     """Return where the outermost object and the inner ones begin."""
     top = _skip(text, 0)
-    inner = [member.start for member in _walk(text, top) if member.key in _INNER_KEYS and text[member.start] == "{"]
+    inner = [member.start for member in _walk(text, top) if member.key in INNER_CONFIGS and text[member.start] == "{"]
     return [top, *inner]
 
 

@@ -4,6 +4,7 @@ The output is a folder: the shards with the adapted weights rewritten, every oth
 `merge_receipt.json`.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +57,9 @@ class StateDictFolder:
         """Return every stored tensor, shard after shard."""
         return list(self._shards.tensors.values())
 
-    def describe_images(self, output: Path, blank_bytes: int, fresh: str) -> list[FileImage]:
+    def describe_images(
+        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
+    ) -> list[FileImage]:
         """Return the shards, the other files, and last the receipt."""
         images = [FileImage(output / name, [Copy(file, 0, file.size_bytes)]) for name, file in self._copied().items()]
         return [*images, describe_receipt_file(output / RECEIPT_NAME, blank_bytes)]

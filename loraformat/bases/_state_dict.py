@@ -17,6 +17,10 @@ from loraformat.spans import StoredTensor, read_small
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 
 CONFIG_NAME: Final = "config.json"
+INNER_CONFIGS: Final = ("text_config", "llm_config", "language_config")
+"""Objects in a configuration that describe the language model inside a larger one."""
+
+_TIE: Final = "tie_word_embeddings"
 _WEIGHT: Final = "weight"
 
 _CONV1D_FAMILIES: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
@@ -60,8 +64,10 @@ def list_sites(tensors: Collection[StoredTensor], config: Mapping[str, JsonValue
 
 
 def is_tied(config: Mapping[str, JsonValue]) -> bool:
-    """Say whether the configuration ties the output layer to the embedding."""
-    return config.get("tie_word_embeddings") is True
+    """Say whether the configuration ties the output layer to the embedding; an inner one's word counts first."""
+    inner = (config.get(key) for key in INNER_CONFIGS)
+    stated = [part[_TIE] for part in inner if isinstance(part, Mapping) and _TIE in part]
+    return (stated or [config.get(_TIE)])[0] is True
 
 
 def is_tied_module(name: str) -> bool:

@@ -3,6 +3,7 @@
 The output is the same archive with spans and checksums rewritten, and the receipt in a file beside it.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,9 @@ class ZipStateDict:
         """Return every stored tensor."""
         return list(self._opened.tensors.values())
 
-    def describe_images(self, output: Path, blank_bytes: int, fresh: str) -> list[FileImage]:
+    def describe_images(
+        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
+    ) -> list[FileImage]:
         """Return a copy of the archive, and last the receipt beside it."""
         file = self._opened.file
         copy = FileImage(output, [Copy(file, 0, file.size_bytes)])

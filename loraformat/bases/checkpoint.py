@@ -1,6 +1,7 @@
 """A PyTorch state dict in one safetensors file: a site is a named tensor."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,7 +47,9 @@ class Checkpoint:
         """Return every stored tensor."""
         return list(self._opened.tensors.values())
 
-    def describe_images(self, output: Path, blank_bytes: int, fresh: str) -> list[FileImage]:
+    def describe_images(
+        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
+    ) -> list[FileImage]:
         """Return the one output file: another header, the same data area."""
         return describe_images(self._opened, output, RECEIPT_KEY, blank_bytes)
 

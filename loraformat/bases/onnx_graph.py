@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,9 +46,11 @@ class OnnxGraph:
         """Return every stored tensor, in graphs, attributes and functions."""
         return self._tensors
 
-    def describe_images(self, output: Path, blank_bytes: int, fresh: str) -> list[FileImage]:
+    def describe_images(
+        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
+    ) -> list[FileImage]:
         """Return the data files and, last, the model: the same bytes and a metadata entry for the receipt."""
-        return self._opened.images(output, blank_bytes, fresh)
+        return self._opened.images(output, blank_bytes, fresh, is_taken)
 
     def compute_checksums(
         self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1

@@ -10,7 +10,7 @@ from algebra.adapters import delta_of, distance, every_slot, factors, values, we
 from graphs import make_adapter, make_target
 from loraformat.adapter import Adapter, SlotKind, Target
 from loraformat.errors import LoraformatError
-from loraformat.kinds import KINDS, Kind
+from loraformat.kinds import KINDS, Change, Kind, Nature
 from loraformat.kinds.lora import Lora
 from loraformat.kinds.replace import Replace
 
@@ -105,3 +105,26 @@ def test_values_that_stand_for_parts_of_a_weight(rng: np.random.Generator, monke
     assert codes(lambda: rows + rows) == {"LF703"}
     assert (0.5 * rows).targets[0].scale == 0.5
     assert [problem.code for problem in loraformat.diff(rows, rows).incomparable] == ["LF702"]
+
+
+def test_differences_saved_as_a_whole_are_summed(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Whole(Replace):
+        """The kind `diff`, as far as the algebra sees it."""
+
+        name, nature = "diff", Nature.ADDITIVE
+
+        def changes(self, target: Target) -> tuple[Change, ...]:
+            return tuple(replace(change, nature=Nature.ADDITIVE) for change in super().changes(target))
+
+    known = KINDS.find
+    monkeypatch.setattr(KINDS, "find", lambda name: Whole() if name == "diff" else known(name))
+    numbers = [rng.standard_normal((3, 4)).astype(np.float16) for _ in range(2)]
+    bias = rng.standard_normal(3).astype(np.float32)
+    first, second = values("n", 0.5, weight=numbers[0]), values("n", 2.0, weight=numbers[1], bias=bias)
+    items = [(make_adapter(replace(target, kind="diff")), weight) for target, weight in ((first, 3.0), (second, -1.0))]
+    for settings in ({}, {"rank": 1}):
+        (made,) = loraformat.compose(items, **settings).targets
+        found = {role: made.scale * factor.read().astype(float) for role, factor in made.factors.items()}
+        np.testing.assert_allclose(found["weight"], 1.5 * numbers[0].astype(float) - 2.0 * numbers[1], rtol=1e-6)
+        np.testing.assert_allclose(found["bias"], -2.0 * bias, rtol=1e-6)
+    assert loraformat.resize(items[0][0], 1).targets == items[0][0].targets

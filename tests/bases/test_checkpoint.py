@@ -139,6 +139,24 @@ def test_tied_embeddings_are_shared_when_the_configuration_says_so(tmp_path: Pat
     assert len(other.consumers) == 1
 
 
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"llm_config": {"tie_word_embeddings": True}, "tie_word_embeddings": False}, True),
+        ({"text_config": {"tie_word_embeddings": False}, "tie_word_embeddings": True}, False),
+        ({"text_config": {}, "tie_word_embeddings": True}, True),
+        ({"text_config": None, "tie_word_embeddings": True}, True),
+        ({"vision_config": {"tie_word_embeddings": True}}, False),
+        ({}, False),
+    ],
+)
+def test_the_language_model_s_own_word_on_ties_counts(tmp_path: Path, config: object, tied: bool) -> None:
+    base = open_with(tmp_path, {"model.embed_tokens.weight": matrix(9, 4)}, config)
+    assert base.sites[0].weight is not None
+    assert len(base.sites[0].weight.consumers) == (2 if tied else 1)
+
+
 def test_a_target_on_a_tied_embedding_is_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     open_with(tmp_path, {"model.embed_tokens.weight": matrix(9, 4)}, {"tie_word_embeddings": True})

@@ -114,3 +114,35 @@ def test_a_shard_with_other_names_than_usual_keeps_them(tmp_path: Path) -> None:
         "first-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     }
+
+
+@pytest.mark.parametrize("place", ["../secret.bin", "/etc/passwd", "sub/x.bin", "c:x.bin", ""])
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, place: str) -> None:
+    base = write_folder(tmp_path / "m", make_state())
+    index = read_index(base, SINGLE)
+    index["weight_map"][f"{Q}.weight"] = place
+    (base / f"{SINGLE}.index.json").write_text(json.dumps(index))
+    (tmp_path / "secret.bin").write_bytes((base / "pytorch_model-00001-of-00002.bin").read_bytes())
+    with pytest.raises(loraformat.RefusedError) as caught:
+        open_base(base)
+    assert caught.value.codes == ("LF903",)
+
+
+def test_a_hub_cache_is_merged_from_its_links(tmp_path: Path) -> None:
+    """Files of a snapshot are links into a store of blobs, where they have other names."""
+    real = write_folder(tmp_path / "real", make_state())
+    blobs, snapshot = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(real.iterdir())):
+        path.rename(blobs / f"blob{number}")
+        (snapshot / path.name).symlink_to(f"../../blobs/blob{number}")
+    factors = dyadic_factors(np.random.default_rng(1), 12, 8, 2)
+    receipt = loraformat.merge(snapshot, [make_adapter(make_target(Q, factors))], tmp_path / "out")
+    assert not [problem for problem in receipt.problems if problem.code == "LF609"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        [*(path.name for path in snapshot.iterdir()), "merge_receipt.json"]
+    )
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    found = {n: a for path in (tmp_path / "out").glob("*.bin") for n, a in read_checked(path).items()}
+    np.testing.assert_array_equal(found[f"{Q}.weight"], make_state()[f"{Q}.weight"] + product(factors))

@@ -196,6 +196,32 @@ class StateDictLaws:
             for tensor, array in expected.items():
                 assert same_bits(tensors[tensor].read(), array), (name, tensor)
 
+    def merge(self, tmp_path: Path, **options: Any) -> tuple[Path, dict[str, Array]]:
+        """Merge an adapter; return the output and what it must hold."""
+        base = self.write(tmp_path / "base", make_state())
+        factors = dyadic_factors(np.random.default_rng(3), 12, 8, 2)
+        output = self.output(base) if "to" not in options else base.with_name(f"out{open_base(base).rewriter.suffix}")
+        loraformat.merge(base, [make_adapter(make_target(Q, factors))], output, **options)
+        expected = make_state()
+        expected[f"{Q}.weight"] = (expected[f"{Q}.weight"] + product(factors)).astype(np.float32)
+        return output, expected
+
+    def test_a_merged_model_is_read_by_others(self, tmp_path: Path) -> None:
+        output, expected = self.merge(tmp_path)
+        found = self.read(output)
+        assert found.keys() == expected.keys()
+        assert all(same_bits(found[name], expected[name]) for name in expected)
+
+    @pytest.mark.parametrize("dtype", [None, "float16"])
+    def test_a_merge_into_safetensors(self, dtype: str | None, tmp_path: Path) -> None:
+        output, expected = self.merge(tmp_path, to="safetensors", dtype=dtype)
+        if dtype is not None:
+            floats = {name: array.astype(dtype) for name, array in expected.items() if array.dtype.kind == "f"}
+            expected |= floats
+        found = self.read_safetensors(open_base(output))
+        assert found.keys() == expected.keys()
+        assert all(same_bits(found[name], expected[name]) for name in expected)
+
     @pytest.mark.parametrize("name", ["a\x1b[2J.weight", "a\u202eb.weight", "a\n.weight"])
     def test_names_that_could_drive_a_terminal_are_refused(self, name: str, tmp_path: Path) -> None:
         path = self.write(tmp_path / "base", {name: np.ones((3, 2), np.float32), "b.weight": np.ones(3, np.float32)})

@@ -123,7 +123,7 @@ def test_a_trainers_checkpoint_is_merged(form: str, tmp_path: Path) -> None:
     down, up = lora_factors(rng, 9, 6, 2)
     adapter = write_peft(tmp_path / "task", {Q: (down, up)}, r=2, alpha=4)
     loraformat.merge(tmp_path / "last.ckpt", [adapter], tmp_path / "out.ckpt")
-    found = torch.load(tmp_path / "out.ckpt", weights_only=True)
+    found = load_checked(tmp_path / "out.ckpt")
     assert (found["epoch"], found["hyper"]) == (3, {"lr": 1e-3})
     expected = dict(model.state_dict())
     delta = 2 * torch.from_numpy(up).double() @ torch.from_numpy(down).double()
@@ -146,7 +146,7 @@ def make_llama(folder: Path, shards: bool, *, tied: bool) -> Any:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         **{"vocab_size": 37, "hidden_size": 16, "intermediate_size": 28, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied, "dtype": "float32"},
     )
     model = transformers.LlamaForCausalLM(config).eval()
     folder.mkdir()
@@ -186,6 +186,8 @@ class TestFolders:
         target = "model.layers.1.self_attn.k_proj"
         down, up = lora_factors(rng, 8, 16, 3)
         loraformat.merge(tmp_path / "m", [write_peft(tmp_path / "task", {target: (down, up)}, alpha=6)], tmp_path / "o")
+        for path in (tmp_path / "o").glob("*.bin"):
+            load_checked(path)
         before = logits(model)
         with torch.no_grad():
             model.get_submodule(target).weight += 2 * torch.from_numpy(up @ down)
@@ -213,6 +215,26 @@ class TestFolders:
         assert not list((tmp_path / "o").glob("*.bin"))
         assert (tmp_path / "o" / "model.safetensors.index.json").exists() is shards
         assert torch.equal(logits(tmp_path / "o"), logits(model))
+
+    def test_transformers_loads_a_merge_into_safetensors_of_another_form(
+        self, shards: bool, tied: bool, tmp_path: Path
+    ) -> None:
+        model = make_llama(tmp_path / "m", shards, tied=tied)
+        rng = np.random.default_rng(5)
+        target = "model.layers.0.mlp.gate_proj"
+        down, up = lora_factors(rng, 28, 16, 3)
+        adapter = write_peft(tmp_path / "task", {target: (down, up)}, alpha=6)
+        loraformat.merge(tmp_path / "m", [adapter], tmp_path / "o", to="safetensors", dtype="bfloat16")
+        config = json.loads((tmp_path / "o" / "config.json").read_text())
+        assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+        with torch.no_grad():
+            model.get_submodule(target).weight += 2 * torch.from_numpy(up @ down)
+        import transformers
+
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o", dtype="auto")
+        assert loaded.dtype == torch.bfloat16
+        expected = model.to(torch.bfloat16).state_dict()
+        assert_same(loaded.state_dict(), expected)
 
     def test_transformers_loads_it_untied_and_grown(self, shards: bool, tied: bool, tmp_path: Path) -> None:
         """A larger vocabulary and an output layer of its own, as a merge of resized embeddings writes them."""
