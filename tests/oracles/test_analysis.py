@@ -1,12 +1,15 @@
 """Extraction, initialisation and analysis against torch and PEFT."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 import loraformat
+
+if TYPE_CHECKING:
+    from lab import Lab
 
 pytestmark = pytest.mark.oracle
 for _package in ("torch", "peft", "transformers"):
@@ -183,3 +186,29 @@ def test_phi_is_the_papers(trained: tuple[Path, list[Path]]) -> None:
             for j in shown.columns:
                 phi = float((spaces[0][:, :i].T @ spaces[1][:, :j]).norm() ** 2 / min(i, j))
                 assert shown.phi[i - 1][j - 1] == pytest.approx(phi, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_what_peft_merged_is_extracted_again(name: str, lab: "Lab", tmp_path: Path) -> None:
+    """Folders as transformers saves them, GPT-2's Conv1D among them: the changes are PEFT's, of PEFT's ranks."""
+    from peft import PeftModel
+    from zoo import quiet
+
+    trained = lab.trained(name)
+    with quiet():
+        trained.specimen.make().save_pretrained(tmp_path / "base")
+        merged = PeftModel.from_pretrained(trained.specimen.make(), str(trained.folder)).merge_and_unload()
+        merged.save_pretrained(tmp_path / "tuned")
+    extraction = loraformat.extract(tmp_path / "tuned", tmp_path / "base", max_error=1e-5)
+    found = {target.name: target for target in extraction.adapter.targets}
+    ranks = {target.name: target.rank for target in loraformat.load(trained.folder).targets}
+    assert len(found) == len(trained.deltas) == len(ranks)
+    for target_name, delta in trained.deltas.items():
+        target = next(target for own, target in found.items() if target_name.endswith(own))
+        down, up = (target.factors[role].read().astype(np.float64) for role in sorted(target.factors))
+        made = target.scale * up.reshape(up.shape[0], -1) @ down.reshape(down.shape[0], -1)
+        stored = made.T if target.slot.value in ("linear-transposed", "embedding") else made
+        assert stored.reshape(delta.shape) == pytest.approx(delta, abs=2e-6 * max(1.0, float(np.abs(delta).max())))
+        assert target.rank <= ranks[target_name]
+    if name == "gpt2":
+        assert {target.slot.value for target in found.values()} == {"linear-transposed"}
