@@ -14,6 +14,7 @@ from loraformat.algebra.extraction import Extraction, Limits
 from loraformat.algebra.initialise import Initialisation, Method, Recipe, initialise_adapter
 from loraformat.arguments import AdapterSource, StrPath
 from loraformat.containers.npz import CONTAINER as NPZ
+from loraformat.engine import Progress
 from loraformat.files import write_at
 from loraformat.loading import FACTORS_NAMES, load_adapter, open_base
 from loraformat.outputs import PendingOutput, check_output
@@ -33,6 +34,7 @@ def extract(
     allow_missing: Sequence[str] = (),
     dtype: str = "float32",
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Extraction:
     """Return an adapter that makes `base` what `tuned` is, with a report on every parameter; `save` writes it.
 
@@ -50,6 +52,7 @@ def extract(
         allow_missing: glob patterns of parameters that only the base has.
         dtype: number form of the factors: float32, float16 or bfloat16.
         seed: of the randomised search.
+        progress: told how far the work is, in bytes of the tuned model.
 
     Raises:
         LoraformatError: nothing differs, different structures, missing parameters, NaN, a pattern without a match.
@@ -67,6 +70,7 @@ def extract(
         allow_missing=allow_missing,
         dtype=dtype,
         seed=seed,
+        progress=progress,
     )
 
 

@@ -41,6 +41,11 @@ class Pair:
         """Module and parameter."""
         return f"{self.module}.{self.parameter}"
 
+    @property
+    def stored_bytes(self) -> int:
+        """What it takes in the tuned model."""
+        return self.tuned.weight.tensor.span.length if self.tuned.weight is not None else 0
+
     def is_unchanged(self) -> bool:
         """Say whether both have the same bytes."""
         if self.base is None or self.tuned.weight is None or self.base.weight is None:

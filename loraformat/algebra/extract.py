@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
+from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.algebra._lowrank import truncate
 from loraformat.algebra._pairing import (
     Pair,
@@ -31,6 +31,7 @@ from loraformat.algebra._weights import Difference, roundoff, subtract
 from loraformat.algebra.extraction import ExtractedParameter, Extraction, Limits, Outcome
 from loraformat.bases import BaseModel, Site
 from loraformat.dtypes import BY_NAME
+from loraformat.engine import Progress
 from loraformat.errors import error_for
 from loraformat.problems import Problem
 
@@ -64,6 +65,7 @@ def extract_adapter(
     allow_missing: Sequence[str] = (),
     dtype: str = "float32",
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Extraction:
     """Return the adapter that makes `base` what `tuned` is, as far as `limits` allow, with fingerprints of the base.
 
@@ -76,6 +78,7 @@ def extract_adapter(
         allow_missing: glob patterns of parameters of the base that the tuned model may lack.
         dtype: number form of the factors.
         seed: of the random start; each weight has numbers of its own.
+        progress: told how far the work is, in bytes of the tuned model.
 
     Raises:
         FindingError: LF720 nothing differs, LF721 different structures, LF722 parameters are missing, LF723 numbers
@@ -86,17 +89,16 @@ def extract_adapter(
     if problems:
         raise error_for(problems)
     work = _Work(limits, tuple(targets), tuple(replace), dtype, seed)
-    pieces = [work.take(pair) for pair in pairs]
+    pieces = list(_take_all(work, pairs, progress))
     pieces += [_Piece(ExtractedParameter(name, Outcome.LEFT_OUT, why=why)) for name, why in apart]
     if all(piece.factors is None and piece.values is None for piece in pieces):
         raise error_for([Problem("LF720", f"{tuned.path} and {base.path}", _describe_nothing(pieces))])
     adapter = Adapter(
         targets=tuple(sorted(_join(pieces), key=lambda target: target.name)),
-        base=BaseBinding(name=base.path.name),
         provenance={"extracted": {"tuned": tuned.path.name, "base": base.path.name, "seed": seed}},
     )
     records = tuple(piece.record for piece in pieces)
-    return Extraction(adapter, records, tuple(_report(records)))
+    return Extraction(adapter, records, (*_report(records), *_report_shared(pieces, base)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,15 @@ class _Work:
 
     def _leave(self, pair: Pair, why: str) -> _Piece:
         return _Piece(ExtractedParameter(pair.name, Outcome.LEFT_OUT, why=why))
+
+
+def _take_all(work: _Work, pairs: Sequence[Pair], progress: Progress | None) -> Iterator[_Piece]:
+    if progress is not None:
+        progress.start(sum(pair.stored_bytes for pair in pairs))
+    for pair in pairs:
+        yield work.take(pair)
+        if progress is not None:
+            progress.advance(pair.stored_bytes)
 
 
 def _values_of(site: Site) -> Factor:
@@ -237,3 +248,18 @@ def _report(records: Sequence[ExtractedParameter]) -> Iterator[Problem]:
     for each in records:
         if each.outcome is Outcome.LEFT_OUT:
             yield Problem("LF730", each.name, each.why, severity="warning")
+
+
+def _report_shared(pieces: Sequence[_Piece], base: BaseModel) -> Iterator[Problem]:
+    """Yield a warning for every weight that the base shares with other modules, which no merge changes."""
+    own: dict[str, set[str]] = {}
+    for site in base.sites:
+        own.setdefault(site.module, set()).add(site.id)
+    for piece in pieces:
+        weight = piece.pair.base.weight if piece.pair is not None and piece.pair.base is not None else None
+        others = (
+            sorted(weight.consumers - own[piece.pair.module]) if piece.pair is not None and weight is not None else []
+        )
+        if others:
+            found = f"also read by {', '.join(others[:_LISTED])}; a merge will refuse the target"
+            yield Problem("LF402", piece.record.name, found, severity="warning")

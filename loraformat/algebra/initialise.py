@@ -19,7 +19,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from loraformat.adapter import Adapter, BaseBinding, Scaling, ScalingRule, SlotKind, Target
+from loraformat.adapter import Adapter, Scaling, ScalingRule, SlotKind, Target
 from loraformat.algebra._components import PLAIN, Structure, leading_components
 from loraformat.algebra._pairing import choose_slot, factor_shape, list_sites, matches_any, take_fingerprint
 from loraformat.algebra._random import generator
@@ -134,7 +134,7 @@ def initialise_adapter(base: BaseModel, targets: Sequence[str], recipe: Recipe) 
         raise error_for(problems)
     made = tuple(_make_target(place, recipe) for place in places)
     options = {"method": recipe.method.value, "seed": recipe.seed, **recipe.structure.as_json()}
-    adapter = Adapter(made, BaseBinding(name=base.path.name), provenance={"initialised": options})
+    adapter = Adapter(made, provenance={"initialised": options})
     notes = []
     if recipe.method.changes_base:
         found = "the method 'pissa', whose first change is not zero"

@@ -10,7 +10,8 @@ from loraformat.pages import _svg as svg
 from loraformat.pages._text import SQUARE_ROOT, count, dashed, figure, folded, many, number, percent, ramp, table, tiles
 
 _MAPS: Final = 64
-"""Small pictures of one sort on a page; the JSON output has all."""
+_CELLS: Final = 60_000
+"""Small pictures of one sort on a page, and cells in all of them; the JSON output has the rest."""
 _DECADES: Final = 6
 """Powers of ten that spectra are shown over at most."""
 _SIDES: Final = {"input": "what enters (A)", "output": "what leaves (B)"}
@@ -150,9 +151,15 @@ def _spectra(adapter: AdapterAnalysis) -> str:
 
 
 def _within(adapter: AdapterAnalysis) -> str:
-    maps = adapter.within[:_MAPS]
+    maps, cells = [], 0
+    for each in adapter.within[:_MAPS]:
+        cells += len(each.labels) ** 2
+        if cells <= _CELLS:
+            maps.append(each)
     if not maps:
         return ""
+    left = len(adapter.within) - len(maps)
+    more = f" {left} more maps are in the JSON output." if left else ""
     pictures = [
         (each.module, f"{_SIDES[each.side]}, random {number(each.expected)}", _layer_map(each)) for each in maps
     ]
@@ -161,7 +168,7 @@ def _within(adapter: AdapterAnalysis) -> str:
         "φ(r, r) between the subspaces of two layers, r the rank",
         many(pictures),
         "1 (strong colour): two layers read, or write, the same subspace. Spaces drawn at random share about the "
-        "number under the name. The diagonal is 1 by definition and left empty.",
+        f"number under the name. The diagonal is 1 by definition and left empty.{more}",
         ramp("0", "1", SQUARE_ROOT),
     )
 

@@ -394,6 +394,35 @@ def test_round_trip(rank: int, rows: int, columns: int, seed: int, tmp_path: Pat
     assert np.linalg.norm(target.scale * up @ down - delta) <= 1e-6 * np.linalg.norm(base["a.q.weight"])
 
 
+def test_progress_ends_at_the_total(models: tuple[Arrays, Arrays], tmp_path: Path) -> None:
+    class Seen:
+        total, done = 0, 0
+
+        def start(self, total_bytes: int) -> None:
+            self.total = total_bytes
+
+        def advance(self, done_bytes: int) -> None:
+            self.done += done_bytes
+
+    seen = Seen()
+    loraformat.extract(*write_models(tmp_path, *models), rank=2, progress=seen)
+    assert seen.done == seen.total == sum(array.nbytes for array in models[1].values())
+
+
+def test_a_tied_table_is_warned_of(tmp_path: Path) -> None:
+    rng = np.random.default_rng(10)
+    base = {"model.embed_tokens.weight": rng.standard_normal((60, 24)).astype("f4")}
+    tuned = {name: weight + low(rng, 60, 24, 2) for name, weight in base.items()}
+    tuned_path, base_path = write_models(tmp_path, base, tuned, {"model_type": "llama", "tie_word_embeddings": True})
+    extraction = loraformat.extract(tuned_path, base_path)
+    assert [(each.code, each.where, each.severity) for each in extraction.problems] == [
+        ("LF402", "model.embed_tokens.weight", "warning")
+    ]
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(base_path, [extraction.adapter], tmp_path / "merged.safetensors")
+    assert caught.value.codes == ("LF402",)
+
+
 def test_the_same_models_give_the_same_file(models: tuple[Arrays, Arrays], tmp_path: Path) -> None:
     tuned_path, base_path = write_models(tmp_path, *models)
     written = [

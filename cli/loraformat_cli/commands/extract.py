@@ -54,7 +54,8 @@ def command(screen: Screen, /, tuned: Path, output: Path, force: bool, **flags: 
 
     if flags["energy"] is not None and flags["max_error"] is not None:
         raise click.UsageError("Give --energy or --max-error, not both.", click.get_current_context())
-    extraction = loraformat.extract(tuned, **flags)
+    with screen.progress("extracting") as progress:
+        extraction = loraformat.extract(tuned, progress=progress, **flags)
     written = loraformat.save(extraction.adapter, output, force=force)
     screen.problems(extraction.problems)
     _show(screen, extraction)
