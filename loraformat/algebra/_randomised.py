@@ -21,6 +21,9 @@ _OVERSAMPLING: Final = 12
 _MAX_ROUNDS: Final = 16
 _GAIN: Final = 5e-4
 """Iterations end when one lowers the squared error by less than this share of it."""
+_SINGLE: Final = 5e-7
+_NOISE: Final = 2e-5
+"""Share of ‖D‖² whose changes sums of single-precision products do not show."""
 _DEPENDENT: Final = 1e-13
 """Eigenvalues of a Gram matrix below this share of the largest: directions that single precision does not have."""
 _DENSE_SHARE: Final = 3
@@ -57,10 +60,10 @@ def leading_svd(
     """Return the fewest leading singular values that leave out at most `leave`, or the first `rank` of them.
 
     Args:
-        matrix: D (rows, columns), float32 or float64, finite.
+        matrix: D (rows, columns), float32, finite.
         rng: where the random start is drawn from.
         rank: at most so many values; None sets no bound.
-        leave: Frobenius norm that may be left out. Of float32 matrices some 1e-6·‖D‖ cannot be told from nothing.
+        leave: Frobenius norm that may be left out; at least 5e-7·‖D‖, which products in float32 cannot tell from 0.
 
     Returns:
         The values; their error is within about 0.1 % of the smallest that so many values can have, as long as the
@@ -69,6 +72,7 @@ def leading_svd(
     short = min(matrix.shape)
     bound = min(rank or short, short)
     norm = math.sqrt(_sum_squares(matrix))
+    leave = max(leave, _SINGLE * norm)
     if norm <= leave:
         return Partial(_empty(matrix.shape), norm, norm)
     found: Partial | None = None
@@ -94,17 +98,22 @@ def _fewest(found: Partial, leave: float, bound: int) -> int | None:
 def _iterate(
     matrix: NDArray[Any], rng: np.random.Generator, size: int, kept: int, leave: float, norm: float
 ) -> Partial:
-    """Return `size` values from a random start, iterated until the first `kept` of them gain no more."""
+    """Return `size` values from a random start.
+
+    Iterated until the first `kept` gain no more, or leave no more than `leave` and no fewer of them do.
+    """
     start = rng.standard_normal((matrix.shape[1], size)).astype(matrix.dtype)
     base = _orthonormal(matrix @ start).astype(matrix.dtype)
-    before = math.inf
+    before, needed_before = math.inf, -1
     for _ in range(_MAX_ROUNDS):
         core = base.T @ matrix
         values = np.linalg.eigvalsh(core.astype(np.float64) @ core.T.astype(np.float64))[::-1]
-        after = norm**2 - float(np.sum(values[:kept]))
-        if before - after <= _GAIN * max(after, leave**2, 1e-13 * norm**2):
+        rest = norm**2 - np.cumsum(values[:kept])
+        after, needed = float(rest[-1]), int(np.count_nonzero(rest > leave**2))
+        settled = after <= leave**2 and needed == needed_before
+        if settled or before - after <= _GAIN * max(after, leave**2, _NOISE * norm**2):
             break
-        before = after
+        before, needed_before = after, needed
         base = _orthonormal(matrix @ _orthonormal(core.T).astype(matrix.dtype)).astype(matrix.dtype)
     return _finish(matrix, base, core, norm)
 
