@@ -38,8 +38,11 @@ from loraformat.problems import Problem
 _PURPOSE: Final = "loraformat-extract-1"
 _SHORT_SHARE: Final = 8
 """Without a cut, a difference counts as of low rank up to this part of its short side; beyond, the weight is taken."""
-_FACTOR_ROUNDING: Final = 8.0
-"""Multiples of the factors' unit roundoff, relative to ‖Δ‖, that products of rounded factors stay within."""
+_SOUGHT: Final = 8.0
+"""The search ends at so many unit roundoffs of single precision, relative to ‖Δ‖."""
+_EXACT: Final = 16.0
+_ROUNDED: Final = 4.0
+"""What counts as exact: so many roundoffs of single precision, and of the form that the factors are rounded to."""
 _VALUES_BESIDE: Final = "base_layer.bias"
 """Where a target with factors holds the new values of its module's bias."""
 _WHOLE: Final = ("weight", "bias")
@@ -139,7 +142,8 @@ class _Work:
     def _factorise(self, pair: Pair, difference: Difference, norm: float) -> _Piece:
         """Return factors of a difference, exact where its rank is low."""
         matrix = difference.matrix
-        floor = math.hypot(difference.rounding, _FACTOR_ROUNDING * roundoff(self.dtype) * norm)
+        single, own = roundoff("float32") * norm, roundoff(self.dtype) * norm
+        floor = math.hypot(difference.rounding, _SOUGHT * single)
         bound = self.limits.rank
         if self.limits.is_lossless:
             bound = max(1, min(matrix.shape) // _SHORT_SHARE)
@@ -148,7 +152,7 @@ class _Work:
         truncated = truncate(part.svd, len(part.svd.values))
         up, down = (round_once(half, BY_NAME[self.dtype], pair.name) for half in (truncated.up, truncated.down))
         left_out = math.sqrt(sum_residual(matrix, up.astype(np.float32), down.astype(np.float32)))
-        exact = part.left_out <= floor
+        exact = left_out <= math.hypot(difference.rounding, _EXACT * single, _ROUNDED * own)
         if self.limits.is_lossless and not exact:
             return self._whole(pair, norm, f"of full rank: more than {bound} singular values count")
         outcome = Outcome.EXACT if exact else Outcome.TRUNCATED
