@@ -1,8 +1,7 @@
 """`loraformat analyse`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -93,11 +92,11 @@ def _key(target: "TargetAnalysis", field: str) -> str:
 def _numbers(group: "Sequence[TargetAnalysis]") -> tuple[object, ...]:
     return (
         len(group),
-        f"{median(each.rank for each in group):g}",
+        f"{_median(each.rank for each in group):g}",
         f"{sum(each.norm**2 for each in group) ** 0.5:.4g}",
         f"{sum(each.energy for each in group):.1%}",
-        f"{median(each.effective_rank for each in group):.3g}",
-        f"{median(each.stable_rank for each in group):.3g}",
+        f"{_median(each.effective_rank for each in group):.3g}",
+        f"{_median(each.stable_rank for each in group):.3g}",
     )
 
 
@@ -107,10 +106,10 @@ def _amplified(group: "Sequence[TargetAnalysis]") -> tuple[str, ...]:
     if not known:
         return ("",) * len(_AMPLIFIED)
     return (
-        f"{median(each.along_delta for each in known):.3g}",
-        f"{median(each.along_weight for each in known):.3g}",
-        f"{median(each.along_random for each in known):.3g}",
-        f"{median(factors):.3g}x" if factors else "",
+        f"{_median(each.along_delta for each in known):.3g}",
+        f"{_median(each.along_weight for each in known):.3g}",
+        f"{_median(each.along_random for each in known):.3g}",
+        f"{_median(factors):.3g}x" if factors else "",
     )
 
 
@@ -129,3 +128,9 @@ def _show_pair(screen: Screen, compared: "Comparison") -> None:
     )
     screen.table(("module", "side", ">targets", ">phi(1,1)", ">phi(r,r)", ">random"), rows)
     screen.line()
+
+
+def _median(values: Iterable[float]) -> float:
+    from statistics import median  # here: it imports fractions and decimals
+
+    return median(values)
