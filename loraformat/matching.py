@@ -167,5 +167,3 @@ def _read_sample(want: Want, sites: Sequence[Site], row: int, column: int) -> fl
     place = (column, row - first) if turned else (row - first, column)
     index = site.part.index(*place) if site.part else place[0] * (rows if turned else columns) + place[1]
     return read_number(site.weight.tensor, index) * site.divisor
-
-

@@ -30,6 +30,7 @@ from loraformat.weight_plans import WeightChange, part_tables, plan_bias, plan_w
 
 _FLOAT32_MAX: Final = (2.0 - 2.0**-23) * 2.0**127
 
+
 class _Found:
     """What the adapters of a plan change, gathered."""
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+
 @dataclass(frozen=True, slots=True)
 class Rename:
     """One rename, as an expression on whole names and what replaces it.
@@ -35,9 +36,7 @@ def _inside(about: str, old: str, new: str) -> list[Rename]:
 
 
 def _of_experts(old: str, new: str) -> list[Rename]:
-    return [
-        Rename("experts", re.compile(rf"(\.experts\.\d+)\.{a}$"), rf"\1.{b}") for a, b in ((old, new), (new, old))
-    ]
+    return [Rename("experts", re.compile(rf"(\.experts\.\d+)\.{a}$"), rf"\1.{b}") for a, b in ((old, new), (new, old))]
 
 
 _BODY: Final = ("layers", "embed_tokens", "norm")

@@ -111,7 +111,12 @@ def _list_experts(sites: Iterable[Site], config: Mapping[str, JsonValue]) -> Ite
         if len(site.stored_shape()) == 3 and site.parameter not in _PARAMETERS and site.weight is not None:
             for module, part, orientation in list_experts(site.weight.tensor, _family_of(config)):
                 yield replace(
-                    site, module=module, parameter="weight", evidence="packed experts", part=part, transposed=orientation
+                    site,
+                    module=module,
+                    parameter="weight",
+                    evidence="packed experts",
+                    part=part,
+                    transposed=orientation,
                 )
 
 

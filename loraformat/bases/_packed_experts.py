@@ -27,9 +27,7 @@ _GATE_UP: Final = "gate_up_proj"
 _MEMBERS: Final = ("gate_proj", "up_proj")
 
 
-def list_experts(
-    tensor: StoredTensor, model_type: object
-) -> Iterator[tuple[str, Part, Orientation]]:
+def list_experts(tensor: StoredTensor, model_type: object) -> Iterator[tuple[str, Part, Orientation]]:
     """Yield the modules in a tensor of packed experts: name, the part that it is, and how that lies.
 
     Args:

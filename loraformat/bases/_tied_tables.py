@@ -100,4 +100,3 @@ def _tie(site: Site, name: str, names: Iterable[str]) -> Site:
     evidence = site.evidence if name == site.id else "tie_word_embeddings"
     module = name.rpartition(".")[0]
     return replace(site, id=name, module=module, weight=weight, tied=name, evidence=evidence)
-

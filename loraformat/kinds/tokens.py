@@ -86,7 +86,7 @@ class Tokens:
             problems.append(Problem("LF205", target.name, f"rank {target.rank} stated", "rank 0: rows have none"))
         if target.scaling != Scaling(ScalingRule.MULTIPLIER, 1.0):
             found = f"{target.scaling.rule.value!r} of {target.scaling.value:g}"
-            problems.append(Problem("LF122", target.name, found, "a multiplier of 1: rows are put in place as they are"))
+            problems.append(Problem("LF122", target.name, found, "a multiplier of 1: rows have no scale"))
         return problems or _check_rows(target)
 
     def rank(self, factors: Mapping[str, Factor]) -> int:
