@@ -21,12 +21,8 @@ from loraformat.problems import Problem
 from loraformat.resolve import Resolution, resolve
 from loraformat.rewriting import plan_rewriting
 from loraformat.rules import check_adapter
-<<<<<<< HEAD
-from loraformat.spans import Part
 from loraformat.strict_json import JsonValue
-=======
 from loraformat.weight_plans import WeightChange, part_tables, plan_bias, plan_weight
->>>>>>> 802c960 (Resolve in parts; shared weights; fused, packed and renamed modules as sites; trained tokens)
 
 _FLOAT32_MAX: Final = (2.0 - 2.0**-23) * 2.0**127
 
@@ -108,22 +104,17 @@ def build_plan(
     Raises:
         LoraformatError: with every problem that was found, not only the first.
     """
-<<<<<<< HEAD
     options = _list_options(
         allow_unmatched=list(allow_unmatched),
         strip_prefix=strip_prefix,
         allow_zero=allow_zero,
         ignore_fingerprints=ignore_fingerprints,
+        untie=untie,
+        new_biases=new_biases,
         dtype=dtype,
         anew=anew,
     )
-    problems: list[Problem] = [*base.problems]
-    changes: dict[str, list[_Change]] = defaultdict(list)
-    unmatched: list[str] = []
-    counts: list[int] = []
-=======
     found = _Found(base)
->>>>>>> 802c960 (Resolve in parts; shared weights; fused, packed and renamed modules as sites; trained tokens)
     for position, item in enumerate(adapters):
         checked = check_adapter(item.adapter, allow_zero=allow_zero) + _check_weight(item, allow_zero=allow_zero)
         found.problems += checked
