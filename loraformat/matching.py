@@ -58,6 +58,7 @@ class Match:
         relation: how the names differ: empty, `+prefix` that the base has more, `-prefix` that it lacks, `~name` that a
             library changed it to, `fingerprint`.
         apart: of a table that others are tied to and that this parts from them, the name of its own; else empty.
+        also: names of other targets that say the same of the weight, for which this stands.
     """
 
     want: Want
@@ -68,6 +69,7 @@ class Match:
     evidence: str
     relation: str
     apart: str = ""
+    also: tuple[str, ...] = ()
 
     @property
     def target(self) -> Target:

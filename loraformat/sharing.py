@@ -69,7 +69,9 @@ def _settle(group: list[Match], tied: Mapping[str, Site], *, untie: bool) -> tup
         return [_reach_all(first, tied)], []
     if covered >= _readers(first) and all(_say_the_same(first, other) for other in group[1:]):
         note = Problem("LF411", names, f"the same change of {first.weight.name!r}, made once", severity="note")
-        return [replace(match, sites=_sites_of(match, group)) for match in _one_for_each_weight(group)], [note]
+        also = tuple(dict.fromkeys(match.target.name for match in group))
+        kept = _one_for_each_weight(group)
+        return [replace(match, sites=_sites_of(match, group), also=also) for match in kept], [note]
     if not all(name in tied for name in _readers(first)):
         return [], [_report_sharing(match, "") for match in group]
     if not untie:

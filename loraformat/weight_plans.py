@@ -147,7 +147,7 @@ def check_composition(group: Sequence[WeightChange]) -> list[Problem]:
     where, name = special[0].match.want.name, special[0].weight.name
     rivals = [entry for entry in special if _overlap(entry.change.part, special[0].change.part)]
     if special[0].change.nature is Nature.REPLACEMENT:  # What is trained on the replaced values goes on top of them.
-        rivals += [e for e in group if e not in rivals and _owner(e) != _owner(special[0])]
+        rivals += [e for e in group if e not in rivals and _owners(e).isdisjoint(_owners(special[0]))]
     if len(rivals) > 1:
         others = ", ".join(entry.match.want.name for entry in rivals[1:])
         return [Problem("LF409", where, f"{name!r} is changed by {others} as well", "one change of it")]
@@ -169,8 +169,8 @@ def _check_whole(entry: WeightChange) -> list[Problem]:
     return [Problem("LF418", entry.match.want.name, found, "the module's weight in one piece")]
 
 
-def _owner(entry: WeightChange) -> tuple[int, str]:
-    return entry.change.adapter, entry.change.target
+def _owners(entry: WeightChange) -> set[tuple[int, str]]:
+    return {(entry.change.adapter, name) for name in (entry.change.target, *entry.match.also)}
 
 
 def _overlap(one: Part | None, other: Part | None) -> bool:
