@@ -121,7 +121,7 @@ def _for_all(layout: _Layout, *families: str) -> dict[str, _Layout]:
 
 
 _QKV: Final = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
-_GATE_UP: Final = (("gate_proj", "up_proj"),)
+_GATE_UP: Final = (("gate_proj", "up_proj"), ("w1", "w3"))
 
 FAMILIES: Final = (
     Family("qkv_proj", _QKV[:1], _for_all(_lay_heads, "phi3", "phi4_multimodal"), splits=True),
