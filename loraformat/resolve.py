@@ -31,6 +31,10 @@ from loraformat.sharing import settle_sharing
 from loraformat.site_index import Candidate, SiteIndex
 
 BY_FINGERPRINT: Final = "fingerprint"
+_NEW_BIASES: Final = (
+    "Merge with --new-biases (new_biases=True), and check that the architecture loads biases there. Or leave them out, "
+    "which changes what the adapter does: --allow-unmatched PATTERN."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +82,14 @@ def resolve(
     matches, missing, problems = _match_all(found, sites, ignore_fingerprints=ignore_fingerprints)
     matches, displaced = _prefer_exact(matches)
     matches, shared = settle_sharing(matches, sites, untie=untie)
-    lacking, missing = _find_lacking_biases([*missing, *displaced], matches)
+    missing += displaced
+    lacking = _find_lacking_biases(missing, matches)
+    made = {each.want for each in lacking} if new_biases else set()
     allowed = [want for want in missing if any(fnmatchcase(want.target.name, glob) for glob in allow_unmatched)]
-    lost = [(want.name, names[want], indexes[want.parameter]) for want in missing if want not in allowed]
+    allowed = [want for want in allowed if want not in made]
+    spoken = {each.want for each in lacking} | set(allowed)
+    lost = [(want.name, names[want], indexes[want.parameter]) for want in missing if want not in spoken]
+    lacking = [each for each in lacking if each.want not in allowed]
     problems += report_missing(lost) + shared + report_collisions(matches)
     problems += report_dropped(matches) + report_renamed(matches) + _report_biases(lacking, wanted=new_biases)
     left_out = tuple(want.name for want in allowed)
@@ -109,11 +118,11 @@ def _match_all(
     return matches, missing, problems
 
 
-def _find_lacking_biases(missing: Sequence[Want], matches: Sequence[Match]) -> tuple[list[NewBias], list[Want]]:
-    """Return the biases that modules of the base could have but lack, and what else is missing."""
-    beside = {match.target.name: match for match in matches if match.want.is_main and match.sites[0].free_bias}
-    lacking = [want for want in missing if want.parameter == "bias" and want.target.name in beside]
-    return [NewBias(want, beside[want.target.name]) for want in lacking], [w for w in missing if w not in lacking]
+def _find_lacking_biases(missing: Sequence[Want], matches: Sequence[Match]) -> list[NewBias]:
+    """Return the biases among what is missing that modules of the base could have but lack."""
+    beside = {match.target.name: match for match in matches if match.want.parameter == "weight"}
+    pairs = [(want, beside.get(want.target.name)) for want in missing if want.parameter == "bias"]
+    return [NewBias(want, match) for want, match in pairs if match is not None and match.sites[0].free_bias]
 
 
 def _report_biases(lacking: Sequence[NewBias], *, wanted: bool) -> list[Problem]:
@@ -121,9 +130,10 @@ def _report_biases(lacking: Sequence[NewBias], *, wanted: bool) -> list[Problem]
         return []
     names = ", ".join(dict.fromkeys(each.name for each in lacking[:LISTED]))
     where = lacking[0].want.name if len(lacking) == 1 else f"{len(lacking)} targets"
-    expected = "an architecture that loads them" if wanted else "biases in the base"
     found = f"the base has no {names}" + (" ..." if len(lacking) > LISTED else "")
-    return [Problem("LF415", where, found, expected, severity="note" if wanted else "error")]
+    if wanted:
+        return [Problem("LF415", where, found, "an architecture that loads them", severity="note")]
+    return [Problem("LF401", where, found, "biases in the base", _NEW_BIASES)]
 
 
 def find_by_fingerprint(want: Want, sites: Sequence[Site]) -> list[Candidate]:

@@ -312,7 +312,7 @@ def save_adapter(model: Any, config: Any, folder: Path) -> tuple[Any, Arrays]:
 
 
 def test_attention_of_torch(tmp_path: Path) -> None:
-    """PEFT adds the change of the output projection twice, in its forward pass and in its merge: so do we, and say it."""
+    """PEFT adds the change of the output projection twice, in forward pass and merge: so do we, and say it."""
     torch.manual_seed(5)
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["attn", "fc"])
     adapted, _ = save_adapter(Attention(), config, tmp_path)
