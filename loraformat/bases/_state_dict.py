@@ -19,7 +19,6 @@ from loraformat.spans import StoredTensor, read_small
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 
 CONFIG_NAME: Final = "config.json"
-"""Objects in a configuration that describe the language model inside a larger one."""
 
 _TIE: Final = "tie_word_embeddings"
 _WEIGHT: Final = "weight"
