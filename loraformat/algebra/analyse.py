@@ -35,8 +35,9 @@ from loraformat.algebra.subspaces import effective_rank, project, stable_rank
 from loraformat.bases import BaseModel
 from loraformat.errors import error_for
 from loraformat.kinds import Nature
+from loraformat.matching import Match
 from loraformat.problems import Problem
-from loraformat.resolve import Match, resolve
+from loraformat.resolve import resolve
 from loraformat.rules import check_adapter
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
+from loraformat.bases._tied_tables import INNER_CONFIGS
 from loraformat.strict_json import JsonValue
 
 Config: TypeAlias = Mapping[str, JsonValue]
@@ -162,7 +163,7 @@ def find_family(module: str) -> Family | None:
 
 def arrange(family: Family, config: Config, rows: int) -> Arrangement | None:
     """Return where each member's rows are in a fused matrix; None where the configuration does not tell."""
-    for fields in (config, config.get("text_config")):
+    for fields in (config, *(config.get(key) for key in INNER_CONFIGS)):
         model_type = fields.get("model_type") if isinstance(fields, Mapping) else None
         layout = family.layouts.get(model_type) if isinstance(model_type, str) else None
         if layout is not None and isinstance(fields, Mapping):
