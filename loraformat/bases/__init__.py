@@ -7,13 +7,16 @@ graph it is a node and its weight input, since exporters rename, share and trans
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from loraformat.adapter import SlotKind
 from loraformat.images import FileImage
 from loraformat.problems import Problem
 from loraformat.registry import Registry
 from loraformat.spans import InputFile, Part, StoredTensor
+
+TENSOR_NAME: Final = "tensor name"
+"""The evidence of sites in a state dict, which lists all parameters that a model has."""
 
 
 @dataclass(frozen=True, slots=True)

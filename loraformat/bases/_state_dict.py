@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases import Site, Weight
+from loraformat.bases import TENSOR_NAME, Site, Weight
 from loraformat.problems import Problem
 from loraformat.spans import StoredTensor, read_small
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
@@ -68,7 +68,7 @@ def _make_site(tensor: StoredTensor, config: Mapping[str, JsonValue]) -> Site:
     return Site(
         id=tensor.name,
         module=module,
-        evidence="tensor name",
+        evidence=TENSOR_NAME,
         transposed=_orient(module, tensor, config) if parameter == _WEIGHT else _VECTOR,
         parameter=parameter,
         weight=None if obstacle else Weight(tensor.name, tensor.name, tensor, frozenset(consumers)),
