@@ -105,7 +105,7 @@ class BaseInspection:
             "files": [{"name": str(file.path), "bytes": file.size_bytes} for file in self.base.files],
             "tensors": len(tensors),
             "parameters": sum(tensor.elements for tensor in tensors),
-            "bytes": sum(tensor.span.length for tensor in tensors),
+            "bytes": sum(tensor.dtype.count_bytes(tensor.elements) for tensor in tensors),
             "dtypes": _count(tensor.dtype.name for tensor in tensors),
             "sites": [_describe_site(site) for site in self.base.sites],
             "receipt": dict(self.base.parent_receipt) if self.base.parent_receipt is not None else None,

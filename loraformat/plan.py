@@ -1,16 +1,22 @@
 """What a merge will do, as plain data: printable, serialisable, hashable. `planning.py` makes it."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 from loraformat.adapter import Adapter
 from loraformat.kinds import Nature
+from loraformat.limits import TILE_BYTES
 from loraformat.problems import Problem
 from loraformat.spans import Part
-from loraformat.strict_json import write_canonical
+from loraformat.strict_json import JsonValue, write_canonical
+
+_FLOAT32_BYTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +163,7 @@ class PlannedWeight:
         return tuple(change.kind for change in self.changes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # No slots: the digest is kept, once asked for.
 class Plan:
     """What a merge will do.
 
@@ -169,6 +175,9 @@ class Plan:
         weights: the weights to rewrite, sorted by name.
         unmatched: targets that the user allowed to be left out.
         problems: warnings and notes.
+        config_changes: members of the model's `config.json` that follow from the changes, and their new values.
+        rewritten: whether the output is written anew, in safetensors, rather than copied with its spans changed.
+        options: what the user asked for beyond the usual, by the names of `build_plan`'s arguments.
     """
 
     base: Mapping[str, Any]
@@ -178,8 +187,11 @@ class Plan:
     weights: tuple[PlannedWeight, ...]
     unmatched: tuple[str, ...]
     problems: tuple[Problem, ...]
+    config_changes: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
+    rewritten: bool = False
+    options: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Digest of everything that decides the merged numbers: equal plans give equal bytes."""
         return hashlib.sha256(write_canonical(self._decisive())).hexdigest()
@@ -191,9 +203,24 @@ class Plan:
             "adapters": [asdict(adapter) for adapter in self.adapters],
             "weights": [asdict(weight) for weight in self.weights],
             "unmatched": list(self.unmatched),
+            "config_changes": dict(self.config_changes),
+            "rewritten": self.rewritten,
+            "options": dict(self.options),
         }
 
     def as_json(self) -> dict[str, Any]:
         """Return the record for `--json`."""
         problems = [dict(problem.as_json()) for problem in self.problems]
         return self._decisive() | {"output": str(self.output), "sha256": self.sha256, "problems": problems}
+
+
+def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Return rows and columns of a stored tensor as a matrix: its first dimension and the rest."""
+    return (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def count_tile_rows(matrix: tuple[int, int], block: int = 1) -> int:
+    """Return how many rows of a matrix make one tile of about `TILE_BYTES` in float32: whole blocks of `block` rows."""
+    rows, columns = matrix
+    wanted = max(1, min(rows, TILE_BYTES // (_FLOAT32_BYTES * columns)))
+    return max(block, wanted // block * block)

@@ -144,6 +144,16 @@ class StoredTensor:
         """The number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether it has a span: its bytes lie one after another, in C order."""
+        return True
+
+    @property
+    def extent(self) -> Span:
+        """The bytes from its first element to its last, others between them where it is not contiguous."""
+        return self.span
+
     def equals(self, other: "StoredTensor") -> bool:
         """Say whether another tensor has the same form, shape and bytes, reading both bit by bit."""
         if (self.dtype, self.shape) != (other.dtype, other.shape):

@@ -102,12 +102,19 @@ class WeightWork:
         """
         have = max(0, min(rows.stop, self.base_rows) - rows.start)
         if have:
-            assert self.tensor is not None, "the plan says so"
-            skipped_bytes = rows.start * out.shape[1] * self.stored_form.itemsize
-            self.tensor.file.read_into(as_bytes(stored[:have]), self.tensor.span.offset + skipped_bytes)
+            self._read_rows(range(rows.start, rows.start + have), stored[:have])
             if stored is not out:
                 self.encoding.decode(stored[:have], out[:have])
         out[have:] = 0
+
+    def _read_rows(self, rows: range, out: NDArray[Any]) -> None:
+        """Write stored rows into `out`; a view that is no run of bytes is read whole."""
+        assert self.tensor is not None, "the plan says so"
+        if self.tensor.is_contiguous:
+            skipped_bytes = rows.start * out.shape[1] * self.stored_form.itemsize
+            self.tensor.file.read_into(as_bytes(out), self.tensor.span.offset + skipped_bytes)
+        else:
+            out[...] = self.tensor.read().reshape(-1, out.shape[1])[rows.start : rows.stop]
 
     def _place(self, target: Target, change: PlannedChange) -> Placed:
         values = self._read(target, change)

@@ -53,6 +53,8 @@ class Change:
         nature: how it composes with other changes.
         roles: the factors that it is computed from.
         slot: what kind of slot the parameter is.
+        open: whether the parameter may have more rows than `shape`, which stay as they are.
+        shared: whether it is meant for all tables that a model ties together, though only one is named.
         is_optional: whether a base without the parameter has nothing to change: a bias that is scaled with its weight.
         is_flat: whether it may as well be a kernel `(out, in, *kernel)`, since its factors only know the matrix.
     """
@@ -62,6 +64,8 @@ class Change:
     nature: Nature
     roles: tuple[str, ...]
     slot: SlotKind
+    open: bool = False
+    shared: bool = False
     is_optional: bool = False
     is_flat: bool = False
 
