@@ -11,6 +11,8 @@ from typing import Final
 from loraformat.bases import Site
 from loraformat.strict_json import JsonValue
 
+INNER_CONFIGS: Final = ("text_config", "llm_config", "language_config")
+"""Members of a `config.json` that configure the language model inside a larger one."""
 _INPUTS: Final = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings"})
 _OUTPUTS: Final = frozenset({"lm_head", "embed_out"})
 """Last parts of the names of tables at the two ends of a model."""
@@ -81,11 +83,10 @@ def _are_tied(tables: Sequence[Site], config: Mapping[str, JsonValue]) -> bool:
 
 
 def find_field(config: Mapping[str, JsonValue], name: str) -> JsonValue:
-    """Return a field of the configuration, or of the text model's inside it."""
-    inner = config.get("text_config")
-    if name in config or not isinstance(inner, Mapping):
-        return config.get(name)
-    return inner.get(name)
+    """Return a field of the configuration; the word of a language model's inside it counts first."""
+    inner = (config.get(key) for key in INNER_CONFIGS)
+    stated = [part[name] for part in inner if isinstance(part, Mapping) and name in part]
+    return (stated or [config.get(name)])[0]
 
 
 def _name_head(table: str, config: Mapping[str, JsonValue]) -> str:
