@@ -270,13 +270,13 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("pattern", "name"), HOSTILE, ids=lambda text: text[:12])
 def test_hostile_patterns_cost_nothing(pattern: str, name: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     problems: tuple[Problem, ...] = ()
     try:
         scale_of(name, alpha_pattern={pattern: 8})
     except LoraformatError as error:
         problems = error.problems
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert all(problem.code == "LF213" for problem in problems)
     assert all("pattern" in problem.found and "alpha_pattern" in problem.where for problem in problems)
 
@@ -293,9 +293,9 @@ def test_a_thousand_names_as_patterns_take_no_time() -> None:
     """AdaLoRA and extracted adapters give every module a rank of its own."""
     names = [f"model.layers.{layer}.self_attn.{part}_proj" for layer in range(250) for part in "qkvo"]
     config = config_of(r=8, rank_pattern={name: index for index, name in enumerate(names)})
-    started = time.perf_counter()
+    started = time.process_time()
     assert [config.rank_of(name, 8) for name in names[::10]] == list(range(0, 1000, 10))
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
 
 
 def test_the_first_pattern_that_fits_counts() -> None:
