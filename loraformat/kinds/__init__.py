@@ -35,6 +35,8 @@ class Change:
         nature: how it composes with other changes.
         roles: the factors that it is computed from.
         slot: what kind of slot the parameter is.
+        streams: whether its factors are values of the parameter's own size. Those that can be read in parts are then
+            handed over unread, as `PartialFactor`, in place of arrays.
     """
 
     parameter: str
@@ -42,6 +44,7 @@ class Change:
     nature: Nature
     roles: tuple[str, ...]
     slot: SlotKind
+    streams: bool = False
 
 
 class Delta(Protocol):
