@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import Scaling, ScalingRule
-from loraformat.errors import refuse
+from loraformat.errors import error_for, refuse
 from loraformat.problems import Problem
+from loraformat.recognition import recognise_fields, recognise_type
 from loraformat.schemes import Bundle, StatedScale
 from loraformat.schemes._peft_patterns import fits
 from loraformat.strict_json import JsonValue
@@ -33,9 +34,6 @@ def _is_set(value: JsonValue) -> bool:
 _BASE_CHANGING: Final = ("pissa", "olora", "corda", "lora_ga")
 
 _OBSTACLES: Final = (
-    _Obstacle("alora_invocation_tokens", lambda tokens: tokens is not None, "it acts after invocation tokens (aLoRA)"),
-    _Obstacle("arrow_config", _is_set, "a router chooses between adapters at run time (Arrow)"),
-    _Obstacle("use_qalora", _is_set, "its input is pooled (QALoRA)"),
     _Obstacle("use_bdlora", _is_set, "its factors are block-diagonal (BD-LoRA)"),
     _Obstacle("kasa_config", _is_set, "it cuts singular values off the base (KaSA)"),
     _Obstacle("layer_replication", _is_set, "it repeats layers of the base, which has fewer than the adapter"),
@@ -51,34 +49,7 @@ _OBSTACLES: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _OtherTypes:
-    """Types of adapters that are not LoRA, and what they have in common."""
-
-    names: frozenset[str]
-    what: str
-    mend: str = ""
-
-
-_AT_RUN_TIME: Final = "No weight holds what it does: use it in the library that trained it."
-_OTHER_TYPES: Final = (
-    _OtherTypes(
-        frozenset({"CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}),
-        "it trains virtual tokens, and changes no weight",
-        _AT_RUN_TIME,
-    ),
-    _OtherTypes(frozenset({"ADAPTION_PROMPT"}), "it adds gated attention, and changes no weight", _AT_RUN_TIME),
-    _OtherTypes(
-        frozenset({"LILY", "POLY", "SHADOW", "XLORA"}),
-        "a router or a side network acts on each input, which no weight can do",
-        _AT_RUN_TIME,
-    ),
-)
-_OTHER_FORM: Final = _OtherTypes(frozenset(), "a change of another form, which this version does not know")
-
-
-def _describe_type(kind: str) -> _OtherTypes:
-    return next((types for types in _OTHER_TYPES if kind in types.names), _OTHER_FORM)
+_OTHER_FORM: Final = "a change of another form, which this version does not know"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +74,20 @@ class PeftConfig:
         if kind != _LORA:
             names = ", ".join(sorted(bundle.tensors)[:2])
             tensors = f", tensors such as {names}" if names else ""
-            about = _describe_type(kind)
-            found = f"peft_type {kind!r}{tensors}: {about.what}"
-            raise refuse("LF209", self.where, found, f"peft_type {_LORA!r}", about.mend)
+            known = recognise_type(kind)
+            if known is not None:
+                raise error_for([known.as_problem(self.where)])
+            raise refuse("LF209", self.where, f"peft_type {kind!r}{tensors}: {_OTHER_FORM}", f"peft_type {_LORA!r}")
 
     def problems(self) -> list[Problem]:
         """Return the options under which this version cannot merge."""
         return [
-            Problem(item.code, f"{self.where}: {item.field}", f"{self.fields[item.field]!r:.80}: {item.why}")
-            for item in _OBSTACLES
-            if item.field in self.fields and item.holds(self.fields[item.field])
+            *(item.as_problem(self.where) for item in recognise_fields(self.fields)),
+            *(
+                Problem(item.code, f"{self.where}: {item.field}", f"{self.fields[item.field]!r:.80}: {item.why}")
+                for item in _OBSTACLES
+                if item.field in self.fields and item.holds(self.fields[item.field])
+            ),
         ]
 
     def text(self, field: str) -> str | None:
