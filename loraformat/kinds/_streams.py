@@ -13,7 +13,6 @@ from loraformat.kinds._matrices import Values
 from loraformat.limits import STREAM_BYTES
 
 
-
 @dataclass(frozen=True, slots=True)
 class Stream:
     """A stored tensor as a matrix, times a number, read row by row.
