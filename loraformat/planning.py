@@ -157,7 +157,7 @@ def _check_weight(item: WeightedAdapter, *, allow_zero: bool) -> list[Problem]:
 
 
 def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedChange:
-    target, change = match.target, match.want.change
+    target, change = match.target, match.change
     kind = KINDS.find(target.kind)
     weight = item.weight / match.divisor
     if kind is not None and kind.nature is Nature.REPLACEMENT:  # Its scale says how far to go towards its values.
@@ -174,6 +174,7 @@ def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedC
         transposed=match.transposed,
         section=match.section,
         part=match.part,
+        shape=change.shape if change.shape != match.want.shape else (),
     )
 
 
@@ -218,7 +219,7 @@ def count_block(group: Sequence[_Change]) -> int:
     for match, _, change in group:
         if change.nature is Nature.FUNCTION_OF_BASE:
             kind = cast(MappingKind, KINDS.find(change.kind))
-            blocks.append(kind.count_rows_together(match.target, match.want.change, transposed=change.transposed))
+            blocks.append(kind.count_rows_together(match.target, match.change, transposed=change.transposed))
     return math.lcm(*blocks)
 
 
@@ -234,10 +235,21 @@ def check_composition(group: Sequence[_Change]) -> list[Problem]:
     if len(rivals) > 1:
         others = ", ".join(entry.match.want.name for entry in rivals[1:])
         return [Problem("LF409", where, f"{name!r} is changed by {others} as well", "one change of it")]
+    split = [e for e in special if e.change.nature is Nature.FUNCTION_OF_BASE and not _sees_its_rows(e)]
+    if split:
+        found = f"{name!r} holds a part of the rows that the kind {split[0].change.kind!r} must see together"
+        return [Problem("LF409", where, found, "a weight that holds the module whole")]
     if special[0].match.divisor != 1:
         found = f"the graph multiplies {name!r} by {special[0].match.divisor:g}"
         return [Problem("LF403", where, found, "a weight that is used as it is stored")]
     return []
+
+
+def _sees_its_rows(entry: _Change) -> bool:
+    """Say whether a function of the base gets all that it is computed from, where the base splits or packs modules."""
+    if entry.change.section is not None:
+        return False
+    return entry.change.part is None or count_block([entry]) == 1
 
 
 def _owner(entry: _Change) -> tuple[int, str]:

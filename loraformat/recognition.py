@@ -85,6 +85,7 @@ def _is_given(value: JsonValue) -> bool:
 
 _ARCHITECTURE: Final = "config.architecture"
 _LOAD_PEFT: Final = "Load it with PEFT beside the model: PeftModel.from_pretrained(model, path)."
+_MERGE_THERE: Final = "Merge it in PEFT: load it with PeftModel.from_pretrained, then merge_and_unload."
 _LOAD_ADAPTERS: Final = "Load it with AdapterHub's adapters library: model.load_adapter(path)."
 _TOKENS: Final = "it trains virtual tokens before the input of the model or of its layers, and changes no weight"
 _ROUTED: Final = "a router decides for each input which adapter acts and how strongly, which no weight can do"
@@ -183,6 +184,20 @@ UNMERGEABLE: Final = (
         _LOAD_PEFT,
         frozenset({"SHADOW"}),
     ),
+    Unmergeable(
+        "a decomposition of the base (OSF, PSOFT, FRoD)",
+        "it keeps singular values or vectors of the base, which decompositions elsewhere find with other signs",
+        _MERGE_THERE,
+        frozenset({"OSF", "PSOFT", "FROD"}),
+    ),
+    Unmergeable(
+        "factors without places (AdaMSS, Uni-LoRA)",
+        "where they act follows from the base's modules or from a clustering, which no file says",
+        _MERGE_THERE,
+        frozenset({"ADAMSS", "UNILORA"}),
+    ),
+    Unmergeable("PEANuT", "a network computes the change from the base", _MERGE_THERE, frozenset({"PEANUT"})),
+    Unmergeable("DEFT", "it projects the base, which this version does not do", _MERGE_THERE, frozenset({"DEFT"})),
     Unmergeable(
         "ReFT",
         "it edits activations at some positions, and changes no weight",

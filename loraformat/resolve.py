@@ -10,14 +10,14 @@ consumed exactly once, or the error says which were near.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final
 
 from loraformat.adapter import Adapter, SlotKind, Target
-from loraformat.bases import Site, Weight
+from loraformat.bases import TENSOR_NAME, Site, Weight
 from loraformat.fingerprint import positions, read_number
-from loraformat.kinds import KINDS, Change, Nature
+from loraformat.kinds import KINDS, REST, UNKNOWN, Change, Nature, SizedByBase, fits_shape
 from loraformat.problems import Problem
 from loraformat.site_index import Candidate, SiteIndex
 from loraformat.spans import Part
@@ -51,7 +51,7 @@ class Want:
     @property
     def is_main(self) -> bool:
         """Whether it changes the weight that the target's fingerprint was taken from."""
-        return self.parameter == "weight" and self.change.slot is self.target.slot
+        return self.parameter == "weight" and self.change.slot in (self.target.slot, SlotKind.CONV)
 
     @property
     def name(self) -> str:
@@ -80,6 +80,11 @@ class Match:
     divisor: float
     evidence: str
     relation: str
+
+    @property
+    def change(self) -> Change:
+        """What the target's kind does to the parameter, in the shape that it has in the base."""
+        return replace(self.want.change, shape=settle_shape(self.want, self.sites))
 
     @property
     def target(self) -> Target:
@@ -130,20 +135,23 @@ def resolve(
     """
     wants = [want for target in adapter.targets for want in _list_wants(target)]
     indexes = {parameter: SiteIndex(sites, parameter) for parameter in {want.parameter for want in wants}}
-    names = {want: _strip(want.target.name, strip_prefix) for want in wants}
-    found = {want: indexes[want.parameter].find(names[want]) for want in wants}
+    names = {want.target.name: _strip(want.target.name, strip_prefix) for want in wants}
+    found = {want: indexes[want.parameter].find(names[want.target.name]) for want in wants}
     usual = _usual_relation(found)
     matches: list[Match] = []
     missing: list[Want] = []
     problems: list[Problem] = []
     for want in wants:
         candidates = found[want] or find_by_fingerprint(want, sites)
+        if not candidates and want.change.is_optional and _is_complete(want, sites):
+            continue
         if not candidates:
             missing.append(want)
             continue
-        outcome = _match(want, candidates, usual)
+        opened = _open_slot(want, candidates)
+        outcome = _match(opened, candidates, usual)
         if not isinstance(outcome, Problem) and not ignore_fingerprints:
-            outcome = _check_fingerprint(want, outcome)
+            outcome = _check_fingerprint(opened, outcome)
         if isinstance(outcome, Problem):
             problems.append(outcome)
         else:
@@ -151,7 +159,7 @@ def resolve(
     matches, displaced = _prefer_exact(matches)
     missing += displaced
     allowed = [want for want in missing if any(fnmatchcase(want.target.name, glob) for glob in allow_unmatched)]
-    lost = [(want.name, names[want], indexes[want.parameter]) for want in missing if want not in allowed]
+    lost = [(want.name, names[want.target.name], indexes[want.parameter]) for want in missing if want not in allowed]
     problems += _report_missing(lost) + _report_collisions(matches) + _report_dropped(matches)
     return Resolution(tuple(matches), tuple(want.name for want in allowed), tuple(problems))
 
@@ -160,6 +168,15 @@ def _list_wants(target: Target) -> list[Want]:
     kind = KINDS.find(target.kind)
     assert kind is not None, "checked before"
     return [Want(target, change) for change in kind.changes(target)]
+
+
+def _open_slot(want: Want, candidates: Sequence[Candidate]) -> Want:
+    """Return the want with the slot that the base has, where the factors do not tell a kernel from a matrix."""
+    slots = {slot for candidate in candidates for slot in candidate.site.transposed}
+    if not want.change.is_flat or want.change.slot in slots or SlotKind.CONV not in slots:
+        return want
+    change = replace(want.change, slot=SlotKind.CONV, shape=(want.shape[0], UNKNOWN, REST))
+    return replace(want, change=change)
 
 
 def find_by_fingerprint(want: Want, sites: Sequence[Site]) -> list[Candidate]:
@@ -179,14 +196,29 @@ def find_by_fingerprint(want: Want, sites: Sequence[Site]) -> list[Candidate]:
 
 def sample_sites(want: Want, sites: Sequence[Site]) -> tuple[float, ...]:
     """Return the samples of the weight that sites apply, one or several sections, at the positions of the target."""
-    return tuple(_read_sample(want, sites, row, column) for row, column in positions(want.target.name, want.shape))
+    shape = settle_shape(want, sites)
+    return tuple(_read_sample(shape, want, sites, row, column) for row, column in positions(want.target.name, shape))
 
 
-def _read_sample(want: Want, sites: Sequence[Site], row: int, column: int) -> float:
+def settle_shape(want: Want, sites: Sequence[Site]) -> tuple[int, ...]:
+    """Return the canonical shape, with what the factors do not tell taken from the sites."""
+    if UNKNOWN not in want.shape and REST not in want.shape:
+        return want.shape
+    stored = sites[0].stored_shape()
+    shape = stored[::-1] if sites[0].transposed[want.change.slot] else stored
+    return shape if want.shape[0] == UNKNOWN else (want.shape[0], *shape[1:])
+
+
+def _is_complete(want: Want, sites: Sequence[Site]) -> bool:
+    """Say whether a parameter that was not found is surely not there: a state dict lists all that it has."""
+    return all(site.evidence == TENSOR_NAME for site in sites)
+
+
+def _read_sample(shape: tuple[int, ...], want: Want, sites: Sequence[Site], row: int, column: int) -> float:
     site = next((site for site in sites if site.section and site.section[0] <= row < site.section[1]), sites[0])
     assert site.weight is not None, "chosen so"
-    first, stop = site.section or (0, want.shape[0])
-    rows, columns = stop - first, math.prod(want.shape[1:])
+    first, stop = site.section or (0, shape[0])
+    rows, columns = stop - first, math.prod(shape[1:])
     turned = site.transposed[want.change.slot]
     place = (column, row - first) if turned else (row - first, column)
     index = site.part.index(*place) if site.part else place[0] * (rows if turned else columns) + place[1]
@@ -198,7 +230,8 @@ def _check_fingerprint(want: Want, matches: list[Match]) -> list[Match] | Proble
     if fingerprint is None or not want.is_main:
         return matches
     samples = sample_sites(want, [site for match in matches for site in match.sites])
-    if fingerprint.shape == want.shape and fingerprint.matches(samples):
+    shape = settle_shape(want, [site for match in matches for site in match.sites])
+    if fingerprint.shape == shape and fingerprint.matches(samples):
         return matches
     near = sum(abs(a - b) <= abs(a) / 16 for a, b in zip(fingerprint.samples, samples, strict=True))
     names = ", ".join(repr(match.weight.name) for match in matches)
@@ -267,9 +300,24 @@ def _match_weight(want: Want, sites: Sequence[Site], relation: str) -> Match | P
         if strangers:
             found = f"the tensor {weight.name!r} is also read by {', '.join(strangers[:_LISTED])}"
             return Problem("LF402", want.name, found, "a tensor that nothing else reads")
+    wrong = _check_size(want, sites)
+    if wrong is not None:
+        return wrong
     transposed, divisor, _ = manners.pop()
     evidence = BY_FINGERPRINT if relation == BY_FINGERPRINT else sites[0].evidence
     return Match(want, weights, tuple(sites), transposed, divisor, evidence, relation)
+
+
+def _check_size(want: Want, sites: Sequence[Site]) -> Problem | None:
+    """Return what the kind has against the sizes that its factors did not tell."""
+    kind = KINDS.find(want.target.kind)
+    shape = settle_shape(want, sites)
+    if shape == want.shape or not isinstance(kind, SizedByBase):
+        return None
+    if sites[0].section is not None and want.shape[0] == UNKNOWN:
+        found = f"a base that splits the module, and factors of {want.target.kind} that do not tell its rows"
+        return Problem("LF408", want.name, found, "the module in one weight")
+    return next(iter(kind.check_size(want.target, replace(want.change, shape=shape))), None)
 
 
 def _are_copies(sites: Sequence[Site], weights: Sequence[Weight]) -> bool:
@@ -289,7 +337,7 @@ def _name(site: Site) -> str:
 
 def _fits(want: Want, site: Site) -> bool:
     stored, wanted = site.stored_shape(), _stored_shape(want, site)
-    if stored == wanted:
+    if fits_shape(stored, wanted):
         return True
     grown = site.grows and len(stored) == len(wanted) and wanted[0] > stored[0] and wanted[1:] == stored[1:]
     return grown and _brings_rows(want)
@@ -318,7 +366,8 @@ def _report_shape(want: Want, sites: Sequence[Site]) -> Problem:
     stored, wanted = site.stored_shape(), _stored_shape(want, site)
     turned = " (it would fit transposed, which is never guessed)" if stored == wanted[::-1] else ""
     found = f"the weight {_name(site)!r} is {stored}{turned}"
-    return Problem("LF405", want.name, found, f"{wanted} for its factors")
+    shown = str(wanted).replace(str(UNKNOWN), "any").replace(str(REST), "...")
+    return Problem("LF405", want.name, found, f"{shown} for its factors")
 
 
 def _report_missing(lost: Sequence[tuple[str, str, SiteIndex]]) -> list[Problem]:

@@ -78,12 +78,14 @@ def _check_numbers(target: Target) -> list[Problem]:
     """Return problems of the factors' numbers: not finite, or a product that is surely zero."""
     problems = []
     silent = False
+    kind = KINDS.find(target.kind)
+    is_added = kind is not None and kind.nature is Nature.ADDITIVE
     for role, factor in target.factors.items():
         broken, first, used = _survey(factor)
         if broken:
             found = f"{broken} of {factor.elements} numbers, the first at {first}"
             problems.append(Problem("LF501", f"{target.name}: {role}", found, "finite numbers"))
-        silent = silent or not (used or is_replacement(target.kind))
+        silent = silent or (is_added and factor.dtype.family == "float" and not used)
     if silent and not problems:
         problems.append(Problem("LF214", target.name, "a factor of zeros", severity="warning"))
     return problems

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases import Site, Weight
+from loraformat.bases import TENSOR_NAME, Site, Weight
 from loraformat.bases._aliases import Group, group_aliases
 from loraformat.problems import Problem
 from loraformat.spans import StoredTensor, read_small
@@ -96,7 +96,7 @@ def _make_site(tensor: StoredTensor, weight: Weight | None, config: Mapping[str,
     return Site(
         id=tensor.name,
         module=module,
-        evidence="tensor name",
+        evidence=TENSOR_NAME,
         transposed=_orient(module, tensor, config) if parameter == _WEIGHT else _VECTOR,
         parameter=parameter,
         weight=None if obstacle else weight,

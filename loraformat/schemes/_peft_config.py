@@ -1,7 +1,7 @@
 """PEFT's `adapter_config.json`: what of it changes the numbers, and what of it stands against a merge."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -66,18 +66,20 @@ class PeftConfig:
     where: str
     present: bool
 
-    def check_type(self, bundle: Bundle) -> None:
-        """Refuse adapters of another type than LORA by name."""
+    def check_type(self, bundle: Bundle, known: Collection[str] = ()) -> str:
+        """Return the type, LORA or one of `known`; refuse any other by name."""
         kind = self.text("peft_type") if self.present else _LORA
         if kind is None:
             raise refuse("LF209", self.where, "no peft_type", f"peft_type {_LORA!r}")
-        if kind != _LORA:
+        if kind != _LORA and kind not in known:
             names = ", ".join(sorted(bundle.tensors)[:2])
             tensors = f", tensors such as {names}" if names else ""
-            known = recognise_type(kind)
-            if known is not None:
-                raise error_for([known.as_problem(self.where)])
-            raise refuse("LF209", self.where, f"peft_type {kind!r}{tensors}: {_OTHER_FORM}", f"peft_type {_LORA!r}")
+            about = recognise_type(kind)
+            if about is not None:
+                raise error_for([about.as_problem(self.where)])
+            found = f"peft_type {kind!r}{tensors}: {_OTHER_FORM}"
+            raise refuse("LF209", self.where, found, f"one of {', '.join(sorted({_LORA, *known}))}")
+        return kind
 
     def problems(self) -> list[Problem]:
         """Return the options under which this version cannot merge."""
