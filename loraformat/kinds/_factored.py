@@ -95,7 +95,7 @@ class FactoredKind:
         problems = check_factors(target, self.layouts) or self._check_options(target)
         if problems:
             return problems
-        found = self._check_rank(target) + self._check_scale(target)
+        found = self._check_rank(target) or self._check_scale(target)
         return found or self.check_more(target, self.axes(target))
 
     def check_more(self, target: Target, axes: Axes) -> list[Problem]:
