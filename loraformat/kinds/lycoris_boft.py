@@ -83,7 +83,7 @@ class LycorisBoft(OutputRotation):
     source = "LyCORIS 4.1, module boft; arXiv 2311.06243"
     layouts = (
         Layout(MATRICES, {BLOCKS: "stages blocks size size"}, {RESCALE: "out 1"}),
-        Layout((SlotKind.CONV,), {BLOCKS: "stages blocks size size"}, {RESCALE: "out *1"}),
+        Layout((SlotKind.CONV,), {BLOCKS: "stages blocks size size"}, {RESCALE: "out 1 *1"}),
     )
 
     def check_more(self, target: Target, axes: Axes) -> list[Problem]:

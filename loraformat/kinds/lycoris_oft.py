@@ -30,7 +30,7 @@ class LycorisOft(OutputRotation):
     source = "LyCORIS 4.1, module diag_oft; kohya, networks/oft.py"
     layouts = (
         Layout(MATRICES, {BLOCKS: "blocks size size"}, {RESCALE: "out 1"}),
-        Layout((SlotKind.CONV,), {BLOCKS: "blocks size size"}, {RESCALE: "out *1"}),
+        Layout((SlotKind.CONV,), {BLOCKS: "blocks size size"}, {RESCALE: "out 1 *1"}),
     )
 
     def map(self, target: Target, change: Change, factors: Mapping[str, NDArray[Any]]) -> WeightMap:
