@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter, Target
+    from loraformat.algebra.difference import Difference
+    from loraformat.algebra.reduction import Reduction
+    from loraformat.algebra_api import compose, diff, resize, scale
     from loraformat.api import inspect, load, save, stamp, validate
     from loraformat.errors import FindingError, InputError, LoraformatError, OutputError, RefusedError
     from loraformat.inspection import AdapterInspection, BaseInspection
@@ -28,6 +31,7 @@ __all__ = [
     "Adapter",
     "AdapterInspection",
     "BaseInspection",
+    "Difference",
     "FindingError",
     "InputError",
     "LoraformatError",
@@ -35,18 +39,23 @@ __all__ = [
     "Plan",
     "Problem",
     "Receipt",
+    "Reduction",
     "RefusedError",
     "Target",
     "Undone",
     "Verdict",
     "Verification",
+    "compose",
+    "diff",
     "inspect",
     "load",
     "merge",
     "merge_each",
     "merge_into",
     "plan_merge",
+    "resize",
     "save",
+    "scale",
     "stamp",
     "unmerge",
     "validate",
@@ -55,6 +64,9 @@ __all__ = [
 
 _HOMES = {
     "loraformat.adapter": ("Adapter", "Target"),
+    "loraformat.algebra.difference": ("Difference",),
+    "loraformat.algebra.reduction": ("Reduction",),
+    "loraformat.algebra_api": ("compose", "diff", "resize", "scale"),
     "loraformat.api": ("inspect", "load", "save", "stamp", "validate"),
     "loraformat.errors": ("FindingError", "InputError", "LoraformatError", "OutputError", "RefusedError"),
     "loraformat.inspection": ("AdapterInspection", "BaseInspection"),

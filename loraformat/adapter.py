@@ -7,8 +7,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib import import_module
+from numbers import Real
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, cast, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -45,6 +47,10 @@ class Factor(Protocol):
     def read(self) -> NDArray[Any]:
         """Return its numbers."""
         ...
+
+
+_OPERATORS: Final = "loraformat.algebra.operators"
+"""Found by its name when `+` or `*` is used, as rooms find their members: records import nothing that lies above."""
 
 
 @runtime_checkable
@@ -192,3 +198,33 @@ class Adapter:
         """Yield every tensor of every target."""
         for target in self.targets:
             yield from target.factors.values()
+
+    def __add__(self, other: object) -> "Adapter":
+        """Return the adapter that does what both do, exactly; its factors are computed when they are read."""
+        return _operators().add(self, other, 1.0) if isinstance(other, Adapter) else NotImplemented
+
+    def __sub__(self, other: object) -> "Adapter":
+        """Return the adapter that undoes `other` after this one, exactly."""
+        return _operators().add(self, other, -1.0) if isinstance(other, Adapter) else NotImplemented
+
+    def __mul__(self, factor: object) -> "Adapter":
+        """Return the adapter `factor` times as strong; no factor changes."""
+        return _operators().multiply(self, float(factor)) if isinstance(factor, Real) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Adapter":
+        """Return the adapter with the opposite effect."""
+        return _operators().multiply(self, -1.0)
+
+
+class _Operators(Protocol):
+    """What the algebra provides."""
+
+    def add(self, one: Adapter, other: Adapter, weight: float) -> Adapter: ...
+
+    def multiply(self, adapter: Adapter, factor: float) -> Adapter: ...
+
+
+def _operators() -> _Operators:
+    return cast(_Operators, import_module(_OPERATORS))

@@ -82,7 +82,7 @@ def apply_plans(base: BaseModel, orders: Sequence[Order], work: Work) -> list[Re
             for each, found in zip(deliveries, sums, strict=True)
         ]
         for each, receipt in zip(deliveries, receipts, strict=True):
-            _finish(base, each, receipt)
+            _finish(base, each, receipt, work.effort.jobs)
         for file in list_inputs(base, orders):
             file.check_unchanged()
         for each in deliveries:
@@ -92,7 +92,7 @@ def apply_plans(base: BaseModel, orders: Sequence[Order], work: Work) -> list[Re
     return receipts
 
 
-def _finish(base: BaseModel, delivery: _Delivery, receipt: Receipt) -> None:
+def _finish(base: BaseModel, delivery: _Delivery, receipt: Receipt, jobs: int) -> None:
     """Put the receipt into its blank, and mend what depends on the numbers."""
     images, descriptors = delivery.assignment.images, delivery.pending.descriptors
     plan = delivery.order.plan
@@ -101,7 +101,7 @@ def _finish(base: BaseModel, delivery: _Delivery, receipt: Receipt) -> None:
         for image, descriptor in zip(images, descriptors, strict=True):
             if descriptor >= 0:
                 with output_errors(image.path):
-                    base.finish_output(image, descriptor, touched)
+                    base.finish_output(image, descriptor, touched, jobs)
     _fill_blank(images[-1], descriptors[-1], choose_form(plan, base).encode_receipt(receipt.embedded_text()))
 
 

@@ -105,7 +105,7 @@ def digest_file(file: InputFile) -> str:
 
 def list_files(adapter: Adapter) -> list[InputFile]:
     """Return the open files that an adapter's factors are read from; none for one made in memory."""
-    files = (getattr(factor, "file", None) for factor in adapter.factors())
+    files = (f for factor in adapter.factors() for f in getattr(factor, "files", (getattr(factor, "file", None),)))
     return list({id(file): file for file in files if isinstance(file, InputFile)}.values())
 
 

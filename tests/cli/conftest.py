@@ -82,6 +82,7 @@ def plan() -> SimpleNamespace:
         scales=(1.6,),
         ranks=(8,),
         kinds=("lora",),
+        changes=("a change",),
         evidence="node path",
         nbytes=12288,
     )

@@ -55,14 +55,17 @@ _ONLY_MERGING: Final = frozenset(
     "--dtype", metavar="FORM", help="Number form of the output, such as bfloat16; else each tensor keeps its own."
 )
 @click.option("--to", type=click.Choice(["safetensors"]), help="Write the output anew in this format.")
-@click.option("--resume", is_flag=True, help="Take up a killed run of the same merge, and leave something to take up.")
-@click.option("--link", is_flag=True, help="Hard links of a folder's untouched files instead of copies.")
 @click.option(
-    "--each", is_flag=True, help="A model of its own for each adapter, in the folder -o; reads the base once."
+    "--resume",
+    is_flag=True,
+    default=None,
+    help="Take up a killed run of the same merge, and leave something to take up.",
 )
+@click.option("--link", is_flag=True, default=None, help="Hard links of a folder's untouched files, not copies.")
+@click.option("--each", is_flag=True, help="A model for each adapter, in the folder -o; the base is read once.")
 @click.option("--in-place", is_flag=True, help="Rewrite the base's own files; a journal takes them back after a kill.")
 @click.option(
-    "--keep-undo", is_flag=True, help="Keep the overwritten bytes beside the output, for `loraformat unmerge`."
+    "--keep-undo", is_flag=True, default=None, help="Keep the overwritten bytes beside the output, for `unmerge`."
 )
 @click.option("-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: by the machine]")
 @click.option(
@@ -87,9 +90,9 @@ def command(
 ) -> None:
     r"""Merge adapters into a base model, each with its weight (1 if not given).
 
-    BASE is an ONNX model, a checkpoint file or a model folder, ADAPTER a file or a folder. What names an existing path is a
-    path, colons and all; otherwise the number after the last colon is the weight. The path of the merged model is all
-    that stdout gets.
+    BASE is an ONNX model, a checkpoint file or a model folder, ADAPTER a file or a folder. What names an existing path
+    is a path, colons and all; otherwise the number after the last colon is the weight. The path of the merged model is
+    all that stdout gets.
 
     \b
     Examples:
@@ -110,7 +113,7 @@ def command(
         _show_plan(screen, loraformat.plan_merge(base, pairs, output, **planning))
         return
     with screen.progress("merging") as progress:
-        if each:
+        if each and output is not None:
             receipts = loraformat.merge_each(base, pairs, output, progress=progress, **asked)
         elif in_place:
             receipts = [loraformat.merge_into(base, pairs, progress=progress, **asked)]

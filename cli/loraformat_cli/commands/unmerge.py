@@ -38,9 +38,9 @@ def command(
 ) -> None:
     r"""Undo a merge, exactly where its bytes were kept.
 
-    A model that a killed `merge --in-place` has left half done is rolled back from its journal. Where the merge was made
-    with --keep-undo, the overwritten bytes are put back: into a copy with -o, and without it in place, if the merge was
-    in place. Otherwise the adapters that you name are subtracted, which is not exact, and is said to be.
+    A model that a killed `merge --in-place` has left half done is rolled back from its journal. Where the merge was
+    made with --keep-undo, the overwritten bytes are put back: into a copy with -o, and without it in place, if the
+    merge was in place. Otherwise the adapters that you name are subtracted, which is not exact, and is said to be.
 
     \b
     Examples:

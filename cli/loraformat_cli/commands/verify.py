@@ -42,8 +42,8 @@ def command(
 ) -> None:
     r"""Prove that a merged model is its base but for the merged weights.
 
-    Every byte outside the merged weights is compared with the base's, every merged weight is computed once more, and the
-    receipt is compared with base and adapters. What differs is named; the exit code is then 1.
+    Every byte outside the merged weights is compared with the base's, every merged weight is computed once more, and
+    the receipt is compared with base and adapters. What differs is named; the exit code is then 1.
 
     \b
     Examples:
