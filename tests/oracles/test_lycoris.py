@@ -17,6 +17,7 @@ import loraformat
 from builders import MemoryFactor, write_tensors
 from loraformat.adapter import Adapter, Scaling, ScalingRule, SlotKind, Target
 from loraformat.containers.safetensors import CONTAINER
+from loraformat.kinds import KINDS
 from loraformat.strict_json import JsonValue
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class Algorithm:
 
 
 UP_DOWN = {"lora_up.weight": "lora_B.weight", "lora_down.weight": "lora_A.weight", "alpha": None}
+COLUMN = {**UP_DOWN, "dora_scale": "lora_magnitude_vector"}
+DORA = {"lora_dim": 3, "alpha": 6, "weight_decompose": True}
 NO_ALPHA: Mapping[str, str | None] = {"alpha": None}
 
 
@@ -102,6 +105,51 @@ ALGORITHMS = {
     ),
     "locon tucker": Algorithm(
         ("locon", "LoConModule"), "locon", {"lora_dim": 3, "alpha": 6, "use_tucker": True}, UP_DOWN, is_scaled=True
+    ),
+    "dora": Algorithm(("locon", "LoConModule"), "dora", DORA, COLUMN, is_scaled=True),
+    "dora over inputs": Algorithm(
+        ("locon", "LoConModule"), "dora", {**DORA, "wd_on_out": False}, UP_DOWN, is_scaled=True
+    ),
+    "loha": Algorithm(("loha", "LohaModule"), "loha", {"lora_dim": 3, "alpha": 6}, NO_ALPHA, is_scaled=True),
+    "loha tucker": Algorithm(
+        ("loha", "LohaModule"), "loha", {"lora_dim": 3, "alpha": 6, "use_tucker": True}, NO_ALPHA, is_scaled=True
+    ),
+    "loha with dora": Algorithm(
+        ("loha", "LohaModule"),
+        "dora_loha",
+        {**DORA, "wd_on_out": True},
+        {**NO_ALPHA, "dora_scale": "lora_magnitude_vector"},
+        is_scaled=True,
+    ),
+    "loha with dora over inputs": Algorithm(
+        ("loha", "LohaModule"), "dora_loha", {**DORA, "wd_on_out": False}, NO_ALPHA, is_scaled=True
+    ),
+    "lokr": Algorithm(
+        ("lokr", "LokrModule"), "lokr", {"lora_dim": 2, "alpha": 6, "factor": 2}, NO_ALPHA, is_scaled=True
+    ),
+    "lokr, both decomposed": Algorithm(
+        ("lokr", "LokrModule"),
+        "lokr",
+        {"lora_dim": 1, "alpha": 6, "factor": 4, "decompose_both": True},
+        NO_ALPHA,
+        is_scaled=True,
+    ),
+    "lokr tucker": Algorithm(
+        ("lokr", "LokrModule"),
+        "lokr",
+        {"lora_dim": 1, "alpha": 6, "factor": 2, "use_tucker": True},
+        NO_ALPHA,
+        is_scaled=True,
+    ),
+    "lokr whole": Algorithm(
+        ("lokr", "LokrModule"), "lokr", {"lora_dim": 9, "alpha": 6, "factor": 2, "full_matrix": True}, NO_ALPHA
+    ),
+    "lokr with dora over inputs": Algorithm(
+        ("lokr", "LokrModule"),
+        "dora_lokr",
+        {**DORA, "lora_dim": 2, "factor": 2, "wd_on_out": False},
+        NO_ALPHA,
+        is_scaled=True,
     ),
     "full": Algorithm(("full", "FullModule"), "diff"),
     "norm": Algorithm(("norms", "NormModule"), "diff"),
@@ -140,6 +188,8 @@ MATRICES = ("linear", "linear without bias", *CONVOLUTIONS, "conv2d 1x1")
 SUPPORTED = {
     "locon": (*MATRICES, "conv2d in groups"),
     "locon tucker": (*CONVOLUTIONS, "conv2d in groups"),
+    "loha tucker": CONVOLUTIONS,
+    "lokr tucker": CONVOLUTIONS,
     "norm": ("layernorm", "groupnorm"),
 }
 CASES = [(algorithm, layer) for algorithm in ALGORITHMS for layer in SUPPORTED.get(algorithm, MATRICES)]
@@ -163,12 +213,20 @@ def train(algorithm: Algorithm, layer: "nn.Module") -> "tuple[nn.Module, dict[st
 
 
 def read(algorithm: Algorithm, slot: SlotKind, saved: Arrays) -> Target:
-    """Return the target that saved tensors are."""
+    """Return the target that saved tensors are, in our roles."""
     roles = {algorithm.names.get(name, name): array for name, array in saved.items()}
+    lengths = roles.get("lora_magnitude_vector")
+    if lengths is not None:  # A column there, and as PEFT has it here.
+        roles["lora_magnitude_vector"] = lengths.reshape(1, *lengths.shape[:1], *lengths.shape[2:])[
+            0 if lengths.ndim == 2 else ...
+        ]
     factors = {role: MemoryFactor(role, array) for role, array in roles.items() if role is not None}
     scaling, rank = Scaling(ScalingRule.MULTIPLIER, 1.0), 0
     if algorithm.is_scaled:
-        rank = int(algorithm.settings["lora_dim"])
+        kind = KINDS.find(algorithm.kind)
+        assert kind is not None
+        rank = kind.rank(factors)
+    if rank:  # LoKr of two whole matrices has none, and LyCORIS gives it the scale 1.
         scaling = Scaling(ScalingRule.ALPHA_OVER_RANK, float(saved["alpha"]))
     return Target("m", algorithm.kind, slot, factors, rank, scaling, options=algorithm.options(saved))
 
@@ -207,11 +265,11 @@ def test_merged_is_trained(tmp_path: Path, algorithm: str, layer: str) -> None:
 
 
 def test_every_algorithm_of_the_package_is_tried() -> None:
-    """But for those whose kinds are tried elsewhere, and those that save what another saves."""
+    """But for those that save what another saves."""
     from importlib import import_module
     from pkgutil import iter_modules
 
     package = import_module("lycoris.modules")
     files = {module.name for module in iter_modules(package.__path__)}
-    elsewhere = {"base", "loha", "lokr", "dylora", "tlora"}
+    elsewhere = {"base", "dylora", "tlora"}
     assert files - elsewhere == {how.module[0] for how in ALGORITHMS.values()}
