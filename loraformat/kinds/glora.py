@@ -1,7 +1,7 @@
 """GLoRA as PEFT has it: W∘(1 + A) + B, b∘(1 + D) + E (Chavan et al., arXiv 2306.07967).
 
 A and B are each a product `Xd (out, rank)·Xu (rank, in)`, a number of every row `X (out, 1)`, one number `X (1)`, or
-missing; D and E a number of every row `X (out)`, one number `X (1)`, or missing. PEFT writes the missing as `zeros`.
+nothing, `zeros (out, in)`; D and E a number of every row `X (out)`, one number `X (1)`, or nothing.
 
 C adds W·C to the bias. Here a bias is computed from itself alone, so that a C other than `zeros` is refused.
 """
@@ -47,11 +47,10 @@ class Glora(FactoredKind):
         """Return problems of halves, of two forms at once, and of C."""
         for which in "ABCDE":
             forms = {role.rpartition(".")[2] for role in target.factors if role.startswith(f"glora_{which}.")}
-            if forms not in ({"Xd", "Xu"}, {"X"}, {"zeros"}, set()):
-                found = f"glora_{which} as {', '.join(sorted(forms))}"
-                return [Problem("LF201", target.name, found, "Xd and Xu, or X, or zeros")]
-        if not target.factors:
-            return [Problem("LF201", target.name, "no tensors", "glora_A and glora_B")]
+            missing = not forms and which in "AB"
+            if missing or forms not in ({"Xd", "Xu"}, {"X"}, {"zeros"}, set()):
+                found = f"glora_{which} as {', '.join(sorted(forms)) or 'nothing'}"
+                return [Problem("LF201", target.name, found, f"glora_{which} as Xd and Xu, or X, or zeros")]
         if {"glora_C.Xd", "glora_C.X"} & set(target.factors):
             return [Problem("LF209", target.name, "glora_C, which adds W·C to the bias", "config_C of none")]
         return []
