@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import loraformat
 from builders import MemoryFactor, write_tensors
-from laws.kind_laws import Example, KindLaws, main_change, whole
+from laws.kind_laws import Example, KindLaws, whole
 from loraformat.adapter import Adapter, PartialFactor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.containers.safetensors import CONTAINER
 from loraformat.kinds import Nature
@@ -113,7 +113,7 @@ def test_a_stream_is_the_array(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert isinstance(target.factors["diff"], PartialFactor)
     for scale in (1.0, 0.3):
         expected = (saved.astype(np.float64) * scale).astype(np.float32)
-        stream = KIND.delta(target, main_change(KIND, target), target.factors, scale)
+        stream = KIND.delta(target, KIND.changes(target)[0], target.factors, scale)
         np.testing.assert_array_equal(whole(stream, np.float32), expected)
         turned = stream.transposed()
         np.testing.assert_array_equal(whole(turned, np.float32), expected.T)
