@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Final
 
 from loraformat.adapter import SlotKind, Target
+from loraformat.errors import refuse
 from loraformat.problems import Problem
-from loraformat.schemes._peft_config import PeftConfig, fits_pattern
+from loraformat.schemes._peft_config import PeftConfig
+from loraformat.schemes._peft_patterns import fits_whole
 from loraformat.schemes._peft_type import Barrier, Factors, PeftType, read_number
 from loraformat.strict_json import JsonValue
 
@@ -27,9 +29,14 @@ def _is_feedforward(config: PeftConfig, target: str, factors: Factors) -> Mappin
     """Say whether (IA)³ multiplies the inputs of a module, as PEFT chooses."""
     modules = config.fields.get("feedforward_modules")
     if isinstance(modules, str):
-        return {"is_feedforward": fits_pattern(modules, target, f"{config.where}: feedforward_modules")}
+        try:
+            return {"is_feedforward": fits_whole(modules, target)}
+        except ValueError as error:
+            found = f"the pattern {modules!r:.80}: {error}"
+            where = f"{config.where}: feedforward_modules"
+            raise refuse("LF213", where, found, "a simple regular expression") from error
     named = modules if isinstance(modules, Sequence) else ()
-    return {"is_feedforward": any(target == name or target.endswith(f".{name}") for name in named)}
+    return {"is_feedforward": any(target.endswith(str(name)) for name in named)}  # PEFT looks at no dot before it.
 
 
 def _read_oft_generation(config: PeftConfig, target: str, factors: Factors) -> Mapping[str, JsonValue]:
@@ -190,7 +197,11 @@ TYPES: Final[Mapping[str, PeftType]] = {
         convolves=("hira_A",),
     ),
     "GLORA": PeftType(
-        "glora", _same(*(f"glora_{path}.{form}" for path in "ABCDE" for form in ("Xd", "Xu", "X", "zeros")))
+        "glora",
+        _same(
+            *(f"glora_{path}.{form}" for path in "ABCDE" for form in ("X", "zeros")),
+            *(f"glora_{path}.{form}" for path in "ABC" for form in ("Xd", "Xu")),
+        ),
     ),
     "BEFT": PeftType("beft", _same("beft_bias")),
     "LN_TUNING": PeftType(
