@@ -28,6 +28,7 @@ class OutputRotation(FactoredKind):
     options: ClassVar[Mapping[str, Option]] = {"constraint": number(0.0)}
     rank_axis = ""
     is_scaled = False
+    is_flat = True
 
     def check_more(self, target: Target, axes: Axes) -> list[Problem]:
         """Return a problem when the blocks and what follows them have not the same outputs."""
