@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter, Target
+    from loraformat.algebra.analysis import Analysis
     from loraformat.algebra.difference import Difference
+    from loraformat.algebra.extraction import Extraction
+    from loraformat.algebra.initialise import Initialisation
     from loraformat.algebra.reduction import Reduction
     from loraformat.algebra_api import compose, diff, resize, scale
+    from loraformat.analysis_api import analyse, extract, init, save_page
     from loraformat.api import inspect, load, save, stamp, validate
     from loraformat.errors import FindingError, InputError, LoraformatError, OutputError, RefusedError
     from loraformat.inspection import AdapterInspection, BaseInspection
@@ -30,9 +34,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "AdapterInspection",
+    "Analysis",
     "BaseInspection",
     "Difference",
+    "Extraction",
     "FindingError",
+    "Initialisation",
     "InputError",
     "LoraformatError",
     "OutputError",
@@ -45,8 +52,11 @@ __all__ = [
     "Undone",
     "Verdict",
     "Verification",
+    "analyse",
     "compose",
     "diff",
+    "extract",
+    "init",
     "inspect",
     "load",
     "merge",
@@ -55,6 +65,7 @@ __all__ = [
     "plan_merge",
     "resize",
     "save",
+    "save_page",
     "scale",
     "stamp",
     "unmerge",
@@ -64,9 +75,13 @@ __all__ = [
 
 _HOMES = {
     "loraformat.adapter": ("Adapter", "Target"),
+    "loraformat.algebra.analysis": ("Analysis",),
     "loraformat.algebra.difference": ("Difference",),
+    "loraformat.algebra.extraction": ("Extraction",),
+    "loraformat.algebra.initialise": ("Initialisation",),
     "loraformat.algebra.reduction": ("Reduction",),
     "loraformat.algebra_api": ("compose", "diff", "resize", "scale"),
+    "loraformat.analysis_api": ("analyse", "extract", "init", "save_page"),
     "loraformat.api": ("inspect", "load", "save", "stamp", "validate"),
     "loraformat.errors": ("FindingError", "InputError", "LoraformatError", "OutputError", "RefusedError"),
     "loraformat.inspection": ("AdapterInspection", "BaseInspection"),

@@ -41,9 +41,14 @@ def _compose_receipt(
 
 
 def finish_receipt(
-    plan: Plan, base: BaseModel, sums: Sequence[TileSums], min_retained: float, warn_retained: float
+    plan: Plan,
+    base: BaseModel,
+    sums: Sequence[TileSums],
+    min_retained: float,
+    warn_retained: float,
+    room_bytes: int = 0,
 ) -> Receipt:
-    """Return the receipt, or raise what the numbers say against the merge."""
+    """Return the receipt, or raise what the numbers say against the merge; `room_bytes` is its draft's."""
     pairs = list(zip(plan.weights, sums, strict=True))
     found = [problem for weight, total in pairs for problem in _judge(weight, total, min_retained, warn_retained)]
     errors = [problem for problem in found if problem.severity == "error"]
@@ -56,7 +61,6 @@ def finish_receipt(
         for w, total in pairs
         if w.changes
     ]
-    room_bytes = draft_receipt(plan, base).room_bytes
     return _compose_receipt(plan, base, weights, [*plan.problems, *found], room_bytes)
 
 

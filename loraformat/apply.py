@@ -55,6 +55,7 @@ class _Delivery:
     assignment: Assignment
     pending: PendingOutput | PendingFolder
     log: FileJobLog | None
+    room_bytes: int
 
 
 def apply_plan(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter], work: Work) -> Receipt:
@@ -78,7 +79,7 @@ def apply_plans(base: BaseModel, orders: Sequence[Order], work: Work) -> list[Re
         deliveries = [stack.enter_context(_open(base, order, work)) for order in orders]
         sums = carry_out([each.assignment for each in deliveries], work.effort)
         receipts = [
-            finish_receipt(each.order.plan, base, found, work.min_retained, work.warn_retained)
+            finish_receipt(each.order.plan, base, found, work.min_retained, work.warn_retained, each.room_bytes)
             for each, found in zip(deliveries, sums, strict=True)
         ]
         for each, receipt in zip(deliveries, receipts, strict=True):
@@ -126,7 +127,9 @@ def _open(base: BaseModel, order: Order, work: Work) -> Iterator[_Delivery]:
             FileSink(descriptor, image.path) if descriptor >= 0 else None
             for descriptor, image in zip(pending.descriptors, images, strict=True)
         ]
-        yield _Delivery(order, Assignment(plan, base, order.adapters, images, sinks, log), pending, log)
+        yield _Delivery(
+            order, Assignment(plan, base, order.adapters, images, sinks, log), pending, log, draft.room_bytes
+        )
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from loraformat.limits import COPY_CHUNK_BYTES
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
 from loraformat.sinks import Sink
 from loraformat.spans import StoredTensor
-from loraformat.tiles import TileBuffers, TileSums, merge_tile
+from loraformat.tiles import TileBuffers, TileSums, merge_rows
 from loraformat.weight_work import WeightWork, count_held
 
 _RUN_BYTES: Final = 8 << 20
@@ -202,11 +202,8 @@ class _Bench:
 
 
 def _merge_run(work: WeightWork, buffers: TileBuffers, run: range, sink: Sink, offset: int) -> TileSums:
-    """Merge the tiles of stored rows `run`, in order."""
-    sums = TileSums()
-    step = work.weight.tile_rows
-    for start in range(run.start, run.stop, step):
-        sums += merge_tile(work, buffers, range(start, min(start + step, run.stop)), sink, offset)
+    """Merge the stored rows `run`, and let go of what they needed if they were the last."""
+    sums = merge_rows(work, buffers, run, sink, offset)
     work.finish_run()
     return sums
 

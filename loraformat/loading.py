@@ -136,9 +136,9 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
 def open_base(path: Path) -> BaseModel:
     """Index the model at `path`; raises LoraformatError."""
     head, size = (b"", 0) if isdir(path) else _read_head(path)
-    matching = [base for _, base in BASES if base.accepts(path, head, size)]
-    if matching:
-        return matching[0].open(path)
+    matching = next((base for _, base in BASES if base.accepts(path, head, size)), None)
+    if matching is not None:  # The rest need not be imported.
+        return matching.open(path)
     if isdir(path):
         inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors", ".bin"})
         found = f"a folder with {', '.join(inside[:4]) or 'no model'}"

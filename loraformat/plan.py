@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -162,7 +163,7 @@ class PlannedWeight:
         return tuple(change.kind for change in self.changes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # No slots: the digest is kept, once asked for.
 class Plan:
     """What a merge will do.
 
@@ -190,7 +191,7 @@ class Plan:
     rewritten: bool = False
     options: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Digest of everything that decides the merged numbers: equal plans give equal bytes."""
         return hashlib.sha256(write_canonical(self._decisive())).hexdigest()

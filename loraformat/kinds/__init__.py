@@ -55,6 +55,8 @@ class Change:
         slot: what kind of slot the parameter is.
         streams: whether its factors are values of the parameter's own size. Those that can be read in parts are then
             handed over unread, as `PartialFactor`, in place of arrays.
+        open: whether the parameter may have more rows than `shape`, which stay as they are.
+        shared: whether it is meant for all tables that a model ties together, though only one is named.
         is_optional: whether a base without the parameter has nothing to change: a bias that is scaled with its weight.
         is_flat: whether it may as well be a kernel `(out, in, *kernel)`, since its factors only know the matrix.
     """
@@ -65,6 +67,8 @@ class Change:
     roles: tuple[str, ...]
     slot: SlotKind
     streams: bool = False
+    open: bool = False
+    shared: bool = False
     is_optional: bool = False
     is_flat: bool = False
 

@@ -12,6 +12,7 @@ from loraformat.adapter import Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.errors import refuse
 from loraformat.problems import Problem
 from loraformat.schemes._peft_config import PeftConfig, fits_pattern
+from loraformat.schemes._peft_groups import BASE, COPY, REPLACE
 from loraformat.schemes._table import NameTable, Row
 from loraformat.strict_json import JsonValue
 
@@ -19,12 +20,14 @@ SHARED: Final = "base_model"
 """The module below which factors of all targets stand: `base_model.vera_A`."""
 
 _REPLACED: Final = (
-    Row("modules_to_save.{adapter}.weight", "replace", "weight"),
-    Row("modules_to_save.{adapter}.bias", "replace", "bias"),
-    Row("base_layer.weight", "replace", "weight"),
-    Row("base_layer.bias", "replace", "bias"),
-    Row("weight", "replace", "weight"),
-    Row("bias", "replace", "bias"),
+    Row("modules_to_save.{adapter}.weight", REPLACE, "weight"),
+    Row("modules_to_save.{adapter}.bias", REPLACE, "bias"),
+    Row("modules_to_save.weight", COPY, "modules_to_save.weight"),
+    Row("modules_to_save.bias", COPY, "modules_to_save.bias"),
+    Row("base_layer.weight", BASE, "base_layer.weight"),
+    Row("base_layer.bias", BASE, "base_layer.bias"),
+    Row("weight", REPLACE, "weight"),
+    Row("bias", REPLACE, "bias"),
 )
 
 Factors = Mapping[str, Factor]
