@@ -68,11 +68,11 @@ class Recognised:
     evidence: str
     field: str = ""
 
-    def as_problem(self, where: object) -> Problem:
+    def as_problem(self, where: object, expected: str = _EXPECTED) -> Problem:
         """Return the refusal: what it is, by what it is known, why there is no weight, what to do instead."""
         place = f"{where}: {self.field}" if self.field else str(where)
         found = f"{self.row.name} ({self.evidence}): {self.row.why}"
-        return Problem(_CODE, place, found, _EXPECTED, self.row.mend)
+        return Problem(_CODE, place, found, expected, self.row.mend)
 
 
 def _is(*values: str) -> Callable[[JsonValue], bool]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from loraformat.adapter import Factor, ScalingRule, SlotKind, Target
-from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles
+from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles, refuse_options
 from loraformat.kinds._streams import make_values
 from loraformat.problems import Problem
 
@@ -39,7 +39,7 @@ class Diff:
 
     def check(self, target: Target) -> list[Problem]:
         """Return problems of slot, roles, rank, scaling, number forms and shapes."""
-        problems = check_roles(target, self.role_sets)
+        problems = [*refuse_options(target), *check_roles(target, self.role_sets)]
         if not target.factors:
             problems.append(Problem("LF201", target.name, "no tensors", "a difference of a weight, a bias, or both"))
         if target.rank:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from numpy.typing import NDArray
 
 from loraformat.adapter import Factor, ScalingRule, SlotKind, Target
-from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles
+from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles, refuse_options
 from loraformat.kinds._streams import make_values
 from loraformat.problems import Problem
 
@@ -28,7 +28,7 @@ class Replace:
 
     def check(self, target: Target) -> list[Problem]:
         """Return problems of slot, roles, rank, scaling, number forms and shapes."""
-        problems = check_roles(target, self.role_sets)
+        problems = [*refuse_options(target), *check_roles(target, self.role_sets)]
         if not target.factors:
             problems.append(Problem("LF201", target.name, "no tensors", "a weight, a bias, or both"))
         if target.rank:

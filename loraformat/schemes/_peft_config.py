@@ -87,11 +87,10 @@ class PeftConfig:
         if kind not in _READ and kind not in known:
             names = ", ".join(sorted(bundle.tensors)[:2])
             tensors = f", tensors such as {names}" if names else ""
-            about = recognise_type(kind)
+            about, readable = recognise_type(kind), f"one of {', '.join(sorted({_LORA, *known}))}"
             if about is not None:
-                raise error_for([about.as_problem(self.where)])
-            found = f"peft_type {kind!r}{tensors}: {_OTHER_FORM}"
-            raise refuse("LF209", self.where, found, f"one of {', '.join(sorted({_LORA, *known}))}")
+                raise error_for([about.as_problem(self.where, readable)])
+            raise refuse("LF209", self.where, f"peft_type {kind!r}{tensors}: {_OTHER_FORM}", readable)
         return kind
 
     def problems(self) -> list[Problem]:
