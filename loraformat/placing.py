@@ -1,4 +1,4 @@
-"""Where an output goes: checked before anything is made, opened aside, and what it makes needless removed at the end."""
+"""Where an output goes: checked before anything is made, opened aside; what it makes needless is removed at the end."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress

@@ -7,6 +7,7 @@ the merged model that it belongs to.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -148,7 +149,7 @@ def open_undo(path: Path) -> Undo:
         raise refuse("LF803", path, f"plan {plan_sha256!r:.80}", "a digest, and the text of a receipt or null")
     spans = tuple(_read_span(path, name, tensor) for name, tensor in opened.tensors.items())
     ordered = sorted(spans, key=lambda kept: (kept.file, kept.offset))
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in pairwise(ordered):
         if one.file == other.file and one.offset + one.length > other.offset:
             raise refuse("LF803", path, f"bytes of {one.file!r} at {other.offset} twice", "each byte once")
     before = receipt.encode("latin-1", "replace") if receipt is not None else None

@@ -126,10 +126,10 @@ def check_receipt(statement: Statement | None, plan: Plan, sums: Sequence[TileSu
         yield Problem("LF803", f"{where}: base", "a base of another structure", "the base that the receipt names")
         return
     names = [adapter.name for adapter in plan.adapters]
-    if stated == found and statement.base == plan.base and names == [name for name, *_ in statement.adapters]:
-        if statement.plan_sha256 != plan.sha256:
-            yield Problem("LF803", f"{where}: plan_sha256", statement.plan_sha256, plan.sha256)
+    same_names = statement.base == plan.base and names == [name for name, *_ in statement.adapters]
     if stated == found:
+        if same_names and statement.plan_sha256 != plan.sha256:
+            yield Problem("LF803", f"{where}: plan_sha256", statement.plan_sha256, plan.sha256)
         yield from _check_weights(statement, plan, sums, where)
 
 

@@ -1,6 +1,7 @@
 """A small base in every form that merges know, adapters for it, and what is read of a model without our code."""
 
 import json
+import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +72,11 @@ def write_base(folder: Path, form: str, name: str = "base", seed: int = 0, numbe
     write_model_folder(path, state, single, 3, write, dtype=np.dtype(number_form).name)
     (path / "tokenizer.json").write_text('{"model": {}}\n')
     return path
+
+
+def copy_base(base: Path, folder: Path) -> Path:
+    """Copy a base with all that is in its folder, since names of many data files are drawn by chance."""
+    return shutil.copytree(base.parent, folder) / base.name
 
 
 def make_factors(seed: int = 1, modules: tuple[str, ...] = MODULES[:2]) -> dict[str, Factors]:

@@ -7,7 +7,7 @@ import pytest
 
 import loraformat
 from loraformat.verification import Verification
-from models import FOLDERS, FORMS, OTHERS_FORMAT, STATES, read_model, suffix_of, write_adapter, write_base
+from models import FOLDERS, FORMS, OTHERS_FORMAT, STATES, copy_base, read_model, suffix_of, write_adapter, write_base
 
 
 def codes(found: Verification) -> set[str]:
@@ -53,7 +53,7 @@ def test_several_adapters_take_their_weights_from_the_receipt(tmp_path: Path, ad
 @pytest.mark.parametrize("keep", [False, True], ids=["plain", "undo"])
 def test_a_merge_in_place_is_proven(tmp_path: Path, adapter: Path, form: str, keep: bool) -> None:
     base = write_base(tmp_path / "in", form)
-    model = write_base(tmp_path / "work", form)
+    model = copy_base(base, tmp_path / "work")
     loraformat.merge_into(model, [adapter], keep_undo=keep)
     assert loraformat.verify(model, base, [adapter]).problems == ()
 
@@ -61,14 +61,15 @@ def test_a_merge_in_place_is_proven(tmp_path: Path, adapter: Path, form: str, ke
 @pytest.mark.parametrize("form", FORMS)
 def test_a_second_merge_in_place_is_proven_against_the_first(tmp_path: Path, adapter: Path, form: str) -> None:
     other = write_adapter(tmp_path / "other", 2)
-    once, twice = write_base(tmp_path / "once", form), write_base(tmp_path / "twice", form)
+    base = write_base(tmp_path / "in", form)
+    once, twice = copy_base(base, tmp_path / "once"), copy_base(base, tmp_path / "twice")
     loraformat.merge_into(once, [adapter])
     first = loraformat.merge_into(twice, [adapter])
     second = loraformat.merge_into(twice, [other])
     assert second.parent is not None
     assert second.parent["plan_sha256"] == first.plan_sha256
     assert loraformat.verify(twice, once, [other]).problems == ()
-    assert not loraformat.verify(twice, write_base(tmp_path / "fresh", form), [other]).holds
+    assert not loraformat.verify(twice, base, [other]).holds
 
 
 @pytest.mark.parametrize("form", STATES)
