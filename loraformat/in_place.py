@@ -16,7 +16,7 @@ from loraformat.bases import BaseModel
 from loraformat.disk_space import check_space
 from loraformat.engine import Assignment, carry_out
 from loraformat.errors import refuse
-from loraformat.files import copy_range
+from loraformat.files import copy_range, resolve_inside
 from loraformat.images import Copy, FileImage
 from loraformat.output_forms import Order, list_touched
 from loraformat.outputs import PendingOutput, output_errors, sync_folder
@@ -63,7 +63,7 @@ def merge_in_place(base: BaseModel, order: Order, work: Work) -> Receipt:
         try:
             receipt = _rewrite(base, order, images, sinks, work)
         except BaseException:
-            roll_back(base)
+            roll_back(base.path)
             raise
     if work.keep_undo:
         os.replace(name_journal(base.path), name_undo(base.path))
@@ -91,38 +91,42 @@ def _rewrite(base: BaseModel, order: Order, images: Sequence[FileImage], sinks: 
     return receipt
 
 
-def restore_in_place(model: BaseModel, undo: Undo) -> None:
-    """Write the kept bytes back to where they stood; doing it twice is doing it once."""
-    files = check_undo(undo, model, find_root(model))
-    touched = {files[kept.file].path for kept in undo.spans}
+def restore_in_place(model: Path, undo: Undo) -> None:
+    """Write the kept bytes back to where they stood; doing it twice is doing it once.
+
+    The model need not be readable: between two writes it may be anything.
+    """
+    root = find_root(model)
+    files = {kept.file: InputFile(resolve_inside(root / "model", kept.file)) for kept in undo.spans}
+    check_undo(undo, files)
     images = [_describe_itself(file) for file in files.values()]
-    with _open_for_patches(images, touched) as sinks:
-        for name, image, sink in zip(files, images, sinks, strict=True):
+    with _open_for_patches(images, {file.path for file in files.values()}) as sinks:
+        for name, sink in zip(files, sinks, strict=True):
             for kept in undo.spans:
                 if sink is not None and kept.file == name:
-                    with output_errors(image.path):
+                    with output_errors(sink.path):
                         span = kept.kept.span
                         copy_range(undo.file.descriptor, span.offset, sink.descriptor, kept.offset, span.length)
         _sync(sinks)
-    beside = name_side_receipt(model.path)
+    beside = name_side_receipt(model)
     if undo.receipt is not None:
         _write_beside(beside, undo.receipt)
     else:
         beside.unlink(missing_ok=True)
 
 
-def roll_back(model: BaseModel) -> int:
+def roll_back(model: Path) -> int:
     """Restore a model from the journal of a merge in place that was not completed; return the bytes written back."""
-    journal = name_journal(model.path)
+    journal = name_journal(model)
     undo = open_undo(journal)
     restore_in_place(model, undo)
     journal.unlink()
     return undo.kept_bytes
 
 
-def find_root(model: BaseModel) -> Path:
+def find_root(model: Path) -> Path:
     """Return the folder that an undo file names the model's files from."""
-    return model.path if model.path.is_dir() else model.path.parent
+    return model if model.is_dir() else model.parent
 
 
 def _describe_itself(file: InputFile) -> FileImage:
@@ -145,7 +149,7 @@ def _write_journal(base: BaseModel, order: Order, images: Sequence[FileImage]) -
     check_no_journal(base.path)
     journal, beside = name_journal(base.path), name_side_receipt(base.path)
     record = record_in_place(read_small(beside) if beside.is_file() else None)
-    image = describe_undo(journal, find_root(base), images, order.plan, base, record)
+    image = describe_undo(journal, find_root(base.path), images, order.plan, base, record)
     check_space([(journal, image.size_bytes)])
     with PendingOutput([journal], force=False, durable=True) as pending:
         sink = FileSink(pending.descriptors[0], journal)

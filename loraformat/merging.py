@@ -33,7 +33,7 @@ from loraformat.plan import Plan, WeightedAdapter
 from loraformat.planning import build_plan, default_output
 from loraformat.receipt import Receipt, Statement, read_statement
 from loraformat.side_receipt import find_receipt
-from loraformat.unmerging import Undone, undo_merge
+from loraformat.unmerging import Undone, take_back, undo_merge
 from loraformat.verification import Verification, verify_merge
 
 
@@ -191,8 +191,11 @@ def unmerge(
     Raises:
         LoraformatError: LF622 nothing to undo it with.
     """
-    opened = open_base(Path(model))
     place = Path(output) if output is not None else None
+    undone = take_back(Path(model).absolute(), place)
+    if undone is not None:
+        return undone
+    opened = open_base(Path(model))
     undone = undo_merge(opened, place, _make_work(options))
     if undone is not None:
         return undone

@@ -156,14 +156,17 @@ def open_undo(path: Path) -> Undo:
     return Undo(opened.file, spans, plan_sha256, _RECEIPT in record, before)
 
 
-def check_undo(undo: Undo, model: BaseModel, root: Path) -> dict[str, InputFile]:
-    """Return the model's files as the undo file calls them; LF803 when it keeps what the model does not have."""
-    files = {os.path.relpath(file.path, root): file for file in model.files}
+def check_undo(undo: Undo, files: Mapping[str, InputFile]) -> None:
+    """Refuse an undo file (LF803) that keeps what a model does not have.
+
+    Args:
+        undo: the undo file.
+        files: the model's files, as the undo file calls them.
+    """
     for kept in undo.spans:
         if kept.file not in files or kept.offset + kept.length > files[kept.file].size_bytes:
             found = f"{kept.length} bytes of {kept.file!r} at {kept.offset}"
             raise refuse("LF803", undo.file.path, found, "a range of a file of the model")
-    return files
 
 
 def _read_span(path: Path, name: str, tensor: StoredTensor) -> KeptSpan:

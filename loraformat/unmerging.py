@@ -45,8 +45,22 @@ class Undone:
         return {"output": str(self.output), "exact": self.exact, "restored_bytes": self.restored_bytes}
 
 
+def take_back(model: Path, output: Path | None) -> Undone | None:
+    """Roll back a merge in place that was not completed; None where there is no journal of one.
+
+    Raises:
+        LoraformatError: LF621 an output is asked for, LF803 a journal that is none of this model.
+    """
+    journal = name_journal(model)
+    if not journal.is_file():
+        return None
+    if output is not None:
+        raise refuse("LF621", model, f"the journal {journal.name}", "no -o: the model itself is rolled back")
+    return Undone(model, exact=True, restored_bytes=roll_back(model))
+
+
 def undo_merge(model: BaseModel, output: Path | None, work: Work) -> Undone | None:
-    """Undo a merge from a journal or an undo file; None where there is neither.
+    """Undo a merge from an undo file; None where there is none.
 
     Args:
         model: the opened model.
@@ -54,18 +68,15 @@ def undo_merge(model: BaseModel, output: Path | None, work: Work) -> Undone | No
         work: how to do it.
 
     Raises:
-        LoraformatError: LF601 no output for a model that was not merged in place, LF621 an output for one that a killed
-            merge has left half done, LF803 the undo file belongs to another model or merge.
+        LoraformatError: LF601 no output for a model that was not merged in place, LF803 the undo file belongs to
+            another model or merge.
     """
-    journal, path = name_journal(model.path), name_undo(model.path)
-    if journal.is_file():
-        if output is not None:
-            raise refuse("LF621", model.path, f"the journal {journal.name}", "no -o: the model itself is rolled back")
-        return Undone(model.path, exact=True, restored_bytes=roll_back(model))
+    path = name_undo(model.path)
     if not path.is_file():
         return None
     undo = open_undo(path)
-    files = check_undo(undo, model, find_root(model))
+    files = {os.path.relpath(file.path, find_root(model.path)): file for file in model.files}
+    check_undo(undo, files)
     receipt = find_receipt(model) or {}
     if receipt.get("plan_sha256") != undo.plan_sha256:
         raise refuse("LF803", path, f"bytes of the merge {undo.plan_sha256:.12}...", "those of the model's last merge")
@@ -74,8 +85,10 @@ def undo_merge(model: BaseModel, output: Path | None, work: Work) -> Undone | No
         return Undone(output, exact=True, restored_bytes=undo.kept_bytes)
     if not undo.is_in_place:
         raise refuse("LF601", model.path, "a model that was not merged in place", "-o with another name")
-    os.replace(path, journal)  # A model that is half restored must not be taken for a whole one either.
-    return Undone(model.path, exact=True, restored_bytes=roll_back(model))
+    os.replace(
+        path, name_journal(model.path)
+    )  # A model that is half restored must not be taken for a whole one either.
+    return Undone(model.path, exact=True, restored_bytes=roll_back(model.path))
 
 
 def _write_restored(model: BaseModel, output: Path, undo: Undo, names: Mapping[Path, str], work: Work) -> None:
