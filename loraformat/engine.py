@@ -120,7 +120,7 @@ def carry_out(assignments: Sequence[Assignment], effort: Effort) -> list[list[Ti
         ((job, work.assignment.log, number) for number, work in enumerate(works) for job in work.list_jobs()),
         key=lambda entry: entry[0].order,
     )
-    tracker.start(sum(image.size_bytes for each in assignments for image in each.images))
+    tracker.start(sum(job.output_bytes for job, *_ in jobs))
     with threadpool_limits(limits=1), ThreadPoolExecutor(workers, thread_name_prefix="loraformat") as pool:
         try:
             futures = [pool.submit(_do, job, log, tracker) for job, log, _ in jobs]
