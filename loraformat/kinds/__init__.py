@@ -142,6 +142,11 @@ class RoleSet:
     optional: tuple[str, ...] = ()
 
 
+def refuse_options(target: Target) -> list[Problem]:
+    """Return a problem for each option of a target whose kind has none."""
+    return [Problem("LF120", target.name, f"the option {name!r}", "no options") for name in target.options]
+
+
 def check_roles(target: Target, role_sets: Sequence[RoleSet]) -> list[Problem]:
     """Return problems of a target's slot and of roles that it lacks or should not have."""
     roles = next((roles for roles in role_sets if target.slot in roles.slots), None)
