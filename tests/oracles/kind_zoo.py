@@ -72,7 +72,7 @@ class Specimen:
         targets: the modules that it adapts.
         form: the number form in which PEFT computes it.
         settle: what to do with the model after its weights were drawn.
-        tolerance: how far outputs may be apart, beside the largest, where PEFT computes in float64.
+        tolerance: how far outputs may be apart, beside the largest.
     """
 
     make: Callable[[list[str]], Any]
@@ -197,12 +197,16 @@ SPECIMENS: dict[str, Specimen] = {
     "hra": Specimen(lambda t: peft.HRAConfig(r=4, target_modules=t), (*LINEAR, "conv", "point")),
     "hra gs": Specimen(lambda t: peft.HRAConfig(r=4, apply_GS=True, target_modules=t), (*LINEAR, "conv")),
     "fourierft": Specimen(
-        lambda t: peft.FourierFTConfig(n_frequency=40, scaling=150, target_modules=t), LINEAR, torch.float32
+        lambda t: peft.FourierFTConfig(n_frequency=40, scaling=150, target_modules=t),
+        LINEAR,
+        torch.float32,
+        tolerance=2e-5,
     ),
     "fourierft turned": Specimen(
         lambda t: peft.FourierFTConfig(n_frequency=40, scaling=150, fan_in_fan_out=True, target_modules=t),
         ("turned",),
         torch.float32,
+        tolerance=2e-5,
     ),
     "waveft": Specimen(lambda t: peft.WaveFTConfig(n_frequency=40, use_idwt=False, target_modules=t), LINEAR),
     "randlora": Specimen(lambda t: peft.RandLoraConfig(r=5, randlora_alpha=7, target_modules=t), LINEAR),
