@@ -48,7 +48,7 @@ def finish_receipt(
     sums: Sequence[TileSums],
     min_retained: float,
     warn_retained: float,
-    room_bytes: int = 0,
+    room_bytes: int,
 ) -> Receipt:
     """Return the receipt, or raise what the numbers say against the merge; `room_bytes` is its draft's."""
     pairs = list(zip(plan.weights, sums, strict=True))

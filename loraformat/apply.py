@@ -140,9 +140,9 @@ def _open(base: BaseModel, order: Order, place: Place) -> Iterator[_Delivery]:
             FileSink(descriptor, image.path) if descriptor >= 0 else None
             for descriptor, image in zip(pending.descriptors, images, strict=True)
         ]
-        yield _Delivery(
-            order, Assignment(plan, base, order.adapters, images, sinks, log), pending, log, draft.room_bytes
-        )
+        blank = next(piece for piece in images[-1].pieces if isinstance(piece, Blank))
+        assignment = Assignment(plan, base, order.adapters, images, sinks, log)
+        yield _Delivery(order, assignment, pending, log, blank.length)
 
 
 def _describe_undo(plan: Plan, base: BaseModel, images: Sequence[FileImage]) -> FileImage:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraformat.accounting import finish_receipt
+from loraformat.accounting import draft_receipt, finish_receipt
 from loraformat.apply import Work
 from loraformat.bases import BaseModel
 from loraformat.disk_space import check_space
@@ -76,7 +76,8 @@ def _rewrite(base: BaseModel, order: Order, images: Sequence[FileImage], sinks: 
     """Rewrite the weights, the checksums that follow from them, and the receipt; the disk has all when this ends."""
     plan = order.plan
     (sums,) = carry_out([Assignment(plan, base, order.adapters, images, sinks)], work.effort)
-    receipt = finish_receipt(plan, base, sums, work.min_retained, work.warn_retained)
+    room_bytes = draft_receipt(plan, base).room_bytes
+    receipt = finish_receipt(plan, base, sums, work.min_retained, work.warn_retained, room_bytes)
     for item in order.adapters:
         for factor in item.adapter.factors():
             if isinstance(file := getattr(factor, "file", None), InputFile):
