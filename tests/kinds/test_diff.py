@@ -54,7 +54,7 @@ class TestDiff(KindLaws):
         """None is needed by itself; without any there is nothing to do."""
         assert codes(make_target(SlotKind.LINEAR)) == ["LF201"]
 
-    def test_each_slot_has_roles_that_it_needs(self) -> None:
+    def test_each_target_has_roles_that_it_needs(self) -> None:
         assert all(roles.optional for roles in KIND.role_sets)
 
 
