@@ -17,6 +17,7 @@ import numpy as np
 from loraformat.errors import refuse
 from loraformat.limits import MAX_GGUF_HEAD_BYTES, MAX_LISTED_VALUES, MAX_METADATA_BYTES
 from loraformat.spans import InputFile
+from loraformat.strict_json import JsonValue
 
 _ARRAY: Final = 9
 _STRING: Final = 8
@@ -164,17 +165,17 @@ def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def write_value(key: str, text: str) -> bytes:
-    """Return a key and its value as bytes, from JSON text as above.
+def write_value(key: str, value: JsonValue) -> bytes:
+    """Return a key and its value as bytes.
 
     Raises:
-        InputError: LF130 text that no value has: not JSON, a number outside its form, a list that was only counted.
+        InputError: LF130 what is no value: null, a number outside its form, a list that was only counted.
     """
     try:
-        return _frame(key) + _write_parsed(json.loads(text))
+        return _frame(key) + _write_parsed(value)
     except (ValueError, TypeError, LookupError, struct.error, OverflowError) as error:
-        expected = "JSON of one value, with its form where it is not plain"
-        raise refuse("LF130", f"key {key!r}", f"{text:.100}", expected) from error
+        expected = "one value, with its form where it is not plain"
+        raise refuse("LF130", f"key {key!r}", f"{value!r:.100}", expected) from error
 
 
 def _write_parsed(value: Any) -> bytes:

@@ -1,17 +1,28 @@
 """Tensors that are about to be written: what writers of all containers take, and the bytes of it."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loraformat.containers._strided import check_name
 from loraformat.dtypes import Dtype
+from loraformat.errors import refuse
 
 Payload: TypeAlias = NDArray[Any] | Callable[[], "NDArray[Any] | bytes | bytearray | memoryview"]
 NewTensor: TypeAlias = tuple[str, Dtype, Sequence[int], Payload]
 """Name, number form, shape, and the numbers: an array, or a function that returns it (or its bytes) when it is due."""
+
+
+def check_new(tensors: Sequence[NewTensor]) -> None:
+    """Refuse names that are unfit (LF301, LF110) or given twice (LF105)."""
+    for name, count in Counter(name for name, *_ in tensors).items():
+        check_name("new file", name)
+        if count > 1:
+            raise refuse("LF105", "new file", f"tensor {name!r} stands twice", "each name once")
 
 
 def payload_bytes(tensor: NewTensor) -> memoryview:

@@ -15,13 +15,14 @@ from typing import BinaryIO, Final
 
 from loraformat.containers import TensorFile
 from loraformat.containers._gguf_values import Cursor, read_value, write_value
-from loraformat.containers._new_tensors import NewTensor, payload_bytes
+from loraformat.containers._new_tensors import NewTensor, check_new, payload_bytes
 from loraformat.containers._strided import check_name, check_shape
 from loraformat.dtypes import BY_GGML, BlockDtype, Dtype
 from loraformat.errors import LoraformatError, refuse
 from loraformat.limits import MAX_DIMS, MAX_KEY_VALUES, MAX_TENSORS
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.strict_json import JsonValue
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -61,6 +62,10 @@ class Gguf:
         except LoraformatError:
             file.close()
             raise
+
+    def write(self, sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, JsonValue]) -> None:
+        """Write a new file; see `write_gguf`."""
+        write_gguf(sink, tensors, metadata)
 
 
 CONTAINER: Final = Gguf()
@@ -170,9 +175,13 @@ def _read_entry(cursor: Cursor) -> _Entry:
 def _find_alignment(file: InputFile, metadata: Mapping[str, str]) -> int:
     text = metadata.get(_ALIGNMENT_KEY, str(_ALIGNMENT))
     alignment = int(text) if text.isdecimal() and len(text) < 10 else 0
-    if alignment < 8 or alignment & (alignment - 1):
+    if not _is_alignment(alignment):
         raise refuse("LF109", f"{file.path}, key {_ALIGNMENT_KEY!r}", f"{text:.40}", "a power of two from 8, uint32")
     return alignment
+
+
+def _is_alignment(number: int) -> bool:
+    return number >= 8 and not number & (number - 1)
 
 
 def _align(position: int, alignment: int) -> int:
@@ -197,7 +206,7 @@ def _check_tiling(file: InputFile, entries: Sequence[_Entry], start: int, alignm
         raise refuse("LF107", file.path, found, "nothing but padding")
 
 
-def write_gguf(sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> None:
+def write_gguf(sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, JsonValue]) -> None:
     """Write a file of version 3 at the sink's position, tensors and key-values in the order given.
 
     One tensor is held at a time. The same tensors and metadata give the same bytes.
@@ -205,15 +214,18 @@ def write_gguf(sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Map
     Args:
         sink: a descriptor or binary file, open for writing.
         tensors: what to write.
-        metadata: key to JSON text, as `CONTAINER.open` returns them.
+        metadata: key to value; of what `CONTAINER.open` returns, each text parsed (`_gguf_values`).
 
     Raises:
         InputError: LF105 a name given twice, LF130 a value that is none, LF132 a tensor that ggml cannot hold, LF301 an
             unfit name.
         ValueError: an array that is not of the stated number form and shape.
     """
-    alignment = int(metadata.get(_ALIGNMENT_KEY, _ALIGNMENT))
-    values = [write_value(key, text) for key, text in metadata.items()]
+    check_new(tensors)
+    alignment = metadata.get(_ALIGNMENT_KEY, _ALIGNMENT)
+    if not isinstance(alignment, int) or not _is_alignment(alignment):
+        raise refuse("LF130", f"new file, {_ALIGNMENT_KEY}", f"{alignment!r:.40}", "a power of two from 8")
+    values = [write_value(key, value) for key, value in metadata.items()]
     head = struct.pack("<4sIQQ", _MAGIC, _VERSIONS[-1], len(tensors), len(values))
     head += b"".join(values) + b"".join(_describe_tensors(tensors, alignment))
     with open(sink, "wb", closefd=False) if isinstance(sink, int) else nullcontext(sink) as stream:
@@ -226,12 +238,7 @@ def write_gguf(sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Map
 
 def _describe_tensors(tensors: Sequence[NewTensor], alignment: int) -> Iterator[bytes]:
     offset = 0
-    seen: set[str] = set()
     for name, dtype, shape, _ in tensors:
-        check_name("new file", name)
-        if name in seen:
-            raise refuse("LF105", "new file", f"tensor {name!r} stands twice", "each name once")
-        seen.add(name)
         _check_ggml_holds(name, dtype, shape)
         raw = name.encode()
         yield struct.pack("<Q", len(raw)) + raw

@@ -6,7 +6,6 @@ parameters; a parameter has name, dimensions, data type (ONNX's numbers) and raw
 
 import math
 import struct
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,13 +15,14 @@ from typing import BinaryIO, Final
 
 from loraformat.containers import TensorFile
 from loraformat.containers._flatbuffer import Buffer, Table
-from loraformat.containers._new_tensors import NewTensor, payload_bytes
+from loraformat.containers._new_tensors import NewTensor, check_new, payload_bytes
 from loraformat.containers._strided import check_name, check_shape
 from loraformat.dtypes import BY_ONNX
 from loraformat.errors import LoraformatError, refuse
 from loraformat.limits import MAX_FLATBUFFER_BYTES, MAX_TENSORS
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, StoredTensor
+from loraformat.strict_json import JsonValue
 
 _IDENTIFIER: Final = b"TORT"
 _VERSIONS: Final = ("format_version", "adapter_version", "model_version")
@@ -72,6 +72,10 @@ class OnnxAdapter:
         except LoraformatError:
             file.close()
             raise
+
+    def write(self, sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, JsonValue]) -> None:
+        """Write a new file; see `write_onnx_adapter`."""
+        write_onnx_adapter(sink, tensors, metadata)
 
 
 CONTAINER: Final = OnnxAdapter()
@@ -131,7 +135,7 @@ def _check_overlaps(file: InputFile, tensors: Mapping[str, StoredTensor]) -> Non
             raise refuse("LF107", f"{file.path}, tensor {other.name!r}", found, "bytes of its own")
 
 
-def write_onnx_adapter(sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> None:
+def write_onnx_adapter(sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, JsonValue]) -> None:
     """Write a file at the sink's position, tensors in the order given, each at a multiple of eight bytes.
 
     One tensor is held at a time. The same tensors and metadata give the same bytes.
@@ -147,6 +151,7 @@ def write_onnx_adapter(sink: int | BinaryIO, tensors: Sequence[NewTensor], metad
         RefusedError: LF110 more than 2 GiB.
         ValueError: an array that is not of the stated number form and shape.
     """
+    check_new(tensors)
     versions = _parse_versions(metadata)
     layouts = _lay_out(tensors)
     vector = struct.pack(
@@ -183,7 +188,6 @@ def _lay_out(tensors: Sequence[NewTensor]) -> Sequence[_Layout]:
     layouts: list[_Layout] = []
     position = _VECTOR_AT + 4 + 4 * len(tensors)
     for name, dtype, shape, _ in tensors:
-        check_name("new file", name)
         if dtype not in _HELD:
             raise refuse("LF132", f"tensor {name!r}", dtype.name, "a number form that onnxruntime loads")
         if not shape:
@@ -194,16 +198,9 @@ def _lay_out(tensors: Sequence[NewTensor]) -> Sequence[_Layout]:
         data = _before_eight(dims + 4 + 8 * len(shape))
         position = data + 4 + dtype.count_bytes(math.prod(shape))
         layouts.append(_Layout(table, text, dims, data, position))
-    _check_new(tensors, position)
+    if position > MAX_FLATBUFFER_BYTES:
+        raise refuse("LF110", "new file", f"{position} bytes", f"at most {MAX_FLATBUFFER_BYTES}")
     return layouts
-
-
-def _check_new(tensors: Sequence[NewTensor], size_bytes: int) -> None:
-    for name, count in Counter(name for name, *_ in tensors).items():
-        if count > 1:
-            raise refuse("LF105", "new file", f"tensor {name!r} stands twice", "each name once")
-    if size_bytes > MAX_FLATBUFFER_BYTES:
-        raise refuse("LF110", "new file", f"{size_bytes} bytes", f"at most {MAX_FLATBUFFER_BYTES}")
 
 
 def _before_eight(position: int) -> int:
@@ -229,13 +226,17 @@ def _describe(layout: _Layout, tensor: NewTensor, position: int) -> bytes:
     return written
 
 
-def _parse_versions(metadata: Mapping[str, str]) -> tuple[int, ...]:
-    known = dict.fromkeys(_VERSIONS, "1") | dict(metadata)
+def _parse_versions(metadata: Mapping[str, JsonValue]) -> tuple[int, ...]:
+    known = dict[str, JsonValue](dict.fromkeys(_VERSIONS, "1")) | dict(metadata)
     strange = sorted(set(known) - set(_VERSIONS))
     if strange:
         raise refuse("LF130", "new file", f"the key {strange[0]!r}", f"no other than {', '.join(_VERSIONS)}")
-    for name, text in known.items():
-        limit = _FORMAT_VERSION if name == _VERSIONS[0] else 2**31 - 1
-        if not (text.isdecimal() and len(text) <= 10 and int(text) <= limit) or (limit == 1 and int(text) != 1):
-            raise refuse("LF130", f"new file, {name}", f"{text:.40}", "1" if limit == 1 else f"0 to {limit}")
-    return tuple(int(known[name]) for name in _VERSIONS)
+    if known[_VERSIONS[0]] != str(_FORMAT_VERSION):
+        raise refuse("LF130", f"new file, {_VERSIONS[0]}", f"{known[_VERSIONS[0]]!r:.40}", f"{_FORMAT_VERSION}")
+    return tuple(_parse_version(name, known[name]) for name in _VERSIONS)
+
+
+def _parse_version(name: str, value: JsonValue) -> int:
+    if not isinstance(value, str) or not value.isdecimal() or len(value) > 10 or int(value) >= 2**31:
+        raise refuse("LF130", f"new file, {name}", f"{value!r:.40}", "a whole number below 2^31, as text")
+    return int(value)

@@ -74,6 +74,14 @@ class Safetensors:
             file.close()
             raise
 
+    def write(self, sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, JsonValue]) -> None:
+        """Write a new file; see `write_safetensors`. LF130 for metadata that are no text."""
+        texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
+        if len(texts) < len(metadata):
+            key = min(set(metadata) - set(texts))
+            raise refuse("LF130", f"new file, {key}", f"{metadata[key]!r:.80}", "text")
+        write_safetensors(sink, tensors, texts)
+
 
 CONTAINER: Final = Safetensors()
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from laws.container_laws import ContainerLaws, read_all, rewrite, same_bits
+from laws.writer_laws import WriterLaws
 from loraformat.containers import _gguf_values
 from loraformat.containers.gguf import CONTAINER, write_gguf
 from loraformat.dtypes import BY_GGML, BY_NAME, BlockDtype
@@ -52,9 +53,10 @@ def frame(
 
 
 def write(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Write arrays, and metadata as they were read: JSON texts."""
     sink = io.BytesIO()
     tensors = [(name, BY_NAME[array.dtype.name], array.shape, array) for name, array in arrays.items()]
-    write_gguf(sink, tensors, metadata or {})
+    write_gguf(sink, tensors, {key: json.loads(text) for key, text in (metadata or {}).items()})
     return sink.getvalue()
 
 
@@ -74,6 +76,7 @@ METADATA = {
     "general.quantization_version": "2",
     "general.tags": '["lora", "Größe"]',
 }
+VALUES = {key: json.loads(text) for key, text in METADATA.items()}
 
 
 class TestGgufLaws(ContainerLaws):
@@ -94,7 +97,14 @@ class TestGgufLaws(ContainerLaws):
         return path, arrays
 
 
-HEAD = frame()
+class TestWritingGguf(WriterLaws):
+    container = CONTAINER
+    forms = ("float32", "float16", "bfloat16", "int8", "int16", "int32", "int64", "float64")
+    lacks = "uint16"
+    metadata = VALUES
+    stated = METADATA
+
+
 REFUSED = {
     "empty": (b"", "LF101"),
     "magic only": (b"GGUF", "LF101"),
@@ -261,10 +271,8 @@ def test_a_head_longer_than_the_limit_is_not_walked(path: Path, monkeypatch: pyt
     assert caught.value.codes == ("LF110",)
 
 
-@pytest.mark.parametrize(
-    "value", ["", "nan", "null", "[]", "[[1]]", '{"int8": 300}', '{"int9": 3}', '{"a": 1, "b": 2}', "5e99"]
-)
-def test_text_that_is_no_value_is_not_written(value: str) -> None:
+@pytest.mark.parametrize("value", ["null", "[]", "[[1]]", '{"int8": 300}', '{"int9": 3}', '{"a": 1, "b": 2}', "5e99"])
+def test_json_that_is_no_value_is_not_written(value: str) -> None:
     with pytest.raises(LoraformatError) as caught:
         write({}, {"key": value})
     assert caught.value.codes == ("LF130",)
@@ -284,19 +292,6 @@ def test_tensors_that_ggml_does_not_hold_are_not_written(name: str, array: NDArr
     with pytest.raises(LoraformatError) as caught:
         write({name: array})
     assert caught.value.codes == (code,)
-
-
-def test_no_tensor_is_written_twice() -> None:
-    one = ("a", BY_NAME["float32"], (1,), np.zeros(1, np.float32))
-    with pytest.raises(LoraformatError) as caught:
-        write_gguf(io.BytesIO(), [one, one], {})
-    assert caught.value.codes == ("LF105",)
-
-
-def test_payloads_are_checked() -> None:
-    for payload in (np.zeros(2, np.float32), np.zeros((1, 1), np.float32), np.zeros(1, np.float16), lambda: b"12345"):
-        with pytest.raises(ValueError, match="'a'"):
-            write_gguf(io.BytesIO(), [("a", BY_NAME["float32"], (1,), payload)], {})
 
 
 FORMS = ("float32", "float16", "bfloat16", "int8", "int16", "int32", "int64", "float64")
@@ -331,9 +326,3 @@ def test_what_we_write_we_read(forms: list[tuple[str, list[int]]], facts: Any, s
     assert list(found) == list(arrays)
     assert all(same_bits(found[name], array) for name, array in arrays.items())
     assert write(found, opened.metadata) == data
-
-
-def test_strided_arrays_are_written_in_order(path: Path) -> None:
-    array = np.arange(12, dtype=">f4").reshape(3, 4).T
-    rewrite(path, write({"a": array.astype(">f4")}))
-    assert same_bits(CONTAINER.open(path).tensors["a"].read(), np.ascontiguousarray(array, "<f4"))

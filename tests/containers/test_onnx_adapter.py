@@ -1,6 +1,7 @@
 """Our reader and writer of ONNX Runtime's adapters against onnxruntime, and against files made to hurt."""
 
 import io
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +16,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from laws.container_laws import ContainerLaws, read_all, rewrite, same_bits
+from laws.writer_laws import WriterLaws
 from loraformat.containers import onnx_adapter
 from loraformat.containers.onnx_adapter import CONTAINER, write_onnx_adapter
 from loraformat.dtypes import BY_NAME
 from loraformat.errors import LoraformatError
 
-CORPUS = Path(__file__).parents[2].parent / "shared" / "corpus" / "debian__onnxruntime-1.21.0"
+CORPUS = Path(os.environ.get("LORAFORMAT_CORPUS", Path(__file__).parents[3] / "shared" / "corpus"))
+REAL = CORPUS / "debian__onnxruntime-1.21.0"
 VERSIONS = {"format_version": "1", "adapter_version": "3", "model_version": "7"}
 
 
@@ -60,6 +63,14 @@ class TestOnnxAdapterLaws(ContainerLaws):
         path = folder / "example.onnx_adapter"
         rewrite(path, write(example(), VERSIONS))
         return path, example()
+
+
+class TestWritingOnnxAdapters(WriterLaws):
+    container = CONTAINER
+    forms = ("float32", "float16", "bfloat16", "float64", "int8", "uint8", "float8_e4m3fn")
+    lacks = "bool"
+    metadata = VERSIONS
+    stated = VERSIONS
 
 
 FORMS = (
@@ -146,9 +157,9 @@ def test_a_session_runs_with_what_we_write(path: Path) -> None:
     np.testing.assert_allclose(session.run(None, {"x": x}, options)[0], x @ a @ b, rtol=1e-5)
 
 
-@pytest.mark.skipif(not CORPUS.exists(), reason="the corpus of real files is not beside the project")
+@pytest.mark.skipif(not REAL.exists(), reason="the corpus of real files is not beside the project")
 def test_the_file_of_onnxruntimes_own_tests() -> None:
-    opened = CONTAINER.open(next(CORPUS.rglob("*.onnx_adapter")))
+    opened = CONTAINER.open(next(REAL.rglob("*.onnx_adapter")))
     assert opened.metadata == dict.fromkeys(VERSIONS, "1")
     assert {name: tensor.read().tolist() for name, tensor in opened.tensors.items()} == {
         "lora_param_a": [[3.0], [4.0], [5.0], [6.0]],
@@ -263,23 +274,12 @@ def test_what_the_file_has_no_place_for_is_not_written(metadata: dict[str, str])
 
 
 def test_tensors_that_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = ("a", BY_NAME["float32"], (1,), np.zeros(1, np.float32))
     quantised = ("q", BY_NAME["q4_0"], (32,), lambda: bytes(18))
-    truths = ("t", BY_NAME["bool"], (1,), np.zeros(1, np.bool_))
     scalar = ("s", BY_NAME["float32"], (), np.zeros((), np.float32))
-    unfit = ("\n", *one[1:])
-    for tensors, code in (
-        ([one, one], "LF105"),
-        ([quantised], "LF132"),
-        ([truths], "LF132"),
-        ([scalar], "LF132"),
-        ([unfit], "LF301"),
-    ):
+    for tensor in (quantised, scalar):
         with pytest.raises(LoraformatError) as caught:
-            write_onnx_adapter(io.BytesIO(), tensors, {})
-        assert caught.value.codes == (code,)
-    with pytest.raises(ValueError, match="'a'"):
-        write_onnx_adapter(io.BytesIO(), [(*one[:3], np.zeros(2, np.float32))], {})
+            write_onnx_adapter(io.BytesIO(), [tensor], {})
+        assert caught.value.codes == ("LF132",)
     monkeypatch.setattr(onnx_adapter, "MAX_FLATBUFFER_BYTES", 100)
     with pytest.raises(LoraformatError) as caught:
         write(example())

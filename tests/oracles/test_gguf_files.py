@@ -1,5 +1,6 @@
 """Our reader and writer of GGUF against the gguf package, both ways."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,11 @@ def test_we_read_what_it_writes(path: Path) -> None:
 
 def test_it_reads_what_we_write(path: Path) -> None:
     facts = {key: text for key, (*_, text) in FACTS.items() if not key.startswith("many")}
+    values = {key: json.loads(text) for key, text in facts.items()}
     brain = ARRAYS["blk.0.attn_q.weight.lora_a"].astype(ml_dtypes.bfloat16)
     arrays = ARRAYS | {"brain": brain}
     with path.open("wb") as sink:
-        write_gguf(sink, [(n, BY_NAME[a.dtype.name], a.shape, a) for n, a in arrays.items()], facts)
+        write_gguf(sink, [(n, BY_NAME[a.dtype.name], a.shape, a) for n, a in arrays.items()], values)
     reader = gguf.GGUFReader(path)
     for key in facts:
         assert reader.fields[key].contents() == pytest.approx(FACTS[key][1]), key
