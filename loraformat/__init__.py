@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter, Target
     from loraformat.api import inspect, load, merge, plan_merge, save, stamp, validate
+    from loraformat.conversion import Conversion, SchemeSummary, convert, list_schemes, plan_conversion
     from loraformat.errors import FindingError, InputError, LoraformatError, OutputError, RefusedError
     from loraformat.inspection import AdapterInspection, BaseInspection
     from loraformat.plan import Plan
@@ -25,6 +26,7 @@ __all__ = [
     "Adapter",
     "AdapterInspection",
     "BaseInspection",
+    "Conversion",
     "FindingError",
     "InputError",
     "LoraformatError",
@@ -33,11 +35,15 @@ __all__ = [
     "Problem",
     "Receipt",
     "RefusedError",
+    "SchemeSummary",
     "Target",
     "Verdict",
+    "convert",
     "inspect",
+    "list_schemes",
     "load",
     "merge",
+    "plan_conversion",
     "plan_merge",
     "save",
     "stamp",
@@ -47,6 +53,7 @@ __all__ = [
 _HOMES = {
     "loraformat.adapter": ("Adapter", "Target"),
     "loraformat.api": ("inspect", "load", "merge", "plan_merge", "save", "stamp", "validate"),
+    "loraformat.conversion": ("Conversion", "SchemeSummary", "convert", "list_schemes", "plan_conversion"),
     "loraformat.errors": ("FindingError", "InputError", "LoraformatError", "OutputError", "RefusedError"),
     "loraformat.inspection": ("AdapterInspection", "BaseInspection"),
     "loraformat.plan": ("Plan",),

@@ -11,6 +11,7 @@ from loraformat.adapter import Adapter
 from loraformat.bases import BASES, BaseFormat, BaseModel
 from loraformat.containers import CONTAINERS, Container
 from loraformat.errors import refuse
+from loraformat.operations import find_origins
 from loraformat.problems import Problem
 from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, Scheme, StatedScale
 from loraformat.signatures import HEAD_BYTES, describe_head
@@ -87,7 +88,8 @@ def digest_file(file: InputFile) -> str:
 
 def list_files(adapter: Adapter) -> list[InputFile]:
     """Return the open files that an adapter's factors are read from; none for one made in memory."""
-    files = (getattr(factor, "file", None) for factor in adapter.factors())
+    origins = (origin for factor in adapter.factors() for origin in find_origins(factor))
+    files = (getattr(factor, "file", None) for factor in origins)
     return list({id(file): file for file in files if isinstance(file, InputFile)}.values())
 
 

@@ -23,6 +23,14 @@ _DATA_PARALLEL: Final = "module."
 """Wraps the whole model; further in, it may be a module's own name."""
 _WRAPPERS: Final = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """Wrap any module."""
+_PIPELINE: Final = (
+    *("diffusion_model.", "text_encoders.", "unet.", "text_encoder.", "text_encoder_2.", "prior.", "clip_l.", "t5."),
+    *("transformer.transformer_blocks.", "transformer.single_transformer_blocks.", "transformer.blocks."),
+    *("transformer.double_blocks.", "transformer.single_blocks.", "transformer.layers.", "double_blocks."),
+    *("single_blocks.", "down_blocks.", "up_blocks.", "mid_block.", "transformer_blocks.", "joint_blocks."),
+    *("single_transformer_blocks.", "lora_unet_", "lora_te", "lycoris_", "base_model.model.double_blocks."),
+)
+"""How keys of diffusion pipelines begin, which have schemes of their own."""
 
 TABLE: Final = NameTable(
     [
@@ -67,6 +75,8 @@ class Peft:
     def detect(self, bundle: Bundle) -> str | None:
         """Recognise `peft_type` in the configuration, or PEFT's keys in a file without a configuration."""
         if MANIFEST_KEY in bundle.metadata:  # Our own file, which PEFT can read beside a configuration.
+            return None
+        if any(key.startswith(_PIPELINE) for key in bundle.tensors):  # diffusion-pipe writes PEFT's configuration too.
             return None
         if bundle.config is not None and "peft_type" in bundle.config:
             return "adapter_config.json with peft_type"
