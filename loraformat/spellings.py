@@ -101,6 +101,7 @@ class SpellingTable:
         widths: sizes that only this architecture has among those with the same names.
         classes: what configurations call it.
         schemes: how schemes call its components.
+        architectures: model types to what GGUF calls the architecture.
     """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
@@ -114,6 +115,7 @@ class SpellingTable:
             name: SchemeNames(each["spelling"], each.get("prefixes", {}))
             for name, each in fields.get("schemes", {}).items()
         }
+        self.architectures: Mapping[str, str] = fields.get("architectures", {})
         self.rows: tuple[ModuleRow, ...] = tuple(_read_row(row) for row in fields["modules"])
 
     @cached_property

@@ -62,7 +62,7 @@ ENDS: Final = {
     "megatron-canonical": ("embedding.word_embeddings", "output_layer"),
 }
 SCHEMES: Final = {
-    **dict.fromkeys(("peft", "mlx", "onnx-adapter", "loralib"), "transformers"),
+    **dict.fromkeys(("peft", "mlx", "onnx_adapter", "loralib"), "transformers"),
     "mistral": "meta",
     "torchtune": "torchtune",
     "litgpt": "litgpt",
