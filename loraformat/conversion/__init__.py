@@ -60,7 +60,9 @@ def convert(
     facts = read_base_facts(Path(base) if base is not None else None)
     converted = _convert(adapter, to, facts, scheme, StatedScale(alpha, scale), rounding)
     check_converted(converted)
-    proof = write_converted(converted, Path(output), facts, rounding, force=force, verify=verify)
+    proof = write_converted(
+        converted, Path(output), converted.source.bundle.facts, rounding, force=force, verify=verify
+    )
     return converted.report(Path(output), proof)
 
 
@@ -84,7 +86,7 @@ def _convert(
     adapter: StrPath, to: str, facts: BaseFacts, scheme: str | None, stated: StatedScale, rounding: Rounding
 ) -> Converted:
     source = read_source(Path(adapter), scheme, stated, facts)
-    return convert_source(source, find_writer(to), facts, rounding)
+    return convert_source(source, find_writer(to), source.bundle.facts, rounding)
 
 
 @dataclass(frozen=True, slots=True)

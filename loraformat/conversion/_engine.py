@@ -1,11 +1,12 @@
 """The conversion itself: read by one scheme, respell, write by another, and account for every tensor."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loraformat.adapter import Adapter
-from loraformat.base_facts import BaseFacts
+from loraformat.adapter import Adapter, Target
+from loraformat.base_facts import NO_FACTS, BaseFacts
 from loraformat.conversion._account import Account, Step, account, find_unaccounted, list_written
 from loraformat.conversion._proof import Proof, prove
 from loraformat.conversion._respelling import respell
@@ -13,7 +14,17 @@ from loraformat.conversion._writing import check_outputs, pending_files
 from loraformat.errors import error_for, refuse
 from loraformat.loading import choose_scheme, list_files, open_bundle
 from loraformat.problems import Problem
-from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, Scheme, StatedScale, WritingScheme, WrittenBundle
+from loraformat.schemes import (
+    NOT_STATED,
+    SCHEMES,
+    Bundle,
+    KnowingScheme,
+    Scheme,
+    StatedScale,
+    WritingScheme,
+    WrittenBundle,
+)
+from loraformat.schemes._naming import split_component
 
 PROVEN_TO = 1e-6
 """Relative difference of a change above which a conversion without rounding is not what it says."""
@@ -139,8 +150,9 @@ class Converted:
 def read_source(path: Path, scheme: str | None, stated: StatedScale, facts: BaseFacts) -> Source:
     """Read what is to be converted; raises LoraformatError."""
     bundle, _ = open_bundle(path)
-    bundle = replace(bundle, facts=facts)
     reader, evidence = choose_scheme(bundle, scheme)
+    own = reader.find_facts(bundle) if isinstance(reader, KnowingScheme) else NO_FACTS
+    bundle = replace(bundle, facts=facts.complete(own))
     return Source(path, bundle, reader.read(bundle, stated), evidence)
 
 
@@ -201,7 +213,7 @@ def verify_bundle(converted: Converted, bundle: Bundle, rounding: Rounding) -> P
     against = [problem for problem in problems if problem.severity == "error"]
     if against:
         raise error_for(against)
-    proof = prove(converted.source.adapter.targets, back.targets)
+    proof = prove(_lone(converted.source.adapter.targets), _lone(back.targets))
     far = proof.relative > PROVEN_TO and not rounding.allowed
     if far or proof.missing:
         worst = proof.differences[0].target if proof.differences else ""
@@ -210,6 +222,14 @@ def verify_bundle(converted: Converted, bundle: Bundle, rounding: Rounding) -> P
         )
         raise refuse("LF318", converted.source.path, found, "the same change of every module")
     return proof
+
+
+def _lone(targets: Sequence[Target]) -> Sequence[Target]:
+    """Return targets that are all of one component without its name, which not every scheme writes."""
+    components = {split_component(target.name)[0] for target in targets}
+    if len(components) != 1:
+        return targets
+    return [replace(target, name=split_component(target.name)[1]) for target in targets]
 
 
 def _names_of(source: Source) -> str:

@@ -14,7 +14,7 @@ from loraformat.base_facts import BaseFacts
 from loraformat.conversion._fusing import Made, describe_parts, fuse, split
 from loraformat.conversion._ordering import reorder
 from loraformat.problems import Problem
-from loraformat.schemes._naming import split_component
+from loraformat.schemes._naming import DENOISERS, split_component
 from loraformat.spellings import ModuleRow, Place, Reading, SpellingTable, read_names
 from loraformat.strict_json import JsonValue
 
@@ -61,10 +61,15 @@ def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, li
     for component, targets in sorted(groups.items()):
         route, problem = _choose_route(component, targets, names, facts)
         result.problems += [problem] if problem else []
-        if route is None or route.old == route.new:
+        if route is None:
             result.targets += targets
+            continue
+        owner = component if component not in ("", "diffusion_model") else _adopt(route.table)
+        prefix = f"{owner}." if owner else ""
+        if route.old == route.new:
+            result.targets += [replace(each, name=f"{prefix}{split_component(each.name)[1]}") for each in targets]
         else:
-            _respell_component(component, targets, route, facts, known if isinstance(known, Mapping) else {}, result)
+            _respell_component(prefix, targets, route, facts, known if isinstance(known, Mapping) else {}, result)
     provenance = {name: value for name, value in adapter.provenance.items() if name != FUSED or not result.targets}
     if result.fused:
         provenance[FUSED] = result.fused
@@ -109,8 +114,13 @@ def _by_width(targets: Sequence[Target]) -> Callable[[_Route], bool]:
     return lambda route: bool(route.table.widths & widths)
 
 
+def _adopt(table: SpellingTable) -> str:
+    """Return the component that names without one belong to; a text encoder may be any of several."""
+    return table.components[0] if table.components and table.components[0] in DENOISERS else ""
+
+
 def _respell_component(
-    component: str,
+    prefix: str,
     targets: Sequence[Target],
     route: _Route,
     facts: BaseFacts,
@@ -124,7 +134,6 @@ def _respell_component(
         key = (id(place.row), place.numbers)
         rows[key][place.part] = target
         places[key] = place
-    prefix = f"{component}." if component else ""
     for key, parts in rows.items():
         place = places[key]
         if route.new not in place.row.paths:

@@ -16,7 +16,7 @@ from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, Holds, StatedScale, WrittenBundle
 from loraformat.schemes._memory import PROVENANCE_KEY, annotate, find_memory, find_texts, recall
-from loraformat.schemes._naming import Naming
+from loraformat.schemes._naming import NamesRead, Naming
 from loraformat.schemes._scales import Module, ScalePlace, ScalesWritten
 from loraformat.schemes._table import NameTable
 from loraformat.strict_json import JsonValue
@@ -94,9 +94,9 @@ class _Group:
     keys: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class TableScheme:
-    """A scheme that is a table.
+@dataclass(frozen=True)
+class TableReader:
+    """A scheme that is a table and is only read.
 
     Attributes:
         name: as in `--scheme`.
@@ -105,10 +105,8 @@ class TableScheme:
         naming: how modules are called.
         scale: where the scale stands.
         marks: by what it is known.
-        holds: what it has a place for.
-        names: what the tables of `spec/names/` call it.
+        names: what the tables of `spec/names/` call it, or a scheme that spells modules in the same way.
         aliases: other ways to write its keys, tried in order, each once.
-        kinds: sets of kinds that rows speak for, to the kind that a target of them is.
         keep_metadata: whether a file's annotations are its own and come back when it is written again.
     """
 
@@ -118,10 +116,8 @@ class TableScheme:
     naming: Naming
     scale: ScalePlace
     marks: Marks
-    holds: Holds
     names: str = ""
     aliases: tuple[Alias, ...] = NOISE
-    kinds: Mapping[frozenset[str], str] = field(default_factory=dict)
     keep_metadata: bool = True
 
     def detect(self, bundle: Bundle) -> str | None:
@@ -148,7 +144,7 @@ class TableScheme:
         scales = self.scale.read(modules, bundle, stated)
         by_name = {target: groups[module] for module, target in names.targets.items()}
         targets = [self._make_target(module, by_name[module.name], scales.scalings) for module in modules]
-        memory = self._remember(bundle, names.targets, groups) | names.remembered | scales.remembered
+        memory = self._remember(bundle, names, groups) | scales.remembered
         provenance = recall(bundle.metadata)
         return Adapter(
             targets=tuple(target for target in targets if target.factors),
@@ -185,34 +181,38 @@ class TableScheme:
         return key
 
     def _make_target(self, module: Module, group: _Group, scalings: Mapping[str, Any]) -> Target:
-        kind = self._choose_kind(group.kinds)
+        kind = _KINDS_TOGETHER.get(frozenset(group.kinds)) or " and ".join(sorted(group.kinds))
         slot = _slot_of(kind, group.factors)
         return Target(module.name, kind, slot, group.factors, module.rank, scalings[module.name])
 
-    def _choose_kind(self, kinds: set[str]) -> str:
-        known = self.kinds.get(frozenset(kinds)) or _KINDS_TOGETHER.get(frozenset(kinds))
-        return known or " and ".join(sorted(kinds))
+    def _remember(self, bundle: Bundle, names: NamesRead, groups: Mapping[str, _Group]) -> dict[str, JsonValue]:
+        """Return the file's own annotations, for whoever wants to know."""
+        own: dict[str, JsonValue] = {key: text for key, text in bundle.metadata.items() if not key.startswith(_STALE)}
+        return {"metadata": own} if own and self.keep_metadata else {}
 
-    def _remember(
-        self, bundle: Bundle, targets: Mapping[str, str], groups: Mapping[str, _Group]
-    ) -> dict[str, JsonValue]:
+
+@dataclass(frozen=True)
+class TableScheme(TableReader):
+    """A scheme that is a table, read and written by the same rows.
+
+    Attributes:
+        holds: what it has a place for.
+    """
+
+    holds: Holds = field(kw_only=True)
+
+    def _remember(self, bundle: Bundle, names: NamesRead, groups: Mapping[str, _Group]) -> dict[str, JsonValue]:
         """Return the file's own annotations, and the keys that would be written otherwise."""
-        memory: dict[str, JsonValue] = {}
-        own = {key: text for key, text in bundle.metadata.items() if not key.startswith(_STALE)}
-        if own and self.keep_metadata:
-            memory["metadata"] = own
-        names = self.naming.write(sorted(targets.values()), bundle.facts, self._peek(targets, bundle))
+        memory = super()._remember(bundle, names, groups) | names.remembered
+        written_names = self.naming.write(sorted(names.targets.values()), bundle.facts, names.remembered)
         odd: dict[str, JsonValue] = {}
-        for module, target in targets.items():
+        for module, target in names.targets.items():
             for role, key in groups[module].keys.items():
                 row = self.rows.find(role)
-                written = f"{names.modules.get(target)}.{row.pattern}" if row else ""
+                written = f"{written_names.modules.get(target)}.{row.pattern}" if row else ""
                 if written != key:
                     odd[f"{target} {role}"] = key
         return memory | ({"keys": odd} if odd else {})
-
-    def _peek(self, targets: Mapping[str, str], bundle: Bundle) -> Mapping[str, JsonValue]:
-        return self.naming.read(sorted(targets), bundle.facts).remembered
 
     def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
         """Return the tensors under this scheme's names."""

@@ -19,7 +19,8 @@ COMPONENTS: Final = (
     *("connectors", "controlnet", "diffusion_model"),
 )
 """What diffusers calls the models of a pipeline; `diffusion_model` for one that no table knows."""
-_DENOISERS: Final = frozenset({"unet", "transformer", "transformer_2", "prior", "diffusion_model"})
+DENOISERS: Final = frozenset({"unet", "transformer", "transformer_2", "prior", "diffusion_model"})
+"""The components that are what a pipeline is about."""
 _LISTED: Final = 4
 
 
@@ -133,7 +134,7 @@ class ComponentNaming:
         stated = dict(self.prefixes)
         for prefix, found in readings.items():
             best = _whole(found)
-            if best and best[0].table.components[0] in _DENOISERS:
+            if best and best[0].table.components[0] in DENOISERS:
                 names = best[0].table.schemes.get(self.names)
                 stated |= names.prefixes if names else {}
                 if self.prefixes.get(prefix, "") in ("", "diffusion_model"):
@@ -186,7 +187,7 @@ class ComponentNaming:
         prefixes = _turn(self.prefixes)
         for component, found in readings.items():
             best = _whole(found)
-            names = best[0].table.schemes.get(self.names) if best and component in _DENOISERS else None
+            names = best[0].table.schemes.get(self.names) if best and component in DENOISERS else None
             if names:
                 prefixes |= _turn(names.prefixes)
         return prefixes
@@ -244,6 +245,6 @@ def find_denoiser(targets: Iterable[str]) -> list[SpellingTable]:
         component, path = split_component(target)
         groups[component].append(path)
     found = (
-        reading.table for name, paths in groups.items() if name in _DENOISERS for reading in _whole(read_names(paths))
+        reading.table for name, paths in groups.items() if name in DENOISERS for reading in _whole(read_names(paths))
     )
     return list(dict.fromkeys(found))

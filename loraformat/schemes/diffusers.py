@@ -28,7 +28,7 @@ _TRANSFORMER: Final = (
     r"|adaln_single|caption_projection|time_text_embed|condition_embedder|(?:x|context|patch|pos|time|token)_?\w*embed\w*)\."
 )
 _BARE: Final = r"(?:down_blocks|up_blocks|mid_block|(?:single_)?transformer_blocks)\."
-_TENSOR: Final = r".*(?:[._]lora[._]|\.lora_)"
+_TENSOR: Final = r".*(?:[._]lora[._]|\.lora_(?:[AB]\.|linear_layer|magnitude))"
 
 
 @dataclass(frozen=True, slots=True)

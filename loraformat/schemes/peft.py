@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
+from loraformat.base_facts import BaseFacts
 from loraformat.errors import LoraformatError, refuse
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
-from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes import ALL_SLOTS, Bundle, Holds, StatedScale, WrittenBundle
 from loraformat.schemes._checking import ConfigReading
 from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
+from loraformat.schemes._engine import check_holds
+from loraformat.schemes._memory import recall
 from loraformat.schemes._peft_config import PeftConfig, read_config
+from loraformat.schemes._peft_writing import write_folder
 from loraformat.schemes._table import Name, NameTable, Row
 
 _PREFIX: Final = "base_model.model."
@@ -28,9 +32,11 @@ _PIPELINE: Final = (
     *("transformer.transformer_blocks.", "transformer.single_transformer_blocks.", "transformer.blocks."),
     *("transformer.double_blocks.", "transformer.single_blocks.", "transformer.layers.", "double_blocks."),
     *("single_blocks.", "down_blocks.", "up_blocks.", "mid_block.", "transformer_blocks.", "joint_blocks."),
-    *("single_transformer_blocks.", "lora_unet_", "lora_te", "lycoris_", "base_model.model.double_blocks."),
+    *("single_transformer_blocks.", "lora_unet_", "lora_te", "lycoris_"),
 )
 """How keys of diffusion pipelines begin, which have schemes of their own."""
+_DUMPS: Final = ("base_model.model.double_blocks.", "base_model.model.single_blocks.")
+"""How fal's dumps of BFL's model begin, where no configuration is beside them."""
 
 TABLE: Final = NameTable(
     [
@@ -71,6 +77,8 @@ class Peft:
 
     name = "peft"
     title = "PEFT: adapter_config.json and adapter_model.safetensors"
+    names = "peft"
+    holds = Holds(kinds=frozenset({row.kind for row in TABLE.rows} | {"lora and replace"}), slots=ALL_SLOTS)
 
     def detect(self, bundle: Bundle) -> str | None:
         """Recognise `peft_type` in the configuration, or PEFT's keys in a file without a configuration."""
@@ -81,6 +89,8 @@ class Peft:
         if bundle.config is not None and "peft_type" in bundle.config:
             return "adapter_config.json with peft_type"
         if "lora_adapter_metadata" in bundle.metadata or bundle.config is not None:
+            return None
+        if any(key.startswith(_DUMPS) for key in bundle.tensors):
             return None
         marked = [key for key in bundle.tensors if ".lora_A." in key or key.endswith(".lora_embedding_A")]
         return f"keys such as {marked[0]}" if marked else None
@@ -99,9 +109,14 @@ class Peft:
             base=BaseBinding(config.text("base_model_name_or_path"), config.text("revision")),
             scheme=self.name,
             source=str(bundle.path),
-            provenance={"peft": dict(bundle.config)} if bundle.config else {},
+            provenance=recall(bundle.metadata) | ({"peft": dict(bundle.config)} if bundle.config else {}),
             problems=(*problems, *config.problems(), *_find_lost_magnitudes(groups, config), *lost),
         )
+
+    def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
+        """Return the adapter as a folder; its own configuration where that still says the same."""
+        keys = {row.role: row.pattern for row in reversed(TABLE.rows) if "{" not in row.pattern}
+        return write_folder(adapter, keys, check_holds(self.name, self.holds, adapter))
 
     def check(self, bundle: Bundle) -> list[Problem]:
         """Return what is odd about configuration and tensors together; nothing of it stands against reading them."""

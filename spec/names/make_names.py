@@ -281,7 +281,7 @@ def schemes(spelling: str, kohya: dict[str, str], comfy: dict[str, str]) -> dict
 
 ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 SECOND_T5 = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}
-TEXTS = {name: {"spelling": "transformers"} for name in ("kohya", "dotted", "diffusers")}
+TEXTS = {name: {"spelling": "transformers"} for name in ("kohya", "dotted", "diffusers", "omi")}
 
 
 def comfy(denoiser: str, encoders: dict[str, str]) -> dict[str, str]:
@@ -317,7 +317,7 @@ def main() -> None:
         flux(),
         widths=[3072, 12288, 15360],
         classes=["FluxTransformer2DModel"],
-        schemes=schemes("bfl", kohya, comfy("transformer", SECOND_T5)),
+        schemes=schemes("bfl", kohya, comfy("transformer", SECOND_T5)) | {"omi": {"spelling": "omi"}},
     )
     kohya = {"lora_unet": "transformer", **{f"lora_te{n}": e for n, e in enumerate(ENCODERS, 1)}}
     table(
