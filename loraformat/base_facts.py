@@ -26,6 +26,16 @@ class BaseFacts:
     architecture: str = ""
     config: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
 
+    def complete(self, other: "BaseFacts") -> "BaseFacts":
+        """Return these facts, and the other's where there are none."""
+        return BaseFacts(
+            self.source or other.source,
+            self.modules or other.modules,
+            {**other.counts, **self.counts},
+            self.architecture or other.architecture,
+            self.config or other.config,
+        )
+
     def count(self, expression: str) -> int | None:
         """Return a product of counts such as `heads*head_dim`, None where one of them is not known."""
         factors = [self.counts.get(name) for name in expression.split("*")]

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from os.path import isdir
 from pathlib import Path
 from typing import Final
@@ -11,15 +12,17 @@ from loraformat.adapter import Adapter
 from loraformat.bases import BASES, BaseFormat, BaseModel
 from loraformat.containers import CONTAINERS, Container
 from loraformat.errors import refuse
+from loraformat.flat_yaml import parse_flat_yaml
 from loraformat.operations import find_origins
 from loraformat.problems import Problem
-from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, Scheme, StatedScale
+from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, FolderScheme, Layout, Scheme, StatedScale
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, read_small
 from loraformat.strict_json import JsonValue, parse_json_object
 
 FACTORS_NAME: Final = "adapter_model.safetensors"
 CONFIG_NAME: Final = "adapter_config.json"
+_YAML: Final = (".yaml", ".yml")
 _DIGEST_STEP_BYTES: Final = 1 << 22
 FACTORS_NAMES: Final = (FACTORS_NAME, "adapter_model.bin", "adapter_model.pt")
 """What the file with the factors is called in a PEFT folder, the one to prefer first."""
@@ -146,23 +149,35 @@ def is_base(path: Path) -> bool:
 
 
 def _find_factors(folder: Path) -> Path:
-    for name in FACTORS_NAMES:
+    others = (name for layout in _list_layouts() for name in layout.factors if "*" not in name)
+    for name in (*FACTORS_NAMES, *others):
         if (folder / name).exists():
             return folder / name
     inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
     raise refuse("LF121", folder, f"a folder with {inside}", f"a folder with {FACTORS_NAME}")
 
 
+def _list_layouts() -> list[Layout]:
+    return [scheme.layout for _, scheme in SCHEMES if isinstance(scheme, FolderScheme)]
+
+
 def _read_config(factors: Path) -> Mapping[str, JsonValue] | None:
-    """Return the configuration beside PEFT's file name; beside any other name it may belong to another file."""
-    path = factors.with_name(CONFIG_NAME)
-    if factors.name not in FACTORS_NAMES or not path.exists():
-        return None
+    """Return the configuration beside a name that a scheme has; beside any other it may belong to another file."""
+    known = [
+        layout.configs for layout in _list_layouts() if any(fnmatchcase(factors.name, name) for name in layout.factors)
+    ]
+    names = (CONFIG_NAME,) if factors.name in FACTORS_NAMES else tuple(name for configs in known for name in configs)
+    paths = [factors.with_name(name) for name in dict.fromkeys(names)]
+    found = [_parse_config(path) for path in paths if path.exists()]
+    return {name: value for config in reversed(found) for name, value in config.items()} if found else None
+
+
+def _parse_config(path: Path) -> Mapping[str, JsonValue]:
     data = read_small(path)
     described = describe_head(data[:HEAD_BYTES])
     if described is not None and not data.lstrip().startswith(b"{"):
         raise refuse("LF111", path, described.what, "JSON text", described.mend)
-    return parse_json_object(data, path)
+    return parse_flat_yaml(data, path) if path.suffix in _YAML else parse_json_object(data, path)
 
 
 def _read_head(path: Path) -> tuple[bytes, int]:

@@ -140,4 +140,38 @@ class WritingScheme(Scheme, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the files of a scheme of folders are called.
+
+    Attributes:
+        factors: names of the file with the tensors, the one to prefer first; `*` stands for a step in checkpoints of a
+            training run, which are not looked for, only known when they are named.
+        configs: names of the configurations beside it; of two that state a field the first counts.
+    """
+
+    factors: tuple[str, ...]
+    configs: tuple[str, ...]
+
+
+@runtime_checkable
+class FolderScheme(Scheme, Protocol):
+    """A scheme whose files lie in a folder under names of their own.
+
+    Attributes:
+        layout: these names.
+    """
+
+    layout: Layout
+
+
+@runtime_checkable
+class KnowingScheme(Scheme, Protocol):
+    """A scheme whose files say something about the base."""
+
+    def find_facts(self, bundle: Bundle) -> BaseFacts:
+        """Return what they say."""
+        ...
+
+
 SCHEMES: Registry[Scheme] = Registry("loraformat.schemes", "SCHEME")

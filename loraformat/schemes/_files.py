@@ -104,7 +104,7 @@ def _move(targets: Sequence[Target], scaling_for: Callable[[Target], Scaling]) -
 Fit = Callable[[Sequence[Target]], tuple[list[Target], list[Problem]]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FiledScheme(TableScheme):
     """A table scheme with files of its own.
 
@@ -125,7 +125,7 @@ class FiledScheme(TableScheme):
     def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
         """Return the tensors under this scheme's names, after the targets were made to fit."""
         fitted, problems = self.fit(adapter)
-        written = TableScheme.write(self, fitted, facts)
+        written = super().write(fitted, facts)
         return replace(
             written,
             container=self.container,

@@ -55,7 +55,7 @@ class _AlphaValue:
         """Return the key-value, which is a float32."""
         alphas = {alpha_of(target) for target in targets if target.rank}
         alpha = max(alphas, default=0.0)
-        result = ScalesWritten(metadata={_ALPHA: float(str(np.float32(alpha)))})
+        result = ScalesWritten(metadata={_ALPHA: json.dumps(float(str(np.float32(alpha))))})
         if float(np.float32(alpha)) != alpha:
             found = f"alpha {alpha!r} as float32, relative error {abs(float(np.float32(alpha)) / alpha - 1):.2g}"
             result.problems.append(Problem("LF320", _ALPHA, found, severity="note"))
@@ -65,8 +65,6 @@ class _AlphaValue:
 
 
 class _Gguf(FiledScheme):
-    __slots__ = ()
-
     def detect(self, bundle: Bundle) -> str | None:
         """Recognise the type that the file states, or the names of the tensors."""
         if bundle.metadata.get("general.type") == '"adapter"':
@@ -80,14 +78,14 @@ class _Gguf(FiledScheme):
 
     def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
         """Return tensors and key-values; the architecture is the base's, or the one that the adapter had."""
-        written = FiledScheme.write(self, adapter, facts)
+        written = super().write(adapter, facts)
         memory = find_texts(find_memory(adapter.provenance, self.name), "metadata")
         architecture = _find_architecture(facts) or _read_text(memory.get(_ARCHITECTURE))
         own = {key: _parse(text) for key, text in memory.items()}
         values: dict[str, JsonValue] = (
             {_ARCHITECTURE: architecture} | dict(_FIXED) | own | {_ARCHITECTURE: architecture}
         )
-        values[_ALPHA] = written.metadata[_ALPHA]
+        values[_ALPHA] = json.loads(str(written.metadata[_ALPHA]))
         if PROVENANCE_KEY in written.metadata:
             values[PROVENANCE_KEY] = written.metadata[PROVENANCE_KEY]
         missing = Problem("LF311", _ARCHITECTURE, "an architecture that is not known", "the base's, by --base")

@@ -9,7 +9,7 @@ from typing import Final
 
 from loraformat.adapter import ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts, read_facts
-from loraformat.schemes import Bundle, Holds
+from loraformat.schemes import Bundle, Holds, Layout
 from loraformat.schemes._engine import Marks
 from loraformat.schemes._files import FiledScheme, level_multipliers, multiplier_of, pad_ranks
 from loraformat.schemes._one_scale import ConfigScale, inner
@@ -35,7 +35,7 @@ def _find_scaling(config: Mapping[str, JsonValue]) -> JsonValue:
 
 
 class _Mistral(FiledScheme):
-    __slots__ = ()
+    layout = Layout(("lora.safetensors",), ("params.json",))
 
     def find_facts(self, bundle: Bundle) -> BaseFacts:
         """Return the counts of heads, which `params.json` states beside the adapter's own fields."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from loraformat.adapter import Factor, ScalingRule, SlotKind, Target
-from loraformat.schemes import Bundle, Holds
+from loraformat.schemes import Bundle, Holds, Layout
 from loraformat.schemes._engine import Marks
 from loraformat.schemes._files import FiledScheme, level_multipliers, multiplier_of, pad_ranks
 from loraformat.schemes._naming import PlainNaming
@@ -49,7 +49,9 @@ def _write_config(targets: Sequence[Target], before: Mapping[str, JsonValue]) ->
 
 
 class _Mlx(FiledScheme):
-    __slots__ = ()
+    layout = Layout(
+        ("adapters.safetensors", "adapters.npz", "*_adapters.safetensors", "*_adapters.npz"), ("adapter_config.json",)
+    )
 
     def detect(self, bundle: Bundle) -> str | None:
         """Recognise the configuration, or the names of the tensors."""

@@ -40,6 +40,5 @@ SCHEME: Final = FiledScheme(
     names="onnx_adapter",
     fits=(fold_scales,),
     container="onnx_adapter",
-    keep_metadata=False,
     annotates=False,
 )
