@@ -238,6 +238,48 @@ class Permute(_Moves):
 
 
 @dataclass(frozen=True, slots=True)
+class GroupHeads(_Moves):
+    """The rows of q, k and v, one below the other, in groups: the q heads of a key-value head, then its k and its v.
+
+    Megatron stores fused attention so, and splits it among its processes by groups.
+
+    Attributes:
+        heads: heads of q.
+        kv_heads: heads of k and of v, which is the number of groups.
+        head_dim: rows of one head.
+        undone: whether it leads from the groups back to q, k and v.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    undone: bool = False
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """Return the same shape."""
+        (sizes,) = shapes
+        if not sizes or sizes[0] != (self.heads + 2 * self.kv_heads) * self.head_dim or self.heads % self.kv_heads:
+            raise ValueError(f"{self} of a tensor of shape {sizes}")
+        return sizes
+
+    def apply(self, arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Return the rows in the new order."""
+        rows = np.arange((self.heads + 2 * self.kv_heads) * self.head_dim)
+        ends = self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim
+        parts = [part.reshape(self.kv_heads, -1) for part in np.split(rows, ends)]
+        order = np.concatenate(parts, axis=1).reshape(-1)
+        return np.ascontiguousarray(arrays[0][np.argsort(order) if self.undone else order])
+
+    def undo(self) -> "GroupHeads":
+        """Return the operation that leads back."""
+        return GroupHeads(self.heads, self.kv_heads, self.head_dim, not self.undone)
+
+    def __str__(self) -> str:
+        what = f"{self.heads} heads in {self.kv_heads} groups"
+        return f"rows from {what} to q, k, v" if self.undone else f"rows of q, k, v to {what}"
+
+
+@dataclass(frozen=True, slots=True)
 class SwapHalves(_Moves):
     """The second half of an axis before the first; its own way back."""
 

@@ -15,7 +15,6 @@ from loraformat.errors import error_for, refuse
 from loraformat.loading import choose_scheme, list_files, open_bundle
 from loraformat.problems import Problem
 from loraformat.schemes import (
-    NOT_STATED,
     SCHEMES,
     Bundle,
     KnowingScheme,
@@ -208,7 +207,7 @@ def verify_bundle(converted: Converted, bundle: Bundle, rounding: Rounding) -> P
         FindingError: LF318 they differ by more than `PROVEN_TO`, and rounding was not allowed; or modules are missing.
     """
     reader = converted.scheme
-    again = reader.read(bundle, NOT_STATED)
+    again = reader.read(bundle, converted.written.stated)
     back, problems = respell(again, _names_of(converted.source), bundle.facts)
     against = [problem for problem in problems if problem.severity == "error"]
     if against:

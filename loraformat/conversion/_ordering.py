@@ -7,7 +7,7 @@ from typing import Final
 from loraformat.adapter import Factor, Target
 from loraformat.base_facts import BaseFacts
 from loraformat.conversion._fusing import row_roles
-from loraformat.operations import Operation, Permute, SwapHalves, derive
+from loraformat.operations import GroupHeads, Operation, Permute, SwapHalves, derive
 from loraformat.problems import Problem
 from loraformat.spellings import Order
 
@@ -40,10 +40,21 @@ def _interleave(target: Target, factor: Factor, order: Order, facts: BaseFacts, 
     return operation.undo() if undo else operation
 
 
+def _group(target: Target, factor: Factor, order: Order, facts: BaseFacts, undo: bool) -> Operation | None:
+    """Rows of q, k and v to groups by key-value heads, as Megatron has them."""
+    counts = {name: facts.count(name) for name in ("heads", "kv_heads", "head_dim")}
+    known = [count for count in counts.values() if count is not None]
+    if len(known) < len(counts):
+        raise LookupError(", ".join(name for name, count in counts.items() if count is None))
+    operation = GroupHeads(known[0], known[1], known[2])
+    return operation.undo() if undo else operation
+
+
 RULES: Final[Mapping[str, Rule]] = {
     "halves-swapped": _swap_halves,
     "halves-swapped-where-there-are-two": _swap_two,
     "rotary-interleaved": _interleave,
+    "grouped-by-kv-heads": _group,
 }
 
 

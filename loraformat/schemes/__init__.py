@@ -84,7 +84,7 @@ class Holds:
     Attributes:
         kinds: adapter kinds.
         slots: kinds of slots.
-        scale: where the scale stands: `each target`, `one for all`, or `folded` where there is no place.
+        scale: where the scale stands: `each target`, `one for all`, `folded` where there is no place, or `not stored`.
         dtypes: number forms; empty for any that safetensors has.
         needs: what the base must say before it can be written, in words; empty when nothing.
     """
@@ -108,6 +108,7 @@ class WrittenBundle:
         file_name: what the file is called in its folder; empty for a scheme of single files.
         config_name: what the configuration is called.
         problems: what the scheme has no place for, or would round.
+        stated: what a reader of the files must be told, for a scheme that has no place for a scale.
     """
 
     tensors: Mapping[str, Factor]
@@ -117,6 +118,7 @@ class WrittenBundle:
     file_name: str = ""
     config_name: str = ""
     problems: tuple[Problem, ...] = ()
+    stated: StatedScale = NOT_STATED
 
 
 @runtime_checkable

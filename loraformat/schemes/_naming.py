@@ -4,6 +4,7 @@ Flattening (`_` for every dot) cannot be undone by looking at the text. It is un
 by the module list of the base, and only where all that fit agree.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ COMPONENTS: Final = (
 """What diffusers calls the models of a pipeline; `diffusion_model` for one that no table knows."""
 DENOISERS: Final = frozenset({"unet", "transformer", "transformer_2", "prior", "diffusion_model"})
 """The components that are what a pipeline is about."""
+_GPT: Final = re.compile(r"transformer\.(?:h\.\d|wte|wpe|ln_f)")
+"""What GPT-2 and its descendants call their decoder, which is no component of a pipeline."""
 _LISTED: Final = 4
 
 
@@ -77,7 +80,8 @@ class PlainNaming:
 def split_component(target: str) -> tuple[str, str]:
     """Return the component of a target's name, empty when it has none, and the path in it."""
     first, dot, rest = target.partition(".")
-    return (first, rest) if dot and first in COMPONENTS else ("", target)
+    is_part = dot and first in COMPONENTS and not _GPT.match(target)
+    return (first, rest) if is_part else ("", target)
 
 
 @dataclass(frozen=True, slots=True)

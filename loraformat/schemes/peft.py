@@ -4,6 +4,7 @@ Keys are `base_model.model.<target>.<role>`; scale, ranks and everything that ch
 the configuration (huggingface/peft, LoraConfig as of 0.21).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,9 +16,9 @@ from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import ALL_SLOTS, Bundle, Holds, StatedScale, WrittenBundle
 from loraformat.schemes._checking import ConfigReading
-from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
 from loraformat.schemes._engine import check_holds
 from loraformat.schemes._memory import recall
+from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
 from loraformat.schemes._peft_config import PeftConfig, read_config
 from loraformat.schemes._peft_writing import write_folder
 from loraformat.schemes._table import Name, NameTable, Row
@@ -30,11 +31,21 @@ _WRAPPERS: Final = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_
 _PIPELINE: Final = (
     *("diffusion_model.", "text_encoders.", "unet.", "text_encoder.", "text_encoder_2.", "prior.", "clip_l.", "t5."),
     *("transformer.transformer_blocks.", "transformer.single_transformer_blocks.", "transformer.blocks."),
-    *("transformer.double_blocks.", "transformer.single_blocks.", "transformer.layers.", "double_blocks."),
+    *(
+        "transformer.base_model.",
+        "transformer.double_blocks.",
+        "transformer.single_blocks.",
+        "transformer.layers.",
+        "double_blocks.",
+    ),
     *("single_blocks.", "down_blocks.", "up_blocks.", "mid_block.", "transformer_blocks.", "joint_blocks."),
     *("single_transformer_blocks.", "lora_unet_", "lora_te", "lycoris_"),
 )
 """How keys of diffusion pipelines begin, which have schemes of their own."""
+_OTHERS: Final = re.compile(
+    r".*\.lora_[ab](?:\.weight)?$|.*\.loras\.[^.]+\.|layers\.\d+\.(?:attention|feed_forward)\.|w_[ab]_\d{3,}$"
+)
+"""Keys of schemes that share PEFT's file names or endings: torchtune, mlx-lm, AdapterHub, mistral-finetune, SAMed."""
 _DUMPS: Final = ("base_model.model.double_blocks.", "base_model.model.single_blocks.")
 """How fal's dumps of BFL's model begin, where no configuration is beside them."""
 
@@ -85,6 +96,8 @@ class Peft:
         if MANIFEST_KEY in bundle.metadata:  # Our own file, which PEFT can read beside a configuration.
             return None
         if any(key.startswith(_PIPELINE) for key in bundle.tensors):  # diffusion-pipe writes PEFT's configuration too.
+            return None
+        if any(map(_OTHERS.match, bundle.tensors)) or "adapter_version" in bundle.metadata:  # ONNX Runtime's container.
             return None
         if bundle.config is not None and "peft_type" in bundle.config:
             return "adapter_config.json with peft_type"
