@@ -145,7 +145,10 @@ def is_base(path: Path) -> bool:
         looks_so = any(base.accepts(path, b"", 0) for _, base in BASES)
         return looks_so and not any((path / name).exists() for name in (*FACTORS_NAMES, CONFIG_NAME))
     bundle, _ = open_bundle(path)
-    return not any(scheme.detect(bundle) for _, scheme in SCHEMES) and not _recognise(bundle)
+    if any(scheme.detect(bundle) for _, scheme in SCHEMES) or _recognise(bundle):
+        return False
+    head, size = _read_head(path)
+    return any(base.accepts(path, head, size) for _, base in BASES)
 
 
 def _find_factors(folder: Path) -> Path:
