@@ -173,7 +173,7 @@ def convert_source(source: Source, scheme: WritingScheme, facts: BaseFacts, roun
     problems = [*source.adapter.problems, *found, *written.problems]
     if rounding.allowed:
         problems = [replace(each, severity="warning") if each.code == "LF313" else each for each in problems]
-    result = account(source.bundle.tensors, source.adapter, written.tensors.values())
+    result = account(source.bundle.tensors, adapter, written.tensors.values())
     if not any(problem.severity == "error" for problem in problems):
         problems += find_unaccounted(result, problems)
     return Converted(source, scheme, adapter, written, tuple(problems), list_written(written.tensors), result)

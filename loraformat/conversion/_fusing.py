@@ -41,10 +41,17 @@ _LOW_RANK: Final = frozenset({"lora", "lora with bias", "dora"})
 
 @dataclass(slots=True)
 class Made:
-    """What was made of a row: part to target, and what stands against it."""
+    """What was made of a row.
+
+    Attributes:
+        targets: part to target.
+        problems: what stands against it.
+        absorbed: tensors that are bit by bit the same as one that was kept.
+    """
 
     targets: dict[int, Target] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    absorbed: list[Factor] = field(default_factory=list)
 
 
 def describe_parts(parts: Mapping[int, Target]) -> JsonValue:
@@ -196,6 +203,8 @@ def fuse(parts: Mapping[int, Target], row: ModuleRow, name: str, facts: BaseFact
         factors = _join(levelled, sizes, rank, shared)
     except ValueError as error:
         return Made(problems=[Problem("LF315", name, str(error), "parts of one number form")])
+    if shared:
+        made.absorbed += [target.factors["lora_A.weight"] for target in targets[1:]]
     scaling = _keep_scale(scaling, targets[0].rank, rank)
     made.targets[0] = replace(targets[0], name=name, factors=factors, rank=rank, scaling=scaling)
     return made

@@ -14,6 +14,7 @@ from loraformat.base_facts import BaseFacts
 from loraformat.conversion._fusing import Made, describe_parts, fuse, split
 from loraformat.conversion._ordering import reorder
 from loraformat.problems import Problem
+from loraformat.schemes._memory import COMPONENT_KEY
 from loraformat.schemes._naming import DENOISERS, split_component
 from loraformat.spellings import ModuleRow, Place, Reading, SpellingTable, read_names
 from loraformat.strict_json import JsonValue
@@ -30,11 +31,13 @@ class Respelled:
         targets: its targets.
         problems: what the tables or the base do not say.
         fused: fused target to the parts it was made of, each with its rank.
+        absorbed: copies of tensors that were kept.
     """
 
     targets: list[Target] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     fused: dict[str, JsonValue] = field(default_factory=dict)
+    absorbed: list[Factor] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +67,19 @@ def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, li
         if route is None:
             result.targets += targets
             continue
-        owner = component if component not in ("", "diffusion_model") else _adopt(route.table)
+        left_out = str(adapter.provenance.get(COMPONENT_KEY, ""))
+        owner = component if component not in ("", "diffusion_model") else left_out or _adopt(route.table)
         prefix = f"{owner}." if owner else ""
         if route.old == route.new:
             result.targets += [replace(each, name=f"{prefix}{split_component(each.name)[1]}") for each in targets]
         else:
             _respell_component(prefix, targets, route, facts, known if isinstance(known, Mapping) else {}, result)
-    provenance = {name: value for name, value in adapter.provenance.items() if name != FUSED or not result.targets}
+    provenance = {name: value for name, value in adapter.provenance.items() if name not in (FUSED, COMPONENT_KEY)}
     if result.fused:
         provenance[FUSED] = result.fused
     ordered = tuple(sorted(result.targets, key=lambda target: target.name))
-    return replace(adapter, targets=ordered, provenance=provenance), result.problems
+    absorbed = (*adapter.absorbed, *result.absorbed)
+    return replace(adapter, targets=ordered, provenance=provenance, absorbed=absorbed), result.problems
 
 
 def _choose_route(
@@ -172,6 +177,7 @@ def _move(
     else:
         made = Made({part: replace(target, name=paths[part]) for part, target in plain.items()})
     problems += made.problems
+    result.absorbed += made.absorbed
     moved = []
     for part, target in made.targets.items():
         turned, problem = reorder(target, row.order(route.new, part), facts, undo=False)

@@ -11,6 +11,8 @@ from loraformat.errors import LoraformatError
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 
 PROVENANCE_KEY: Final = "loraformat.provenance"
+COMPONENT_KEY: Final = "component"
+"""The part of a provenance that says which component names without one belong to."""
 
 
 def recall(metadata: Mapping[str, str]) -> dict[str, Any]:

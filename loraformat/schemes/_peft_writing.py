@@ -13,7 +13,7 @@ from loraformat.errors import LoraformatError
 from loraformat.problems import Problem
 from loraformat.schemes import NOT_STATED, WrittenBundle
 from loraformat.schemes._lora_config import describe_lora
-from loraformat.schemes._memory import annotate
+from loraformat.schemes._memory import COMPONENT_KEY, annotate
 from loraformat.schemes._naming import find_denoiser, split_component
 from loraformat.schemes._peft_config import PeftConfig
 from loraformat.strict_json import JsonValue
@@ -45,6 +45,9 @@ def write_folder(adapter: Adapter, keys: Mapping[str, str], problems: list[Probl
             else:
                 tensors[f"{_PREFIX}{names[target.name]}.{end}"] = factor
     carried = {name: value for name, value in adapter.provenance.items() if name != "peft"}
+    left_out = {name.removesuffix(f".{module}") for name, module in names.items() if name != module}
+    if len(left_out) == 1:
+        carried[COMPONENT_KEY] = left_out.pop()
     return WrittenBundle(
         tensors=tensors,
         metadata={"format": "pt"} | annotate(carried),

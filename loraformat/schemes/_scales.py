@@ -109,6 +109,7 @@ class AlphaTensors:
         if silent:
             fallback = self._fall_back(silent, bundle, stated, result)
             result.scalings |= dict.fromkeys(silent, fallback)
+            result.remembered["silent"] = len(silent) == len(modules) or silent
         result.remembered |= _remember_forms(forms)
         if idle:
             result.remembered["idle_alphas"] = idle
@@ -131,13 +132,15 @@ class AlphaTensors:
         return UNIT
 
     def write(self, targets: Sequence[Target], remembered: Mapping[str, JsonValue]) -> ScalesWritten:
-        """Return an alpha for each target that has a scale other than 1 by multiplier."""
+        """Return an alpha for each target but those with a multiplier of 1, or that had none and still need none."""
         result = ScalesWritten()
         idle = remembered.get("idle_alphas")
         idle = idle if isinstance(idle, Mapping) else {}
+        silent = remembered.get("silent")
         for target in targets:
+            was_silent = silent is True or (isinstance(silent, Sequence) and target.name in silent)
             alpha = _number(idle.get(target.name)) if target.scaling == UNIT else _alpha_of(target)
-            if alpha is None:
+            if alpha is None or (was_silent and target.scale == 1.0):
                 continue
             factor = _make_alpha(target.name, alpha, _recall_form(remembered, target.name))
             result.sidecars[target.name] = {ALPHA: factor}

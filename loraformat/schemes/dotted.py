@@ -1,8 +1,8 @@
 """The dotted native scheme of ComfyUI, ai-toolkit, diffusion-pipe and OneTrainer: the original repository's own names.
 
-`diffusion_model.<path>.lora_A.weight`, or the path alone; text encoders behind `text_encoders.<name>.transformer`. Every
-payload of LyCORIS may stand there too. A module without `alpha` acts with scale 1. diffusion-pipe writes it as a folder
-with PEFT's configuration beside it: the keys decide. Source: comfyanonymous/ComfyUI, comfy/lora.py.
+`diffusion_model.<path>.lora_A.weight`, or the path alone; text encoders behind `text_encoders.<name>.transformer`.
+Every payload of LyCORIS may stand there too. A module without `alpha` acts with scale 1. diffusion-pipe writes it as a
+folder with PEFT's configuration beside it: the keys decide. Source: comfyanonymous/ComfyUI, comfy/lora.py.
 """
 
 from typing import Final

@@ -1,7 +1,7 @@
 """OneTrainer's OMI format ("open model initiative"): the original names, fused weights in numbered parts.
 
-`transformer.double_blocks.0.img_attn.qkv.1.lora_down.weight` is the second part, k; text encoders stand behind `clip_l`,
-`clip_g` and `t5`. Source: Nerogar/OneTrainer, modules/util/convert.
+`transformer.double_blocks.0.img_attn.qkv.1.lora_down.weight` is the second part, k; text encoders stand behind
+`clip_l`, `clip_g` and `t5`. Source: Nerogar/OneTrainer, modules/util/convert.
 """
 
 from typing import Final
