@@ -75,8 +75,10 @@ def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, li
         else:
             _respell_component(prefix, targets, route, facts, known if isinstance(known, Mapping) else {}, result)
     provenance = {name: value for name, value in adapter.provenance.items() if name not in (FUSED, COMPONENT_KEY)}
-    if result.fused:
-        provenance[FUSED] = result.fused
+    names_left = {target.name for target in result.targets}
+    kept = {name: parts for name, parts in known.items() if name in names_left} if isinstance(known, Mapping) else {}
+    if kept or result.fused:
+        provenance[FUSED] = {**kept, **result.fused}
     ordered = tuple(sorted(result.targets, key=lambda target: target.name))
     absorbed = (*adapter.absorbed, *result.absorbed)
     return replace(adapter, targets=ordered, provenance=provenance, absorbed=absorbed), result.problems

@@ -15,7 +15,7 @@ from loraformat.operations import Pad, derive
 from loraformat.problems import Problem
 from loraformat.rescaling import rescale
 from loraformat.schemes import WrittenBundle
-from loraformat.schemes._engine import TableScheme
+from loraformat.schemes._engine import TableScheme, check_holds
 
 _SAME: Final = 1e-12
 """Scales that differ by less are one number that was rounded on different ways."""
@@ -42,6 +42,8 @@ UNIT: Final = Scaling(ScalingRule.MULTIPLIER, 1.0)
 
 def level_multipliers(targets: Sequence[Target]) -> tuple[list[Target], list[Problem]]:
     """Return the targets with the commonest multiplier for all, and what that cost."""
+    if len({(target.scaling, target.rank) for target in targets if target.rank}) < 2:
+        return list(targets), []
     common = _commonest(targets, multiplier_of)
     return _move(targets, lambda target: Scaling(ScalingRule.MULTIPLIER, common))
 
@@ -124,7 +126,10 @@ class FiledScheme(TableScheme):
 
     def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
         """Return the tensors under this scheme's names, after the targets were made to fit."""
-        fitted, problems = self.fit(adapter)
+        against = check_holds(self.name, self.holds, adapter)
+        refused = {problem.where for problem in against}
+        held = tuple(target for target in adapter.targets if target.name not in refused)
+        fitted, problems = self.fit(replace(adapter, targets=held))
         written = super().write(fitted, facts)
         return replace(
             written,
@@ -132,7 +137,7 @@ class FiledScheme(TableScheme):
             file_name=self.file_name,
             config_name=self.config_name,
             metadata=written.metadata if self.annotates else {},
-            problems=(*problems, *written.problems),
+            problems=(*against, *problems, *written.problems),
         )
 
     def fit(self, adapter: Adapter) -> tuple[Adapter, list[Problem]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraformat.adapter import Factor
-from loraformat.operations import BlockDiagonal, Concatenate, NewFactor, Pad, Take, derive
+from loraformat.operations import Concatenate, NewFactor, Pad, Take, derive
 
 FUSED = "fused"
 """The provenance that says of which parts a fused target is made, and their ranks; 0 where they share one A."""
@@ -31,15 +31,15 @@ class Groups:
 
 def place_rows(up: Factor, groups: Groups) -> Factor:
     """Return canonical B `(all rows, groups * rank)` of stored B `(rows of the groups, rank)`."""
-    blocks: list[Factor] = []
+    total = sum(groups.sizes)
+    columns: list[Factor] = []
     start = 0
-    for part, size in enumerate(groups.sizes):
-        if part in groups.present:
-            blocks.append(derive(Take(start, start + size), up))
-            start += size
-        else:
-            blocks.append(NewFactor("zeros", np.zeros((size, 0), dtype=up.dtype.numpy())))
-    return derive(BlockDiagonal(), *blocks)
+    for part in groups.present:
+        size, above = groups.sizes[part], sum(groups.sizes[:part])
+        block = derive(Take(start, start + size), up)
+        columns.append(derive(Pad(above, total - above - size), block))
+        start += size
+    return derive(Concatenate(axis=1), *columns)
 
 
 def gather(

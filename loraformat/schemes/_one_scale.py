@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from loraformat.adapter import Scaling, ScalingRule, Target
 from loraformat.errors import refuse
@@ -13,6 +13,8 @@ from loraformat.schemes._scales import Module, ScalesRead, ScalesWritten
 from loraformat.strict_json import JsonValue
 
 Config = Mapping[str, JsonValue]
+_ALPHA_NOTE: Final = "loraformat.alpha"
+"""An annotation: the alpha that a multiplier was, which schemes with alphas want back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class ConfigScale:
         config = bundle.config or {}
         if scaling is None:
             scaling = Scaling(self.rule, check_number(self.find(config), bundle))
+            scaling = _recall_alpha(scaling, modules, bundle.metadata.get(_ALPHA_NOTE))
         return ScalesRead(
             {module.name: scaling if module.rank else UNIT for module in modules},
             remembered={"config": dict(config)} if config else {},
@@ -45,7 +48,22 @@ class ConfigScale:
         """Return the configuration."""
         before = remembered.get("config")
         ranked = [target for target in targets if target.rank]
-        return ScalesWritten(config=self.write_config(ranked, before if isinstance(before, Mapping) else {}))
+        config = self.write_config(ranked, before if isinstance(before, Mapping) else {})
+        alphas = {target.scaling for target in ranked if target.scaling.rule is ScalingRule.ALPHA_OVER_RANK}
+        noted = self.rule is ScalingRule.MULTIPLIER and len(alphas) == 1
+        return ScalesWritten(config=config, metadata={_ALPHA_NOTE: repr(alphas.pop().value)} if noted else {})
+
+
+def _recall_alpha(scaling: Scaling, modules: Sequence[Module], note: str | None) -> Scaling:
+    """Return the alpha that a multiplier came from, where an annotation of ours tells it and the scale agrees."""
+    ranks = {module.rank for module in modules if module.rank}
+    if note is None or len(ranks) != 1 or scaling.rule is not ScalingRule.MULTIPLIER:
+        return scaling
+    try:
+        alpha = Scaling(ScalingRule.ALPHA_OVER_RANK, float(note))
+    except ValueError:
+        return scaling
+    return alpha if math.isclose(alpha.effective(ranks.pop()), scaling.value, rel_tol=1e-12) else scaling
 
 
 @dataclass(frozen=True, slots=True)

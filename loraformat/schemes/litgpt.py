@@ -115,10 +115,12 @@ def _widen_alpha(target: Target, parts: JsonValue) -> Target:
 
 
 def _read_parts(known: Any, name: str) -> dict[int, int]:
-    """Return part to rank as it is remembered, the whole as one where it is not."""
+    """Return part to rank as it is remembered; where it is not, all parts share one A, which is rank 0."""
+    if not name.endswith(_FUSED_NAME):
+        return {}
     found = known.get(name) if isinstance(known, Mapping) else None
     if not isinstance(found, Mapping):
-        return {}
+        return dict.fromkeys(range(len(_FLAGS)), 0)
     return {int(part): rank for part, rank in found.items() if part.isdecimal() and isinstance(rank, int)}
 
 
@@ -127,12 +129,12 @@ def _store(target: Target, parts: Mapping[int, int], wanted: Sequence[int], rank
     if not target.name.endswith(_FUSED_NAME) or set(target.factors) != {"lora_A.weight", "lora_B.weight"}:
         return target
     sizes = _find_sizes(target.name, facts)
-    present = tuple(sorted(parts)) or tuple(range(len(sizes)))
+    present = tuple(sorted(parts))
     ranks = [parts.get(part, 0) for part in present]
     down, up = target.factors["lora_A.weight"], target.factors["lora_B.weight"]
     if sum(sizes) != up.shape[0] or (any(ranks) and sum(ranks) != target.rank):
         raise refuse("LF315", target.name, f"{up.shape[0]} rows, rank {target.rank}", f"{sum(sizes)} rows")
-    factors = gather(down, up, ranks, Groups(sizes, present), wanted or present, rank)
+    factors = gather(down, up, ranks, Groups(sizes, present), wanted, rank)
     return replace(target, rank=rank, factors=dict(zip(target.factors, factors, strict=True)))
 
 
@@ -140,8 +142,7 @@ def _write_config(targets: Sequence[Target], before: Mapping[str, JsonValue]) ->
     """Return the settings that say what is adapted, and how strongly."""
     rank = max((target.rank for target in targets), default=0)
     names = {target.name for target in targets}
-    kept = {name: value for name, value in before.items() if name.startswith("lora_")}
-    return kept | {
+    return dict(before) | {
         "lora_r": rank,
         "lora_alpha": multiplier_of(targets[0]) * rank if targets else 0.0,
         "lora_projection": any(name.endswith(".attn.proj") for name in names),

@@ -1,55 +1,19 @@
-"""NeMo and Megatron-Bridge: `decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight`, and NeMo 1's names.
-
-linear_in is A, linear_out is B; the rows of linear_qkv are interleaved by groups of heads, those of linear_fc1 are gate
-above up. Scale: alpha / dim of the training's configuration, which is not in these files. Source: NVIDIA-NeMo/
-Megatron-Bridge 0.3, peft; NVIDIA/NeMo, export/utils/lora_converter.py.
-"""
+"""NeMo and Megatron-Bridge: one pair of factors for each weight, fused ones in the rows of Megatron; no scale."""
 
 from typing import Final
 
-from loraformat.schemes._engine import NOISE, Alias, Marks, TableReader
+from loraformat.schemes._engine import Marks, TableReader
+from loraformat.schemes._megatron import ALIASES, CANONICAL, KEYS, ROWS
 from loraformat.schemes._naming import PlainNaming
 from loraformat.schemes._scales import StatedAlone
-from loraformat.schemes._table import NameTable, Row
-
-_LAYER: Final = r"^((?:.*\.)?decoder\.layers\.\d+)"
-_OLD: Final = (
-    (r"self_attention\.adapter_layer\.lora_kqv_adapter", "self_attention.linear_qkv.adapter"),
-    (r"self_attention\.adapter_layer\.lora_dense_attention_adapter", "self_attention.linear_proj.adapter"),
-    (r"mlp\.adapter_layer\.lora_hto4h_adapter", "mlp.linear_fc1.adapter"),
-    (r"mlp\.adapter_layer\.lora_4htoh_adapter", "mlp.linear_fc2.adapter"),
-)
-"""NeMo 1's names of adapters, and what they adapt."""
-_UNFUSED: Final = (
-    (
-        r"self_attention\.adapter_layer\.lora_unfused_kqv_adapter\.([qkv])_adapter",
-        r"self_attention.linear_qkv.adapter_\2",
-    ),
-    (r"mlp\.adapter_layer\.lora_unfused_hto4h_adapter\.(gate|up)_adapter", r"mlp.linear_fc1.adapter_\2"),
-)
 
 SCHEME: Final = TableReader(
     name="megatron",
-    title="NeMo and Megatron-Bridge: linear_in and linear_out, without a scale",
-    rows=NameTable(
-        [
-            Row("adapter.linear_in.weight", "lora", "lora_A.weight"),
-            Row("adapter.linear_out.weight", "lora", "lora_B.weight"),
-            Row("linear_in.weight", "lora", "lora_A.weight"),
-            Row("linear_out.weight", "lora", "lora_B.weight"),
-        ]
-    ),
+    title="NeMo and Megatron-Bridge: linear_in and linear_out of fused weights, without a scale",
+    rows=ROWS,
     naming=PlainNaming(),
     scale=StatedAlone(),
-    marks=Marks(
-        keys=(
-            r".*(?:adapter_layer\.lora_\w+_adapter\.(?:\w+_adapter\.)?|\.adapter(?:_\w+)?\.)linear_(?:in|out)\.weight$",
-        )
-    ),
+    marks=Marks(keys=KEYS, others=CANONICAL),
     names="megatron",
-    aliases=(
-        *NOISE,
-        Alias(r"^(?:module\.|model\.)+(decoder\.)", r"\1"),
-        *(Alias(rf"{_LAYER}\.{old}\.", rf"\1.{new}.") for old, new in (*_OLD, *_UNFUSED)),
-    ),
+    aliases=ALIASES,
 )

@@ -24,7 +24,8 @@ def _write_config(targets: Sequence[Target], before: Mapping[str, JsonValue]) ->
     rank = max((target.rank for target in targets), default=0)
     alpha = alpha_of(targets[0]) if targets else 0.0
     modules = sorted({target.name.rpartition(".")[2] for target in targets})
-    return dict(before) | {"r": rank, "lora_alpha": alpha, "target_modules": list(modules), "peft_type": "LORA"}
+    fields: dict[str, JsonValue] = {"peft_type": "LORA", "target_modules": list(modules)} | dict(before)
+    return fields | {"r": rank, "lora_alpha": alpha}
 
 
 SCHEME: Final = FiledScheme(

@@ -68,6 +68,7 @@ SCHEMES: Final = {
     "litgpt": "litgpt",
     "gguf": "gguf",
     "megatron": "megatron",
+    "megatron_canonical": "megatron-canonical",
 }
 HEADS: Final = ["heads*head_dim", "kv_heads*head_dim", "kv_heads*head_dim"]
 INTERLEAVED: Final = [
