@@ -122,7 +122,7 @@ _BLOCKS: Final = {
 }
 """Number in `enum ggml_type`, name, elements and bytes of a block (gguf 0.19, GGML_QUANT_SIZES)."""
 
-BY_NAME: Final = {dtype.name: dtype for dtype in (*_ALL, *_BLOCKS.values())}
+BY_NAME: Final = {dtype.name: dtype for dtype in _ALL}
 BY_SAFETENSORS: Final = {dtype.safetensors: dtype for dtype in _ALL if dtype.safetensors}
 BY_ONNX: Final = {dtype.onnx: dtype for dtype in _ALL if dtype.onnx is not None}
 BY_GGML: Final[dict[int, Dtype]] = _BLOCKS | {

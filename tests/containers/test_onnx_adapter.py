@@ -19,7 +19,7 @@ from laws.container_laws import ContainerLaws, read_all, rewrite, same_bits
 from laws.writer_laws import WriterLaws
 from loraformat.containers import onnx_adapter
 from loraformat.containers.onnx_adapter import CONTAINER, write_onnx_adapter
-from loraformat.dtypes import BY_NAME
+from loraformat.dtypes import BY_GGML, BY_NAME
 from loraformat.errors import LoraformatError
 
 CORPUS = Path(os.environ.get("LORAFORMAT_CORPUS", Path(__file__).parents[3] / "shared" / "corpus"))
@@ -274,7 +274,7 @@ def test_what_the_file_has_no_place_for_is_not_written(metadata: dict[str, str])
 
 
 def test_tensors_that_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    quantised = ("q", BY_NAME["q4_0"], (32,), lambda: bytes(18))
+    quantised = ("q", BY_GGML[2], (32,), lambda: bytes(18))
     scalar = ("s", BY_NAME["float32"], (), np.zeros((), np.float32))
     for tensor in (quantised, scalar):
         with pytest.raises(LoraformatError) as caught:
