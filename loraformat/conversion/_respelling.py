@@ -14,7 +14,7 @@ from loraformat.base_facts import BaseFacts
 from loraformat.conversion._fusing import Made, describe_parts, fuse, split
 from loraformat.conversion._ordering import reorder
 from loraformat.problems import Problem
-from loraformat.schemes._memory import COMPONENT_KEY
+from loraformat.schemes._memory import COMPONENT_KEY, MODEL_KEY, find_memory
 from loraformat.schemes._naming import DENOISERS, split_component
 from loraformat.spellings import ModuleRow, Place, Reading, SpellingTable, read_names
 from loraformat.strict_json import JsonValue
@@ -58,11 +58,12 @@ def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, li
         return adapter, []
     result = Respelled()
     known = adapter.provenance.get(FUSED)
+    models = dict(find_memory(adapter.provenance, MODEL_KEY))
     groups: dict[str, list[Target]] = defaultdict(list)
     for target in adapter.targets:
         groups[split_component(target.name)[0]].append(target)
     for component, targets in sorted(groups.items()):
-        route, problem = _choose_route(component, targets, names, facts)
+        route, problem = _choose_route(component, targets, names, facts, models.get(component))
         result.problems += [problem] if problem else []
         if route is None:
             result.targets += targets
@@ -73,19 +74,22 @@ def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, li
         if route.old == route.new:
             result.targets += [replace(each, name=f"{prefix}{split_component(each.name)[1]}") for each in targets]
         else:
+            models[owner] = route.table.name
             _respell_component(prefix, targets, route, facts, known if isinstance(known, Mapping) else {}, result)
     provenance = {name: value for name, value in adapter.provenance.items() if name not in (FUSED, COMPONENT_KEY)}
     names_left = {target.name for target in result.targets}
     kept = {name: parts for name, parts in known.items() if name in names_left} if isinstance(known, Mapping) else {}
     if kept or result.fused:
         provenance[FUSED] = {**kept, **result.fused}
+    if models:
+        provenance[MODEL_KEY] = models
     ordered = tuple(sorted(result.targets, key=lambda target: target.name))
     absorbed = (*adapter.absorbed, *result.absorbed)
     return replace(adapter, targets=ordered, provenance=provenance, absorbed=absorbed), result.problems
 
 
 def _choose_route(
-    component: str, targets: Sequence[Target], names: str, facts: BaseFacts
+    component: str, targets: Sequence[Target], names: str, facts: BaseFacts, remembered: JsonValue
 ) -> tuple[_Route | None, Problem | None]:
     """Return the route for the names of one component, or why none can be chosen."""
     readings = [
@@ -97,7 +101,7 @@ def _choose_route(
     unchanged = [route for route in routes if route.old == route.new]
     if unchanged and len(unchanged) == len(routes):
         return unchanged[0], None
-    for test in (_by_class(facts), _by_width(targets)):
+    for test in (_by_name(remembered), _by_class(facts), _by_width(targets)):
         chosen = [route for route in routes if test(route)]
         routes = chosen or routes
     tables = {route.table.name for route in routes}
@@ -110,6 +114,10 @@ def _choose_route(
 
 def _may_be(reading: Reading, component: str) -> bool:
     return not component or component == "diffusion_model" or component in reading.table.components
+
+
+def _by_name(remembered: JsonValue) -> Callable[[_Route], bool]:
+    return lambda route: route.table.name == remembered
 
 
 def _by_class(facts: BaseFacts) -> Callable[[_Route], bool]:

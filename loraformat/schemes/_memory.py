@@ -13,6 +13,8 @@ from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 PROVENANCE_KEY: Final = "loraformat.provenance"
 COMPONENT_KEY: Final = "component"
 """The part of a provenance that says which component names without one belong to."""
+MODEL_KEY: Final = "model"
+"""The part of a provenance that says by which table a component's names were respelled."""
 
 
 def recall(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -25,9 +25,9 @@ _WHOLE: Final = r"(?:unet|prior|connectors|text_encoder(?:_[23])?)\."
 _TRANSFORMER: Final = (
     r"transformer(?:_2)?\.(?:base_model\.model\.)?"
     r"(?:(?:single_|joint_)?transformer_blocks|blocks|layers|noise_refiner|context_refiner|proj_out|norm_out|img_in|txt_in"
-    r"|adaln_single|caption_projection|time_text_embed|condition_embedder|(?:x|context|patch|pos|time|token)_?\w*embed\w*)\."
+    r"|adaln_single|caption_projection|time_text_embed|condition_embedder|(?:x|context|patch|pos|time|token)_?\w*embed\w*)(?=\.)"
 )
-_BARE: Final = r"(?:down_blocks|up_blocks|mid_block|(?:single_)?transformer_blocks)\."
+_BARE: Final = r"(?:down_blocks|up_blocks|mid_block|(?:single_)?transformer_blocks)(?=\.)"
 _TENSOR: Final = r".*(?:[._]lora[._]|\.lora_(?:[AB]\.|linear_layer|magnitude))"
 
 
@@ -40,7 +40,11 @@ class _AdapterMetadata:
     def read(self, modules: Sequence[Module], bundle: Bundle, stated: StatedScale) -> ScalesRead:
         """Return the scalings that the annotation states, and else those of the alphas."""
         configs = _read_configs(bundle)
-        ruled = [module for module in modules if ALPHA not in module.sidecars and _component(module.name) in configs]
+        ruled = [
+            module
+            for module in modules
+            if module.rank and ALPHA not in module.sidecars and _component(module.name) in configs
+        ]
         known = {module.name for module in ruled}
         result = self.tensors.read([module for module in modules if module.name not in known], bundle, stated)
         for module in ruled:
@@ -53,8 +57,9 @@ class _AdapterMetadata:
         """Return the annotation, each component's fields behind its name, or alone in a file without components."""
         bare = remembered.get("bare")
         fields: dict[str, JsonValue] = {}
-        for component in dict.fromkeys(_component(target.name) for target in targets):
-            own = {split_component(each.name)[1]: each for each in targets if _component(each.name) == component}
+        low_rank = [target for target in targets if target.rank]
+        for component in dict.fromkeys(_component(target.name) for target in low_rank):
+            own = {split_component(each.name)[1]: each for each in low_rank if _component(each.name) == component}
             prefix = "" if component in (bare, "") else f"{component}."
             fields |= {f"{prefix}{name}": value for name, value in describe_lora(own).items()}
         return ScalesWritten(metadata={_METADATA: write_canonical(fields).decode("utf-8")})
@@ -97,6 +102,8 @@ SCHEME: Final = TableScheme(
             Row("lora.up.weight", "lora", "lora_B.weight"),
             Row("lora_B.bias", "lora with bias", "lora_B.bias"),
             Row("lora_magnitude_vector", "dora", "lora_magnitude_vector"),
+            Row("weight", "replace", "weight"),  # Norms of BFL's control adapters.
+            Row("bias", "replace", "bias"),
             Row(ALPHA, "", ALPHA),
         ]
     ),
@@ -107,8 +114,8 @@ SCHEME: Final = TableScheme(
         others=(r"base_model\.model\.(?!unet)", r".*\.processor\.(?:qkv|proj)_lora"),
     ),
     holds=Holds(
-        kinds=frozenset({"lora", "dora", "lora with bias"}),
-        slots=frozenset({SlotKind.LINEAR, SlotKind.CONV}),
+        kinds=frozenset({"lora", "dora", "lora with bias", "replace"}),
+        slots=frozenset({SlotKind.LINEAR, SlotKind.CONV, SlotKind.PARAMETER}),
     ),
     names="diffusers",
     aliases=(

@@ -39,7 +39,8 @@ _PIPELINE: Final = (
         "double_blocks.",
     ),
     *("single_blocks.", "down_blocks.", "up_blocks.", "mid_block.", "transformer_blocks.", "joint_blocks."),
-    *("single_transformer_blocks.", "lora_unet_", "lora_te", "lycoris_"),
+    *("single_transformer_blocks.", "lora_unet_", "lora_te", "lycoris_", "final_layer.", "input_blocks.", "output_blocks.",
+     "middle_block."),
 )
 """How keys of diffusion pipelines begin, which have schemes of their own."""
 _OTHERS: Final = re.compile(

@@ -150,7 +150,7 @@ def test_a_provenance_that_is_no_json_is_passed_over() -> None:
     assert not read(replace(bundle, metadata={PROVENANCE_KEY: "{"})).provenance.keys() - {"diffusers"}
 
 
-@pytest.mark.parametrize("kind", ["loha", "replace"])
+@pytest.mark.parametrize("kind", ["loha", "oft"])
 def test_what_diffusers_has_no_place_for(kind: str) -> None:
     adapter = read(bundle_of(m.lora({f"{QUERY}.to_q": (8, 5)}, A, B)))
     target = replace(adapter.targets[0], kind=kind, factors=m.tensors({"hada_w1_a": np.ones((2, 3))}))
