@@ -9,7 +9,7 @@ from loraformat.adapter import Adapter, Target
 from loraformat.base_facts import NO_FACTS, BaseFacts
 from loraformat.conversion._account import Account, Step, account, find_unaccounted, list_written
 from loraformat.conversion._proof import Proof, prove
-from loraformat.conversion._respelling import respell
+from loraformat.conversion._respelling import respell, respell_like
 from loraformat.conversion._writing import check_outputs, pending_files
 from loraformat.errors import error_for, refuse
 from loraformat.loading import choose_scheme, list_files, open_bundle
@@ -18,7 +18,6 @@ from loraformat.schemes import (
     SCHEMES,
     Bundle,
     KnowingScheme,
-    Scheme,
     StatedScale,
     WritingScheme,
     WrittenBundle,
@@ -208,7 +207,7 @@ def verify_bundle(converted: Converted, bundle: Bundle, rounding: Rounding) -> P
     """
     reader = converted.scheme
     again = reader.read(bundle, converted.written.stated)
-    back, problems = respell(again, _names_of(converted.source), bundle.facts)
+    back, problems = respell_like(again, converted.source.adapter, bundle.facts)
     against = [problem for problem in problems if problem.severity == "error"]
     if against:
         raise error_for(against)
@@ -229,9 +228,3 @@ def _lone(targets: Sequence[Target]) -> Sequence[Target]:
     if len(components) != 1:
         return targets
     return [replace(target, name=split_component(target.name)[1]) for target in targets]
-
-
-def _names_of(source: Source) -> str:
-    """Return the tables' name of the spelling that the source has, empty for one that takes names as they are."""
-    scheme: Scheme | None = SCHEMES.find(source.adapter.scheme)
-    return scheme.names if isinstance(scheme, WritingScheme) else getattr(scheme, "names", "")

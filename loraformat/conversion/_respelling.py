@@ -49,6 +49,10 @@ class _Route:
     new: str
 
 
+Speller = Callable[[SpellingTable], str | None]
+"""From a table to the spelling that is wanted; None where the table does not matter."""
+
+
 def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, list[Problem]]:
     """Return the adapter with its modules spelled as the scheme `names` of the tables wants them.
 
@@ -56,6 +60,24 @@ def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, li
     """
     if not names:
         return adapter, []
+    return _respell(adapter, lambda table: table.schemes[names].spelling if names in table.schemes else None, facts)
+
+
+def respell_like(adapter: Adapter, model: Adapter, facts: BaseFacts) -> tuple[Adapter, list[Problem]]:
+    """Return the adapter with its modules spelled as those of another adapter of the same modules."""
+    known: dict[str, str] = {}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for target in model.targets:
+        component, path = split_component(target.name)
+        groups[component].append(path)
+    for paths in groups.values():
+        for reading in read_names(paths):
+            if not reading.missed:
+                known.setdefault(reading.table.name, reading.spelling)
+    return _respell(adapter, lambda table: known.get(table.name), facts)
+
+
+def _respell(adapter: Adapter, speller: Speller, facts: BaseFacts) -> tuple[Adapter, list[Problem]]:
     result = Respelled()
     known = adapter.provenance.get(FUSED)
     models = dict(find_memory(adapter.provenance, MODEL_KEY))
@@ -63,7 +85,7 @@ def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, li
     for target in adapter.targets:
         groups[split_component(target.name)[0]].append(target)
     for component, targets in sorted(groups.items()):
-        route, problem = _choose_route(component, targets, names, facts, models.get(component))
+        route, problem = _choose_route(component, targets, speller, facts, models.get(component))
         result.problems += [problem] if problem else []
         if route is None:
             result.targets += targets
@@ -89,15 +111,16 @@ def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, li
 
 
 def _choose_route(
-    component: str, targets: Sequence[Target], names: str, facts: BaseFacts, remembered: JsonValue
+    component: str, targets: Sequence[Target], speller: Speller, facts: BaseFacts, remembered: JsonValue
 ) -> tuple[_Route | None, Problem | None]:
     """Return the route for the names of one component, or why none can be chosen."""
     readings = [
         reading
         for reading in read_names(split_component(target.name)[1] for target in targets)
-        if not reading.missed and names in reading.table.schemes and _may_be(reading, component)
+        if not reading.missed and _may_be(reading, component)
     ]
-    routes = [_Route(each.table, each.spelling, each.table.schemes[names].spelling) for each in readings]
+    spelled = [(reading, speller(reading.table)) for reading in readings]
+    routes = [_Route(reading.table, reading.spelling, new) for reading, new in spelled if new is not None]
     unchanged = [route for route in routes if route.old == route.new]
     if unchanged and len(unchanged) == len(routes):
         return unchanged[0], None

@@ -23,7 +23,9 @@ _PREFIXES: Final = {
     "": "",
 }
 _TENSOR: Final = r".*\.(?:lora[_.]|hada_|lokr_|diff|oft_|w_norm|b_norm|dora_scale|a1\.|set_weight)"
-_NATIVE: Final = r"(?:double_blocks|single_blocks|joint_blocks|input_blocks|middle_block|output_blocks|final_layer)(?=\.)"
+_NATIVE: Final = (
+    r"(?:double_blocks|single_blocks|joint_blocks|input_blocks|middle_block|output_blocks|final_layer)(?=\.)"
+)
 
 SCHEME: Final = TableScheme(
     name="dotted",

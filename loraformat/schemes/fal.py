@@ -1,6 +1,7 @@
 """fal's FLUX adapters: a dump of PEFT's keys over the original names, without PEFT's configuration.
 
-`base_model.model.double_blocks.0.img_attn.qkv.lora_A.weight`. Every reader takes a scale of 1, for want of another. With a configuration beside it, it is a PEFT folder, and read as one. Source: huggingface/diffusers,
+`base_model.model.double_blocks.0.img_attn.qkv.lora_A.weight`. For want of a scale every reader takes 1. With
+a configuration beside it, it is a PEFT folder, and read as one. Source: huggingface/diffusers,
 `_convert_fal_kontext_lora_to_diffusers`.
 """
 

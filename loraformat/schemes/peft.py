@@ -31,16 +31,10 @@ _WRAPPERS: Final = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_
 _PIPELINE: Final = (
     *("diffusion_model.", "text_encoders.", "unet.", "text_encoder.", "text_encoder_2.", "prior.", "clip_l.", "t5."),
     *("transformer.transformer_blocks.", "transformer.single_transformer_blocks.", "transformer.blocks."),
-    *(
-        "transformer.base_model.",
-        "transformer.double_blocks.",
-        "transformer.single_blocks.",
-        "transformer.layers.",
-        "double_blocks.",
-    ),
-    *("single_blocks.", "down_blocks.", "up_blocks.", "mid_block.", "transformer_blocks.", "joint_blocks."),
-    *("single_transformer_blocks.", "lora_unet_", "lora_te", "lycoris_", "final_layer.", "input_blocks.", "output_blocks.",
-     "middle_block."),
+    *("transformer.base_model.", "transformer.double_blocks.", "transformer.single_blocks.", "transformer.layers."),
+    *("double_blocks.", "single_blocks.", "joint_blocks.", "transformer_blocks.", "single_transformer_blocks."),
+    *("down_blocks.", "up_blocks.", "mid_block.", "input_blocks.", "middle_block.", "output_blocks.", "final_layer."),
+    *("lora_unet_", "lora_te", "lycoris_"),
 )
 """How keys of diffusion pipelines begin, which have schemes of their own."""
 _OTHERS: Final = re.compile(

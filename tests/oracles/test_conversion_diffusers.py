@@ -83,6 +83,7 @@ NORMS = [
     *(f"single_blocks.{n}.norm.{of}_norm" for n in range(38) for of in ("query", "key")),
 ]
 PEER_BUGS = {
+    "norm_out": "diffusers 0.42 swaps the halves of lora_A of BFL's final modulation as well (swap_scale_shift)",
     "final_layer": "diffusers 0.42 drops the alpha of kohya's final_layer modules (lora_conversion_utils)",
 }
 
@@ -224,14 +225,23 @@ def test_xlabs(tmp_path: Path) -> None:
 
 
 def test_bfl_control(tmp_path: Path) -> None:
-    """Among its modules is the last layer's modulation: (shift, scale) of BFL is (scale, shift) of diffusers."""
-    tensors = make(WHOLE_FLUX | ENDS_OF_FLUX, "lora_A.weight", "lora_B.weight", rank=1)
+    """The last layer's modulation is (shift, scale) of BFL and (scale, shift) of diffusers: rows of B alone."""
+    tensors = make(WHOLE_FLUX | ENDS_OF_FLUX, "lora_A.weight", "lora_B.weight", rank=2)
     for index, name in enumerate(NORMS):
         tensors[f"{name}.scale"] = torch.full((128,), float(index))
     ours = converted(tensors, tmp_path)
     state = peer._convert_bfl_flux_control_lora_to_diffusers(dict(tensors))
     norms = {name: ours.pop(name) for name in list(ours) if ours[name].kind == "replace"}
-    compare(ours, theirs(state))
+    peers = theirs(state)
+    last = "final_layer.adaLN_modulation.1"
+    down, up = (tensors[f"{last}.{role}.weight"].double().numpy() for role in ("lora_A", "lora_B"))
+    swapped = np.concatenate([up[H:], up[:H]])
+    mine, wrong = change(ours.pop("transformer.norm_out.linear")), peers.pop("transformer.norm_out.linear")
+    np.testing.assert_allclose(mine, _multiply(swapped, down), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        wrong, _multiply(swapped, down[::-1]), rtol=1e-6, err_msg=PEER_BUGS["norm_out"], atol=1e-6
+    )
+    compare(ours, peers)
     assert len(norms) == len(NORMS)
     for name, target in norms.items():
         np.testing.assert_array_equal(target.factors["weight"].read(), state[f"{name}.weight"].numpy())
