@@ -185,6 +185,12 @@ def all_tables() -> tuple[SpellingTable, ...]:
     )
 
 
+def read_order_file(name: str) -> Mapping[str, Any]:
+    """Return one of the files of `spec/names/orders`, for schemes that number modules instead of naming them."""
+    entry = _folder() / "orders" / f"{name}.json"
+    return parse_json_object(entry.read_bytes(), entry.name)
+
+
 def find_table(name: str) -> SpellingTable:
     """Return the table of a name; raises KeyError."""
     return {table.name: table for table in all_tables()}[name]

@@ -289,8 +289,42 @@ def comfy(denoiser: str, encoders: dict[str, str]) -> dict[str, str]:
     return {"diffusion_model": denoiser, **named}
 
 
+def ordered_unet(inner: list[str]) -> list[list[Any]]:
+    """Return the adapted modules of Stable Diffusion 1's UNet as torch walks it, each with its outputs."""
+    places = [(f"down_blocks.{level}", 320 << level, 2) for level in range(3)]
+    places += [(f"up_blocks.{level}", 1280 >> (level - 1), 3) for level in range(1, 4)]
+    places.append(("mid_block", 1280, 1))
+    return [
+        [f"{block}.attentions.{each}.transformer_blocks.0.{name}", width * (8 if "net" in name else 1)]
+        for block, width, count in places
+        for each in range(count)
+        for name in inner
+    ]
+
+
+def orders() -> None:
+    """Write the orders in which cloneofsimo/lora numbers modules."""
+    first, second = ([f"{name}.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")] for name in ("attn1", "attn2"))
+    gate = ["ff.net.0.proj"]
+    encoder = [
+        [f"text_model.encoder.layers.{layer}.self_attn.{name}", 768]
+        for layer in range(12)
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj")
+    ]
+    listed = [
+        {"component": "unet", "modules": ordered_unet(first + gate + second)},
+        {"component": "unet", "modules": ordered_unet(first + second + gate)},
+        {"component": "unet", "modules": ordered_unet(first + second)},
+        {"component": "text_encoder", "modules": encoder},
+    ]
+    rows = ",\n ".join(json.dumps(each) for each in listed)
+    (HERE / "orders").mkdir(exist_ok=True)
+    (HERE / "orders" / "sd1-cloneofsimo.json").write_text(f'{{"orders": [\n {rows}\n]}}\n', encoding="utf-8")
+
+
 def main() -> None:
     """Write the tables."""
+    orders()
     one = {"text_encoder": "clip_l"}
     two = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     sd1 = schemes("diffusers", {"lora_unet": "unet", "lora_te": "text_encoder"}, comfy("unet", one))

@@ -134,15 +134,20 @@ FILES = (
     ),
     Expected(
         "cloneofsimo__lora/example_loras/lora_kiriko2.text_encoder.pt",
-        {UNKNOWN: 1},
-        "A list of tensors: their order is their only name.",
-        said=("96 tensors",),
+        {NO_SCALE: 1},
+        "A list of 48 pairs: their order, which CLIP's 12 layers of 4 projections fit, is their only name. The scale is "
+        "in no file.",
+        "cloneofsimo",
+        48,
     ),
     Expected(
         "cloneofsimo__lora/example_loras/lora_disney.safetensors",
-        {UNKNOWN: 1},
-        "cloneofsimo's names count modules and give no path; alpha is nowhere.",
-        said=("cloneofsimo",),
+        {NO_SCALE: 1, ("LF209", "error"): 2},
+        "Numbered modules of Stable Diffusion 1, attention and GEGLU, which one order fits; two token embeddings, which "
+        "change no weight that a checkpoint has. The scale is in no file.",
+        "cloneofsimo",
+        194,
+        ("token embedding",),
     ),
     Expected(
         "IBM__text-generation-inference/integration_tests/prompt_prefixes/tinyllama_peft_adapter",
