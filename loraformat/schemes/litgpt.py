@@ -9,9 +9,12 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any, Final
 
+import numpy as np
+
 from loraformat.adapter import Adapter, Factor, ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts, read_facts
 from loraformat.errors import LoraformatError, refuse
+from loraformat.operations import NewFactor
 from loraformat.schemes import Bundle, Holds, Layout, StatedScale
 from loraformat.schemes import WrittenBundle as Written
 from loraformat.schemes._engine import Marks
@@ -25,6 +28,17 @@ from loraformat.strict_json import JsonValue
 _NAMES: Final = r"transformer\.h\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.(?:fc|fc_1|fc_2|proj))|lm_head|transformer\.wte"
 _FUSED_NAME: Final = ".attn.qkv"
 _FLAGS: Final = ("lora_query", "lora_key", "lora_value")
+_BLOCKS: Final = "transformer.h."
+_NEOX: Final = ".mlp.fc"
+_DOWN: Final = ".mlp.proj"
+_WHOLES: Final[tuple[tuple[str, ...], ...]] = (
+    (".attn.qkv",),
+    (".attn.proj",),
+    (".mlp.fc_1", ".mlp.fc_2", _DOWN),
+    (_NEOX, _DOWN),
+)
+"""What one setting adapts, in every block: litgpt loads a checkpoint only when all of it is there."""
+_WRAPPER: Final = "torch.wrapper"
 _COUNTS: Final = ("heads*head_dim", "kv_heads*head_dim", "kv_heads*head_dim")
 
 
@@ -69,12 +83,13 @@ class _Litgpt(FiledScheme):
             except LoraformatError as error:
                 problems += error.problems
         plain, notes = pad_ranks([target for target in targets if target.rank])
-        rest = [target for target in targets if not target.rank]
-        written = super().write(replace(levelled, targets=(*plain, *rest)), facts)
+        problems += notes
+        added = _complete([target for target in plain if target.kind == "lora"], facts)
+        rest = [target for target in targets if not target.rank]  # Of kinds that are refused.
+        written = super().write(replace(levelled, targets=(*plain, *added, *rest)), facts)
         config = dict(written.config or {}) | {flag: part in wanted for part, flag in enumerate(_FLAGS)}
-        return replace(
-            written, config=config, metadata={"torch.wrapper": "model"}, problems=(*problems, *notes, *written.problems)
-        )
+        metadata = {_WRAPPER: "model"}
+        return replace(written, config=config, metadata=metadata, problems=(*problems, *written.problems))
 
 
 def _find_groups(module: str, down: Factor, up: Factor, config: Mapping[str, JsonValue], facts: BaseFacts) -> Groups:
@@ -136,6 +151,40 @@ def _store(target: Target, parts: Mapping[int, int], wanted: Sequence[int], rank
         raise refuse("LF315", target.name, f"{up.shape[0]} rows, rank {target.rank}", f"{sum(sizes)} rows")
     factors = gather(down, up, ranks, Groups(sizes, present), wanted, rank)
     return replace(target, rank=rank, factors=dict(zip(target.factors, factors, strict=True)))
+
+
+def _complete(targets: Sequence[Target], facts: BaseFacts) -> list[Target]:
+    """Return targets without effect for the modules that litgpt would have adapted as well."""
+    known = {_suffix_of(target.name): target for target in targets}
+    blocks = [int(target.name.split(".")[2]) for target in targets if target.name.startswith(_BLOCKS)]
+    names = {target.name for target in targets}
+    missing = [
+        (f"{_BLOCKS}{block}{end}", end)
+        for whole in _WHOLES
+        if set(whole) & set(known) and (_DOWN not in whole or (_NEOX in whole) is (_NEOX in known))
+        for block in range(facts.count("layers") or max(blocks) + 1)
+        for end in whole
+    ]
+    return [_without_effect(name, end, known) for name, end in missing if name not in names]
+
+
+def _suffix_of(name: str) -> str:
+    return f".{'.'.join(name.split('.')[3:])}" if name.startswith(_BLOCKS) else name
+
+
+def _without_effect(name: str, end: str, known: Mapping[str, Target]) -> Target:
+    """Return a target of zeros; the modules of an MLP have one size, the last of them turned round."""
+    like = known.get(end) or next(
+        known[other] for whole in _WHOLES if end in whole for other in whole if other in known
+    )
+    shapes = [factor.shape for factor in like.factors.values()]
+    if end not in known and _DOWN in (end, _suffix_of(like.name)):
+        shapes = [shape[::-1] for shape in reversed(shapes)]
+    zeros: dict[str, Factor] = {
+        role: NewFactor("zeros", np.zeros(shape, dtype=factor.dtype.numpy()))
+        for (role, factor), shape in zip(like.factors.items(), shapes, strict=True)
+    }
+    return replace(like, name=name, factors=zeros, fingerprint=None)
 
 
 def _write_config(targets: Sequence[Target], before: Mapping[str, JsonValue]) -> dict[str, JsonValue]:

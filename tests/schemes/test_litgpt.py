@@ -44,7 +44,7 @@ def fused(parts: tuple[int, ...], layer: int = 0, rank: int = 3) -> dict[str, An
 
 
 def bundle_of(parts: tuple[int, ...], config: Any = None) -> Bundle:
-    tensors = d.factors(d.blocks(NAMES), A, B) | d.tensors(fused(parts) | fused(parts, 11))
+    tensors = d.factors(d.blocks(NAMES, (0, 1)), A, B) | d.tensors(fused(parts) | fused(parts, 1))
     return Bundle(Path("lit"), tensors, {}, settings(parts) if config is None else config)
 
 
@@ -88,8 +88,8 @@ def test_only_the_adapted_parts_are_targets_elsewhere_and_come_back(parts: tuple
     converted = convert_source(source, PEFT, d.LLAMA, Rounding())
     assert not find_against(converted)
     names = {target.name for target in converted.adapter.targets if "self_attn" in target.name}
-    expected = {f"model.layers.{layer}.self_attn.{'qkv'[part]}_proj" for part in parts for layer in (0, 11)}
-    assert names == expected | {f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 11)}
+    expected = {f"model.layers.{layer}.self_attn.{'qkv'[part]}_proj" for part in parts for layer in (0, 1)}
+    assert names == expected | {f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)}
     assert {target.rank for target in converted.adapter.targets} == {3}
     stored = {name: MemoryFactor(name, factor.read()) for name, factor in converted.written.tensors.items()}
     again = replace(bundle, tensors=stored, config=converted.written.config, metadata={})
@@ -127,6 +127,27 @@ def test_without_the_counts_of_heads_nothing_is_read() -> None:
     assert caught.value.codes == ("LF311",)
     known = replace(bundle_of((0, 2), config), facts=BaseFacts("base", counts=d.COUNTS))
     assert SCHEME.read(known, NOT_STATED).targets
+
+
+def test_modules_that_litgpt_adapts_as_a_whole_are_completed_by_zeros() -> None:
+    names = {"q": "model.layers.{i}.self_attn.q_proj", "gate": "model.layers.{i}.mlp.gate_proj"}
+    modules = d.blocks(names, (1,))
+    tensors = d.factors(modules, ".lora_A.weight", ".lora_B.weight")
+    named = {f"base_model.model.{name}": MemoryFactor(name, each.read()) for name, each in tensors.items()}
+    bundle = Bundle(Path("peft"), dict(named), {}, {"peft_type": "LORA", "r": 3, "lora_alpha": 6})
+    source = Source(bundle.path, bundle, PEFT.read(bundle, NOT_STATED), "")
+    converted = convert_source(source, SCHEME, d.LLAMA, Rounding())
+    assert not find_against(converted)
+    written = converted.written.tensors
+    whole = [f"transformer.h.{block}.mlp.{end}" for block in (0, 1) for end in ("fc_1", "fc_2", "proj")]
+    assert set(written) == {
+        f"{name}{end}" for name in (*whole, *(f"transformer.h.{block}.attn.qkv" for block in (0, 1))) for end in (A, B)
+    }
+    assert [name for name, factor in written.items() if factor.read().any()] == [
+        f"transformer.h.1.{name}{end}" for name in ("attn.qkv", "mlp.fc_1") for end in (A, B)
+    ]
+    assert written[f"transformer.h.0.mlp.proj{A}"].shape == (3, d.MLP)
+    assert written[f"transformer.h.0.mlp.proj{B}"].shape == (d.HIDDEN, 3)
 
 
 def test_a_folder_with_yaml(tmp_path: Path) -> None:
