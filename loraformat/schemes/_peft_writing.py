@@ -74,7 +74,7 @@ def _write_config(adapter: Adapter, targets: Mapping[str, Target]) -> dict[str, 
     raw = adapter.provenance.get("peft")
     kept: dict[str, Any] = dict(raw) if isinstance(raw, Mapping) else {}
     low_rank = {name: target for name, target in targets.items() if target.rank}
-    if kept and _says_the_same(kept, low_rank):
+    if kept and says_the_same(kept, low_rank):
         return kept
     fresh: dict[str, JsonValue] = {
         "peft_type": "LORA",
@@ -88,7 +88,7 @@ def _write_config(adapter: Adapter, targets: Mapping[str, Target]) -> dict[str, 
     return fresh | kept | (describe_lora(low_rank) if low_rank else {}) | saved_field
 
 
-def _says_the_same(fields: Mapping[str, Any], targets: Mapping[str, Target]) -> bool:
+def says_the_same(fields: Mapping[str, Any], targets: Mapping[str, Target]) -> bool:
     """Say whether a configuration gives every target the rank and scale that it has."""
     config = PeftConfig(fields, _WHERE, True)
     wanted = describe_lora(targets) if targets else {}

@@ -7,6 +7,7 @@ utils/peft_utils.py.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import SlotKind, Target
@@ -14,8 +15,10 @@ from loraformat.errors import LoraformatError
 from loraformat.schemes import Bundle, Holds, StatedScale
 from loraformat.schemes._engine import NOISE, Alias, Marks, TableScheme
 from loraformat.schemes._lora_config import describe_lora
+from loraformat.schemes._memory import find_texts
 from loraformat.schemes._naming import COMPONENTS, ComponentNaming, split_component
 from loraformat.schemes._peft_config import PeftConfig
+from loraformat.schemes._peft_writing import says_the_same
 from loraformat.schemes._scales import ALPHA, AlphaTensors, Module, ScalesRead, ScalesWritten
 from loraformat.schemes._table import NameTable, Row
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
@@ -54,7 +57,13 @@ class _AdapterMetadata:
         return result
 
     def write(self, targets: Sequence[Target], remembered: Mapping[str, JsonValue]) -> ScalesWritten:
-        """Return the annotation, each component's fields behind its name, or alone in a file without components."""
+        """Return the annotation, each component's fields behind its name, or alone in a file without components.
+
+        The annotation that the adapter once had is written as it was where it still says the same.
+        """
+        known = find_texts(remembered, "metadata").get(_METADATA)
+        if known is not None and _says_all(known, targets):
+            return ScalesWritten(metadata={_METADATA: known})
         bare = remembered.get("bare")
         fields: dict[str, JsonValue] = {}
         low_rank = [target for target in targets if target.rank]
@@ -63,6 +72,18 @@ class _AdapterMetadata:
             prefix = "" if component in (bare, "") else f"{component}."
             fields |= {f"{prefix}{name}": value for name, value in describe_lora(own).items()}
         return ScalesWritten(metadata={_METADATA: write_canonical(fields).decode("utf-8")})
+
+
+def _says_all(text: str, targets: Sequence[Target]) -> bool:
+    """Say whether an annotation gives every target the rank and scale that it has."""
+    configs = _read_configs(Bundle(Path(_METADATA), {}, {_METADATA: text}))
+    own: dict[str, dict[str, Target]] = {}
+    for target in targets:
+        component, path = split_component(target.name)
+        own.setdefault(component, {}).update({path: target} if target.rank else {})
+    return all(
+        component in configs and says_the_same(configs[component].fields, each) for component, each in own.items()
+    )
 
 
 def _component(target: str) -> str:

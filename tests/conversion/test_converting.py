@@ -247,3 +247,12 @@ def test_every_scheme_is_listed_with_what_it_holds() -> None:
     assert SlotKind.EMBEDDING.value not in listed["diffusers"].slots
     for each in listed.values():
         assert json.loads(json.dumps(each.as_json()))["name"] == each.name
+
+
+def test_the_documentation_names_every_scheme() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "conversion.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    for each in loraformat.list_schemes():
+        (row,) = [line for line in rows if f"`{each.name}`" in line]
+        cells = [cell.strip() for cell in row.split("|")]
+        assert (cells[4] != "") == each.writes, row

@@ -135,8 +135,8 @@ FILES = (
     Expected(
         "cloneofsimo__lora/example_loras/lora_kiriko2.text_encoder.pt",
         {NO_SCALE: 1},
-        "A list of 48 pairs: their order, which CLIP's 12 layers of 4 projections fit, is their only name. The scale is "
-        "in no file.",
+        "A list of 48 pairs: their order, which CLIP's 12 layers of 4 projections fit, is their only name. No file says "
+        "the scale.",
         "cloneofsimo",
         48,
     ),
@@ -144,7 +144,7 @@ FILES = (
         "cloneofsimo__lora/example_loras/lora_disney.safetensors",
         {NO_SCALE: 1, ("LF209", "error"): 2},
         "Numbered modules of Stable Diffusion 1, attention and GEGLU, which one order fits; two token embeddings, which "
-        "change no weight that a checkpoint has. The scale is in no file.",
+        "change no weight that a checkpoint has. No file says the scale.",
         "cloneofsimo",
         194,
         ("token embedding",),

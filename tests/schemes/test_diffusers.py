@@ -145,6 +145,16 @@ def test_the_scales_go_into_the_annotation_as_exact_patterns() -> None:
     assert fields["unet.target_modules"] == sorted(each.name.removeprefix("unet.") for each in adapter.targets)
 
 
+def test_an_annotation_that_still_says_the_same_is_kept_to_the_letter() -> None:
+    bundle = with_fields(m.lora(m.SD1_DIFFUSERS, A, B), r=2, lora_alpha=16, something_of_next_year={"x": [1]})
+    adapter = read(bundle)
+    text = bundle.metadata["lora_adapter_metadata"]
+    assert SCHEME.write(adapter, NO_FACTS).metadata["lora_adapter_metadata"] == text
+    first, *others = adapter.targets
+    odd = replace(adapter, targets=(replace(first, scaling=Scaling(ScalingRule.ALPHA_OVER_RANK, 7.0)), *others))
+    assert SCHEME.write(odd, NO_FACTS).metadata["lora_adapter_metadata"] != text
+
+
 def test_a_provenance_that_is_no_json_is_passed_over() -> None:
     bundle = bundle_of(m.lora({f"{QUERY}.to_q": (8, 5)}, A, B))
     assert not read(replace(bundle, metadata={PROVENANCE_KEY: "{"})).provenance.keys() - {"diffusers"}
