@@ -1,31 +1,30 @@
 """What a merge did, in numbers: the receipt, and what the numbers say against it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
 
 from loraformat.bases import BaseModel
 from loraformat.errors import error_for
-from loraformat.limits import RETAINED_WARN
 from loraformat.plan import Plan, PlannedWeight
 from loraformat.problems import Problem, Severity
 from loraformat.receipt import AppliedAdapter, MergedWeight, Receipt
-from loraformat.rules import is_replacement
 from loraformat.tiles import TileSums
+
+_LONGEST_ROOM: Final = 9_999_999_999
 
 
 def draft_receipt(plan: Plan, base: BaseModel) -> Receipt:
-    """Return a receipt with the longest numbers it could have, to fix its size."""
+    """Return a receipt with the longest numbers it could have; its `room_bytes` is what it needs in a model."""
     longest = -1.23457e-05
-    weights = tuple(MergedWeight(w.name, w.targets, w.scales, longest, longest) for w in plan.weights)
-    return _compose_receipt(plan, base, weights, ())
-
-
-def slack_bytes(plan: Plan) -> int:
-    """Return how much longer than its draft a receipt may become."""
-    return 64 + 8 * len(plan.weights)
+    weights = [MergedWeight(w.name, w.targets, w.scales, longest, longest, longest) for w in plan.weights if w.changes]
+    draft = _compose_receipt(plan, base, weights, (), _LONGEST_ROOM)
+    room = len(base.encode_receipt(draft.embedded_text())) + 64 + 8 * len(weights)
+    return replace(draft, room_bytes=room)
 
 
 def _compose_receipt(
-    plan: Plan, base: BaseModel, weights: Sequence[MergedWeight], problems: Sequence[Problem]
+    plan: Plan, base: BaseModel, weights: Sequence[MergedWeight], problems: Sequence[Problem], room_bytes: int
 ) -> Receipt:
     return Receipt(
         output=str(plan.output),
@@ -36,38 +35,50 @@ def _compose_receipt(
         unmatched=plan.unmatched,
         problems=tuple(problems),
         parent=base.parent_receipt,
+        room_bytes=room_bytes,
+        options=plan.options,
     )
 
 
-def finish_receipt(plan: Plan, base: BaseModel, sums: Sequence[TileSums], min_retained: float) -> Receipt:
-    """Return the receipt, or raise what the numbers say against the merge."""
+def finish_receipt(
+    plan: Plan,
+    base: BaseModel,
+    sums: Sequence[TileSums],
+    min_retained: float,
+    warn_retained: float,
+    room_bytes: int = 0,
+) -> Receipt:
+    """Return the receipt, or raise what the numbers say against the merge; `room_bytes` is its draft's."""
     pairs = list(zip(plan.weights, sums, strict=True))
-    found = [problem for weight, total in pairs for problem in _judge(weight, total, min_retained)]
+    found = [problem for weight, total in pairs for problem in _judge(weight, total, min_retained, warn_retained)]
     errors = [problem for problem in found if problem.severity == "error"]
     if errors:
         raise error_for(errors)
     weights = [
-        MergedWeight(w.name, w.targets, w.scales, _shorten(total.retained), _shorten(total.relative))
+        MergedWeight(
+            w.name, w.targets, w.scales, _shorten(total.retained), _shorten(total.relative), _shorten(total.error)
+        )
         for w, total in pairs
+        if w.changes
     ]
-    return _compose_receipt(plan, base, weights, [*plan.problems, *found])
+    return _compose_receipt(plan, base, weights, [*plan.problems, *found], room_bytes)
 
 
-def _judge(weight: PlannedWeight, sums: TileSums, min_retained: float) -> list[Problem]:
+def _judge(weight: PlannedWeight, sums: TileSums, min_retained: float, warn_retained: float) -> list[Problem]:
     """Return what the numbers of one merged weight say."""
     problems = []
     if sums.overflowed > 0:
-        found = f"{sums.overflowed} numbers beyond the range of {weight.dtype}"
+        found = f"{sums.overflowed} numbers beyond the range of {weight.written_dtype}"
         problems.append(Problem("LF503", weight.name, found, "numbers that it holds"))
     if sums.not_finite:
         found = f"{sums.not_finite} numbers of the base"
         problems.append(Problem("LF502", weight.name, found, "finite numbers", severity="warning"))
     # Replaced values are rounded, not lost: only a change can drown in the weight that it is added to.
-    if sums.retained < max(min_retained, RETAINED_WARN) and not is_replacement(weight.changes[0].kind):
+    if sums.retained < max(min_retained, warn_retained) and not weight.is_replaced:
         severity: Severity = "error" if sums.retained < min_retained else "warning"
-        found = f"{sums.retained:.3f} of the delta survives rounding to {weight.dtype}"
+        found = f"{sums.retained:.3f} of the delta survives rounding to {weight.written_dtype}"
         problems.append(
-            Problem("LF504", weight.name, found, f"at least {max(min_retained, RETAINED_WARN)}", severity=severity)
+            Problem("LF504", weight.name, found, f"at least {max(min_retained, warn_retained)}", severity=severity)
         )
     return problems
 

@@ -7,14 +7,17 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib import import_module
+from numbers import Real
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, cast
 
 from numpy.typing import NDArray
 
 from loraformat.dtypes import Dtype
 from loraformat.fingerprint import Fingerprint
 from loraformat.problems import Problem
+from loraformat.strict_json import JsonValue
 
 
 class Factor(Protocol):
@@ -43,6 +46,10 @@ class Factor(Protocol):
     def read(self) -> NDArray[Any]:
         """Return its numbers."""
         ...
+
+
+_OPERATORS: Final = "loraformat.algebra.operators"
+"""Found by its name when `+` or `*` is used, as rooms find their members: records import nothing that lies above."""
 
 
 class ScalingRule(StrEnum):
@@ -100,6 +107,7 @@ class Target:
         rank: rank as stated or as the factors have it; 0 for kinds without one.
         scaling: how strongly it acts.
         fingerprint: sampled numbers of the base weight that it was trained on, or None.
+        options: what else the kind needs to know: block sizes, seeds, the rows of trained tokens ...
     """
 
     name: str
@@ -109,6 +117,7 @@ class Target:
     rank: int
     scaling: Scaling
     fingerprint: Fingerprint | None = None
+    options: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def scale(self) -> float:
@@ -170,3 +179,33 @@ class Adapter:
         """Yield every tensor of every target."""
         for target in self.targets:
             yield from target.factors.values()
+
+    def __add__(self, other: object) -> "Adapter":
+        """Return the adapter that does what both do, exactly; its factors are computed when they are read."""
+        return _operators().add(self, other, 1.0) if isinstance(other, Adapter) else NotImplemented
+
+    def __sub__(self, other: object) -> "Adapter":
+        """Return the adapter that undoes `other` after this one, exactly."""
+        return _operators().add(self, other, -1.0) if isinstance(other, Adapter) else NotImplemented
+
+    def __mul__(self, factor: object) -> "Adapter":
+        """Return the adapter `factor` times as strong; no factor changes."""
+        return _operators().multiply(self, float(factor)) if isinstance(factor, Real) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Adapter":
+        """Return the adapter with the opposite effect."""
+        return _operators().multiply(self, -1.0)
+
+
+class _Operators(Protocol):
+    """What the algebra provides."""
+
+    def add(self, one: Adapter, other: Adapter, weight: float) -> Adapter: ...
+
+    def multiply(self, adapter: Adapter, factor: float) -> Adapter: ...
+
+
+def _operators() -> _Operators:
+    return cast(_Operators, import_module(_OPERATORS))

@@ -3,30 +3,19 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple, TypeAlias
 
 from loraformat.adapter import Adapter
-from loraformat.apply import Progress, Work, apply_plan, count_workers
-from loraformat.bases import BaseModel
+from loraformat.arguments import AdapterSource, StrPath, weigh_adapter
 from loraformat.containers.safetensors import write_safetensors
 from loraformat.errors import error_for
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
-from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE
-from loraformat.loading import FACTORS_NAMES, is_base, list_files, load_adapter, open_base
-from loraformat.outputs import PendingOutput, check_apart, check_output
-from loraformat.plan import Plan, WeightedAdapter, build_plan, default_output
-from loraformat.receipt import Receipt
+from loraformat.loading import is_base, list_files, load_adapter, open_base
+from loraformat.outputs import PendingOutput, check_output
 from loraformat.rules import check_shapes
 from loraformat.schemes import StatedScale
 from loraformat.schemes.native import write_tensors
 from loraformat.stamping import stamp_adapter
 from loraformat.validation import Verdict, validate_paths
-
-StrPath: TypeAlias = str | os.PathLike[str]
-AdapterSource: TypeAlias = StrPath | Adapter
-AdapterArgument: TypeAlias = AdapterSource | tuple[AdapterSource, float]
-
-_ADAPTER_SUFFIXES: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz"})
 
 
 def load(
@@ -111,7 +100,7 @@ def stamp(
     Raises:
         LoraformatError: a target that the base lacks, or a weight whose sampled numbers are not finite.
     """
-    item = _weigh(adapter, scheme, StatedScale(alpha, scale))
+    item = weigh_adapter(adapter, scheme, StatedScale(alpha, scale))
     return stamp_adapter(item.adapter, open_base(Path(base)), strip_prefix=strip_prefix)
 
 
@@ -136,115 +125,3 @@ def validate(
     listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     place = Path(base) if base is not None else None
     return validate_paths([Path(path) for path in listed], StatedScale(alpha, scale), place)
-
-
-def plan_merge(
-    base: StrPath,
-    adapters: Sequence[AdapterArgument],
-    output: StrPath | None = None,
-    *,
-    scheme: str | None = None,
-    alpha: float | None = None,
-    scale: float | None = None,
-    allow_unmatched: Sequence[str] = (),
-    strip_prefix: str | None = None,
-    allow_zero: bool = False,
-    ignore_fingerprints: bool = False,
-) -> Plan:
-    """Return what `merge` would do with the same arguments; reads no weight of the base and writes nothing."""
-    matching = _Matching(tuple(allow_unmatched), strip_prefix, allow_zero, ignore_fingerprints)
-    return _prepare(base, adapters, output, scheme, StatedScale(alpha, scale), matching)[2]
-
-
-def merge(
-    base: StrPath,
-    adapters: Sequence[AdapterArgument],
-    output: StrPath | None = None,
-    *,
-    scheme: str | None = None,
-    alpha: float | None = None,
-    scale: float | None = None,
-    allow_unmatched: Sequence[str] = (),
-    strip_prefix: str | None = None,
-    allow_zero: bool = False,
-    ignore_fingerprints: bool = False,
-    min_retained: float = RETAINED_REFUSE,
-    jobs: int | None = None,
-    max_memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    force: bool = False,
-    durable: bool = False,
-    progress: Progress | None = None,
-) -> Receipt:
-    """Merge adapters into a copy of a base model: its numbers change, its structure does not.
-
-    Args:
-        base: `.onnx` model or `.safetensors` state dict.
-        adapters: paths or loaded adapters, each alone or as `(adapter, weight)`; their deltas are summed in float32 and
-            rounded once.
-        output: the merged model; None names it after base and adapters, beside the base.
-        scheme: naming scheme of the adapters; None finds it.
-        alpha: lora_alpha for adapters that do not state it.
-        scale: multiplier for adapters that state no alpha.
-        allow_unmatched: glob patterns of adapter targets that may be left out when the base has nothing for them.
-        strip_prefix: removed from the front of the targets' names.
-        allow_zero: accept a scale of zero.
-        ignore_fingerprints: accept weights that do not match the fingerprint of their target.
-        min_retained: refuse when a smaller share of a weight's delta survives rounding.
-        jobs: worker threads; None takes one for each processor.
-        max_memory_bytes: cap on tiles and factors in flight.
-        force: replace an existing output.
-        durable: wait until the disk has the bytes before the output is moved into place; without it a power cut, but
-            no crash or kill of the process, can lose it.
-        progress: told how far the work is, in bytes.
-
-    Returns:
-        What was done; `receipt.output` is the path of the merged model.
-
-    Raises:
-        LoraformatError: with every problem that was found; the output is what it was before.
-    """
-    matching = _Matching(tuple(allow_unmatched), strip_prefix, allow_zero, ignore_fingerprints)
-    opened, weighted, plan = _prepare(base, adapters, output, scheme, StatedScale(alpha, scale), matching)
-    for item in weighted:
-        check_apart(plan.output, [file.path for file in list_files(item.adapter)])
-    work = Work(count_workers(jobs), max_memory_bytes, min_retained, force, durable, progress)
-    return apply_plan(plan, opened, weighted, work)
-
-
-class _Matching(NamedTuple):
-    """What the user allows when targets are matched with weights; the names are those of `build_plan`."""
-
-    allow_unmatched: tuple[str, ...]
-    strip_prefix: str | None
-    allow_zero: bool
-    ignore_fingerprints: bool
-
-
-def _prepare(
-    base: StrPath,
-    adapters: Sequence[AdapterArgument],
-    output: StrPath | None,
-    scheme: str | None,
-    stated: StatedScale,
-    matching: _Matching,
-) -> tuple[BaseModel, list[WeightedAdapter], Plan]:
-    """Open everything and plan the merge."""
-    opened = open_base(Path(base))
-    weighted = [_weigh(argument, scheme, stated) for argument in adapters]
-    place = Path(output) if output is not None else default_output(opened.path, opened.suffix, weighted)
-    return opened, weighted, build_plan(opened, weighted, place, **matching._asdict())
-
-
-def _weigh(argument: AdapterArgument, scheme: str | None, stated: StatedScale) -> WeightedAdapter:
-    source, weight = argument if isinstance(argument, tuple) else (argument, 1.0)
-    if isinstance(source, Adapter):
-        return WeightedAdapter(source, weight, _name_of(Path(source.source or "adapter")))
-    return WeightedAdapter(load_adapter(Path(source), scheme, stated), weight, _name_of(Path(source)))
-
-
-def _name_of(path: Path) -> str:
-    """Return the adapter's own name: the folder's where the file has the name that all PEFT files have."""
-    path = path.absolute()
-    if path.name in FACTORS_NAMES:
-        return path.parent.name
-    return path.stem if path.suffix in _ADAPTER_SUFFIXES else path.name

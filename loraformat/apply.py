@@ -1,46 +1,25 @@
-"""Carry out a plan: copy what stays, rewrite what changes, and move the result into place when it is whole.
+"""From plans to merged models: open the outputs, have all carried out, and move them into place when they are whole."""
 
-Spans are independent, so worker threads take them in any order; the bytes that come out are the same for any number of
-workers, because tile boundaries are part of the plan and every tile is computed alone.
-"""
-
-import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
 
-from loraformat.accounting import draft_receipt, finish_receipt, slack_bytes
+from loraformat.accounting import draft_receipt, finish_receipt
 from loraformat.bases import BaseModel
+from loraformat.engine import Assignment, Effort, carry_out
 from loraformat.errors import refuse
-from loraformat.files import copy_range, reserve_bytes, write_at
+from loraformat.files import write_at
 from loraformat.images import Blank, Copy, FileImage, Literal
-from loraformat.limits import COPY_CHUNK_BYTES
-from loraformat.loading import list_files
-from loraformat.outputs import PendingFolder, PendingOutput, check_output, check_output_folder, output_errors
-from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
+from loraformat.job_log import FileJobLog
+from loraformat.output_folders import PendingFolder, check_output_folder
+from loraformat.output_forms import Order, choose_form, describe_output, list_inputs, list_touched
+from loraformat.outputs import PendingOutput, check_output, name_log, output_errors
+from loraformat.plan import Plan, WeightedAdapter
 from loraformat.receipt import Receipt
-from loraformat.spans import StoredTensor
-from loraformat.tiles import TileBuffers, TileSums, WeightWork, merge_tile
-
-_RUN_BYTES: Final = 8 << 20
-_BUFFERS_PER_WORKER: Final = 4
-_FACTOR_COPIES: Final = 3
-
-
-class Progress(Protocol):
-    """Told how far the work is, in bytes of output, from any thread."""
-
-    def start(self, total_bytes: int) -> None:
-        """Be told the total."""
-        ...
-
-    def advance(self, done_bytes: int) -> None:
-        """Be told that so many more bytes are done."""
-        ...
+from loraformat.sinks import FileSink
+from loraformat.spans import InputFile
+from loraformat.undo import FOLDER_UNDO, describe_undo, name_undo
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,55 +27,126 @@ class Work:
     """How to carry out a plan.
 
     Attributes:
-        jobs: worker threads.
-        max_memory_bytes: cap on tiles and factors in flight.
+        effort: how much of the machine to take.
         min_retained: refuse when less of a weight's delta survives rounding.
+        warn_retained: warn when less of it does.
         force: replace an existing output.
         durable: wait for the disk before the output is moved into place.
-        progress: told how far it is.
+        resume: take up what a killed run of the same plan has left, and leave something to take up.
+        link: make hard links of files that nothing of is rewritten.
+        keep_undo: write a file beside the output with what the merge overwrites.
     """
 
-    jobs: int
-    max_memory_bytes: int
+    effort: Effort
     min_retained: float
+    warn_retained: float
     force: bool = False
     durable: bool = False
-    progress: Progress | None = None
+    resume: bool = False
+    link: bool = False
+    keep_undo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Delivery:
+    """An order with its outputs open."""
+
+    order: Order
+    assignment: Assignment
+    pending: PendingOutput | PendingFolder
+    log: FileJobLog | None
+    room_bytes: int
 
 
 def apply_plan(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter], work: Work) -> Receipt:
-    """Write the merged model and return the receipt.
+    """Write one merged model and return its receipt; see `apply_plans`."""
+    (receipt,) = apply_plans(base, [Order(plan, adapters)], work)
+    return receipt
+
+
+def apply_plans(base: BaseModel, orders: Sequence[Order], work: Work) -> list[Receipt]:
+    """Write merged models of one base and return their receipts; the base is read once for all of them.
 
     Args:
-        plan: what to do, made from the same `base` and `adapters`.
-        base: the opened base.
-        adapters: the adapters, in the plan's order.
+        base: the opened base, from which all plans were made.
+        orders: what to write.
         work: how to do it.
 
     Raises:
-        LoraformatError: nothing of the output remains then.
+        LoraformatError: nothing of any output remains then, but for what a resumed run can take up.
     """
-    draft = base.encode_receipt(draft_receipt(plan, base).embedded_text())
-    images = base.describe_images(plan.output, len(draft) + slack_bytes(plan), plan.sha256[:8])
-    with _open_outputs(plan.output, base, images, work) as pending:
-        sums = _Run(plan, base, adapters, work, images, pending.descriptors).carry_out()
-        receipt = finish_receipt(plan, base, sums, work.min_retained)
-        _fill_blank(images[-1], pending.descriptors[-1], base.encode_receipt(receipt.embedded_text()))
-        for file in (*base.files, *(file for item in adapters for file in list_files(item.adapter))):
+    with ExitStack() as stack:
+        deliveries = [stack.enter_context(_open(base, order, work)) for order in orders]
+        sums = carry_out([each.assignment for each in deliveries], work.effort)
+        receipts = [
+            finish_receipt(each.order.plan, base, found, work.min_retained, work.warn_retained, each.room_bytes)
+            for each, found in zip(deliveries, sums, strict=True)
+        ]
+        for each, receipt in zip(deliveries, receipts, strict=True):
+            _finish(base, each, receipt, work.effort.jobs)
+        for file in list_inputs(base, orders):
             file.check_unchanged()
-        pending.commit()
-    return receipt
+        for each in deliveries:
+            each.pending.commit()
+            if each.log is not None:
+                each.log.discard()
+    return receipts
+
+
+def _finish(base: BaseModel, delivery: _Delivery, receipt: Receipt, jobs: int) -> None:
+    """Put the receipt into its blank, and mend what depends on the numbers."""
+    images, descriptors = delivery.assignment.images, delivery.pending.descriptors
+    plan = delivery.order.plan
+    if not plan.rewritten:
+        touched = list_touched(plan, base)
+        for image, descriptor in zip(images, descriptors, strict=True):
+            if descriptor >= 0:
+                with output_errors(image.path):
+                    base.finish_output(image, descriptor, touched, jobs)
+    _fill_blank(images[-1], descriptors[-1], choose_form(plan, base).encode_receipt(receipt.embedded_text()))
+
+
+@contextmanager
+def _open(base: BaseModel, order: Order, work: Work) -> Iterator[_Delivery]:
+    """Open the outputs of an order, once it is known that nothing is destroyed by them."""
+    plan = order.plan
+    draft = draft_receipt(plan, base)
+    images = describe_output(order, base, draft.room_bytes)
+    if work.keep_undo:
+        images = [_describe_undo(plan, base, images), *images]
+    with ExitStack() as stack:
+        mark = choose_form(plan, base).folder_mark
+        links = _list_links(plan, base, images) if work.link and mark else {}
+        token = plan.sha256[:16] if work.resume else None
+        pending = stack.enter_context(_open_outputs(plan.output, mark, base, images, links, token, work))
+        log = None
+        if token is not None:
+            path = name_log(plan.output.absolute(), token)
+            log = stack.enter_context(FileJobLog(path, plan, list_inputs(base, [order])))
+        sinks = [
+            FileSink(descriptor, image.path) if descriptor >= 0 else None
+            for descriptor, image in zip(pending.descriptors, images, strict=True)
+        ]
+        yield _Delivery(
+            order, Assignment(plan, base, order.adapters, images, sinks, log), pending, log, draft.room_bytes
+        )
 
 
 @contextmanager
 def _open_outputs(
-    output: Path, base: BaseModel, images: Sequence[FileImage], work: Work
+    output: Path,
+    mark: str,
+    base: BaseModel,
+    images: Sequence[FileImage],
+    links: Mapping[Path, Path],
+    resume: str | None,
+    work: Work,
 ) -> Iterator[PendingOutput | PendingFolder]:
-    """Open what is to be written, once it is known that nothing is destroyed by it."""
-    if base.folder_mark:
-        check_output_folder(output, base.path, base.folder_mark, force=work.force)
+    """Open the files of an output, in a folder of their own where that has a `mark`."""
+    if mark:
+        check_output_folder(output, base.path, mark, force=work.force)
         names = [image.path.relative_to(output) for image in images]
-        with PendingFolder(output, names, force=work.force, durable=work.durable) as folder:
+        with PendingFolder(output, names, force=work.force, durable=work.durable, resume=resume, links=links) as folder:
             yield folder
         return
     inputs = [file.path for file in base.files]
@@ -105,11 +155,67 @@ def _open_outputs(
         for image in images[:-1]:
             check_output(image.path, inputs, force=work.force)
         stale = _list_stale(base, output) if work.force else []
-        with PendingOutput([image.path for image in images], force=work.force, durable=work.durable) as files:
+        paths = [image.path for image in images]
+        with PendingOutput(paths, force=work.force, durable=work.durable, resume=resume) as files:
             yield files
     for path in set(stale) - {image.path for image in images}:
         with suppress(OSError):
             path.unlink()
+
+
+def _describe_undo(plan: Plan, base: BaseModel, images: Sequence[FileImage]) -> FileImage:
+    if plan.rewritten:
+        raise refuse("LF622", plan.output, "an output that is written anew", "a copy of the base for --keep-undo")
+    output = plan.output.absolute()
+    is_folder = bool(choose_form(plan, base).folder_mark)
+    path = output / FOLDER_UNDO if is_folder else name_undo(output)
+    return describe_undo(path, output if is_folder else output.parent, images, plan, base)
+
+
+def write_copies(
+    base: BaseModel,
+    output: Path,
+    images: Sequence[FileImage],
+    receipt: bytes,
+    work: Work,
+    inputs: Sequence[InputFile],
+) -> None:
+    """Write images that are copies through and through, a receipt in the last one's blank.
+
+    Args:
+        base: the opened base that they are copies of.
+        output: the file or folder.
+        images: the files.
+        receipt: what goes into the blank.
+        work: how to do it.
+        inputs: the other files that they copy from.
+    """
+    with _open_outputs(output, base.folder_mark, base, images, {}, None, work) as pending:
+        for image, descriptor in zip(images, pending.descriptors, strict=True):
+            sink = FileSink(descriptor, image.path)
+            sink.reserve(image.size_bytes)
+            for offset, piece in image.placed():
+                if isinstance(piece, Copy):
+                    sink.copy(piece, offset)
+                elif isinstance(piece, Literal):
+                    sink.write(piece.data, offset)
+            with output_errors(image.path):
+                base.finish_output(image, descriptor, [tensor.extent for tensor in base.list_tensors()])
+        _fill_blank(images[-1], pending.descriptors[-1], receipt)
+        for file in (*base.files, *inputs):
+            file.check_unchanged()
+        pending.commit()
+
+
+def _list_links(plan: Plan, base: BaseModel, images: Sequence[FileImage]) -> dict[Path, Path]:
+    """Return the output files that are files of the base as they are, and which."""
+    touched = {weight.file for weight in plan.weights}
+    whole = ((image, image.whole_copy()) for image in images)
+    return {
+        image.path.relative_to(plan.output): file.path
+        for image, file in whole
+        if file is not None and file.path.name not in touched
+    }
 
 
 @contextmanager
@@ -138,153 +244,6 @@ def _list_stale(base: BaseModel, output: Path) -> list[Path]:
     return [path for path, state in states if (state.st_dev, state.st_ino) not in own]
 
 
-class _Run:
-    """The jobs of one merge, and what they need to share."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        base: BaseModel,
-        adapters: Sequence[WeightedAdapter],
-        work: Work,
-        images: Sequence[FileImage],
-        descriptors: Sequence[int],
-    ) -> None:
-        self._plan = plan
-        self._work = work
-        self._images = images
-        self._descriptors = descriptors
-        self._tensors = _index_tensors(base)
-        self._targets = [{target.name: target for target in item.adapter.targets} for item in adapters]
-        self._buffers = TileBuffers()
-        self._lock = threading.Lock()
-
-    def carry_out(self) -> list[TileSums]:
-        """Do all jobs and return the sums of each weight, in the plan's order."""
-        from threadpoolctl import threadpool_limits
-
-        for image, descriptor in zip(self._images, self._descriptors, strict=True):
-            with output_errors(image.path):
-                reserve_bytes(descriptor, image.size_bytes)
-        if self._work.progress:
-            self._work.progress.start(sum(image.size_bytes for image in self._images))
-        jobs = self._fit_memory()
-        with threadpool_limits(limits=1), ThreadPoolExecutor(jobs, thread_name_prefix="loraformat") as pool:
-            try:
-                futures = [self._submit_weight(pool, weight) for weight in self._plan.weights]
-                copies = [pool.submit(self._copy, *job) for job in self._list_copies()]
-                _await([future for group in futures for future in group] + copies)
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        return [sum((future.result() for future in group), TileSums()) for group in futures]
-
-    def _fit_memory(self) -> int:
-        """Return how many workers the memory budget allows, at most as many as asked for."""
-        for jobs in range(self._work.jobs, 0, -1):
-            need = jobs * max(map(self._need_bytes, self._plan.weights), default=0)
-            if need <= self._work.max_memory_bytes:
-                return jobs
-        raise refuse(
-            "LF607", "--max-memory", f"a budget of {self._work.max_memory_bytes} bytes", f"at least {need} bytes"
-        )
-
-    def _need_bytes(self, weight: PlannedWeight) -> int:
-        """Return the bytes that one worker on `weight` holds: tiles, and factors with their working copies."""
-        widest = 8 if weight.dtype == "float64" else 4
-        tile = widest * weight.tile_rows * weight.matrix[1]
-        factors = sum(widest * self._targets[change.adapter][change.target].parameters for change in weight.changes)
-        return _BUFFERS_PER_WORKER * tile + _FACTOR_COPIES * factors
-
-    def _submit_weight(self, pool: ThreadPoolExecutor, weight: PlannedWeight) -> "list[Future[TileSums]]":
-        targets = [self._targets[change.adapter][change.target] for change in weight.changes]
-        work = WeightWork(weight, self._tensors[weight.key], targets)
-        image, offset = _locate(self._images, work.tensor)
-        runs = list(_split_runs(weight, work.stored_form.itemsize))
-        work.runs_left = len(runs)
-        return [pool.submit(self._merge_run, work, run, image, offset) for run in runs]
-
-    def _merge_run(self, work: WeightWork, run: range, image: int, offset: int) -> TileSums:
-        """Merge the tiles of stored rows `run`, in order."""
-        sums = TileSums()
-        step = work.weight.tile_rows
-        row_bytes = work.weight.matrix[1] * work.stored_form.itemsize
-        for start in range(run.start, run.stop, step):
-            rows = range(start, min(start + step, run.stop))
-            with output_errors(self._images[image].path):
-                sums += merge_tile(work, self._buffers, rows, self._descriptors[image], offset)
-            self._advance(len(rows) * row_bytes)
-        work.finish_run()
-        return sums
-
-    def _list_copies(self) -> Iterator[tuple[int, Copy | Literal, int]]:
-        """Yield what is to be copied: image, piece, and its offset there; touched spans are left out."""
-        touched = sorted(
-            (*_locate(self._images, self._tensors[weight.key]), weight.nbytes) for weight in self._plan.weights
-        )
-        for index, image in enumerate(self._images):
-            holes = [(offset, offset + length) for where, offset, length in touched if where == index]
-            for offset, piece in image.placed():
-                if isinstance(piece, Literal):
-                    yield index, piece, offset
-                elif isinstance(piece, Copy):
-                    yield from ((index, part, start) for start, part in _cut(offset, piece, holes))
-
-    def _copy(self, image: int, piece: Copy | Literal, offset: int) -> None:
-        with output_errors(self._images[image].path):
-            if isinstance(piece, Literal):
-                write_at(self._descriptors[image], piece.data, offset)
-            else:
-                source = piece.file.descriptor
-                copy_range(source, piece.offset, self._descriptors[image], offset, piece.length)
-        self._advance(piece.length)
-
-    def _advance(self, done_bytes: int) -> None:
-        if self._work.progress:
-            with self._lock:
-                self._work.progress.advance(done_bytes)
-
-
-def _await(futures: "Sequence[Future[Any]]") -> None:
-    """Wait for all, or raise the first error in the order of submission."""
-    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-    for future in futures:
-        if future in done:
-            future.result()
-
-
-def _index_tensors(base: BaseModel) -> Mapping[str, StoredTensor]:
-    return {site.weight.key: site.weight.tensor for site in base.sites if site.weight is not None}
-
-
-def _locate(images: Sequence[FileImage], tensor: StoredTensor) -> tuple[int, int]:
-    """Return which image holds the tensor, and where."""
-    for index, image in enumerate(images):
-        offset = image.locate(tensor.span)
-        if offset is not None:
-            return index, offset
-    raise ValueError(f"{tensor.name} is in no output file")
-
-
-def _split_runs(weight: PlannedWeight, itemsize: int) -> Iterator[range]:
-    """Yield the rows of one job each: whole tiles, about `_RUN_BYTES`."""
-    rows, columns = weight.matrix
-    step = weight.tile_rows * max(1, _RUN_BYTES // (weight.tile_rows * columns * itemsize))
-    for start in range(0, rows, step):
-        yield range(start, min(start + step, rows))
-
-
-def _cut(offset: int, piece: Copy, holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Copy]]:
-    """Yield the parts of `piece`, which lands at `offset`, outside `holes` and at most a chunk long."""
-    position, end = offset, offset + piece.length
-    for start, stop in [*(hole for hole in holes if offset <= hole[0] < end), (end, end)]:
-        while position < start:
-            length = min(COPY_CHUNK_BYTES, start - position)
-            yield position, replace(piece, offset=piece.offset + position - offset, length=length)
-            position += length
-        position = max(position, stop)
-
-
 def _fill_blank(image: FileImage, descriptor: int, data: bytes) -> None:
     """Write the receipt into its blank and pad the rest with spaces."""
     offset, blank = next((offset, piece) for offset, piece in image.placed() if isinstance(piece, Blank))
@@ -292,10 +251,3 @@ def _fill_blank(image: FileImage, descriptor: int, data: bytes) -> None:
         raise ValueError("the receipt outgrew its draft")
     with output_errors(image.path):
         write_at(descriptor, data.ljust(blank.length), offset)
-
-
-def count_workers(jobs: int | None) -> int:
-    """Return the number of worker threads: as asked, else one for each processor that this process may use."""
-    if jobs is not None:
-        return max(1, jobs)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

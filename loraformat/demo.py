@@ -108,7 +108,7 @@ def run_demo(folder: Path) -> DemoReport:
         LoraformatError: the folder cannot be used, or the merge failed.
         ImportError: onnxruntime is not installed.
     """
-    from loraformat.api import merge
+    from loraformat.merging import merge
 
     _prepare(folder)
     weights, factors = make_weights(), make_factors()

@@ -69,11 +69,12 @@ def sample_weight(target: str, shape: Sequence[int], tensor: StoredTensor, *, tr
     samples = []
     for row, column in positions(target, shape):
         index = column * rows + row if transposed else row * columns + column
-        samples.append(_read_one(tensor, index))
+        samples.append(read_number(tensor, index))
     return tuple(samples)
 
 
-def _read_one(tensor: StoredTensor, index: int) -> float:
+def read_number(tensor: StoredTensor, index: int) -> float:
+    """Read one number of a stored tensor, as float32; `index` counts elements in C order."""
     form = tensor.dtype.numpy()
     span = Span(tensor.span.path, tensor.span.offset + index * form.itemsize, form.itemsize)
     one = StoredTensor(tensor.name, tensor.dtype, (1,), span, tensor.file)

@@ -11,7 +11,7 @@ import numpy as np
 
 from loraformat.adapter import Adapter, Target
 from loraformat.bases import BaseModel, Site
-from loraformat.kinds import KINDS, AdditiveKind, Nature
+from loraformat.kinds import KINDS, AdditiveKind, Kind, Nature
 from loraformat.loading import read_adapter
 from loraformat.problems import Problem
 from loraformat.schemes import StatedScale
@@ -105,7 +105,7 @@ class BaseInspection:
             "files": [{"name": str(file.path), "bytes": file.size_bytes} for file in self.base.files],
             "tensors": len(tensors),
             "parameters": sum(tensor.elements for tensor in tensors),
-            "bytes": sum(tensor.span.length for tensor in tensors),
+            "bytes": sum(tensor.dtype.count_bytes(tensor.elements) for tensor in tensors),
             "dtypes": _count(tensor.dtype.name for tensor in tensors),
             "sites": [_describe_site(site) for site in self.base.sites],
             "receipt": dict(self.base.parent_receipt) if self.base.parent_receipt is not None else None,
@@ -145,7 +145,11 @@ def _summarise(target: Target) -> tuple[TargetSummary, list[Problem]]:
     factors = {role: factor.read().astype(np.float64) for role, factor in target.factors.items()}
     with np.errstate(all="ignore"):  # What is not finite is for the plan to refuse.
         norm = additive.norm(target, factors)
-    return _describe_target(target, additive.weight_shape(target), norm if math.isfinite(norm) else None), problems
+    return _describe_target(target, _weight_shape(kind, target), norm if math.isfinite(norm) else None), problems
+
+
+def _weight_shape(kind: Kind, target: Target) -> tuple[int, ...] | None:
+    return next((change.shape for change in kind.changes(target) if change.slot is target.slot), None)
 
 
 def _describe_target(target: Target, shape: tuple[int, ...] | None, norm: float | None) -> TargetSummary:

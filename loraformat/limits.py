@@ -30,6 +30,9 @@ MAX_NAME_BYTES: Final = 4096
 MAX_DIMS: Final = 8
 """Dimensions of one tensor; a 3-d convolution has five."""
 
+MAX_EXPERTS: Final = 4096
+"""Experts in one packed tensor. Models have some hundreds."""
+
 MAX_PROTO_DEPTH: Final = 100
 """Nesting of protobuf messages, as in the protobuf libraries' own default."""
 
@@ -99,3 +102,9 @@ RETAINED_REFUSE: Final = 0.5
 
 NEAR_MISSES: Final = 3
 """How many similar names a message about an unmatched target lists."""
+
+MAX_TRAVELLING_FILES: Final = 256
+"""Files of a model's folder beside its weights. All are open at once, and a process may have some hundred."""
+
+MAX_FOLDER_DEPTH: Final = 8
+"""Nesting of a model's sub-folders; real ones have one or two levels."""

@@ -92,7 +92,7 @@ def digest_file(file: InputFile) -> str:
 def list_files(adapter: Adapter) -> list[InputFile]:
     """Return the open files that an adapter's factors are read from; none for one made in memory."""
     origins = (origin for factor in adapter.factors() for origin in find_origins(factor))
-    files = (getattr(factor, "file", None) for factor in origins)
+    files = (f for origin in origins for f in getattr(origin, "files", (getattr(origin, "file", None),)))
     return list({id(file): file for file in files if isinstance(file, InputFile)}.values())
 
 
@@ -120,13 +120,13 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
 def open_base(path: Path) -> BaseModel:
     """Index the model at `path`; raises LoraformatError."""
     head, size = (b"", 0) if isdir(path) else _read_head(path)
-    matching = [base for _, base in BASES if base.accepts(path, head, size)]
-    if matching:
-        return matching[0].open(path)
+    matching = next((base for _, base in BASES if base.accepts(path, head, size)), None)
+    if matching is not None:  # The rest need not be imported.
+        return matching.open(path)
     if isdir(path):
-        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors"})
+        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors", ".bin"})
         found = f"a folder with {', '.join(inside[:4]) or 'no model'}"
-        raise refuse("LF121", path, found, "a model folder with safetensors weights, or one model file")
+        raise refuse("LF121", path, found, "a model folder with safetensors or torch weights, or one model file")
     by_suffix = [base for _, base in BASES if path.suffix.lower() in base.suffixes]
     return _refuse_or_open(path, head, by_suffix)
 
@@ -136,7 +136,7 @@ def _refuse_or_open(path: Path, head: bytes, by_suffix: list[BaseFormat]) -> Bas
     described = describe_head(head)
     if described is None and by_suffix:
         return by_suffix[0].open(path)
-    raise _unreadable(path, head, "a model as .onnx or .safetensors")
+    raise _unreadable(path, head, "a model as .onnx, .safetensors, .bin, .pt or .npz")
 
 
 def is_base(path: Path) -> bool:

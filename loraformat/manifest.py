@@ -39,6 +39,7 @@ class TargetEntry:
     rank: int
     scaling: Scaling
     fingerprint: Fingerprint | None
+    options: Mapping[str, JsonValue]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,8 @@ def _entry_as_json(target: Target) -> JsonValue:
         "rank": target.rank,
         "scaling": {"rule": scaling.rule.value, _VALUE_FIELD[scaling.rule]: scaling.value},
     }
+    if target.options:
+        entry["options"] = dict(target.options)
     if target.fingerprint is not None:
         entry["fingerprint"] = {
             "shape": list(target.fingerprint.shape),
@@ -156,6 +159,7 @@ def _parse_entry(name: str, value: JsonValue, where: str) -> TargetEntry:
         rank=fields.take("rank", _rank),
         scaling=Scaling(rule, scaling.take(_VALUE_FIELD[rule], _number)),
         fingerprint=_parse_fingerprint(fields.take("fingerprint", _object, None), place),
+        options=fields.take("options", _object, {}),
     )
     scaling.refuse_rest()
     fields.refuse_rest()

@@ -396,12 +396,16 @@ def derive(operation: Operation, *sources: Factor) -> Factor:
 
 
 def find_origins(factor: Factor) -> Iterator[Factor]:
-    """Yield the stored tensors that a factor is made of, from left to right."""
-    if isinstance(factor, DerivedFactor):
-        for source in factor.sources:
-            yield from find_origins(source)
-    else:
+    """Yield the stored tensors that a factor is made of, from left to right.
+
+    Whoever makes factors of others says of which: by `sources`, or by `source` where it is one.
+    """
+    single = getattr(factor, "source", None)
+    sources = getattr(factor, "sources", () if single is None else (single,))
+    if not sources:
         yield factor
+    for source in sources:
+        yield from find_origins(source)
 
 
 def list_steps(factor: Factor) -> list[str]:

@@ -2,6 +2,8 @@
 
 An output is written beside its final name, as `.<name>.loraformat-<pid>-<random>.part`, and moved into place last. A
 run that fails or is killed leaves what was there before, and at most a part that the next run into that folder removes.
+A run that may be resumed calls its parts `.<name>.loraformat-resume-<token>.part`, and the next run of that token finds
+them; a run to the same name and of another token removes them.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from loraformat.errors import LoraformatError, refuse
+from loraformat.errors import LoraformatError, OutputError, refuse
 
 _PART: Final = re.compile(r"^\..+\.loraformat-(?P<pid>\d+)-[0-9a-f]{8}\.part$")
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -72,11 +74,14 @@ class PendingOutput:
         paths: where the files will stand.
         force: replace what stands there.
         durable: wait until the disk has the bytes before they are moved, so that a power cut too leaves old or new.
+        resume: token of a run that may be resumed: parts of an earlier one are taken up, and left when this one is
+            interrupted.
     """
 
-    def __init__(self, paths: Sequence[Path], *, force: bool, durable: bool = False) -> None:
+    def __init__(self, paths: Sequence[Path], *, force: bool, durable: bool = False, resume: str | None = None) -> None:
         self._force = force
         self._durable = durable
+        self._resume = resume
         self._finals = [path.absolute() for path in paths]
         self._parts: list[Path] = []
         self.descriptors: list[int] = []
@@ -84,7 +89,7 @@ class PendingOutput:
     def __enter__(self) -> Self:
         try:
             for final in self._finals:
-                _remove_stale_parts(final.parent)
+                remove_stale_parts(final, self._resume)
                 self._open_part(final)
         except BaseException:
             self._discard()
@@ -94,13 +99,14 @@ class PendingOutput:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._discard()
+        self._discard(keep=self._resume is not None and may_resume(error))
 
     def _open_part(self, final: Path) -> None:
-        part = _name_part(final)
+        part = name_part(final, self._resume)
+        fresh = 0 if self._resume else os.O_EXCL
         with output_errors(final):
             # Mode 0666 lets the user's umask decide, as any other new file.
-            self.descriptors.append(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+            self.descriptors.append(os.open(part, os.O_RDWR | os.O_CREAT | fresh, 0o666))
             self._parts.append(part)
             if final.exists():
                 os.chmod(part, stat.S_IMODE(final.stat().st_mode))
@@ -124,125 +130,35 @@ class PendingOutput:
                         placed.append(final)
             if self._durable:
                 for folder in {final.parent for final in self._finals}:
-                    _sync_folder(folder)
+                    sync_folder(folder)
         except BaseException:
             for final in placed:
                 with contextlib.suppress(OSError):
                     final.unlink()
             raise
 
-    def _discard(self) -> None:
+    def _discard(self, *, keep: bool = False) -> None:
         while self.descriptors:
             os.close(self.descriptors.pop())
-        for part in self._parts:
+        for part in () if keep else self._parts:
             with contextlib.suppress(OSError):
                 part.unlink()
 
 
-class PendingFolder:
-    """An output folder that is filled aside and moved into place whole.
-
-    Use as `PendingOutput`. With `force` an existing folder is replaced, all of it: `check_output_folder` allows that
-    only for a folder that holds the mark of an earlier run.
-
-    Args:
-        folder: where the folder will stand.
-        names: the files in it, relative.
-        force: replace what stands there.
-        durable: as in `PendingOutput`.
-    """
-
-    def __init__(self, folder: Path, names: Sequence[Path], *, force: bool, durable: bool = False) -> None:
-        self._final = folder.absolute()
-        self._names = tuple(names)
-        self._force = force
-        self._durable = durable
-        self._part = _name_part(self._final)
-        self.descriptors: list[int] = []
-
-    def __enter__(self) -> Self:
-        try:
-            _remove_stale_parts(self._final.parent)
-            with output_errors(self._final):
-                self._part.mkdir()
-            for name in self._names:
-                path = self._part / name
-                with output_errors(self._final / name):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    self.descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
-        except BaseException:
-            self._discard()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._discard()
-
-    def commit(self) -> None:
-        """Move the folder into place; an earlier one is moved aside first and removed last."""
-        with output_errors(self._final):
-            if self._durable:
-                for descriptor in self.descriptors:
-                    os.fsync(descriptor)
-                _sync_folder(self._part)
-            if not os.path.lexists(self._final):
-                os.rename(self._part, self._final)
-            elif self._force:
-                self._exchange()
-            else:
-                raise _appeared(self._final)
-            if self._durable:
-                _sync_folder(self._final.parent)
-
-    def _exchange(self) -> None:
-        aside = _name_part(self._final)
-        os.rename(self._final, aside)
-        try:
-            os.rename(self._part, self._final)
-        except OSError:
-            os.rename(aside, self._final)
-            raise
-        _remove(aside)
-
-    def _discard(self) -> None:
-        while self.descriptors:
-            os.close(self.descriptors.pop())
-        _remove(self._part)
+def name_part(final: Path, resume: str | None = None) -> Path:
+    """Return where an output is written before it is moved to `final`."""
+    mark = f"resume-{resume}" if resume else f"{os.getpid()}-{secrets.token_hex(4)}"
+    return final.with_name(f".{final.name}.loraformat-{mark}.part")
 
 
-def check_output_folder(folder: Path, source: Path, mark: str, *, force: bool) -> None:
-    """Refuse an output folder that would destroy something, before any work is done.
-
-    Args:
-        folder: where the output will stand.
-        source: the folder that is read.
-        mark: name of a file that only our own outputs have; a folder without it is never replaced.
-        force: replace a folder that has it.
-
-    Raises:
-        RefusedError: LF601 exists, LF602 is the input or around it, LF603 not a folder, LF608 unusable name.
-        OutputError: LF605 the folder around it is missing or closed.
-    """
-    final, real = folder.absolute(), Path(os.path.realpath(folder))
-    taken = Path(os.path.realpath(source))
-    if real == taken or real in taken.parents or taken in real.parents:
-        raise refuse("LF602", folder, f"the input {source}, or a folder around it or inside it", "another folder")
-    if not os.path.lexists(final):
-        check_output(final, [], force=force)
-        return
-    if not final.is_dir() or final.is_symlink():
-        raise refuse("LF603", folder, "something that is not a folder", "a new name or a folder")
-    if not force:
-        raise refuse("LF601", folder, "a folder of this name", "no folder, or --force")
-    if not (final / mark).is_file():
-        mend = "It is removed by nobody but you: choose another name with -o."
-        raise refuse("LF601", folder, f"a folder that loraformat did not write (no {mark})", "a new name", mend)
+def name_log(final: Path, resume: str) -> Path:
+    """Return where a run that may be resumed notes what it has done."""
+    return final.with_name(f".{final.name}.loraformat-resume-{resume}.log")
 
 
-def _name_part(final: Path) -> Path:
-    return final.with_name(f".{final.name}.loraformat-{os.getpid()}-{secrets.token_hex(4)}.part")
+def may_resume(error: BaseException | None) -> bool:
+    """Say whether a run that ended so may be taken up again: it was interrupted, or the disk failed it."""
+    return error is not None and (not isinstance(error, LoraformatError) or isinstance(error, OutputError))
 
 
 @contextlib.contextmanager
@@ -263,7 +179,7 @@ def _place(part: Path, final: Path, *, force: bool) -> None:
         try:
             os.link(part, final)
         except FileExistsError as error:
-            raise _appeared(final) from error
+            raise refuse_appeared(final) from error
         except OSError:  # A file system without hard links: the name is claimed by an empty file of our own.
             _claim(final)
         else:
@@ -276,14 +192,16 @@ def _claim(final: Path) -> None:
     try:
         os.close(os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError as error:
-        raise _appeared(final) from error
+        raise refuse_appeared(final) from error
 
 
-def _appeared(final: Path) -> LoraformatError:
+def refuse_appeared(final: Path) -> LoraformatError:
+    """Return the error for an output that somebody else made meanwhile."""
     return refuse("LF601", final, "a file of this name, made during the run", "no file, or --force")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names in a folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -293,15 +211,18 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_stale_parts(folder: Path) -> None:
-    """Remove parts that runs of ours left here when they were killed."""
-    for entry in folder.iterdir():
+def remove_stale_parts(final: Path, resume: str | None = None) -> None:
+    """Remove parts that runs of ours left beside `final` when they were killed, but for those of the token `resume`."""
+    resumable = f".{final.name}.loraformat-resume-"
+    for entry in final.parent.iterdir():
         match = _PART.match(entry.name)
-        if match and not _is_alive(int(match["pid"])):
-            _remove(entry)
+        dead = match is not None and not _is_alive(int(match["pid"]))
+        foreign = entry.name.startswith(resumable) and not entry.name.startswith(f"{resumable}{resume}.")
+        if dead or foreign:
+            remove(entry)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a file or a folder, as far as it lets us."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

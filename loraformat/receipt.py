@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from loraformat.problems import Problem
@@ -39,9 +40,10 @@ class MergedWeight:
         name: its name in the base.
         targets: the adapter targets that it took in, one entry for each adapter.
         scales: effective multiplier of each entry of `targets`, the user's weight included.
-        retained: share of the delta that survived rounding: Σ Δ·(W′−W) / Σ Δ²; 1.0 for a zero delta. Of a float32 or
-            float64 weight, which loses next to nothing, one tile in eight is summed.
+        retained: share of the delta that survived rounding: Σ Δ·(W′−W) / Σ Δ²; 1.0 for a zero delta. Of a large weight
+            that is only added to, one tile in eight is summed, for this and the next two.
         relative: ‖Δ‖ / ‖W‖, both Frobenius norms; infinite for a weight of zeros, which JSON has as null.
+        error: the largest rounding error |W′ − (W+Δ)| beside the largest |W+Δ| of its tile.
     """
 
     name: str
@@ -49,6 +51,7 @@ class MergedWeight:
     scales: tuple[float, ...]
     retained: float
     relative: float
+    error: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class Receipt:
         unmatched: targets that the user allowed to be left out.
         problems: warnings and notes of the merge.
         parent: the receipt that the base carried, when it was itself a merged model.
+        room_bytes: the room that the model has for it.
+        options: what the user asked for beyond the usual, so that the plan can be made again.
     """
 
     output: str
@@ -74,6 +79,8 @@ class Receipt:
     unmatched: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
     parent: Mapping[str, Any] | None = None
+    room_bytes: int = 0
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def embedded_text(self) -> str:
         """Return the JSON text that the merged model carries: nothing in it depends on where files stand."""
@@ -92,6 +99,8 @@ class Receipt:
             "adapters": [asdict(adapter) for adapter in self.adapters],
             "weights": [_weight_as_json(weight) for weight in self.weights],
             "unmatched": list(self.unmatched),
+            "room_bytes": self.room_bytes,
+            "options": dict(self.options),
         }
         return record | ({"parent": dict(self.parent)} if self.parent is not None else {})
 

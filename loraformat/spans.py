@@ -43,6 +43,30 @@ class Span:
         return self.offset + self.length
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows and columns of a stored tensor, seen as a matrix: a slice of a fused weight, one of packed experts.
+
+    Attributes:
+        matrix: `(rows, columns)` of the whole tensor.
+        rows: start, stop and step.
+        columns: start, stop and step.
+    """
+
+    matrix: tuple[int, int]
+    rows: tuple[int, int, int]
+    columns: tuple[int, int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(rows, columns)` of the part."""
+        return len(range(*self.rows)), len(range(*self.columns))
+
+    def index(self, row: int, column: int) -> int:
+        """Return the position in the whole tensor, in elements, of an element of the part."""
+        return range(*self.rows)[row] * self.matrix[1] + range(*self.columns)[column]
+
+
 class InputFile:
     """A regular file, opened once for reading by position; safe to share between threads.
 
@@ -119,6 +143,16 @@ class StoredTensor:
     def elements(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether it has a span: its bytes lie one after another, in C order."""
+        return True
+
+    @property
+    def extent(self) -> Span:
+        """The bytes from its first element to its last, others between them where it is not contiguous."""
+        return self.span
 
     def equals(self, other: "StoredTensor") -> bool:
         """Say whether another tensor has the same form, shape and bytes, reading both bit by bit."""

@@ -1,15 +1,18 @@
 """Bind an adapter to its base: sample every target's weight (spec/SPEC.md, section 7)."""
 
 import math
+from collections import defaultdict
 from dataclasses import replace
 
 from loraformat.adapter import Adapter
 from loraformat.bases import BaseModel
 from loraformat.errors import error_for
 from loraformat.fingerprint import Fingerprint
+from loraformat.kinds import Nature
+from loraformat.matching import Match, Want, sample_sites
 from loraformat.problems import Problem
-from loraformat.resolve import Match, resolve, sample_site
-from loraformat.rules import check_adapter, is_replacement
+from loraformat.resolve import resolve
+from loraformat.rules import check_adapter
 
 
 def stamp_adapter(adapter: Adapter, base: BaseModel, *, strip_prefix: str | None = None) -> Adapter:
@@ -30,7 +33,11 @@ def stamp_adapter(adapter: Adapter, base: BaseModel, *, strip_prefix: str | None
         problems = list(resolution.problems)
     if _are_grave(problems):
         raise error_for([problem for problem in problems if problem.severity == "error"])
-    prints = {match.target.name: _take(match) for match in resolution.matches if not is_replacement(match.target.kind)}
+    groups: dict[Want, list[Match]] = defaultdict(list)
+    for match in resolution.matches:
+        if match.want.is_main and match.want.change.nature is not Nature.REPLACEMENT:
+            groups[match.want].append(match)
+    prints = {want.target.name: _take(want, matches) for want, matches in groups.items()}
     return replace(
         adapter, targets=tuple(replace(target, fingerprint=prints.get(target.name)) for target in adapter.targets)
     )
@@ -40,8 +47,10 @@ def _are_grave(problems: list[Problem]) -> bool:
     return any(problem.severity == "error" for problem in problems)
 
 
-def _take(match: Match) -> Fingerprint:
-    samples = sample_site(match.want, match.sites[0])
+def _take(want: Want, matches: list[Match]) -> Fingerprint:
+    samples = sample_sites(want, [site for match in matches for site in match.sites])
     if not all(map(math.isfinite, samples)):
-        raise error_for([Problem("LF502", match.weight.name, "a sampled number that is not finite", "finite numbers")])
-    return Fingerprint(match.want.shape, samples)
+        raise error_for(
+            [Problem("LF502", matches[0].weight.name, "a sampled number that is not finite", "finite numbers")]
+        )
+    return Fingerprint(want.shape, samples)

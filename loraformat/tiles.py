@@ -1,30 +1,29 @@
 """The arithmetic of a merge: one tile of a weight at a time.
 
-    read -> decode -> add the sum of all deltas, in float32 -> round once -> write
+    read -> decode -> change, in float32 -> round once -> write
 
-The sum of the deltas is made first and added once. What a tile needs is allocated once for each worker.
+Replaced values come first, a function of the base next, and the sum of all deltas is made apart and added once. What a
+tile needs is allocated once for each worker.
 """
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loraformat.adapter import Target
-from loraformat.dtypes import BY_NAME
-from loraformat.encodings import ENCODINGS, Encoding
-from loraformat.files import write_at
-from loraformat.kinds import KINDS, AdditiveKind, Delta, ReplacingKind
-from loraformat.plan import PlannedChange, PlannedWeight
-from loraformat.rules import is_replacement
-from loraformat.spans import StoredTensor
+from loraformat.kinds import Delta, Nature, WeightMap
+from loraformat.sinks import Sink
+from loraformat.weight_work import Placed, WeightWork, as_bytes
 
 _SUMMED: Final = 8
-"""Of tiles that rounding hardly touches, one in so many is summed up."""
+"""Of the tiles of a large weight that is only added to, one in so many is summed up."""
+
+_SHAPES_HELD: Final = 64
+_ALL_SUMMED: Final = 4
+"""A weight of fewer tiles than this times `_SUMMED` has more of them summed up, and one of so few all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +36,7 @@ class TileSums:
         base: Σ W².
         overflowed: numbers that left the range of the stored form.
         not_finite: numbers of the base that were NaN or infinite before.
+        error: the largest |W′ − (W+Δ)| beside the largest |W+Δ| of its tile.
     """
 
     kept: float = 0.0
@@ -44,6 +44,7 @@ class TileSums:
     base: float = 0.0
     overflowed: int = 0
     not_finite: int = 0
+    error: float = 0.0
 
     def __add__(self, other: "TileSums") -> "TileSums":
         return TileSums(
@@ -52,6 +53,7 @@ class TileSums:
             self.base + other.base,
             self.overflowed + other.overflowed,
             self.not_finite + other.not_finite,
+            max(self.error, other.error),
         )
 
     @property
@@ -67,176 +69,221 @@ class TileSums:
         return float(np.sqrt(self.wanted / self.base)) if self.base else float("inf")
 
 
-class WeightWork:
-    """One weight in progress: its deltas are read when its first tile is, and let go after its last.
-
-    Args:
-        weight: what to do.
-        tensor: where the base has it.
-        targets: the adapter targets, one for each change.
-    """
-
-    def __init__(self, weight: PlannedWeight, tensor: StoredTensor, targets: Sequence[Target]) -> None:
-        self.weight = weight
-        self.tensor = tensor
-        self._targets = tuple(targets)
-        self._lock = threading.Lock()
-        self._deltas: tuple[Delta, ...] | None = None
-        self.is_replaced = is_replacement(weight.changes[0].kind)
-        encoding = ENCODINGS.find(weight.encoding)
-        assert encoding is not None, "the plan names it"
-        self.encoding: Encoding = encoding
-        self.stored_form = BY_NAME[weight.dtype].numpy()
-        self.work_form = encoding.work_dtype(BY_NAME[weight.dtype])
-        self.runs_left = 0
-
-    def deltas(self) -> tuple[Delta, ...]:
-        """Return the deltas of the stored matrix, each with rows and columns as stored; or the one replacement."""
-        with self._lock:
-            if self._deltas is None:
-                self._deltas = tuple(map(self._read_delta, self._targets, self.weight.changes))
-            return self._deltas
-
-    def finish_run(self) -> None:
-        """Count one run of tiles as done; the last one lets the deltas go."""
-        with self._lock:
-            self.runs_left -= 1
-            if self.runs_left == 0:
-                self._deltas = None
-
-    def _read_delta(self, target: Target, change: PlannedChange) -> Delta:
-        kind = KINDS.find(target.kind)
-        assert kind is not None, "the plan checked it"
-        roles = [change.parameter] if self.is_replaced else list(target.factors)
-        factors: Mapping[str, NDArray[Any]] = {
-            role: target.factors[role].read().astype(self.work_form, copy=False) for role in roles
-        }
-        if self.is_replaced:
-            delta = cast(ReplacingKind, kind).value(factors, change.parameter)
-        else:
-            delta = cast(AdditiveKind, kind).delta(target, factors, change.scale)
-        return delta.transposed() if change.transposed else delta
-
-
 class TileBuffers(threading.local):
     """Memory of one worker, reused from tile to tile; grows to the largest tile."""
 
     def __init__(self) -> None:
         self._held: dict[str, NDArray[np.uint8]] = {}
+        self._shaped: dict[tuple[str, tuple[int, int], np.dtype[Any]], NDArray[Any]] = {}
 
     def take(self, purpose: str, shape: tuple[int, int], form: np.dtype[Any]) -> NDArray[Any]:
         """Return uninitialised memory for `purpose` as an array of this shape and form."""
+        shaped = self._shaped.get((purpose, shape, form))
+        if shaped is not None:
+            return shaped
         nbytes = shape[0] * shape[1] * form.itemsize
         held = self._held.get(purpose)
-        if held is None or held.nbytes < nbytes:
+        if held is None or held.nbytes < nbytes or len(self._shaped) > _SHAPES_HELD:
+            self._shaped.clear()
             held = self._held[purpose] = np.empty(nbytes, np.uint8)
-        return held[:nbytes].view(form).reshape(shape)
+        shaped = self._shaped[purpose, shape, form] = held[:nbytes].view(form).reshape(shape)
+        return shaped
 
 
-def merge_tile(work: WeightWork, buffers: TileBuffers, rows: range, sink: int, sink_offset: int) -> TileSums:
-    """Merge the stored rows `rows` of a weight and write them to the descriptor `sink`.
+def merge_rows(work: WeightWork, buffers: TileBuffers, run: range, sink: Sink, sink_offset: int) -> TileSums:
+    """Merge the stored rows `run` of a weight, tile by tile, and write them to `sink`.
 
     Args:
         work: the weight.
         buffers: the worker's memory.
-        rows: rows of the stored matrix; one tile.
-        sink: descriptor of the output file.
+        run: rows of the stored matrix, whole tiles.
+        sink: the output file.
         sink_offset: bytes from its start to the weight's first byte.
 
     Returns:
-        The tile's sums. Where the stored form is the working form, rounding loses next to nothing: only every eighth
-        tile has sums then, and the others only what overflowed.
+        The sums of the run. Of a large weight that is only added to, every eighth tile is summed up, and of the others
+        only what overflowed is counted.
     """
-    plain = work.stored_form == work.work_form
+    sums = TileSums()
+    height, columns = work.weight.tile_rows, work.weight.matrix[1]
+    row_bytes = columns * work.written_form.itemsize
+    every = _count_step(work) if work.is_plain_sum else 1
     with np.errstate(over="ignore", invalid="ignore"):
-        if plain and not work.is_replaced and rows.start // work.weight.tile_rows % _SUMMED:
-            return _merge_in_place(work, buffers, rows, sink, sink_offset)
-        return _merge_and_sum(work, buffers, rows, sink, sink_offset)
+        for start in range(run.start, run.stop, height):
+            rows = range(start, min(start + height, run.stop))
+            merge = _merge_quickly if start // height % every else _merge_and_sum
+            sums += merge(work, buffers, rows, sink, sink_offset + start * row_bytes)
+    return sums
 
 
-def _merge_in_place(work: WeightWork, buffers: TileBuffers, rows: range, sink: int, sink_offset: int) -> TileSums:
-    """Merge a tile whose stored form is the working form, in two buffers, which is all that the caches like to hold."""
-    shape, skipped_bytes = _place(work, rows)
-    base = buffers.take("base", shape, work.work_form)
-    merged = buffers.take("delta", shape, work.work_form)
-    work.tensor.file.read_into(_as_bytes(base), work.tensor.span.offset + skipped_bytes)
-    deltas = work.deltas()
-    _sum_deltas(deltas, rows, merged, buffers.take("merged", shape, work.work_form) if len(deltas) > 1 else merged)
+def _merge_quickly(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, offset: int) -> TileSums:
+    """Merge a tile that is only added to, in the fewest buffers: the caches like to hold no more."""
+    shape = (len(rows), work.weight.matrix[1])
+    base = _read_base(work, buffers, rows, shape)
+    merged = _sum_deltas(work, buffers, rows, shape)
     np.add(base, merged, out=merged)
-    write_at(sink, _as_bytes(merged).data, sink_offset + skipped_bytes)
-    if math.isfinite(np.dot(merged.reshape(-1), merged.reshape(-1))):
-        return TileSums()
-    before = np.isfinite(base)
-    overflowed = int(np.count_nonzero(before & ~np.isfinite(merged)))
-    return TileSums(overflowed=overflowed, not_finite=int(np.count_nonzero(~before)))
+    written = _round_and_write(work, buffers, merged, sink, offset)
+    return _count_broken(base, merged, written)
 
 
-def _merge_and_sum(work: WeightWork, buffers: TileBuffers, rows: range, sink: int, sink_offset: int) -> TileSums:
+def _merge_and_sum(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, offset: int) -> TileSums:
     """Merge a tile and compare what was written with what was wanted."""
-    shape, skipped_bytes = _place(work, rows)
-    plain = work.stored_form == work.work_form
-    base = buffers.take("base", shape, work.work_form)
-    merged = buffers.take("merged", shape, work.work_form)
-    delta = buffers.take("delta", shape, work.work_form)
-    read_to = base if plain else buffers.take("stored", shape, work.stored_form)
-    write_from = merged if plain else read_to
-    work.tensor.file.read_into(_as_bytes(read_to), work.tensor.span.offset + skipped_bytes)
-    if not plain:
-        work.encoding.decode(read_to, base)
-    if work.is_replaced:
-        _replace(work, rows, base, delta, merged)
+    shape = (len(rows), work.weight.matrix[1])
+    base = _read_base(work, buffers, rows, shape)
+    if work.is_plain_sum:
+        delta = _sum_deltas(work, buffers, rows, shape)
+        merged = np.add(base, delta, out=buffers.take("merged", shape, base.dtype))
     else:
-        _sum_deltas(work.deltas(), rows, delta, merged)
-        np.add(base, delta, out=merged)
-    if not plain:
-        work.encoding.encode(merged, write_from)
-    write_at(sink, _as_bytes(write_from).data, sink_offset + skipped_bytes)
-    if not plain:
-        work.encoding.decode(write_from, merged)
-    return _sum_up(base, delta, merged)
+        merged, delta = _compose(work, buffers, rows, base)
+    written = _round_and_write(work, buffers, merged, sink, offset)
+    found = merged
+    if written is not merged:
+        found = buffers.take("scratch", shape, work.work_form)
+        work.written_encoding.decode(written, found)
+    return _sum_up(base, delta, merged, found)
 
 
-def _place(work: WeightWork, rows: range) -> tuple[tuple[int, int], int]:
-    """Return a tile's shape, and the bytes between the weight's first and the tile's."""
-    columns = work.weight.matrix[1]
-    return (len(rows), columns), rows.start * columns * work.stored_form.itemsize
+def _count_step(work: WeightWork) -> int:
+    """Return of how many tiles one is summed up."""
+    tiles = work.weight.matrix[0] // work.weight.tile_rows
+    return max(1, min(_SUMMED, tiles // _ALL_SUMMED))
 
 
-def _as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
-    return array.reshape(-1).view(np.uint8)
+def _read_base(work: WeightWork, buffers: TileBuffers, rows: range, shape: tuple[int, int]) -> NDArray[Any]:
+    base = buffers.take("base", shape, work.work_form)
+    stored = base if work.stored_form == work.work_form else buffers.take("stored", shape, work.stored_form)
+    work.read_base(rows, stored, base)
+    return base
 
 
-def _sum_deltas(deltas: Sequence[Delta], rows: range, out: NDArray[Any], scratch: NDArray[Any]) -> None:
-    deltas[0].write_rows(rows.start, rows.stop, out)
-    for delta in deltas[1:]:
-        delta.write_rows(rows.start, rows.stop, scratch)
-        np.add(out, scratch, out=out)
+def _sum_deltas(work: WeightWork, buffers: TileBuffers, rows: range, shape: tuple[int, int]) -> NDArray[Any]:
+    """Return the sum of all deltas, of a weight that they are only added to, each to the whole matrix."""
+    delta = buffers.take("delta", shape, work.work_form)
+    first, *others = work.placed()
+    cast(Delta, first.values).write_rows(rows.start, rows.stop, delta)
+    for placed in others:
+        scratch = buffers.take("scratch", shape, work.work_form)
+        cast(Delta, placed.values).write_rows(rows.start, rows.stop, scratch)
+        np.add(delta, scratch, out=delta)
+    return delta
 
 
-def _replace(work: WeightWork, rows: range, base: NDArray[Any], delta: NDArray[Any], merged: NDArray[Any]) -> None:
-    """Write W + λ·(V − W) into `merged` and the change into `delta`; for λ = 1 the values themselves, unrounded."""
-    (values,), (scale,) = work.deltas(), work.weight.scales
-    values.write_rows(rows.start, rows.stop, merged)
-    np.subtract(merged, base, out=delta)
-    if scale != 1:
-        np.multiply(delta, delta.dtype.type(scale), out=delta)
-        np.add(base, delta, out=merged)
+def _compose(
+    work: WeightWork, buffers: TileBuffers, rows: range, base: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the tile with everything done to it, and how much that changed it."""
+    shape = cast(tuple[int, int], base.shape)
+    delta, merged = buffers.take("delta", shape, base.dtype), buffers.take("merged", shape, base.dtype)
+    scratch = buffers.take("scratch", shape, base.dtype)
+    np.copyto(merged, base)
+    added = [placed for placed in work.placed() if placed.nature is Nature.ADDITIVE]
+    for placed in work.placed():
+        if placed.nature is not Nature.ADDITIVE:
+            _put(placed, rows, base, merged, scratch, work.base_rows)
+    if any(placed.meet(rows) for placed in added):
+        delta[...] = 0
+        for placed in added:
+            _accumulate(placed, rows, delta, scratch)
+        np.add(merged, delta, out=merged)
+    return merged, np.subtract(merged, base, out=delta)
 
 
-def _sum_up(base: NDArray[Any], delta: NDArray[Any], merged: NDArray[Any]) -> TileSums:
-    """Return the sums of a tile; `merged` is overwritten.
+def _put(
+    placed: Placed, rows: range, base: NDArray[Any], merged: NDArray[Any], scratch: NDArray[Any], base_rows: int
+) -> None:
+    """Write V or f(W), or with a weight λ what lies between, W + λ·(V − W), into its part of `merged`.
+
+    For λ = 1 these are the values themselves, unrounded. Rows that the base lacks have nothing to lie between.
+    """
+    meeting = placed.meet(rows)
+    if meeting is None:
+        return
+    own, (sink, source) = meeting[0], (array[meeting[1], placed.column_slice] for array in (merged, base))
+    values = scratch.reshape(-1)[: sink.size].reshape(sink.shape)
+    if placed.nature is Nature.REPLACEMENT:
+        cast(Delta, placed.values).write_rows(own.start, own.stop, values)
+    else:
+        cast(WeightMap, placed.values).write_rows(own.start, own.stop, np.ascontiguousarray(source), values)
+    if placed.weight != 1:
+        have = sum(row < base_rows for row in placed.rows[own.start : own.stop])
+        between = values[:have]
+        np.subtract(between, source[:have], out=between)
+        np.multiply(between, between.dtype.type(placed.weight), out=between)
+        np.add(source[:have], between, out=between)
+    np.copyto(sink, values)
+
+
+def _accumulate(placed: Placed, rows: range, delta: NDArray[Any], scratch: NDArray[Any]) -> None:
+    meeting = placed.meet(rows)
+    if meeting is None:
+        return
+    sink = delta[meeting[1], placed.column_slice]
+    values = scratch.reshape(-1)[: sink.size].reshape(sink.shape)
+    cast(Delta, placed.values).write_rows(meeting[0].start, meeting[0].stop, values)
+    np.add(sink, values, out=sink)
+
+
+def _round_and_write(
+    work: WeightWork, buffers: TileBuffers, merged: NDArray[Any], sink: Sink, offset: int
+) -> NDArray[Any]:
+    """Write the rounded tile and return it: `merged` itself where the output holds the working form."""
+    written = merged
+    if work.written_form != work.work_form:
+        written = buffers.take("stored", cast(tuple[int, int], merged.shape), work.written_form)
+        work.written_encoding.encode(merged, written)
+    sink.write(as_bytes(written).data, offset)
+    return written
+
+
+def _sum_up(base: NDArray[Any], delta: NDArray[Any], merged: NDArray[Any], found: NDArray[Any]) -> TileSums:
+    """Return the sums of a tile; `merged` and `found` are overwritten.
 
     A number that overflowed makes the sums infinite or NaN, as does one of the base that was so before: only then is
     it looked for.
+
+    Args:
+        base: W.
+        delta: Δ.
+        merged: W + Δ before it was rounded.
+        found: the values that were written.
     """
-    w, d, m = base.reshape(-1), delta.reshape(-1), merged.reshape(-1)
-    np.subtract(m, w, out=m)
-    sums = float(np.dot(m, d)), float(np.dot(d, d)), float(np.dot(w, w))
+    w, d, m, f = (array.reshape(-1) for array in (base, delta, merged, found))
+    largest = _largest(m)
+    error = 0.0
+    if found is not merged:
+        difference = _largest(np.subtract(f, m, out=m))
+        error = difference / largest if largest and math.isfinite(difference / largest) else 0.0
+    np.subtract(f, w, out=f)
+    sums = float(np.dot(f, d)), float(np.dot(d, d)), float(np.dot(w, w))
     if math.isfinite(sum(sums)):
-        return TileSums(*sums)
+        return TileSums(*sums, error=error)
     before = np.isfinite(w)
-    overflowed = int(np.count_nonzero(before & ~np.isfinite(m)))
-    return TileSums(*_sum_wide(w, d, m), overflowed, int(np.count_nonzero(~before)))
+    overflowed = int(np.count_nonzero(before & ~np.isfinite(f)))
+    return TileSums(*_sum_wide(w, d, f), overflowed, int(np.count_nonzero(~before)))
+
+
+def _count_broken(base: NDArray[Any], merged: NDArray[Any], written: NDArray[Any]) -> TileSums:
+    """Return how many numbers left the range of the output's form, and how many of the base were never in it."""
+    if _is_in_range(merged, written.dtype):
+        return TileSums()
+    before = np.isfinite(base)
+    overflowed = int(np.count_nonzero(before & ~np.isfinite(written.astype(np.float64))))
+    return TileSums(overflowed=overflowed, not_finite=int(np.count_nonzero(~before)))
+
+
+def _is_in_range(merged: NDArray[Any], form: np.dtype[Any]) -> bool:
+    """Say whether all numbers are surely finite in `form`; in one pass, so that False may be said too often."""
+    flat = merged.reshape(-1)
+    if form.itemsize >= flat.dtype.itemsize or form.name == "bfloat16":  # Exponents as wide as the working form's.
+        return math.isfinite(np.dot(flat, flat))
+    import ml_dtypes
+
+    return _largest(flat) <= float(ml_dtypes.finfo(form).max)  # type: ignore[no-untyped-call]
+
+
+def _largest(values: NDArray[Any]) -> float:
+    """Return the largest absolute value; NaN where there is one."""
+    return float(max(values.max(initial=0), -values.min(initial=0)))
 
 
 def _sum_wide(w: NDArray[Any], d: NDArray[Any], change: NDArray[Any]) -> tuple[float, float, float]:

@@ -6,8 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraformat.images import Blank, Copy, Edit, FileImage, Literal, Piece, edit_file
-from loraformat.spans import InputFile, Span
+from loraformat.containers._strided import StridedTensor
+from loraformat.dtypes import BY_NAME
+from loraformat.images import (
+    Blank,
+    Copy,
+    Edit,
+    FileImage,
+    Fresh,
+    Literal,
+    OutputTensor,
+    Piece,
+    edit_file,
+    join_copies,
+)
+from loraformat.spans import InputFile, Span, StoredTensor
 
 CONTENT = bytes(range(60))
 
@@ -25,8 +38,8 @@ def content_of(image: FileImage) -> bytes:
         match piece:
             case Copy(source, offset, length):
                 new = source.read(offset, length)
-            case Literal(data):
-                new = data
+            case Literal():
+                new = piece.data
             case Blank(length):
                 new = b" " * length
         out[start : start + len(new)] = new
@@ -71,6 +84,52 @@ def test_two_inputs_in_one_image(file: InputFile, tmp_path: Path) -> None:
     assert image.locate(Span(second.path, 3, 2)) == 1
     assert image.locate(Span(file.path, 3, 2)) == 5
     assert image.locate(Span(second.path, 8, 2)) == 8
+
+
+def test_rooms_for_computed_tensors_are_located_by_their_keys(file: InputFile) -> None:
+    pieces = [Literal(b"abc"), Fresh("a", 4), Copy(file, 0, 5), Fresh("none", 0), Fresh("b", 2)]
+    image = FileImage(Path("out"), pieces)
+    assert image.size_bytes == 14
+    assert [image.locate_fresh(key) for key in ("a", "b", "none", "c")] == [3, 12, None, None]
+    assert image.locate(Span(file.path, 0, 5)) == 7
+
+
+def test_neighbours_in_one_input_are_one_copy(file: InputFile, tmp_path: Path) -> None:
+    (tmp_path / "second").write_bytes(CONTENT)
+    second = InputFile(tmp_path / "second")
+    pieces = [
+        *(Copy(file, 0, 3), Copy(file, 3, 4), Copy(file, 7, 1), Copy(file, 9, 1), Copy(second, 10, 1)),
+        *(Literal(b"x"), Copy(second, 11, 2), Fresh("k", 1), Copy(second, 13, 1), Copy(second, 13, 1)),
+    ]
+    joined = list(join_copies(pieces))
+    assert joined[:3] == [Copy(file, 0, 8), Copy(file, 9, 1), Copy(second, 10, 1)]
+    assert joined[3:] == pieces[5:]
+    assert list(join_copies([])) == []
+
+
+def test_a_tensor_is_copied_when_its_form_and_shape_stay(file: InputFile) -> None:
+    form, span = BY_NAME["float32"], Span(file.path, 8, 24)
+    source = StoredTensor("w", form, (2, 3), span, file)
+    assert OutputTensor("w", form, (2, 3), source).as_piece() == Copy(file, 8, 24)
+    assert OutputTensor("other", form, (2, 3), source).as_piece() == Copy(file, 8, 24)
+    turned = StridedTensor("w", form, (3, 2), (1, 3), span, file)
+    for tensor in (
+        OutputTensor("w", form, (2, 3), None),
+        OutputTensor("w", form, (3, 2), source),
+        OutputTensor("w", form, (2, 3), turned),
+    ):
+        assert not tensor.is_copied
+        assert tensor.as_piece() == Fresh("w", 24)
+    assert OutputTensor("w", BY_NAME["float16"], (2, 3), source).as_piece() == Fresh("w", 12)
+
+
+def test_a_tensor_that_is_no_run_of_bytes_is_gathered_when_it_is_written(file: InputFile) -> None:
+    turned = StridedTensor("w", BY_NAME["uint8"], (3, 2), (1, 3), Span(file.path, 8, 6), file)
+    tensor = OutputTensor("w", BY_NAME["uint8"], (3, 2), turned)
+    assert not tensor.is_copied
+    image = FileImage(Path("out"), [Literal(b"ab"), tensor.as_piece()])
+    assert image.size_bytes == 8
+    assert content_of(image) == b"ab" + bytes([8, 11, 9, 12, 10, 13])
 
 
 def test_edits_must_not_overlap(file: InputFile) -> None:

@@ -67,8 +67,9 @@ def test_the_whole_manifest() -> None:
             4,
             Scaling(ScalingRule.ALPHA_OVER_RANK, 16.0),
             Fingerprint((5, 6), (0.5,) * 16),
+            {},
         ),
-        "m.v": TargetEntry("lora", SlotKind.CONV, 2, Scaling(ScalingRule.MULTIPLIER, -0.5), None),
+        "m.v": TargetEntry("lora", SlotKind.CONV, 2, Scaling(ScalingRule.MULTIPLIER, -0.5), None, {}),
     }
 
 
@@ -304,7 +305,9 @@ ADAPTERS = st.builds(
 def test_what_is_written_is_read(adapter: Adapter) -> None:
     manifest = parse_manifest(build_manifest(adapter).decode(), "file")
     assert manifest.targets == {
-        target.name: TargetEntry(target.kind, target.slot, target.rank, target.scaling, target.fingerprint)
+        target.name: TargetEntry(
+            target.kind, target.slot, target.rank, target.scaling, target.fingerprint, target.options
+        )
         for target in adapter.targets
     }
     assert (manifest.base, manifest.annotations) == (adapter.base, adapter.metadata)

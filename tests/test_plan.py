@@ -28,7 +28,8 @@ from graphs import (
 from loraformat.adapter import Adapter, ScalingRule, SlotKind
 from loraformat.limits import TILE_BYTES
 from loraformat.loading import open_base
-from loraformat.plan import Plan, build_plan, count_tile_rows, describe_base
+from loraformat.plan import Plan, as_matrix, count_tile_rows
+from loraformat.planning import build_plan, describe_base
 from loraformat.problems import Problem
 from loraformat.spans import InputFile
 
@@ -168,7 +169,7 @@ def test_weights_are_sorted_and_changes_stand_in_the_order_of_adapters(tmp_path:
     ids=str,
 )
 def test_tiles_are_whole_rows_of_about_the_set_size(shape: tuple[int, ...], expected: int) -> None:
-    assert count_tile_rows(shape) == expected
+    assert count_tile_rows(as_matrix(shape)) == expected
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ RECEIPT = Receipt(
     base={"name": "base.onnx", "structure_sha256": "ab", "files": [{"name": "base.onnx", "bytes": 7}]},
     plan_sha256="cd",
     adapters=(AppliedAdapter("style", "ef", 0.5, 1),),
-    weights=(MergedWeight("w", ("a",), (0.25,), 1.0, 0.01),),
+    weights=(MergedWeight("w", ("a",), (0.25,), 1.0, 0.01, 0.0),),
     unmatched=("b",),
     problems=(Problem("LF504", "w", "half", severity="warning"),),
 )

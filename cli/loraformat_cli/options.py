@@ -21,7 +21,11 @@ _SCREEN: dict[str, Any] = {"callback": _onto_screen, "expose_value": False, "is_
 
 
 def common_options(function: Decorated) -> Decorated:
-    """Add -q, -v and --color, which stand before the command or after it."""
+    r"""Add -q, -v and --color, which stand before the command or after it.
+
+    The `\b` of a raw docstring becomes the character by which click knows a paragraph that is not to be wrapped.
+    """
+    function.__doc__ = (function.__doc__ or "").replace("\\b\n", "\b\n")
     modes = click.Choice(COLOUR_MODES)
     for add in (
         click.option(

@@ -19,6 +19,10 @@ _UNITS: Final = {"": 1} | {
 """Suffix in lower case to bytes: `MB` is decimal, `MiB` and the bare `M` of other tools are binary."""
 
 
+FORMS: Final = ("float32", "float16", "bfloat16", "float64")
+"""Number forms that factors may be rounded to."""
+
+
 class Finite(click.ParamType[float]):
     """A number that is neither NaN nor infinite, between bounds."""
 
@@ -80,6 +84,29 @@ class WeightedAdapter(click.ParamType[tuple[Path, float | None]]):
         from click.shell_completion import CompletionItem
 
         return [CompletionItem(incomplete, type="file")]
+
+
+class NamedNumber(click.ParamType[tuple[str, float]]):
+    """`GLOB=NUMBER`: a pattern of target names and a number for what it matches; `whole` asks for 1, 2, 3 ..."""
+
+    name = "glob=number"
+
+    def __init__(self, *, whole: bool = False) -> None:
+        self._whole = whole
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        """Return pattern and number, or fail with a usage error."""
+        if isinstance(value, tuple):  # click converts a converted value again
+            return value
+        pattern, _, tail = str(value).rpartition("=")
+        number = finite(tail)
+        if not pattern or number is None:
+            self.fail(f"{value!r} is not GLOB=NUMBER.", param, ctx)
+        if not self._whole:
+            return pattern, number
+        if number < 1 or number != int(number):
+            self.fail(f"{tail!r} is not a whole number of at least 1.", param, ctx)
+        return pattern, int(number)
 
 
 def finite(text: str) -> float | None:

@@ -2,18 +2,26 @@
 
 A base offers *sites*: places where a module applies a weight. In a checkpoint a site is a named tensor; in an ONNX
 graph it is a node and its weight input, since exporters rename, share and transpose tensors.
+
+Two ways lead from a base to an output. `BaseModel.describe_images` is the base itself with spans rewritten, for a merge
+that keeps every size and form. `BaseModel.rewriter` describes new files, for one that changes them.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from loraformat.adapter import SlotKind
-from loraformat.images import FileImage
+from loraformat.bases._travelling import list_tokenizer_files
+from loraformat.images import FileImage, OutputTensor
 from loraformat.problems import Problem
 from loraformat.registry import Registry
-from loraformat.spans import InputFile, StoredTensor
+from loraformat.spans import InputFile, Part, Span, StoredTensor
+from loraformat.strict_json import JsonValue
+
+__all__ = ["BASES", "BaseFormat", "BaseModel", "Rewriter", "Site", "Weight", "list_tokenizer_files"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +32,8 @@ class Weight:
         key: identifies it within the base.
         name: its name, for people.
         tensor: where its bytes are.
-        consumers: ids of everything that reads it, sites among them.
+        consumers: ids of everything that reads it, sites among them; words for what has no site, such as a tensor
+            whose bytes overlap its own.
     """
 
     key: str
@@ -47,6 +56,12 @@ class Site:
         divisor: the site multiplies its weight by this number, so a delta is divided by it (`alpha` of Gemm).
         obstacle: why nothing can be merged here.
         parameter: which of the module's parameters it is: `weight`, `bias` ...
+        part: where in the stored tensor it is; None for all of it.
+        section: first and last row, the latter excluded, of the module's canonical matrix `(out, in)` that are stored
+            here, where the base splits the module; None for all of them. The sections of a module follow one another.
+        grows: whether a replacement may have more rows than are stored: a table of tokens.
+        tied: for a table that the configuration ties to others, the name that its tensor has, or would have untied.
+        free_bias: the name that a bias of the module would have; empty where it has one or can have none.
     """
 
     id: str
@@ -57,6 +72,70 @@ class Site:
     divisor: float = 1.0
     obstacle: Problem | None = None
     parameter: str = "weight"
+    part: Part | None = None
+    section: tuple[int, int] | None = None
+    grows: bool = False
+    tied: str = ""
+    free_bias: str = ""
+
+    def stored_shape(self) -> tuple[int, ...]:
+        """Return the shape of what the site applies, as it is stored; empty where there is nothing."""
+        if self.weight is None:
+            return ()
+        return self.part.shape if self.part is not None else self.weight.tensor.shape
+
+
+class Rewriter(Protocol):
+    """Describes the base as new files in safetensors, in which tensors may be added, changed in size and form, or gone.
+
+    The plan takes `output_tensors`, edits the list, and hands it to `describe_rewritten`. The engine then writes every
+    tensor without a source, or with one of another form or shape, to where `FileImage.locate_fresh(name)` says.
+
+    Attributes:
+        format: what kind of base the output is.
+        suffix: file name ending of the output; empty for a folder.
+        folder_mark: as in `BaseModel`.
+        problems: what the output leaves out or changes, whatever the plan.
+    """
+
+    format: str
+    suffix: str
+    folder_mark: str
+    problems: Sequence[Problem]
+
+    def output_tensors(self) -> list[OutputTensor]:
+        """Return the tensors of the base as they stand, each once: what a rewriting that changes nothing writes."""
+        ...
+
+    def describe_rewritten(
+        self,
+        output: Path,
+        blank_bytes: int,
+        tensors: Sequence[OutputTensor],
+        config_changes: Mapping[str, JsonValue],
+        replaced_files: Mapping[str, InputFile],
+    ) -> list[FileImage]:
+        """Return the output files, the one with the receipt's blank last.
+
+        Args:
+            output: where the file or folder will stand.
+            blank_bytes: length of the blank, to be filled with `encode_receipt`.
+            tensors: all tensors of the output.
+            config_changes: members of `config.json` and their new values.
+            replaced_files: files of a folder that come from elsewhere, such as a tokenizer, by their names there.
+
+        Raises:
+            LoraformatError: LF105, LF301, LF610 a tensor that the format cannot hold; LF110 a header too long.
+        """
+        ...
+
+    def check_config(self, config_changes: Mapping[str, JsonValue]) -> list[Problem]:
+        """Return a warning when the changes have no `config.json` in the output to stand in."""
+        ...
+
+    def encode_receipt(self, text: str) -> bytes:
+        """Return the bytes that put `text` into the blank; the rest of the blank is filled with spaces."""
+        ...
 
 
 class BaseModel(Protocol):
@@ -70,6 +149,7 @@ class BaseModel(Protocol):
         sites: everything that can be adapted, or that looks so but cannot.
         structure_sha256: digest of everything but the weights' payloads.
         parent_receipt: the receipt that it carries, when it is itself a merged model.
+        rewriter: describes it as new files; None for a base that can only be copied.
     """
 
     path: Path
@@ -79,6 +159,11 @@ class BaseModel(Protocol):
     sites: Sequence[Site]
     structure_sha256: str
     parent_receipt: Mapping[str, Any] | None
+
+    @property
+    def rewriter(self) -> Rewriter | None:
+        """What describes it as new files."""
+        ...
 
     @property
     def files(self) -> Sequence[InputFile]:
@@ -94,10 +179,38 @@ class BaseModel(Protocol):
         """Return every stored tensor, for `inspect`."""
         ...
 
-    def describe_images(self, output: Path, blank_bytes: int, fresh: str) -> list[FileImage]:
-        """Return the output files: this base plus a blank of `blank_bytes` for the receipt, the entry file last.
+    def describe_images(
+        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
+    ) -> list[FileImage]:
+        """Return the output files: this base plus a blank of `blank_bytes` for the receipt, in the last file.
 
-        `fresh` distinguishes data files whose usual name is taken.
+        `fresh` distinguishes data files whose usual name is taken, as `is_taken` says of a path.
+        """
+        ...
+
+    def compute_checksums(
+        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
+    ) -> Mapping[int, bytes]:
+        """Return what must stand where in an output file because its numbers are what they are, such as checksums.
+
+        Whoever verifies an output compares these bytes, and takes them out of what must equal the base.
+
+        Args:
+            image: the output file, from `describe_images`.
+            descriptor: it, with all pieces and tiles written, open for reading.
+            touched: the spans of the base, in any of its files, whose numbers were written anew.
+            jobs: threads.
+
+        Returns:
+            Offsets in the file, and the bytes there; nothing for a container without checksums.
+        """
+        ...
+
+    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
+        """Write what `compute_checksums` returns, once all pieces and tiles of a file are written.
+
+        To be called once for every image, from any thread, with the descriptor open for reading and writing. Memory is
+        bounded.
         """
         ...
 

@@ -5,18 +5,25 @@ an embedding table, and the adapter's target says which it expects.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import SlotKind
 from loraformat.bases import Site, Weight
+from loraformat.bases._aliases import Group, group_aliases
+from loraformat.bases._other_sites import list_other_sites
+from loraformat.bases._tied_tables import find_field, grows, tie_sites
 from loraformat.problems import Problem
 from loraformat.spans import StoredTensor, read_small
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 
 CONFIG_NAME: Final = "config.json"
+"""Objects in a configuration that describe the language model inside a larger one."""
+
+_TIE: Final = "tie_word_embeddings"
 _WEIGHT: Final = "weight"
+_BIAS: Final = "bias"
 
 _CONV1D_FAMILIES: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 """`model_type`s of transformers whose blocks store matrices `(in, out)` (`transformers.pytorch_utils.Conv1D`)."""
@@ -43,37 +50,70 @@ _CONV: Final[Mapping[SlotKind, bool]] = {SlotKind.CONV: False, SlotKind.PARAMETE
 _VECTOR: Final[Mapping[SlotKind, bool]] = {SlotKind.PARAMETER: False}
 
 
-def list_sites(tensors: Iterable[StoredTensor], config: Mapping[str, JsonValue]) -> list[Site]:
+def list_sites(tensors: Collection[StoredTensor], config: Mapping[str, JsonValue]) -> list[Site]:
     """Return the sites of a state dict.
+
+    Tensors that are one and the same (tied in torch) are sites of one weight; those that overlap otherwise are
+    consumers of one another.
 
     Args:
         tensors: its tensors.
         config: transformers' `config.json` beside it, empty where there is none.
     """
-    return [_make_site(tensor, config) for tensor in tensors if _is_adaptable(tensor)]
+    adaptable = [tensor for tensor in tensors if _is_adaptable(tensor)]
+    names = {tensor.name for tensor in adaptable}
+    weights = {tensor.name: weight for group in group_aliases(tensors) for tensor, weight in _share(group)}
+    own = [_make_site(tensor, weights.get(tensor.name), config, names) for tensor in adaptable]
+    own = tie_sites(own, config)
+    return own + list_other_sites(own, config)
+
+
+def is_tied(config: Mapping[str, JsonValue]) -> bool:
+    """Say whether the configuration ties the output layer to the embedding; an inner one's word counts first."""
+    return find_field(config, _TIE) is True
+
+
+def is_tied_module(name: str) -> bool:
+    """Say whether a parameter called `name` belongs to a module that `tie_word_embeddings` ties to another."""
+    return name.rpartition(".")[0].rsplit(".", 1)[-1] in _TIED_MODULES
+
+
+def _share(group: Group) -> list[tuple[StoredTensor, Weight]]:
+    """Return each tensor of a group with the one weight that they are."""
+    names = [tensor.name for tensor in group.tensors]
+    consumers = frozenset({*names, *group.overlapping})
+    return [(tensor, Weight(names[0], tensor.name, group.first, consumers)) for tensor in group.tensors]
 
 
 def _is_adaptable(tensor: StoredTensor) -> bool:
     return "." in tensor.name and 1 <= len(tensor.shape) <= 5 and tensor.elements > 0
 
 
-def _make_site(tensor: StoredTensor, config: Mapping[str, JsonValue]) -> Site:
+def _make_site(
+    tensor: StoredTensor, weight: Weight | None, config: Mapping[str, JsonValue], names: Container[str]
+) -> Site:
     module, _, parameter = tensor.name.rpartition(".")
-    consumers = {tensor.name}
-    if config.get("tie_word_embeddings") is True and module.rsplit(".", 1)[-1] in _TIED_MODULES:
-        consumers.add("the output layer or embedding tied to it (tie_word_embeddings in config.json)")
-    obstacle = None
-    if tensor.dtype.family != "float":
-        obstacle = Problem("LF403", module, f"numbers stored as {tensor.dtype.name}", "a floating-point form")
+    obstacle, bias = _find_obstacle(tensor, module), f"{module}.{_BIAS}"
     return Site(
         id=tensor.name,
         module=module,
         evidence="tensor name",
         transposed=_orient(module, tensor, config) if parameter == _WEIGHT else _VECTOR,
         parameter=parameter,
-        weight=None if obstacle else Weight(tensor.name, tensor.name, tensor, frozenset(consumers)),
+        weight=None if obstacle else weight,
         obstacle=obstacle,
+        grows=grows(module),
+        free_bias=bias if parameter == _WEIGHT and len(tensor.shape) > 1 and bias not in names else "",
     )
+
+
+def _find_obstacle(tensor: StoredTensor, module: str) -> Problem | None:
+    if tensor.dtype.family != "float":
+        return Problem("LF403", module, f"numbers stored as {tensor.dtype.name}", "a floating-point form")
+    if not tensor.is_contiguous:
+        found = f"the tensor {tensor.name!r} is a view whose numbers do not lie one after another"
+        return Problem("LF150", module, found, "a contiguous tensor")
+    return None
 
 
 def _orient(module: str, tensor: StoredTensor, config: Mapping[str, JsonValue]) -> Mapping[SlotKind, bool]:

@@ -1,19 +1,21 @@
 """A PyTorch state dict in one safetensors file: a site is a named tensor."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from loraformat.bases import BaseModel, Site
+from loraformat.bases import BaseModel, Rewriter, Site
+from loraformat.bases._file_rewriter import FileRewriter
+from loraformat.bases._receipts import read_receipt_text
 from loraformat.bases._state_dict import digest_structure, list_sites, read_model_config
 from loraformat.containers import TensorFile
-from loraformat.containers.safetensors import CONTAINER, describe_images, escape_for_header
-from loraformat.errors import LoraformatError
+from loraformat.containers._safetensors_images import describe_images, escape_for_header
+from loraformat.containers.safetensors import CONTAINER
 from loraformat.images import FileImage
 from loraformat.problems import Problem
 from loraformat.receipt import RECEIPT_KEY
-from loraformat.spans import InputFile, StoredTensor
-from loraformat.strict_json import parse_json_object
+from loraformat.spans import InputFile, Span, StoredTensor
 
 
 class Checkpoint:
@@ -27,21 +29,38 @@ class Checkpoint:
         self.path = path
         self._opened: TensorFile = CONTAINER.open(path)
         self.files: Sequence[InputFile] = [self._opened.file]
-        tensors = self._opened.tensors.values()
-        self.sites: Sequence[Site] = list_sites(tensors, read_model_config(path.parent))
-        metadata = {key: text for key, text in self._opened.metadata.items() if key != RECEIPT_KEY}
-        self.structure_sha256 = digest_structure(tensors, metadata)
+        self._config = read_model_config(path.parent)
+        self.sites: Sequence[Site] = list_sites(self.list_tensors(), self._config)
+        self._metadata = {key: text for key, text in self._opened.metadata.items() if key != RECEIPT_KEY}
+        self.structure_sha256 = digest_structure(self._opened.tensors.values(), self._metadata)
         self.parent_receipt: Mapping[str, Any] | None
         self.problems: Sequence[Problem]
-        self.parent_receipt, self.problems = _read_receipt(self._opened)
+        receipt = self._opened.metadata.get(RECEIPT_KEY)
+        self.parent_receipt, self.problems = read_receipt_text(receipt, f"{self._opened.file.path}: {RECEIPT_KEY}")
+
+    @property
+    def rewriter(self) -> Rewriter:
+        """What describes it as a file with other tensors."""
+        return FileRewriter(self.path, self.list_tensors(), self._metadata, self._config)
 
     def list_tensors(self) -> Sequence[StoredTensor]:
         """Return every stored tensor."""
         return list(self._opened.tensors.values())
 
-    def describe_images(self, output: Path, blank_bytes: int, fresh: str) -> list[FileImage]:
+    def describe_images(
+        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
+    ) -> list[FileImage]:
         """Return the one output file: another header, the same data area."""
         return describe_images(self._opened, output, RECEIPT_KEY, blank_bytes)
+
+    def compute_checksums(
+        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
+    ) -> Mapping[int, bytes]:
+        """Return nothing: there are no checksums."""
+        return {}
+
+    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
+        """Do nothing: safetensors has no checksums."""
 
     def encode_receipt(self, text: str) -> bytes:
         """Return `text` as it stands inside a JSON string of the header."""
@@ -50,16 +69,6 @@ class Checkpoint:
     def list_stale(self, output: Path) -> list[Path]:
         """Return nothing: a state dict is one file."""
         return []
-
-
-def _read_receipt(opened: TensorFile) -> tuple[Mapping[str, Any] | None, list[Problem]]:
-    text = opened.metadata.get(RECEIPT_KEY)
-    if text is None:
-        return None, []
-    try:
-        return parse_json_object(text.encode("utf-8"), f"{opened.file.path}: {RECEIPT_KEY}"), []
-    except LoraformatError as error:
-        return None, [Problem(p.code, p.where, p.found, p.expected, severity="note") for p in error.problems]
 
 
 class CheckpointFormat:

@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ from loraformat.bases._onnx_sites import RawSite, find_sites
 from loraformat.containers.onnx_file import CONTAINER, OnnxFile, open_onnx
 from loraformat.images import FileImage
 from loraformat.problems import Problem
-from loraformat.spans import InputFile, StoredTensor
+from loraformat.spans import InputFile, Span, StoredTensor
 
 
 class OnnxGraph:
@@ -21,6 +21,7 @@ class OnnxGraph:
     format = "onnx"
     suffix = ".onnx"
     folder_mark = ""
+    rewriter = None
 
     def __init__(self, path: Path) -> None:
         self._opened: OnnxFile = open_onnx(path)
@@ -45,9 +46,20 @@ class OnnxGraph:
         """Return every stored tensor, in graphs, attributes and functions."""
         return self._tensors
 
-    def describe_images(self, output: Path, blank_bytes: int, fresh: str) -> list[FileImage]:
+    def describe_images(
+        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
+    ) -> list[FileImage]:
         """Return the data files and, last, the model: the same bytes and a metadata entry for the receipt."""
-        return self._opened.images(output, blank_bytes, fresh)
+        return self._opened.images(output, blank_bytes, fresh, is_taken)
+
+    def compute_checksums(
+        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
+    ) -> Mapping[int, bytes]:
+        """Return nothing: there are no checksums."""
+        return {}
+
+    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
+        """Do nothing: protobuf has no checksums."""
 
     def encode_receipt(self, text: str) -> bytes:
         """Return the text as protobuf stores it."""

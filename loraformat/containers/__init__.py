@@ -37,9 +37,20 @@ class Container(Protocol):
         has_magic: whether its files begin in a way that no other format's do.
     """
 
-    name: str
-    suffixes: tuple[str, ...]
-    has_magic: bool
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Usual file name endings."""
+        ...
+
+    @property
+    def has_magic(self) -> bool:
+        """Whether its files begin in a way that no other format's do."""
+        ...
 
     def sniff(self, head: bytes, size_bytes: int) -> bool:
         """Say whether a file that starts with `head` (up to 64 bytes) is of this format."""

@@ -1,8 +1,7 @@
 """External data of ONNX tensors: what `external_data` says, checked, and what the files of a copy are called."""
 
-import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
     import onnx
 
 _NUMBER: Final = re.compile(r"[0-9]{1,19}")
+_MAX_ATTEMPTS: Final = 10_000
 _KNOWN: Final = ("location", "offset", "length", "checksum")
 
 
@@ -65,11 +65,13 @@ class DataNames:
         base: file name of the model.
         output: path of the copy.
         fresh: what to insert where a name is taken.
+        is_taken: says whether a path is another file's.
     """
 
     base: str
     output: Path
     fresh: str
+    is_taken: Callable[[Path], bool]
 
     def choose(self, old: PurePosixPath, taken: Collection[str]) -> PurePosixPath:
         """Return the location in the copy, in the same sub-folder; `old` itself where nothing is to change.
@@ -80,13 +82,13 @@ class DataNames:
         """
         name = self._rename(old.name)
         wanted, attempt = old.with_name(name), 0
-        while self._is_taken(wanted, taken):
+        while self._is_taken(wanted, taken) and attempt < _MAX_ATTEMPTS:
             wanted, attempt = old.with_name(self._freshen(name, attempt)), attempt + 1
         return wanted
 
     def _is_taken(self, wanted: PurePosixPath, taken: Collection[str]) -> bool:
         folded = str(wanted).casefold()
-        return folded == self.output.name.casefold() or folded in taken or os.path.lexists(self.output.parent / wanted)
+        return folded == self.output.name.casefold() or folded in taken or self.is_taken(self.output.parent / wanted)
 
     def _rename(self, name: str) -> str:
         """Put the copy's name where the model's name stands."""

@@ -84,6 +84,16 @@ class StridedTensor(StoredTensor):
         return f"StridedTensor({self.name!r}, {self.dtype.name}, {self.shape}, strides {self._strides})"
 
     @property
+    def is_contiguous(self) -> bool:
+        """It is not."""
+        return False
+
+    @property
+    def extent(self) -> Span:
+        """The bytes from its first element to its last."""
+        return self._extent
+
+    @property
     def span(self) -> Span:
         """There is none."""
         where = f"{self.file.path}, tensor {self.name!r}"

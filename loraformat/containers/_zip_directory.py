@@ -5,18 +5,16 @@ of one name, members that overlap, and local headers that say other sizes. It al
 stand, which a writer of byte ranges has to mend. Source: APPNOTE.TXT 6.3.10, sections 4.3 to 4.5.
 """
 
-import os
 import re
 import struct
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Final
 
 from loraformat.errors import LoraformatError, refuse
-from loraformat.limits import COPY_CHUNK_BYTES, MAX_NAME_BYTES, MAX_ZIP_DIRECTORY_BYTES
+from loraformat.limits import MAX_NAME_BYTES, MAX_ZIP_DIRECTORY_BYTES
 from loraformat.spans import InputFile, Span
 
 ZIP_MAGIC: Final = b"PK\x03\x04"
@@ -43,7 +41,6 @@ _STORED: Final = 0
 _METHODS: Final = {8: "deflate", 9: "deflate64", 12: "bzip2", 14: "LZMA", 93: "zstd"}
 _ZIP64: Final = 1
 _BAD_NAME: Final = re.compile(r"[\x00-\x1f\x7f\\]|^/|^[A-Za-z]:")
-_CRC: Final = struct.Struct("<L")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,27 +116,6 @@ def require_stored(file: InputFile, members: Mapping[str, Member], mend: str = "
         if member.compression:
             found = f"member {name!r} is compressed ({member.compression})"
             raise _refuse(file, found, "members stored as they are", mend)
-
-
-def mend_crcs(descriptor: int, fields: Mapping[Span, Iterable[int]]) -> None:
-    """Write the CRC-32 of the present content of each span to the offsets where the archive states it.
-
-    For a copy of the archive in which spans were rewritten in place: nothing but these four bytes depends on the
-    content. torch (2.13) does not look at them, numpy and every unzip do.
-
-    Args:
-        descriptor: the copy, open for reading and writing.
-        fields: content of a member to the offsets of its CRC, for those members that changed.
-    """
-    for span, offsets in fields.items():
-        crc, position = 0, span.offset
-        while position < span.end:
-            data = os.pread(descriptor, min(COPY_CHUNK_BYTES, span.end - position), position)
-            if not data:
-                raise refuse("LF906", span.path, f"the copy ends at byte {position}", "the size it had")
-            crc, position = zlib.crc32(data, crc), position + len(data)
-        for offset in offsets:
-            os.pwrite(descriptor, _CRC.pack(crc), offset)
 
 
 def _refuse(file: InputFile, found: str, expected: str, mend: str = "") -> LoraformatError:

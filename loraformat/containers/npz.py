@@ -17,11 +17,11 @@ from typing import BinaryIO, Final
 from loraformat.containers import TensorFile
 from loraformat.containers._new_tensors import NewTensor, check_new, payload_bytes
 from loraformat.containers._strided import StridedTensor, check_name, check_shape, is_c_order
+from loraformat.containers._zip_checksums import mend_crcs
 from loraformat.containers._zip_directory import (
     LOCAL_HEADER,
     ZIP_MAGIC,
     Member,
-    mend_crcs,
     read_directory,
     require_stored,
 )

@@ -6,7 +6,7 @@ bytes with a few of them replaced.
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -187,7 +187,9 @@ class OnnxFile:
             self.problems.append(Problem("LF104", str(self.path), found, severity="note"))
             return None
 
-    def images(self, output: Path, blank_bytes: int, fresh: str) -> list[FileImage]:
+    def images(
+        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
+    ) -> list[FileImage]:
         """Return the files of a copy of the model: data files first, the model last.
 
         The copy differs in its receipt, which is the last entry of the file, and in the names of its data files.
@@ -196,9 +198,10 @@ class OnnxFile:
             output: where the copy will stand.
             blank_bytes: room for the receipt.
             fresh: digits to insert into the name of a data file that is taken.
+            is_taken: says whether a path is another file's.
         """
         output = output.absolute()
-        names = DataNames(self.path.name, output, fresh)
+        names = DataNames(self.path.name, output, fresh, is_taken)
         chosen: dict[Path, PurePosixPath] = {}
         data: list[FileImage] = []
         leaves = [Leaf(Edit(field.start, field.end - field.start, ()), None) for field in self._receipts]

@@ -16,7 +16,6 @@ from loraformat.containers import TensorFile
 from loraformat.containers._new_tensors import NewTensor, payload_bytes
 from loraformat.dtypes import BY_SAFETENSORS, Dtype
 from loraformat.errors import LoraformatError, refuse
-from loraformat.images import Blank, Copy, FileImage, Literal
 from loraformat.limits import (
     MAX_DIMS,
     MAX_METADATA_BYTES,
@@ -28,7 +27,7 @@ from loraformat.spans import InputFile, Span, StoredTensor
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 
 _LENGTH_BYTES: Final = 8
-_METADATA: Final = "__metadata__"
+METADATA_FIELD: Final = "__metadata__"
 _FIELDS: Final = {"dtype", "shape", "data_offsets"}
 _MAX_ARRAY_BYTES: Final = 2**63 - 1
 
@@ -94,7 +93,7 @@ def find_data_start(file: InputFile) -> int:
 def _index(file: InputFile) -> TensorFile:
     header = _read_header(file)
     entries = dict(parse_json_object(header, f"{file.path}, header"))
-    metadata = _check_metadata(entries.pop(_METADATA, None), file.path)
+    metadata = _check_metadata(entries.pop(METADATA_FIELD, None), file.path)
     if len(entries) > MAX_TENSORS:
         raise refuse("LF110", file.path, f"{len(entries)} tensors", f"at most {MAX_TENSORS}")
     start = _LENGTH_BYTES + len(header)
@@ -134,7 +133,7 @@ def _refuse_impostor(path: Path, head: bytes) -> None:
 
 
 def _check_metadata(value: JsonValue, path: Path) -> Mapping[str, str]:
-    where = f"{path}, {_METADATA}"
+    where = f"{path}, {METADATA_FIELD}"
     if value is None:  # mlx writes null for an empty one.
         return {}
     if not isinstance(value, Mapping):
@@ -155,7 +154,7 @@ def _check_metadata_size(where: str, key: str, text: str) -> None:
 
 
 def _check_entry(file: InputFile, name: str, entry: JsonValue, start: int) -> StoredTensor:
-    _check_name(file.path, name)
+    check_tensor_name(file.path, name)
     where = f"{file.path}, tensor {name!r}"
     if not isinstance(entry, Mapping) or set(entry) != _FIELDS:
         found = sorted(entry) if isinstance(entry, Mapping) else entry
@@ -172,8 +171,9 @@ def _check_entry(file: InputFile, name: str, entry: JsonValue, start: int) -> St
     return StoredTensor(name, dtype, shape, Span(file.path, start + begin, end - begin), file)
 
 
-def _check_name(path: object, name: str) -> None:
-    if not name or name == _METADATA or _UNFIT_IN_NAMES.search(name):
+def check_tensor_name(path: object, name: str) -> None:
+    """Refuse a name that could drive a terminal (LF301) or that is too long (LF110)."""
+    if not name or name == METADATA_FIELD or _UNFIT_IN_NAMES.search(name):
         raise refuse(
             "LF301", path, f"the tensor name {name!a:.200}", "a name without control characters and bidi marks"
         )
@@ -251,7 +251,7 @@ def _write_header(ordered: Sequence[NewTensor], metadata: Mapping[str, str]) -> 
     entries: dict[str, JsonValue] = {}
     end = 0
     for name, dtype, shape, _ in ordered:
-        _check_name("new file", name)
+        check_tensor_name("new file", name)
         if name in entries:
             raise refuse("LF105", "new file", f"tensor {name!r} stands twice", "each name once")
         if dtype.safetensors is None or math.prod(shape) * dtype.bits % 8:
@@ -260,54 +260,13 @@ def _write_header(ordered: Sequence[NewTensor], metadata: Mapping[str, str]) -> 
         entries[name] = {"dtype": dtype.safetensors, "shape": list(shape), "data_offsets": [begin, end]}
     for key, value in metadata.items():
         _check_metadata_size("new file", key, value)
-    text = write_canonical(entries | {_METADATA: dict(metadata)} if metadata else entries)
-    return _frame(len(text)) + text + b" " * (-len(text) % 8)
+    text = write_canonical(entries | {METADATA_FIELD: dict(metadata)} if metadata else entries)
+    return frame_header(len(text)) + text + b" " * (-len(text) % 8)
 
 
-def _frame(text_bytes: int) -> bytes:
+def frame_header(text_bytes: int) -> bytes:
     """Return the length field for a header text that is padded to a multiple of eight."""
     length = text_bytes + -text_bytes % 8
     if length > MAX_SAFETENSORS_HEADER_BYTES:
         raise refuse("LF110", "new file", f"a header of {length} bytes", f"at most {MAX_SAFETENSORS_HEADER_BYTES}")
     return length.to_bytes(_LENGTH_BYTES, "little")
-
-
-def escape_for_header(text: str) -> bytes:
-    """Return the bytes that stand for `text` in the blank that `describe_images` leaves.
-
-    The blank lies inside a JSON string: the caller pads these bytes with spaces to the blank's length, so a reader gets
-    `text` followed by spaces.
-    """
-    return write_canonical(text)[1:-1]
-
-
-def describe_images(file: TensorFile, output: Path, metadata_key: str, blank_bytes: int) -> list[FileImage]:
-    """Return the image of the same file with the metadata entry `metadata_key`, whose value is a blank for now.
-
-    The blank is to be filled with `escape_for_header(text)`. Tensors keep their order and offsets; an older entry of
-    that key gives way.
-
-    Raises:
-        RefusedError: LF110 a blank or header that readers would refuse.
-    """
-    if blank_bytes > MAX_METADATA_BYTES:
-        raise refuse("LF110", output, f"a metadata value of {blank_bytes} bytes", f"at most {MAX_METADATA_BYTES}")
-    start = find_data_start(file.file)
-    others = [(key, text) for key, text in sorted(file.metadata.items()) if key != metadata_key]
-    kept = b"".join(write_canonical(key) + b":" + write_canonical(text) + b"," for key, text in others)
-    before = b'{"%b":{%b%b:"' % (_METADATA.encode(), kept, write_canonical(metadata_key))
-    entries = [b",%b:%b" % (write_canonical(t.name), _write_entry(t, start)) for t in file.tensors.values()]
-    after = b'"}%b}' % b"".join(entries)
-    text_bytes = len(before) + blank_bytes + len(after)
-    pieces = (
-        Literal(_frame(text_bytes) + before),
-        Blank(blank_bytes),
-        Literal(after + b" " * (-text_bytes % 8)),
-        Copy(file.file, start, file.file.size_bytes - start),
-    )
-    return [FileImage(output, pieces)]
-
-
-def _write_entry(tensor: StoredTensor, start: int) -> bytes:
-    offsets = [tensor.span.offset - start, tensor.span.end - start]
-    return write_canonical({"dtype": tensor.dtype.safetensors, "shape": list(tensor.shape), "data_offsets": offsets})

@@ -29,11 +29,11 @@ from loraformat.containers._new_tensors import NewTensor
 from loraformat.containers._strided import StridedTensor, check_shape, is_c_order
 from loraformat.containers._torch_names import name_tensors
 from loraformat.containers._torch_writing import write_torch_zip
+from loraformat.containers._zip_checksums import mend_crcs
 from loraformat.containers._zip_directory import (
     LOCAL_HEADER,
     ZIP_MAGIC,
     Member,
-    mend_crcs,
     read_directory,
     require_stored,
 )

@@ -22,7 +22,6 @@ from loraformat.strict_json import JsonValue
 
 _ROWS: Final[Mapping[str, tuple[str, ...]]] = {
     "lora": ("lora_B.weight", "lora_B.bias"),
-    "lora with bias": ("lora_B.weight", "lora_B.bias"),
     "dora": ("lora_B.weight", "lora_B.bias", "lora_magnitude_vector"),
     "loha": ("hada_w1_a", "hada_w2_a"),
     "diff": ("diff", "diff_b"),
@@ -31,12 +30,11 @@ _ROWS: Final[Mapping[str, tuple[str, ...]]] = {
 """Kind to the roles of which every row belongs to one output."""
 _SHARED: Final[Mapping[str, tuple[str, ...]]] = {
     "lora": ("lora_A.weight",),
-    "lora with bias": ("lora_A.weight",),
     "dora": ("lora_A.weight",),
     "loha": ("hada_w1_b", "hada_w2_b"),
 }
 """Kind to the roles that all outputs share."""
-_LOW_RANK: Final = frozenset({"lora", "lora with bias", "dora"})
+_LOW_RANK: Final = frozenset({"lora", "dora"})
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """Adapter kinds: one file each. A kind knows its roles, its shape law and how its factors change a weight."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, Protocol
@@ -25,11 +25,34 @@ class Nature(StrEnum):
     REPLACEMENT = "replacement"
 
 
-class Delta(Protocol):
-    """An additive change of a matrix, never formed whole.
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a target does to one parameter of its module.
 
     Attributes:
-        shape: `(rows, columns)` of the matrix that it changes.
+        parameter: the parameter: `weight`, `bias` ...
+        shape: its canonical shape; of a weight `(out, in, *kernel)`, of anything in the slot `parameter` its own.
+        nature: how it composes with other changes.
+        roles: the factors that it is computed from.
+        slot: what kind of slot the parameter is.
+        open: whether the parameter may have more rows than `shape`, which stay as they are.
+        shared: whether it is meant for all tables that a model ties together, though only one is named.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    nature: Nature
+    roles: tuple[str, ...]
+    slot: SlotKind
+    open: bool = False
+    shared: bool = False
+
+
+class Delta(Protocol):
+    """Values of the size of a matrix, never formed whole: an additive change, or what replaces the matrix.
+
+    Attributes:
+        shape: `(rows, columns)` of the matrix.
     """
 
     @property
@@ -38,11 +61,53 @@ class Delta(Protocol):
         ...
 
     def transposed(self) -> "Delta":
-        """Return the change of the transposed matrix."""
+        """Return the values of the transposed matrix."""
+        ...
+
+    def part(self, rows: slice, columns: slice) -> "Delta":
+        """Return some of its rows and columns; the slices have a start, a stop and a positive step."""
         ...
 
     def write_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
-        """Write rows `start:stop` of the change into `out: (stop - start, columns)` of a float form."""
+        """Write rows `start:stop` into `out: (stop - start, columns)` of a float form, C-contiguous."""
+        ...
+
+
+class WeightMap(Protocol):
+    """A function of a weight, computed tile by tile: W′ = f(W).
+
+    Attributes:
+        shape: `(rows, columns)` of the matrix.
+        row_block: rows that it must see together: every tile starts at a multiple of it and holds whole blocks. 1 where
+            each row is computed from itself alone, the number of rows where all are needed.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(rows, columns)`."""
+        ...
+
+    @property
+    def row_block(self) -> int:
+        """Rows that it must see together."""
+        ...
+
+    def transposed(self) -> "WeightMap":
+        """Return the same function of the transposed matrix."""
+        ...
+
+    def prepare(self, tiles: Iterable[tuple[int, NDArray[Any]]]) -> "WeightMap":
+        """Return the map, ready to write rows; called once.
+
+        Args:
+            tiles: all rows of the base weight in order, each tile with the number of its first row; a tile's memory is
+                reused for the next. Going through it costs a pass over the weight (a norm of columns needs one); a map
+                that leaves it alone costs none.
+        """
+        ...
+
+    def write_rows(self, start: int, stop: int, base: NDArray[Any], out: NDArray[Any]) -> None:
+        """Write rows `start:stop` of f(W) into `out`, given these rows of W in `base`, of the same shape."""
         ...
 
 
@@ -72,11 +137,11 @@ def check_roles(target: Target, role_sets: Sequence[RoleSet]) -> list[Problem]:
 
 
 class Kind(Protocol):
-    """What a file in this folder provides as `KIND`; one of the two below.
+    """What a file in this folder provides as `KIND`; one or more of the three below, as the natures of its changes say.
 
     Attributes:
         name: as in the manifest.
-        nature: how it composes with others.
+        nature: how its change of the weight composes with others.
         formula: the merged weight, on one line.
         source: the paper or file that defines it.
         role_sets: which factors belong to which slot.
@@ -96,35 +161,40 @@ class Kind(Protocol):
         """Return the rank that the factors have; 0 when they cannot tell."""
         ...
 
-    def parameters(self, target: Target) -> Mapping[str, tuple[int, ...]]:
-        """Return the module's parameters that the target changes (`weight`, `bias`), each with its canonical shape.
-
-        The canonical shape of a weight is `(out, in, *kernel)`.
-        """
+    def changes(self, target: Target) -> tuple[Change, ...]:
+        """Return what the target does to each parameter of its module; a parameter may be replaced and added to."""
         ...
 
 
 class AdditiveKind(Kind, Protocol):
-    """A kind whose change is added to the weight."""
+    """A kind with changes that are added."""
 
-    def weight_shape(self, target: Target) -> tuple[int, ...]:
-        """Return the canonical shape of the weight that the target changes, `(out, in, *kernel)`."""
-        ...
-
-    def delta(self, target: Target, factors: Mapping[str, NDArray[Any]], scale: float) -> Delta:
-        """Return the change of the weight as a matrix `(out, in * kernel)`, from factors in float32 or wider."""
+    def delta(self, target: Target, change: Change, factors: Mapping[str, NDArray[Any]], scale: float) -> Delta:
+        """Return an additive change as a matrix `(out, in * kernel)`, from its factors in float32 or wider."""
         ...
 
     def norm(self, target: Target, factors: Mapping[str, NDArray[Any]]) -> float:
-        """Return the Frobenius norm of the change at the target's own scale, without forming it."""
+        """Return the Frobenius norm of the weight's change at the target's own scale, without forming it."""
         ...
 
 
 class ReplacingKind(Kind, Protocol):
     """A kind that brings the values themselves."""
 
-    def value(self, factors: Mapping[str, NDArray[Any]], parameter: str) -> Delta:
+    def value(self, target: Target, change: Change, factors: Mapping[str, NDArray[Any]]) -> Delta:
         """Return the new values of one parameter as a matrix: its first dimension and the rest."""
+        ...
+
+
+class MappingKind(Kind, Protocol):
+    """A kind whose merged weight is a function of the base weight."""
+
+    def map(self, target: Target, change: Change, factors: Mapping[str, NDArray[Any]]) -> WeightMap:
+        """Return f for the matrix `(out, in * kernel)`, at the target's own scale, from factors in float32 or wider."""
+        ...
+
+    def count_rows_together(self, target: Target, change: Change, *, transposed: bool) -> int:
+        """Return the `row_block` that the map, or the transposed map, will have; reads no factor."""
         ...
 
 

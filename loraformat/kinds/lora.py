@@ -5,53 +5,36 @@
     embedding   A (rank, vocabulary)     B (dim, rank)           W (vocabulary, dim): the change is (B·A)ᵀ
 
 An embedding is thus a linear map with `in` = vocabulary and `out` = dim, stored transposed.
+
+Beside the factors there may be a bias of B, which adds s·b to the module's bias (PEFT's `lora_bias`), and a weight or a
+bias of the base that was saved as a whole: it replaces the base's before the change is added (PEFT's resized embeddings
+and trained biases).
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Factor, SlotKind, Target
-from loraformat.kinds import FLOATS, Delta, Nature, RoleSet, check_roles
+from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles
+from loraformat.kinds._matrices import LowRankDelta, Values
 from loraformat.problems import Problem
 
+_BIAS: Final = "lora_B.bias"
+_BASE_WEIGHT: Final = "base_layer.weight"
+_BASE_BIAS: Final = "base_layer.bias"
 _LINEAR: Final = RoleSet(
-    (SlotKind.LINEAR, SlotKind.LINEAR_TRANSPOSED, SlotKind.CONV), ("lora_A.weight", "lora_B.weight")
+    (SlotKind.LINEAR, SlotKind.LINEAR_TRANSPOSED, SlotKind.CONV),
+    ("lora_A.weight", "lora_B.weight"),
+    (_BIAS, _BASE_WEIGHT, _BASE_BIAS),
 )
-_EMBEDDING: Final = RoleSet((SlotKind.EMBEDDING,), ("lora_embedding_A", "lora_embedding_B"))
+_EMBEDDING: Final = RoleSet((SlotKind.EMBEDDING,), ("lora_embedding_A", "lora_embedding_B"), (_BASE_WEIGHT,))
 _DOWN: Final = ("lora_A.weight", "lora_embedding_A")
 _UP: Final = ("lora_B.weight", "lora_embedding_B")
 _CONV_AXES: Final = (3, 4, 5)
-
-
-@dataclass(frozen=True, slots=True)
-class LowRankDelta:
-    """The matrix `left @ right`, formed only row by row.
-
-    Attributes:
-        left: (rows, rank), the scale folded in.
-        right: (rank, columns).
-    """
-
-    left: NDArray[Any]
-    right: NDArray[Any]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(rows, columns)`."""
-        return self.left.shape[0], self.right.shape[1]
-
-    def transposed(self) -> "LowRankDelta":
-        """Return the transposed change."""
-        return LowRankDelta(np.ascontiguousarray(self.right.T), np.ascontiguousarray(self.left.T))
-
-    def write_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
-        """Write rows `start:stop` into `out: (stop - start, columns)`."""
-        np.matmul(self.left[start:stop], self.right, out=out)
 
 
 class Lora:
@@ -71,31 +54,49 @@ class Lora:
         down, up = _checked_pair(target.factors)
         problems = [
             Problem("LF210", f"{target.name}: {factor.name}", factor.dtype.name, "a floating-point form")
-            for factor in (down, up)
+            for factor in target.factors.values()
             if factor.dtype.name not in FLOATS
         ]
-        return problems or _check_shapes(target, down, up)
+        problems = problems or _check_shapes(target, down, up)
+        grave = any(problem.severity == "error" for problem in problems)
+        return problems if grave else [*problems, *_check_beside(target, down, up)]
 
     def rank(self, factors: Mapping[str, Factor]) -> int:
         """Return the first dimension of A."""
         down, _ = _pair(factors)
         return down.shape[0] if down is not None and down.shape else 0
 
-    def parameters(self, target: Target) -> Mapping[str, tuple[int, ...]]:
-        """Return the weight alone."""
-        return {"weight": self.weight_shape(target)}
+    def changes(self, target: Target) -> tuple[Change, ...]:
+        """Return the change of the weight, and what else there is: a base's own values, a change of the bias."""
+        shape = self.weight_shape(target)
+        own, bias = SlotKind.PARAMETER, shape[:1]
+        rows = [
+            ("weight", _stored_shape(target, shape), Nature.REPLACEMENT, (_BASE_WEIGHT,), own),
+            ("bias", bias, Nature.REPLACEMENT, (_BASE_BIAS,), own),
+            ("weight", shape, Nature.ADDITIVE, _roles_of(target.factors), target.slot),
+            ("bias", bias, Nature.ADDITIVE, (_BIAS,), own),
+        ]
+        return tuple(Change(*row) for row in rows if all(role in target.factors for role in row[3]))
 
     def weight_shape(self, target: Target) -> tuple[int, ...]:
         """Return `(out, in, *kernel)`; for an embedding `(dim, vocabulary)`."""
         down, up = _checked_pair(target.factors)
         return up.shape[0], *down.shape[1:]
 
-    def delta(self, target: Target, factors: Mapping[str, NDArray[Any]], scale: float) -> Delta:
-        """Return s·B·A as `(out, in * kernel)`; the scale is folded into B in float64, rounded once."""
+    def delta(self, target: Target, change: Change, factors: Mapping[str, NDArray[Any]], scale: float) -> Delta:
+        """Return s·B·A as `(out, in * kernel)`, or s·b as `(out, 1)`; s is folded into B in float64, rounded once."""
+        if change.parameter == "bias":
+            bias = factors[_BIAS].reshape(-1, 1)
+            return Values((bias.astype(np.float64) * scale).astype(bias.dtype))
         down, up = _checked_pair(factors)
         right = down.reshape(down.shape[0], -1)
         left = (up.reshape(up.shape[0], -1).astype(np.float64) * scale).astype(right.dtype)
         return LowRankDelta(np.ascontiguousarray(left), np.ascontiguousarray(right))
+
+    def value(self, target: Target, change: Change, factors: Mapping[str, NDArray[Any]]) -> Delta:
+        """Return the base's own values: the first dimension and the rest."""
+        (saved,) = (factors[role] for role in change.roles)
+        return Values(np.ascontiguousarray(saved.reshape(saved.shape[0], -1)))
 
     def norm(self, target: Target, factors: Mapping[str, NDArray[Any]]) -> float:
         """Return |s|·‖B·A‖ from the two small Gram matrices: ‖BA‖² = tr((BᵀB)(AAᵀ))."""
@@ -111,6 +112,17 @@ def _pair(factors: Mapping[str, Any]) -> tuple[Any, Any]:
     down = next((factors[role] for role in _DOWN if role in factors), None)
     up = next((factors[role] for role in _UP if role in factors), None)
     return down, up
+
+
+def _roles_of(factors: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the names that A and B have here."""
+    return next(role for role in _DOWN if role in factors), next(role for role in _UP if role in factors)
+
+
+def _stored_shape(target: Target, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a weight that was saved whole, as PyTorch has it."""
+    saved = target.factors.get(_BASE_WEIGHT)
+    return saved.shape if saved is not None else shape
 
 
 def _checked_pair(factors: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -144,6 +156,22 @@ def _check_shapes(target: Target, down: Factor, up: Factor) -> list[Problem]:
         found = f"rank {target.rank} for a change of {up.shape[0]} by {width}"
         return [Problem("LF206", where, found, severity="warning")]
     return []
+
+
+def _check_beside(target: Target, down: Factor, up: Factor) -> list[Problem]:
+    """Return problems of biases and saved weights beside the factors."""
+    out, width = up.shape[0], down.shape[1:]
+    turned = target.slot in (SlotKind.EMBEDDING, SlotKind.LINEAR_TRANSPOSED)
+    expected = {
+        _BIAS: (out,),
+        _BASE_BIAS: (out,),
+        _BASE_WEIGHT: (*width, out) if turned else (out, *width),
+    }
+    return [
+        Problem("LF203", f"{target.name}: {role}", f"shape {target.factors[role].shape}", str(shape))
+        for role, shape in expected.items()
+        if role in target.factors and target.factors[role].shape != shape
+    ]
 
 
 KIND: Final = Lora()

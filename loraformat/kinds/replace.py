@@ -5,41 +5,17 @@ the saved one; with a weight λ it lies between: W + λ·(V − W).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Factor, ScalingRule, SlotKind, Target
-from loraformat.kinds import FLOATS, Delta, Nature, RoleSet, check_roles
+from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles
+from loraformat.kinds._matrices import Values
 from loraformat.problems import Problem
 
 _AXES: Final = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Values:
-    """Given values as a matrix, taken row by row.
-
-    Attributes:
-        matrix: (rows, columns).
-    """
-
-    matrix: NDArray[Any]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(rows, columns)`."""
-        return self.matrix.shape[0], self.matrix.shape[1]
-
-    def transposed(self) -> "Values":
-        """Return the transposed values."""
-        return Values(np.ascontiguousarray(self.matrix.T))
-
-    def write_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
-        """Write rows `start:stop` into `out: (stop - start, columns)`."""
-        np.copyto(out, self.matrix[start:stop])
 
 
 class Replace:
@@ -74,13 +50,16 @@ class Replace:
         """Return 0: there is none."""
         return 0
 
-    def parameters(self, target: Target) -> Mapping[str, tuple[int, ...]]:
-        """Return every saved parameter with its shape."""
-        return {role: factor.shape for role, factor in target.factors.items()}
+    def changes(self, target: Target) -> tuple[Change, ...]:
+        """Return every saved parameter."""
+        return tuple(
+            Change(role, factor.shape, Nature.REPLACEMENT, (role,), SlotKind.PARAMETER)
+            for role, factor in target.factors.items()
+        )
 
-    def value(self, factors: Mapping[str, NDArray[Any]], parameter: str) -> Delta:
+    def value(self, target: Target, change: Change, factors: Mapping[str, NDArray[Any]]) -> Delta:
         """Return the saved values as a matrix: the first dimension and the rest."""
-        saved = factors[parameter]
+        saved = factors[change.parameter]
         return Values(np.ascontiguousarray(saved.reshape(saved.shape[0], -1)))
 
 

@@ -264,7 +264,6 @@ class TableScheme(TableReader):
 
 _KINDS_TOGETHER: Final[Mapping[frozenset[str], str]] = {
     frozenset({"lora", "dora"}): "dora",
-    frozenset({"lora", "lora with bias"}): "lora with bias",
 }
 """What the rows of one module make together."""
 

@@ -39,7 +39,7 @@ LYCORIS_ROWS: Final = (
 )
 
 LYCORIS_KINDS: Final = frozenset(
-    {"lora", "dora", "loha", "lokr", "glora", "diff", "norm", "oft", "ia3", "replace", "lora with bias"}
+    {"lora", "dora", "loha", "lokr", "glora", "diff", "norm", "oft", "ia3", "replace"}
     | {f"{one} and {two}" for one, two in (("diff", "lora"), ("dora", "loha"), ("dora", "lokr"), ("diff", "dora"))}
 )
 """What these rows can hold: the kinds, and the kinds that they make together."""

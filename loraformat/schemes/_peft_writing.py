@@ -22,6 +22,8 @@ FACTORS_FILE: Final = "adapter_model.safetensors"
 CONFIG_FILE: Final = "adapter_config.json"
 _PREFIX: Final = "base_model.model."
 _WHERE: Final = "the provenance"
+_PACKING: Final = ("target_parameters", "use_bdlora", "enable_lora")
+"""Options under which one stored tensor is several factors."""
 _FLAGS: Final = ("use_dora", "lora_bias", "fan_in_fan_out")
 
 
@@ -33,13 +35,12 @@ def write_folder(adapter: Adapter, keys: Mapping[str, str], problems: list[Probl
         keys: role to the end of its key.
         problems: what was found before; more are added.
     """
+    problems += _find_packed(adapter)
     names = _name_modules(adapter, problems)
     tensors: dict[str, Factor] = {}
     for target in adapter.targets:
-        # A bias or weight beside factors is that of the layer that PEFT has wrapped.
-        inside = "base_layer." if "lora" in target.kind and "replace" in target.kind else ""
         for role, factor in target.factors.items():
-            end = f"{inside}{role}" if role in ("weight", "bias") else keys.get(role)
+            end = keys.get(role)
             if end is None:
                 problems.append(Problem("LF312", target.name, f"{role} of shape {factor.shape}", "a role of PEFT"))
             else:
@@ -56,6 +57,18 @@ def write_folder(adapter: Adapter, keys: Mapping[str, str], problems: list[Probl
         config_name=CONFIG_FILE,
         problems=tuple(problems),
     )
+
+
+def _find_packed(adapter: Adapter) -> list[Problem]:
+    """Return the options of the source under which its tensors were not one for each target: they stay apart."""
+    raw = adapter.provenance.get("peft")
+    fields = raw if isinstance(raw, Mapping) else {}
+    where = adapter.source or "the adapter"
+    return [
+        Problem("LF312", where, f"{field} of the source, whose tensors were taken apart", "plain factors")
+        for field in _PACKING
+        if fields.get(field)
+    ]
 
 
 def _name_modules(adapter: Adapter, problems: list[Problem]) -> dict[str, str]:
@@ -83,9 +96,14 @@ def _write_config(adapter: Adapter, targets: Mapping[str, Target]) -> dict[str, 
         "revision": adapter.base.revision,
         "inference_mode": True,
     }
-    saved = sorted(name for name, target in targets.items() if not target.rank)
-    saved_field: dict[str, JsonValue] = {"modules_to_save": saved or None}
-    return fresh | kept | (describe_lora(low_rank) if low_rank else {}) | saved_field
+    tokens: dict[str, JsonValue] = {
+        name: target.options["token_indices"] for name, target in targets.items() if "token_indices" in target.options
+    }
+    saved = sorted(name for name, target in targets.items() if not target.rank and target.kind == "replace")
+    extra: dict[str, JsonValue] = {"modules_to_save": saved or None}
+    if tokens:
+        extra["trainable_token_indices"] = tokens
+    return fresh | kept | (describe_lora(low_rank) if low_rank else {}) | extra
 
 
 def says_the_same(fields: Mapping[str, Any], targets: Mapping[str, Target]) -> bool:

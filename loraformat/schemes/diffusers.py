@@ -121,7 +121,7 @@ SCHEME: Final = TableScheme(
             Row("lora_linear_layer.up.weight", "lora", "lora_B.weight"),
             Row("lora.down.weight", "lora", "lora_A.weight"),
             Row("lora.up.weight", "lora", "lora_B.weight"),
-            Row("lora_B.bias", "lora with bias", "lora_B.bias"),
+            Row("lora_B.bias", "lora", "lora_B.bias"),
             Row("lora_magnitude_vector", "dora", "lora_magnitude_vector"),
             Row("weight", "replace", "weight"),  # Norms of BFL's control adapters.
             Row("bias", "replace", "bias"),
@@ -135,7 +135,7 @@ SCHEME: Final = TableScheme(
         others=(r"base_model\.model\.(?!unet)", r".*\.processor\.(?:qkv|proj)_lora"),
     ),
     holds=Holds(
-        kinds=frozenset({"lora", "dora", "lora with bias", "replace"}),
+        kinds=frozenset({"lora", "dora", "replace"}),
         slots=frozenset({SlotKind.LINEAR, SlotKind.CONV, SlotKind.PARAMETER}),
     ),
     names="diffusers",

@@ -40,7 +40,7 @@ SCHEME: Final = TableScheme(
             Row("lora_up.weight", "lora", "lora_B.weight"),
             Row("lora.down.weight", "lora", "lora_A.weight"),
             Row("lora.up.weight", "lora", "lora_B.weight"),
-            Row("lora_B.bias", "lora with bias", "lora_B.bias"),
+            Row("lora_B.bias", "lora", "lora_B.bias"),
             Row("scale", "replace", "scale"),
             *LYCORIS_ROWS,
             Row("magnitude", "dora", "lora_magnitude_vector"),

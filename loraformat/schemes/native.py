@@ -35,7 +35,16 @@ class Native:
             raise refuse("LF212", bundle.path, "a manifest without targets", "at least one")
         factors, problems = _group(bundle, manifest.targets)
         targets = tuple(
-            Target(name, entry.kind, entry.slot, factors[name], entry.rank, entry.scaling, entry.fingerprint)
+            Target(
+                name,
+                entry.kind,
+                entry.slot,
+                factors[name],
+                entry.rank,
+                entry.scaling,
+                entry.fingerprint,
+                entry.options,
+            )
             for name, entry in sorted(manifest.targets.items())
         )
         return Adapter(

@@ -1,14 +1,18 @@
 """A state dict as a base: which tensors are sites, how they are oriented, what `config.json` says about them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 import loraformat
+from folders import write_loose_state
 from graphs import (
     FORMS,
     Array,
@@ -22,10 +26,12 @@ from graphs import (
     same_bits,
     write_state,
 )
+from laws.base_laws import StateDictLaws
 from loraformat.adapter import SlotKind
-from loraformat.bases import BASES, BaseModel
+from loraformat.bases import BaseModel
 from loraformat.bases.checkpoint import BASE
 from loraformat.receipt import RECEIPT_KEY
+from outputs import write_images
 
 
 def open_with(folder: Path, arrays: dict[str, Array], config: object = None, **metadata: str) -> BaseModel:
@@ -38,8 +44,15 @@ def matrix(*shape: int, form: Any = np.float32) -> Array:
     return np.ones(shape, form)
 
 
-def test_the_room_has_it() -> None:
-    assert BASE in [member for _, member in BASES]
+class TestCheckpointLaws(StateDictLaws):
+    base = BASE
+
+    def write(self, folder: Path, arrays: Mapping[str, Array]) -> Path:
+        folder.mkdir(parents=True)
+        return write_loose_state(folder / "model.safetensors", arrays)
+
+    def read(self, path: Path) -> dict[str, Array]:
+        return load_file(path)
 
 
 def test_sites_are_the_parameters_of_one_to_five_dimensions(tmp_path: Path) -> None:
@@ -64,6 +77,8 @@ def test_sites_are_the_parameters_of_one_to_five_dimensions(tmp_path: Path) -> N
         "a weight": {SlotKind.LINEAR, SlotKind.LINEAR_TRANSPOSED, SlotKind.EMBEDDING, SlotKind.PARAMETER},
         **dict.fromkeys(("b weight", "c weight", "d weight"), kernel),
         **dict.fromkeys(("norm weight", "a bias", "odd bias", "a.weight extra"), vector),
+        # A matrix that is a parameter of its own: an adapter calls it by its whole name.
+        "a.weight.extra weight": {SlotKind.LINEAR, SlotKind.LINEAR_TRANSPOSED, SlotKind.PARAMETER},
     }
     assert not any(site.transposed[SlotKind.PARAMETER] for site in base.sites)
     assert sorted(tensor.name for tensor in base.list_tensors()) == sorted(arrays)
@@ -126,6 +141,24 @@ def test_tied_embeddings_are_shared_when_the_configuration_says_so(tmp_path: Pat
     assert len(other.consumers) == 1
 
 
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"llm_config": {"tie_word_embeddings": True}, "tie_word_embeddings": False}, True),
+        ({"text_config": {"tie_word_embeddings": False}, "tie_word_embeddings": True}, False),
+        ({"text_config": {}, "tie_word_embeddings": True}, True),
+        ({"text_config": None, "tie_word_embeddings": True}, True),
+        ({"vision_config": {"tie_word_embeddings": True}}, False),
+        ({}, False),
+    ],
+)
+def test_the_language_model_s_own_word_on_ties_counts(tmp_path: Path, config: object, tied: bool) -> None:
+    base = open_with(tmp_path, {"model.embed_tokens.weight": matrix(9, 4)}, config)
+    assert base.sites[0].weight is not None
+    assert len(base.sites[0].weight.consumers) == (2 if tied else 1)
+
+
 def test_a_target_on_a_tied_embedding_is_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     open_with(tmp_path, {"model.embed_tokens.weight": matrix(9, 4)}, {"tie_word_embeddings": True})
@@ -171,3 +204,21 @@ def test_a_broken_configuration_is_an_error_not_a_guess(tmp_path: Path, text: st
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(loraformat.InputError):
         open_with(tmp_path, {"a.weight": matrix(3, 2)})
+
+
+def test_its_own_metadata_stays_when_it_is_rewritten(tmp_path: Path) -> None:
+    base = open_with(tmp_path, {"a.weight": matrix(3, 2)}, **{RECEIPT_KEY: "{}", "format": "pt"})
+    assert base.rewriter is not None
+    images = base.rewriter.describe_rewritten(tmp_path / "out", 13, base.rewriter.output_tensors(), {}, {})
+    write_images(images, base.rewriter.encode_receipt('{"a":"b"}'))
+    with safe_open(tmp_path / "out", "np") as theirs:
+        assert theirs.metadata() == {RECEIPT_KEY: '{"a":"b"}', "format": "pt"}
+
+
+def test_a_single_file_says_that_no_configuration_follows(tmp_path: Path) -> None:
+    base = open_with(tmp_path, {"a.weight": matrix(3, 2)}, {"vocab_size": 3})
+    assert base.rewriter is not None
+    assert base.rewriter.check_config({}) == []
+    (problem,) = base.rewriter.check_config({"vocab_size": 4})
+    assert (problem.code, problem.severity) == ("LF614", "warning")
+    assert "vocab_size = 4" in problem.found

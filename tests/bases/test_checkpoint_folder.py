@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,36 @@ from safetensors.numpy import load_file
 
 import loraformat
 from builders import lora_factors, write_peft, write_tensors
+from folders import read_index, write_loose_state, write_model_folder
+from graphs import Array
+from laws.base_laws import HEAD, StateDictLaws, make_state
+from loraformat.bases import BaseModel
+from loraformat.bases.checkpoint_folder import BASE
+from loraformat.dtypes import BY_NAME
 from loraformat.errors import LoraformatError
+from loraformat.images import OutputTensor
 from loraformat.loading import open_base
+from loraformat.spans import InputFile
+from outputs import write_images
 
 Arrays = dict[str, NDArray[Any]]
 INDEX = "model.safetensors.index.json"
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj"
+
+
+class TestCheckpointFolderLaws(StateDictLaws):
+    base = BASE
+    shards = 3
+
+    def write(self, folder: Path, arrays: Mapping[str, Array]) -> Path:
+        return write_model_folder(folder, arrays, "model.safetensors", self.shards, write_loose_state)
+
+    def read(self, path: Path) -> Arrays:
+        return read_folder(path)
+
+
+class TestOneFileLaws(TestCheckpointFolderLaws):
+    shards = 0
 
 
 def make_arrays(form: Any = np.float32) -> Arrays:
@@ -110,9 +135,10 @@ def test_weights_of_other_formats_stay_behind_and_are_named(tmp_path: Path, adap
     base = write_folder(tmp_path / "Llama", make_arrays())
     (base / "pytorch_model.bin").write_bytes(b"x")
     (base / "onnx").mkdir()
+    (base / "onnx" / "model.onnx").write_bytes(b"x")
     receipt = loraformat.merge(base, [adapter], tmp_path / "out")
     assert sorted(problem.where for problem in receipt.problems if problem.code == "LF609") == [
-        "onnx",
+        "onnx/model.onnx",
         "pytorch_model.bin",
     ]
     assert not (tmp_path / "out" / "pytorch_model.bin").exists()
@@ -215,3 +241,103 @@ class TestOutputFolders:
         monkeypatch.setattr(os, "pwrite", fail)
         assert code_of(lambda: loraformat.merge(base, [adapter], tmp_path / "out")) == "LF604"
         assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+class TestRewriting:
+    """What the plan asks for beyond the laws: where new tensors go, the index, the configuration, the tokenizer."""
+
+    @pytest.fixture
+    def base(self, tmp_path: Path) -> BaseModel:
+        path = write_model_folder(
+            tmp_path / "m", make_state(), "model.safetensors", 3, write_loose_state, vocab_size=11
+        )
+        (path / "tokenizer.json").write_text("old")
+        return open_base(path)
+
+    def rewrite(
+        self,
+        base: BaseModel,
+        tensors: list[OutputTensor],
+        changes: Mapping[str, Any] = {},
+        replaced: Mapping[str, InputFile] = {},
+    ) -> Path:
+        assert base.rewriter is not None
+        output = base.path.with_name("out")
+        fresh = {tensor.name: bytes(tensor.nbytes) for tensor in tensors if not tensor.is_copied}
+        images = base.rewriter.describe_rewritten(output, 9, tensors, changes, replaced)
+        assert images[-1].path == output / "merge_receipt.json"
+        write_images(images, fresh=fresh)
+        return output
+
+    def test_new_tensors_stand_beside_their_neighbours(self, base: BaseModel) -> None:
+        assert base.rewriter is not None
+        names = ["model.layers.1.conv.bias", f"{HEAD}.bias", "model.layers.1.other.weight", "stranger.weight"]
+        new = [OutputTensor(name, BY_NAME["float32"], (2, 3), None) for name in names]
+        output = self.rewrite(base, [*new, *base.rewriter.output_tensors()])
+        places, old = read_index(output)["weight_map"], read_index(base.path)["weight_map"]
+        assert places[names[0]] == old["model.layers.1.conv.weight"]
+        assert places[names[1]] == old[f"{HEAD}.weight"]
+        assert places[names[2]] in {old[name] for name in old if name.startswith("model.layers.1.")}
+        assert {name: shard for name, shard in places.items() if name not in names} == old
+        held = {name: path.name for path in output.glob("*.safetensors") for name in load_file(path)}
+        assert held == places
+
+    def test_the_index_counts_anew(self, base: BaseModel) -> None:
+        assert base.rewriter is not None
+        index = read_index(base.path)
+        index["metadata"] |= {"total_parameters": 1, "note": "kept"}
+        (base.path / INDEX).write_text(json.dumps(index))
+        base = open_base(base.path)
+        assert base.rewriter is not None
+        tensors = [*base.rewriter.output_tensors(), OutputTensor("a.bias", BY_NAME["float16"], (5,), None)]
+        arrays = make_state()
+        assert read_index(self.rewrite(base, tensors))["metadata"] == {
+            "note": "kept",
+            "total_parameters": sum(array.size for array in arrays.values()) + 5,
+            "total_size": sum(array.nbytes for array in arrays.values()) + 10,
+        }
+
+    def test_untouched_shards_are_whole_copies(self, base: BaseModel) -> None:
+        assert base.rewriter is not None
+        new = OutputTensor(f"{HEAD}.bias", BY_NAME["float32"], (11,), None)
+        output = self.rewrite(base, [*base.rewriter.output_tensors(), new])
+        shards = sorted(path.name for path in output.glob("*.safetensors"))
+        same = [name for name in shards if (output / name).read_bytes() == (base.path / name).read_bytes()]
+        assert len(shards) == 3
+        assert set(shards) - set(same) == {read_index(base.path)["weight_map"][f"{HEAD}.weight"]}
+
+    def test_a_shard_that_lost_all_its_tensors_is_gone(self, base: BaseModel) -> None:
+        assert base.rewriter is not None
+        places = read_index(base.path)["weight_map"]
+        gone = places[f"{HEAD}.weight"]
+        kept = [tensor for tensor in base.rewriter.output_tensors() if places[tensor.name] != gone]
+        output = self.rewrite(base, kept)
+        assert not (output / gone).exists()
+        assert gone not in read_index(output)["weight_map"].values()
+
+    def test_the_configuration_follows_and_the_tokenizer_is_replaced(self, base: BaseModel, tmp_path: Path) -> None:
+        assert base.rewriter is not None
+        (tmp_path / "new.json").write_text("new")
+        replaced = {"tokenizer.json": InputFile(tmp_path / "new.json"), "merges.txt": InputFile(tmp_path / "new.json")}
+        changes = {"vocab_size": 13, "tie_word_embeddings": False}
+        assert base.rewriter.check_config(changes) == []
+        output = self.rewrite(base, base.rewriter.output_tensors(), changes, replaced)
+        text = (base.path / "config.json").read_text()
+        assert (output / "config.json").read_text() == text.replace(
+            '"vocab_size": 11', '"vocab_size": 13,\n  "tie_word_embeddings": false'
+        )
+        assert [(output / name).read_text() for name in replaced] == ["new", "new"]
+
+    def test_without_a_configuration_a_change_of_it_is_said(self, tmp_path: Path) -> None:
+        path = write_model_folder(tmp_path / "n", make_state(), "model.safetensors", 0, write_loose_state)
+        (path / "config.json").unlink()
+        rewriter = open_base(path).rewriter
+        assert rewriter is not None
+        assert [problem.code for problem in rewriter.check_config({"vocab_size": 13})] == ["LF614"]
+
+
+def test_diffusers_names_are_known(tmp_path: Path) -> None:
+    path = write_model_folder(
+        tmp_path / "unet", make_state(), "diffusion_pytorch_model.safetensors", 2, write_loose_state
+    )
+    assert open_base(path).format == "safetensors folder"

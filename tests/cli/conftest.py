@@ -65,8 +65,8 @@ def receipt() -> Receipt:
         plan_sha256="cd",
         adapters=(AppliedAdapter("style [bold]:smile:", "ef", 0.8, 2),),
         weights=(
-            MergedWeight("onnx::MatMul_12", ("model.q_proj",), (1.6,), 0.99987, 0.02),
-            MergedWeight("onnx::MatMul_13", ("model.v_proj",), (1.6,), 0.96, 0.03),
+            MergedWeight("onnx::MatMul_12", ("model.q_proj",), (1.6,), 0.99987, 0.02, 0.0),
+            MergedWeight("onnx::MatMul_13", ("model.v_proj",), (1.6,), 0.96, 0.03, 0.0),
         ),
         problems=(Problem("LF214", "model.v_proj", "a factor of zeros", severity="warning"),),
     )
@@ -82,6 +82,7 @@ def plan() -> SimpleNamespace:
         scales=(1.6,),
         ranks=(8,),
         kinds=("lora",),
+        changes=("a change",),
         evidence="node path",
         nbytes=12288,
     )

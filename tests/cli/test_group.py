@@ -1,6 +1,7 @@
 """The group: commands are found, documented, and cheap to list."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +98,10 @@ def test_module_and_program_agree(spawn) -> None:
         pytest.skip("the program is not installed beside this interpreter")
     installed = subprocess.run([program, "--help"], capture_output=True, check=True, timeout=60)
     assert spawn("--help").stdout == installed.stdout
+
+
+@pytest.mark.parametrize("command", ["merge", "stamp", "compose", "resize"])
+def test_examples_are_not_wrapped(run, command) -> None:
+    words = run(command, "--help").stdout
+    assert "\\b" not in words
+    assert re.search(rf"\n  Examples?:\n    loraformat {command} ", words)

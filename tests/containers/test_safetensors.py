@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 
 from laws.container_laws import ContainerLaws, read_all, rewrite, same_bits
 from loraformat import limits
+from loraformat.containers._safetensors_images import describe_images, escape_for_header
 from loraformat.containers.safetensors import (
     CONTAINER,
     NewTensor,
     Safetensors,
-    describe_images,
-    escape_for_header,
     find_data_start,
     write_safetensors,
 )

@@ -14,8 +14,8 @@ import sys
 import tracemalloc
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,146 +31,30 @@ from loraformat import limits
 from loraformat.containers._inert_pickle import read_pickle
 from loraformat.containers._inert_values import Entries
 from loraformat.containers._strided import StridedTensor
-from loraformat.containers._zip_directory import mend_crcs, read_directory
+from loraformat.containers._zip_checksums import compute_crcs, mend_crcs
+from loraformat.containers._zip_directory import read_directory
 from loraformat.containers.torch_zip import CONTAINER, describe_images, list_crc_fields
 from loraformat.errors import InputError, LoraformatError, RefusedError
 from loraformat.images import Copy
 from loraformat.spans import InputFile
-
-# --- an assembler of pickles -----------------------------------------------------------------------------------------
-
-
-def text(value: str) -> bytes:
-    raw = value.encode("utf-8", "surrogatepass")
-    return b"X" + struct.pack("<I", len(raw)) + raw
-
-
-def number(value: int) -> bytes:
-    if -(2**31) <= value < 2**31:
-        return b"J" + struct.pack("<i", value)
-    raw = pickle.encode_long(value)
-    return b"\x8a" + bytes([len(raw)]) + raw
-
-
-def named(name: str) -> bytes:
-    module, _, short = name.rpartition(".")
-    return f"c{module}\n{short}\n".encode()
-
-
-def group(*items: bytes) -> bytes:
-    return b"(" + b"".join(items) + b"t"
-
-
-def call(name: str, *arguments: bytes) -> bytes:
-    return named(name) + group(*arguments) + b"R"
-
-
-def pairs(items: Iterable[tuple[str | bytes, bytes]]) -> bytes:
-    written = b"".join((text(key) if isinstance(key, str) else key) + value for key, value in items)
-    return b"}(" + written + b"u"
-
-
-def finish(body: bytes, protocol: int = 2) -> bytes:
-    return b"\x80" + bytes([protocol]) + body + b"."
-
-
-NO_HOOKS = call("collections.OrderedDict")
-
-
-def storage(kind: str = "Float", key: str = "0", elements: int = 6) -> bytes:
-    return group(text("storage"), named(f"torch.{kind}Storage"), text(key), text("cpu"), number(elements)) + b"Q"
-
-
-def tensor(
-    held: bytes | None = None, offset: int = 0, shape: Iterable[int] = (2, 3), strides: Iterable[int] | None = None
-) -> bytes:
-    shape = tuple(shape)
-    if strides is None:
-        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    sizes, steps = (group(*map(number, values)) for values in (shape, strides))
-    return call(
-        "torch._utils._rebuild_tensor_v2",
-        storage() if held is None else held,
-        number(offset),
-        sizes,
-        steps,
-        b"\x89",
-        NO_HOOKS,
-    )
-
-
-# --- an assembler of archives ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    """A member, with every field of its two headers open to lies."""
-
-    name: str
-    data: bytes
-    flags: int = 0x808
-    method: int = 0
-    crc: int | None = None
-    local: tuple[int, int, int] | None = (0, 0, 0)
-    central: tuple[int, int] | None = None
-    local_name: str | None = None
-    local_extra: bytes = b""
-    central_extra: bytes = b""
-    at: int | None = None
-    descriptor: bytes | None = None
-    streamed: bool = True
-
-
-def build(parts: Iterable[Part], end: Callable[[int, int, int], bytes] | None = None, before: bytes = b"") -> bytes:
-    out, directory, count = bytearray(before), bytearray(), 0
-    for part in parts:
-        count += 1
-        start = len(out)
-        crc = zlib.crc32(part.data) if part.crc is None else part.crc
-        flags = part.flags if part.streamed else part.flags & ~8
-        numbers = (crc, len(part.data), len(part.data)) if part.local is None or not part.streamed else part.local
-        local_name = (part.name if part.local_name is None else part.local_name).encode()
-        out += struct.pack(
-            "<4s5H3L2H", b"PK\x03\x04", 0, flags, part.method, 0, 0, *numbers, len(local_name), len(part.local_extra)
-        )
-        out += local_name + part.local_extra + part.data
-        if part.streamed:
-            out += (
-                struct.pack("<4s3L", b"PK\x07\x08", crc, len(part.data), len(part.data))
-                if (part.descriptor is None)
-                else part.descriptor
-            )
-        packed, size = part.central or (len(part.data), len(part.data))
-        name = part.name.encode()
-        directory += struct.pack(
-            "<4s6H3L5H2L",
-            *(b"PK\x01\x02", 0, 0, flags, part.method, 0, 0, crc, packed, size),
-            *(len(name), len(part.central_extra), 0, 0, 0, 0, start if part.at is None else part.at),
-        )
-        directory += name + part.central_extra
-    tail = plain_end if end is None else end
-    return bytes(out + directory) + tail(count, len(directory), len(out))
-
-
-def plain_end(count: int, size: int, start: int) -> bytes:
-    return struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, size, start, 0)
-
-
-def wide_end(count: int, size: int, start: int, full: bool = True, shift: int = 0) -> bytes:
-    record = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
-    locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, start + size + shift, 1)
-    narrow = (0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF) if full else (count, count, size, start)
-    return record + locator + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, *narrow, 0)
-
-
-SIX = np.arange(6, dtype=np.float32).tobytes()
-
-
-def checkpoint(body: bytes, members: dict[str, bytes] | None = None, protocol: int = 2) -> bytes:
-    """Return a file as torch.save writes it, with this pickle and these storages."""
-    parts = [Part("m/data.pkl", finish(body, protocol)), Part("m/byteorder", b"little")]
-    parts += [Part(f"m/data/{key}", data) for key, data in ({"0": SIX} if members is None else members).items()]
-    return build([*parts, Part("m/version", b"3\n")])
+from torch_zips import (
+    NO_HOOKS,
+    SIX,
+    Part,
+    build,
+    call,
+    checkpoint,
+    finish,
+    group,
+    named,
+    number,
+    pairs,
+    plain_end,
+    storage,
+    tensor,
+    text,
+    wide_end,
+)
 
 
 @pytest.fixture
@@ -1116,6 +1000,23 @@ def test_every_place_of_a_crc_is_listed(streamed: bool, path: Path) -> None:
     crc = struct.pack("<L", zlib.crc32(SIX))
     assert [data[at : at + 4] for at in offsets] == [crc] * 2
     assert data.count(crc) == 2
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_checksums_of_several_members_by_several_threads(jobs: int, path: Path) -> None:
+    dice = np.random.default_rng(1)
+    members = {str(index): dice.bytes(1 << 20 | index) for index in range(5)}
+    parts = [
+        Part("m/data.pkl", finish(pairs([("w", tensor(storage(elements=1 << 18)))]))),
+        Part("m/byteorder", b"little"),
+    ]
+    opened = open_bytes(path, build([*parts, *(Part(f"m/data/{key}", data) for key, data in members.items())]))
+    fields = list_crc_fields(opened)
+    with path.open("rb") as stream:
+        found = compute_crcs(stream.fileno(), fields, jobs)
+    assert [found[at] for offsets in fields.values() for at in offsets] == [
+        struct.pack("<L", zlib.crc32(data)) for data in members.values() for _ in range(2)
+    ]
 
 
 def test_mending_a_copy_that_was_cut_off(path: Path) -> None:

@@ -58,7 +58,7 @@ LISTS = {
     ),
     "flux_control_lora_format": Expected(
         "dotted",
-        {"lora with bias": 314, "replace": 152},
+        {"lora": 314, "replace": 152},
         "transformer.double_blocks.0.img_attn.norm.query_norm",
         {"dotted": NOTHING, "native": NOTHING, "diffusers": NOTHING},
     ),

@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import loraformat
+from builders import write_tensors
 from loraformat import Verdict
 from loraformat.api import validate
 
@@ -135,16 +138,16 @@ FILES = (
     Expected(
         "cloneofsimo__lora/example_loras/lora_kiriko2.text_encoder.pt",
         {NO_SCALE: 1},
-        "A list of 48 pairs: their order, which CLIP's 12 layers of 4 projections fit, is their only name. No file says "
-        "the scale.",
+        "A list of 48 pairs: their order, which CLIP's 12 layers of 4 projections fit, is their only name. Nothing "
+        "says the scale.",
         "cloneofsimo",
         48,
     ),
     Expected(
         "cloneofsimo__lora/example_loras/lora_disney.safetensors",
         {NO_SCALE: 1, ("LF209", "error"): 2},
-        "Numbered modules of Stable Diffusion 1, attention and GEGLU, which one order fits; two token embeddings, which "
-        "change no weight that a checkpoint has. No file says the scale.",
+        "Numbered modules of Stable Diffusion 1, attention and GEGLU, which one order fits; two token embeddings, that "
+        "change no weight that a checkpoint has. Nothing says the scale.",
         "cloneofsimo",
         194,
         ("token embedding",),
@@ -180,7 +183,7 @@ FILES = (
     Expected(
         "debian__onnxruntime-1.21.0/onnxruntime/test/testdata/lora/two_params_lora_model.onnx_adapter",
         {UNKNOWN: 1},
-        "onnxruntime's flatbuffer is read; its two tensors have no names of factors, since the graph gives them a sense.",
+        "onnxruntime's flatbuffer is read; its tensors have no names of factors, since the graph gives them a sense.",
         said=("lora_param_a, lora_param_b",),
     ),
 )
@@ -245,6 +248,21 @@ def test_a_configuration_beside_the_added_tokens(tmp_path: Path) -> None:
     assert "'v_proj'" in verdict.problems[-1].found
 
 
+def test_rows_of_added_tokens_are_no_table(tmp_path: Path) -> None:
+    """fms-hf-tuning keeps the added rows alone: which rows of the base they follow, the file does not say."""
+    source = CORPUS / "foundation-model-stack__fms-hf-tuning/tests/artifacts/tuned_llama_with_added_tokens"
+    if not source.exists():
+        pytest.skip("no fms-hf-tuning in the corpus")
+    table = np.ones((20, 64), np.float32)
+    names = ("model.embed_tokens", "lm_head", "model.layers.0.self_attn.q_proj")
+    arrays = {f"{name}.weight": np.ones((64, 64), np.float32) if "q_proj" in name else table for name in names}
+    base = write_tensors(tmp_path / "base.safetensors", arrays)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(base, [source], tmp_path / "out.safetensors", alpha=16)
+    assert caught.value.codes == ("LF405", "LF405")
+    assert all("only the rows of added tokens" in problem.advice for problem in caught.value.problems)
+
+
 # --- the 158 configurations ------------------------------------------------------------------------------------------
 
 VIRTUAL_TOKENS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
@@ -274,7 +292,6 @@ OTHER_FORMS = {
     "ROAD",
     "SUPERTUNING",
     "TINYLORA",
-    "TRAINABLE_TOKENS",
     "UILINLORA",
     "UNILORA",
     "VBLORA",
@@ -368,10 +385,17 @@ GROUPS = (
     Group(
         "other forms",
         lambda fields: fields["peft_type"] in OTHER_FORMS,
-        85,
+        83,
         "LF209",
         "Kinds of their own, some of them mergeable in principle; none is LoRA, and none may be taken for it.",
         "another form",
+    ),
+    Group(
+        "trained tokens",
+        lambda fields: fields["peft_type"] == "TRAINABLE_TOKENS",
+        2,
+        None,
+        "Rows of a table that take the place of the base's.",
     ),
     Group(
         "merged linear",
@@ -393,9 +417,8 @@ GROUPS = (
         "BD-LoRA",
         lambda fields: is_lora(fields) and bool(fields.get("use_bdlora")),
         1,
-        "LF209",
-        "Block-diagonal factors: B·A of the stored ones is another matrix.",
-        "use_bdlora",
+        None,
+        "Block-diagonal factors, which are expanded before B·A is taken.",
     ),
     Group(
         "base changed",

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from builders import MemoryFactor
-from laws.kind_laws import Example, KindLaws, whole
+from laws.kind_laws import Example, KindLaws, main_change, whole
 from loraformat.adapter import Scaling, ScalingRule, SlotKind, Target
 from loraformat.dtypes import BY_NAME
 from loraformat.kinds import Nature
@@ -73,9 +73,9 @@ def test_it_is_additive() -> None:
 def test_a_number_worked_out_by_hand() -> None:
     down, up = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), np.array([[1.0, 10.0], [100.0, 1000.0]])
     target = make_target(down, up, SlotKind.LINEAR)
-    delta = KIND.delta(target, {"lora_A.weight": down, "lora_B.weight": up}, 0.5)
+    delta = KIND.delta(target, main_change(KIND, target), {"lora_A.weight": down, "lora_B.weight": up}, 0.5)
     np.testing.assert_array_equal(whole(delta, np.float64), [[20.5, 26.0, 31.5], [2050.0, 2600.0, 3150.0]])
-    assert KIND.weight_shape(target) == (2, 3)
+    assert main_change(KIND, target).shape == (2, 3)
 
 
 def test_a_kernel_keeps_the_order_of_its_axes() -> None:
@@ -83,23 +83,25 @@ def test_a_kernel_keeps_the_order_of_its_axes() -> None:
     dice = np.random.default_rng(0)
     down, up = dice.standard_normal((2, 3, 5, 4)), dice.standard_normal((6, 2, 1, 1))
     target = make_target(down, up, SlotKind.CONV)
-    delta = KIND.delta(target, {"lora_A.weight": down, "lora_B.weight": up}, 1.0)
+    delta = KIND.delta(target, main_change(KIND, target), {"lora_A.weight": down, "lora_B.weight": up}, 1.0)
     kernels = np.stack([sum(up[o, r, 0, 0] * down[r] for r in range(2)) for o in range(6)])
-    assert KIND.weight_shape(target) == kernels.shape
+    assert main_change(KIND, target).shape == kernels.shape
     np.testing.assert_allclose(whole(delta, np.float64).reshape(kernels.shape), kernels, rtol=1e-13)
 
 
 def test_the_scale_is_folded_in_before_it_is_rounded() -> None:
     """A tenth is no float32: rounded first and then multiplied, 9 becomes another number than 0.9."""
     down, up = np.ones((1, 1), np.float32), np.full((2, 1), 9.0, np.float32)
-    delta = KIND.delta(make_target(down, up, SlotKind.LINEAR), {"lora_A.weight": down, "lora_B.weight": up}, 0.1)
+    target = make_target(down, up, SlotKind.LINEAR)
+    delta = KIND.delta(target, main_change(KIND, target), {"lora_A.weight": down, "lora_B.weight": up}, 0.1)
     assert (whole(delta, np.float32) == np.float32(0.1 * 9.0)).all()
     assert np.float32(0.1) * np.float32(9.0) != np.float32(0.1 * 9.0)
 
 
 def test_float32_factors_make_a_float32_change() -> None:
     down, up = zeros(2, 3), zeros(4, 2)
-    delta = KIND.delta(make_target(down, up, SlotKind.LINEAR), {"lora_A.weight": down, "lora_B.weight": up}, 1.0)
+    target = make_target(down, up, SlotKind.LINEAR)
+    delta = KIND.delta(target, main_change(KIND, target), {"lora_A.weight": down, "lora_B.weight": up}, 1.0)
     assert {array.dtype for array in (delta.left, delta.right)} == {np.dtype(np.float32)}
 
 
@@ -181,5 +183,6 @@ def test_a_rank_that_the_factors_cannot_tell_is_zero() -> None:
 
 
 def test_an_unchecked_target_is_not_guessed_about() -> None:
+    target = make_target(zeros(2, 4), zeros(6, 2), SlotKind.LINEAR)
     with pytest.raises(ValueError, match="check the target first"):
-        KIND.delta(make_target(zeros(2, 4), zeros(6, 2), SlotKind.LINEAR), {"lora_A.weight": zeros(2, 4)}, 1.0)
+        KIND.delta(target, main_change(KIND, target), {"lora_A.weight": zeros(2, 4)}, 1.0)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from builders import MemoryFactor
-from laws.kind_laws import Held, ReplacingKindLaws, whole
+from laws.kind_laws import Held, ReplacingKindLaws, main_change, whole
 from loraformat.adapter import Scaling, ScalingRule, SlotKind, Target
 from loraformat.dtypes import BY_NAME
 from loraformat.kinds import Nature
@@ -45,6 +45,11 @@ def codes(target: Target) -> list[str]:
     return [problem.code for problem in KIND.check(target)]
 
 
+def take(parameter: str = "weight", **arrays: Any) -> Any:
+    target = make_target(**arrays)
+    return KIND.value(target, main_change(KIND, target, parameter), arrays)
+
+
 def test_it_is_a_replacement_and_can_be_merged() -> None:
     assert KIND.nature is Nature.REPLACEMENT
     assert is_replacement("replace")
@@ -55,26 +60,26 @@ def test_it_is_a_replacement_and_can_be_merged() -> None:
 
 def test_a_kernel_keeps_the_order_of_its_axes() -> None:
     kernel = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
-    found = whole(KIND.value({"weight": kernel}, "weight"), np.float32)
+    found = whole(take(weight=kernel), np.float32)
     np.testing.assert_array_equal(found, [list(range(12)), list(range(12, 24))])
 
 
 def test_strided_values_are_taken_in_their_order() -> None:
     """As a checkpoint may hold them; the transposed one too."""
     turned = np.arange(6, dtype=np.float32).reshape(2, 3).T
-    values = KIND.value({"weight": turned}, "weight")
+    values = take(weight=turned)
     np.testing.assert_array_equal(whole(values, np.float32), [[0, 3], [1, 4], [2, 5]])
     np.testing.assert_array_equal(whole(values.transposed(), np.float32), [[0, 1, 2], [3, 4, 5]])
 
 
 def test_a_vector_is_a_column() -> None:
-    values = KIND.value({"weight": np.eye(3), "bias": np.array([1.0, 2.0, 3.0])}, "bias")
+    values = take("bias", weight=np.eye(3), bias=np.array([1.0, 2.0, 3.0]))
     np.testing.assert_array_equal(whole(values, np.float64), [[1.0], [2.0], [3.0]])
 
 
 def test_special_values_stay_to_the_bit() -> None:
     saved = np.array([-0.0, 5e-324, 1.7e308, 0.1])
-    assert whole(KIND.value({"bias": saved}, "bias"), np.float64).tobytes() == saved.tobytes()
+    assert whole(take("bias", bias=saved), np.float64).tobytes() == saved.tobytes()
 
 
 @pytest.mark.parametrize(

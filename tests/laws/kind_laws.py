@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from builders import MemoryFactor
 from loraformat.adapter import Scaling, ScalingRule, SlotKind, Target
-from loraformat.kinds import KINDS, AdditiveKind, Delta, Kind, ReplacingKind
+from loraformat.kinds import KINDS, AdditiveKind, Change, Delta, Kind, MappingKind, Nature, ReplacingKind, WeightMap
 
 # One law runs for several classes, on purpose.
 _law = settings(suppress_health_check=list(HealthCheck))
@@ -68,6 +68,18 @@ def whole(delta: Delta, dtype: Any) -> NDArray[Any]:
     out = np.full(delta.shape, np.nan, dtype=dtype)
     delta.write_rows(0, delta.shape[0], out)
     return out
+
+
+def main_change(kind: Kind, target: Target, parameter: str = "weight") -> Change:
+    """Return what a target does to its weight, besides replacing it."""
+    changes = [change for change in kind.changes(target) if change.parameter == parameter]
+    return next((change for change in changes if change.nature is not Nature.REPLACEMENT), changes[0])
+
+
+def draw_slices(data: st.DataObject, size: int) -> slice:
+    """Return some of `size` rows or columns, with a step."""
+    start = data.draw(st.integers(0, size - 1))
+    return slice(start, data.draw(st.integers(start + 1, size)), data.draw(st.integers(1, 3)))
 
 
 class CommonKindLaws:
@@ -148,7 +160,7 @@ class KindLaws(CommonKindLaws):
         for array in arrays.values():
             array.setflags(write=False)
         dtype = next(iter(arrays.values())).dtype
-        return self.kind.delta(example.target, arrays, scale), dtype
+        return self.kind.delta(example.target, main_change(self.kind, example.target), arrays, scale), dtype
 
     @_law
     @given(data=st.data())
@@ -174,7 +186,7 @@ class KindLaws(CommonKindLaws):
     @given(data=st.data())
     def test_weight_shape_is_that_of_the_change(self, data: st.DataObject) -> None:
         example = data.draw(self.examples())
-        shape = self.kind.weight_shape(example.target)
+        shape = main_change(self.kind, example.target).shape
         delta, _ = self.make_delta(example, 1.0)
         assert (shape[0], int(np.prod(shape[1:]))) == delta.shape == example.dense.shape
 
@@ -212,6 +224,15 @@ class KindLaws(CommonKindLaws):
         assert turned.transposed().shape == delta.shape
 
     @_law
+    @given(data=st.data())
+    def test_a_part_is_a_part_of_the_whole(self, data: st.DataObject) -> None:
+        example = data.draw(self.examples())
+        delta, dtype = self.make_delta(example, 1.5)
+        rows, columns = draw_slices(data, delta.shape[0]), draw_slices(data, delta.shape[1])
+        expected = whole(delta, dtype)[rows, columns]
+        np.testing.assert_allclose(whole(delta.part(rows, columns), dtype), expected, rtol=1e-4, atol=1e-4)
+
+    @_law
     @given(data=st.data(), scale=st.floats(-8, 8))
     def test_it_is_linear_in_the_scale(self, data: st.DataObject, scale: float) -> None:
         example = data.draw(self.examples())
@@ -227,7 +248,8 @@ class KindLaws(CommonKindLaws):
         example = data.draw(self.examples())
         zeros = {role: np.zeros_like(array) for role, array in example.arrays.items()}
         dtype = next(iter(zeros.values())).dtype
-        assert not whole(self.kind.delta(example.target, zeros, 2.0), dtype).any()
+        change = main_change(self.kind, example.target)
+        assert not whole(self.kind.delta(example.target, change, zeros, 2.0), dtype).any()
         assert self.kind.norm(example.target, zeros) == 0
 
     @_law
@@ -253,7 +275,7 @@ class ReplacingKindLaws(CommonKindLaws):
         arrays = {role: array.copy() for role, array in held.arrays.items()}
         for array in arrays.values():
             array.setflags(write=False)
-        return self.kind.value(arrays, parameter)
+        return self.kind.value(held.target, main_change(self.kind, held.target, parameter), arrays)
 
     def draw(self, data: st.DataObject) -> tuple[Held, str, NDArray[Any]]:
         """Return an example, one of its parameters, and the parameter's values as a matrix."""
@@ -266,8 +288,8 @@ class ReplacingKindLaws(CommonKindLaws):
     @given(data=st.data())
     def test_each_parameter_has_the_shape_that_was_saved(self, data: st.DataObject) -> None:
         held = data.draw(self.examples())
-        parameters = self.kind.parameters(held.target)
-        assert dict(parameters) == {role: array.shape for role, array in held.arrays.items()}
+        parameters = {change.parameter: change.shape for change in self.kind.changes(held.target)}
+        assert parameters == {role: array.shape for role, array in held.arrays.items()}
         for parameter, shape in parameters.items():
             assert self.values(held, parameter).shape == (shape[0], int(np.prod(shape[1:])))
 
@@ -337,3 +359,96 @@ class ReplacingKindLaws(CommonKindLaws):
     def test_no_rule_may_divide_by_it(self, data: st.DataObject, rule: ScalingRule) -> None:
         target = data.draw(self.examples()).target
         assert [problem.code for problem in self.kind.check(replace(target, scaling=Scaling(rule, 1.0)))] == ["LF122"]
+
+
+@dataclass(frozen=True, slots=True)
+class MapExample(Held):
+    """A target of a kind that is a function of the base, a weight, and what becomes of it.
+
+    Attributes:
+        base: W `(out, in * kernel)`, float64.
+        mapped: f(W) at the target's own scale, float64, by other means than the kind's.
+        slack: how far float32 may be off, absolute.
+    """
+
+    base: NDArray[np.float64]
+    mapped: NDArray[np.float64]
+    slack: float
+
+
+def prepare(weight_map: WeightMap, base: NDArray[Any], step: int) -> WeightMap:
+    """Return the map after it has seen all rows, some at a time, in memory that is used again."""
+
+    def tiles() -> Any:
+        memory = np.empty((step, base.shape[1]), base.dtype)
+        for start in range(0, len(base), step):
+            tile = memory[: min(step, len(base) - start)]
+            tile[...] = base[start : start + step]
+            yield start, tile
+
+    return weight_map.prepare(tiles())
+
+
+class MappingKindLaws(CommonKindLaws):
+    """The laws of kinds whose merged weight is a function of the base weight."""
+
+    kind: MappingKind
+
+    @abstractmethod
+    def examples(self) -> st.SearchStrategy[MapExample]:
+        """Return valid targets as `CommonKindLaws` has it, with what they must do."""
+
+    def make_map(self, example: MapExample, dtype: Any) -> WeightMap:
+        arrays = {
+            role: array.astype(dtype) if array.dtype.kind == "f" else array.copy()
+            for role, array in example.arrays.items()
+        }
+        for array in arrays.values():
+            array.setflags(write=False)
+        return self.kind.map(example.target, main_change(self.kind, example.target), arrays)
+
+    def run(self, weight_map: WeightMap, base: NDArray[Any], step: int) -> NDArray[Any]:
+        """Return f(W), `step` blocks of rows at a time, the last first."""
+        step = max(1, step) * weight_map.row_block
+        ready = prepare(weight_map, base, step)
+        out = np.full_like(base, np.nan)
+        for start in reversed(range(0, len(base), step)):
+            stop = min(start + step, len(base))
+            ready.write_rows(start, stop, base[start:stop], out[start:stop])
+        return out
+
+    @_law
+    @given(data=st.data(), step=st.integers(1, 4))
+    def test_the_weight_is_that_of_the_formula_for_any_tiling(self, data: st.DataObject, step: int) -> None:
+        example = data.draw(self.examples())
+        weight_map = self.make_map(example, np.float64)
+        assert weight_map.shape == example.base.shape == example.mapped.shape
+        found = self.run(weight_map, example.base, step)
+        np.testing.assert_allclose(found, example.mapped, rtol=1e-9, atol=example.slack * 1e-6)
+
+    @_law
+    @given(data=st.data(), step=st.integers(1, 4))
+    def test_float32_is_close(self, data: st.DataObject, step: int) -> None:
+        example = data.draw(self.examples())
+        found = self.run(self.make_map(example, np.float32), example.base.astype(np.float32), step)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, example.mapped, rtol=1e-5, atol=example.slack)
+
+    @_law
+    @given(data=st.data(), step=st.integers(1, 4))
+    def test_the_transposed_map_is_the_map_of_the_transpose(self, data: st.DataObject, step: int) -> None:
+        example = data.draw(self.examples())
+        turned = self.make_map(example, np.float64).transposed()
+        assert turned.shape == example.base.shape[::-1]
+        found = self.run(turned, np.ascontiguousarray(example.base.T), step)
+        np.testing.assert_allclose(found, example.mapped.T, rtol=1e-9, atol=example.slack * 1e-6)
+
+    @_law
+    @given(data=st.data())
+    def test_it_says_beforehand_which_rows_it_must_see_together(self, data: st.DataObject) -> None:
+        example = data.draw(self.examples())
+        change = main_change(self.kind, example.target)
+        weight_map = self.make_map(example, np.float64)
+        for turned, found in ((False, weight_map), (True, weight_map.transposed())):
+            assert self.kind.count_rows_together(example.target, change, transposed=turned) == found.row_block >= 1
+            assert found.shape[0] % found.row_block == 0

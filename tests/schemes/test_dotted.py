@@ -82,7 +82,7 @@ def test_control_adapters_keep_their_biases_and_norms() -> None:
     kinds = {target.name: (target.kind, sorted(target.factors)) for target in adapter.targets}
     assert kinds["transformer.double_blocks.0.img_attn.norm.query_norm"] == ("replace", ["scale"])
     assert kinds["transformer.single_blocks.11.linear2"] == (
-        "lora with bias",
+        "lora",
         ["lora_A.weight", "lora_B.bias", "lora_B.weight"],
     )
 

@@ -20,7 +20,7 @@ def named(kind: str, verdict: str) -> pytest.MarkDecorator:
 
 
 def shapes_of(target: Target) -> dict[str, Any]:
-    shapes = {role: list(shape) for role, shape in KINDS.find(target.kind).parameters(target).items()}
+    shapes = {change.parameter: list(change.shape) for change in KINDS.find(target.kind).changes(target)}
     return {"shapes": shapes} if target.slot is SlotKind.PARAMETER else {"shape": shapes["weight"]}
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE
+from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE, RETAINED_WARN
 from loraformat_cli.options import adapter_options, check_stated, common_options, json_option
 from loraformat_cli.params import ByteSize, Finite, WeightedAdapter
 from loraformat_cli.screen import Screen
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from loraformat.receipt import Receipt
 
 _FILE: Final = click.Path(path_type=Path)
-_ONLY_MERGING: Final = frozenset({"min_retained", "force", "durable", "jobs", "max_memory_bytes"})
+_ONLY_MERGING: Final = frozenset(
+    {"min_retained", "warn_retained", "force", "durable", "jobs", "max_memory_bytes", "resume", "link", "keep_undo"}
+)
 """Flags that a plan has no use for."""
 
 
@@ -36,12 +38,36 @@ _ONLY_MERGING: Final = frozenset({"min_retained", "force", "durable", "jobs", "m
     metavar="SHARE",
     help=f"Refuse when less of a change survives rounding.  [default: {RETAINED_REFUSE}]",
 )
+@click.option(
+    "--warn-retained",
+    type=Finite(0.0, 1.0),
+    metavar="SHARE",
+    help=f"Warn when less of a change survives rounding.  [default: {RETAINED_WARN}]",
+)
 @click.option("--allow-zero", is_flag=True, help="Accept adapters that change nothing.")
 @click.option(
     "--ignore-fingerprints",
     is_flag=True,
     default=None,
     help="Accept weights that do not match their target's fingerprint.",
+)
+@click.option("--untie", is_flag=True, default=None, help="Let tied tables part where adapters change them apart.")
+@click.option("--new-biases", is_flag=True, default=None, help="Give biases to modules that have none.")
+@click.option(
+    "--dtype", metavar="FORM", help="Number form of the output, such as bfloat16; else each tensor keeps its own."
+)
+@click.option("--to", type=click.Choice(["safetensors"]), help="Write the output anew in this format.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    default=None,
+    help="Take up a killed run of the same merge, and leave something to take up.",
+)
+@click.option("--link", is_flag=True, default=None, help="Hard links of a folder's untouched files, not copies.")
+@click.option("--each", is_flag=True, help="A model for each adapter, in the folder -o; the base is read once.")
+@click.option("--in-place", is_flag=True, help="Rewrite the base's own files; a journal takes them back after a kill.")
+@click.option(
+    "--keep-undo", is_flag=True, default=None, help="Keep the overwritten bytes beside the output, for `unmerge`."
 )
 @click.option("-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: by the machine]")
 @click.option(
@@ -60,23 +86,28 @@ def command(
     adapters: tuple[tuple[Path, float | None], ...],
     output: Path | None,
     dry_run: bool,
+    each: bool,
+    in_place: bool,
     **flags: Any,
 ) -> None:
     r"""Merge adapters into a base model, each with its weight (1 if not given).
 
-    BASE is an ONNX model or a safetensors checkpoint, ADAPTER a file or a folder. What names an existing path is a
-    path, colons and all; otherwise the number after the last colon is the weight. The path of the merged model is all
-    that stdout gets.
+    BASE is an ONNX model, a checkpoint file or a model folder, ADAPTER a file or a folder. What names an existing path
+    is a path, colons and all; otherwise the number after the last colon is the weight. The path of the merged model is
+    all that stdout gets.
 
     \b
     Examples:
       loraformat merge model.onnx adapter/ -o merged.onnx
       loraformat merge model.safetensors style.safetensors:0.8 subject.safetensors:0.5
       loraformat merge model.onnx adapter/ --dry-run
+      loraformat merge ./Llama-3.2-1B ./adapter -o ./merged
+      loraformat merge model.safetensors --each adapters/*.safetensors -o merged/
     """
     import loraformat
 
     check_stated(flags["alpha"], flags["scale"])
+    _check_manner(output, dry_run=dry_run, each=each, in_place=in_place)
     asked = {name: value for name, value in flags.items() if value is not None}
     pairs = [path if weight is None else (path, weight) for path, weight in adapters]
     if dry_run:
@@ -84,8 +115,26 @@ def command(
         _show_plan(screen, loraformat.plan_merge(base, pairs, output, **planning))
         return
     with screen.progress("merging") as progress:
-        receipt = loraformat.merge(base, pairs, output, progress=progress, **asked)
-    _show_receipt(screen, receipt)
+        if each and output is not None:
+            receipts = loraformat.merge_each(base, pairs, output, progress=progress, **asked)
+        elif in_place:
+            receipts = [loraformat.merge_into(base, pairs, progress=progress, **asked)]
+        else:
+            receipts = [loraformat.merge(base, pairs, output, progress=progress, **asked)]
+    if each and screen.json:
+        screen.document({"receipts": [receipt.as_json() for receipt in receipts]})
+        return
+    for receipt in receipts:
+        _show_receipt(screen, receipt)
+
+
+def _check_manner(output: Path | None, *, dry_run: bool, each: bool, in_place: bool) -> None:
+    """Refuse options that do not go together."""
+    context = click.get_current_context()
+    if each and (in_place or dry_run or output is None):
+        raise click.UsageError("--each needs -o FOLDER, and goes with neither --in-place nor --dry-run.", context)
+    if in_place and output is not None:
+        raise click.UsageError("--in-place rewrites the base: leave out -o.", context)
 
 
 def _show_plan(screen: Screen, plan: Any) -> None:
@@ -99,11 +148,15 @@ def _show_plan(screen: Screen, plan: Any) -> None:
         (
             (_listed(w.targets), w.name, _listed(w.ranks), _numbers(w.scales), _listed(w.kinds), _form(w), w.evidence)
             for w in plan.weights
+            if w.changes
         ),
     )
     for target in plan.unmatched:
         screen.note(f"left out, as allowed: {target}")
-    screen.note(f"{len(plan.weights)} weights would be rewritten, into {plan.output} ({plan.format})")
+    changed = sum(bool(w.changes) for w in plan.weights)
+    if changed < len(plan.weights):
+        screen.note(f"{len(plan.weights) - changed} more tensors would change their form")
+    screen.note(f"{changed} weights would be rewritten, into {plan.output} ({plan.format})")
 
 
 def _show_receipt(screen: Screen, receipt: "Receipt") -> None:

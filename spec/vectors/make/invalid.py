@@ -339,7 +339,7 @@ MEANINGS: Mapping[str, Files] = {
     "tensor-whose-name-only-begins-like-a-target": vector("R-022", "LF202", _orphan("proj2.lora_A.weight")),
     "tensor-called-like-the-target": vector("R-022", "LF202", _orphan("proj")),
     "target-without-tensors": vector("R-022", "LF201", _manifest({"targets": {"proj": TARGET, "more": TARGET}})),
-    "role-unknown": vector("R-023", "LF202", _orphan("proj.lora_B.bias")),
+    "role-unknown": vector("R-023", "LF202", _orphan("proj.lora_C.weight")),
     "role-empty": vector("R-023", "LF202", _orphan("proj.")),
     "role-missing": vector("R-023", "LF201", _roles({DOWN: TENSORS[DOWN]})),
     "roles-of-another-slot": vector(

@@ -1,0 +1,138 @@
+"""What callers of the public face may hand over, and what becomes of it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, TypeAlias, TypedDict, Unpack
+
+from loraformat.adapter import Adapter
+from loraformat.engine import Effort, Progress, count_workers
+from loraformat.errors import refuse
+from loraformat.limits import DEFAULT_MEMORY_BYTES
+from loraformat.loading import FACTORS_NAMES, load_adapter
+from loraformat.plan import WeightedAdapter
+from loraformat.schemes import StatedScale
+
+StrPath: TypeAlias = str | os.PathLike[str]
+AdapterSource: TypeAlias = StrPath | Adapter
+AdapterArgument: TypeAlias = AdapterSource | tuple[AdapterSource, float]
+
+_ADAPTER_SUFFIXES: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz"})
+
+
+class AdapterOptions(TypedDict, total=False):
+    """What adapters may not say themselves.
+
+    Attributes:
+        scheme: naming scheme of the adapters; without it, it is found.
+        alpha: lora_alpha for adapters that do not state it.
+        scale: multiplier for adapters that state no alpha.
+    """
+
+    scheme: str | None
+    alpha: float | None
+    scale: float | None
+
+
+class PlanOptions(AdapterOptions, total=False):
+    """What a plan depends on besides base, adapters and output.
+
+    Attributes:
+        allow_unmatched: glob patterns of adapter targets that may be left out when the base has nothing for them.
+        strip_prefix: removed from the front of the targets' names.
+        allow_zero: accept a scale of zero.
+        ignore_fingerprints: accept weights that do not match the fingerprint of their target.
+        untie: let tables part that `config.json` ties, where adapters change them apart.
+        new_biases: give biases to modules that have none, where adapters change them.
+        dtype: number form of the output's floating-point tensors, such as `bfloat16`; else each keeps its own.
+        to: `safetensors` writes the output anew in this format; else it keeps the base's own.
+    """
+
+    allow_unmatched: Sequence[str]
+    strip_prefix: str | None
+    allow_zero: bool
+    ignore_fingerprints: bool
+    untie: bool
+    new_biases: bool
+    dtype: str | None
+    to: str | None
+
+
+class EffortOptions(TypedDict, total=False):
+    """How much of the machine to take.
+
+    Attributes:
+        jobs: worker threads; by default one for each processor.
+        max_memory_bytes: cap on tiles and factors in flight.
+        progress: told how far the work is, in bytes.
+    """
+
+    jobs: int | None
+    max_memory_bytes: int
+    progress: Progress | None
+
+
+class WorkOptions(EffortOptions, total=False):
+    """How a merge is carried out.
+
+    Attributes:
+        min_retained: refuse when a smaller share of a weight's delta survives rounding.
+        warn_retained: warn when a smaller share of it does.
+        force: replace an existing output.
+        durable: wait until the disk has the bytes before the output is moved into place; without it a power cut, but
+            no crash or kill of the process, can lose it.
+        resume: take up what a killed run of the same merge has left, and leave something to take up if killed.
+        link: make hard links of the base's files of which nothing is rewritten, instead of copies; for model folders.
+        keep_undo: keep the overwritten bytes in a file beside the output, so that `unmerge` is exact.
+    """
+
+    min_retained: float
+    warn_retained: float
+    force: bool
+    durable: bool
+    resume: bool
+    link: bool
+    keep_undo: bool
+
+
+class VerifyOptions(AdapterOptions, EffortOptions, total=False):
+    """What a verification depends on besides models and adapters."""
+
+
+class MergeOptions(PlanOptions, WorkOptions, total=False):
+    """All options of a merge."""
+
+
+def weigh_adapter(argument: AdapterArgument, scheme: str | None, stated: StatedScale) -> WeightedAdapter:
+    """Return an adapter, read if need be, with its weight and its name."""
+    source, weight = argument if isinstance(argument, tuple) else (argument, 1.0)
+    if isinstance(source, Adapter):
+        return WeightedAdapter(source, weight, name_adapter(Path(source.source or "adapter")))
+    return WeightedAdapter(load_adapter(Path(source), scheme, stated), weight, name_adapter(Path(source)))
+
+
+def weigh_adapters(adapters: Sequence[AdapterArgument], options: AdapterOptions) -> list[WeightedAdapter]:
+    """Return adapters with their weights and names."""
+    stated = StatedScale(options.get("alpha"), options.get("scale"))
+    return [weigh_adapter(argument, options.get("scheme"), stated) for argument in adapters]
+
+
+def name_adapter(path: Path) -> str:
+    """Return the adapter's own name: the folder's where the file has the name that all PEFT files have."""
+    path = path.absolute()
+    if path.name in FACTORS_NAMES:
+        return path.parent.name
+    return path.stem if path.suffix in _ADAPTER_SUFFIXES else path.name
+
+
+def wants_anew(to: str | None) -> bool:
+    """Say whether the output is to be written anew; LF610 for a format that is not written."""
+    if to not in (None, "safetensors"):
+        raise refuse("LF610", "--to", str(to), "safetensors")
+    return to is not None
+
+
+def make_effort(**options: Unpack[EffortOptions]) -> Effort:
+    """Return how much of the machine to take."""
+    memory = options.get("max_memory_bytes", DEFAULT_MEMORY_BYTES)
+    return Effort(count_workers(options.get("jobs")), memory, options.get("progress"))

@@ -1,0 +1,314 @@
+"""Carry out plans: every touched tile is computed, every other byte copied, each into the sink of its output file.
+
+Spans are independent, so worker threads take them in any order; the bytes that come out are the same for any number of
+workers, because tile boundaries are part of the plan and every tile is computed alone. What a sink does with bytes
+(write them, compare them) is its own affair.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final, NamedTuple, Protocol
+
+from loraformat.adapter import Target
+from loraformat.bases import BaseModel
+from loraformat.errors import refuse
+from loraformat.images import Copy, FileImage, Literal
+from loraformat.limits import COPY_CHUNK_BYTES
+from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
+from loraformat.sinks import Sink
+from loraformat.spans import StoredTensor
+from loraformat.tiles import TileBuffers, TileSums, merge_rows
+from loraformat.weight_work import WeightWork
+
+_RUN_BYTES: Final = 8 << 20
+_BUFFERS_PER_WORKER: Final = 5
+_FACTOR_COPIES: Final = 3
+
+
+class Progress(Protocol):
+    """Told how far the work is, in bytes of output, from any thread."""
+
+    def start(self, total_bytes: int) -> None:
+        """Be told the total."""
+        ...
+
+    def advance(self, done_bytes: int) -> None:
+        """Be told that so many more bytes are done."""
+        ...
+
+
+class JobLog(Protocol):
+    """Knows which jobs an earlier run did, and is told of those that this one has done; from any thread."""
+
+    def recall(self, key: str) -> TileSums | None:
+        """Return the sums of a job that is done, None for one that is not."""
+        ...
+
+    def note(self, key: str, sums: TileSums) -> None:
+        """Be told that the bytes of a job are in their sink."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much of the machine to take.
+
+    Attributes:
+        jobs: worker threads.
+        max_memory_bytes: cap on tiles and factors in flight.
+        progress: told how far it is.
+    """
+
+    jobs: int
+    max_memory_bytes: int
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One plan to carry out.
+
+    Attributes:
+        plan: what to do.
+        base: the opened base.
+        adapters: the adapters, in the plan's order.
+        images: the output files.
+        sinks: where their bytes go, None for a file that needs nothing.
+        log: which jobs are done already.
+    """
+
+    plan: Plan
+    base: BaseModel
+    adapters: Sequence[WeightedAdapter]
+    images: Sequence[FileImage]
+    sinks: Sequence[Sink | None]
+    log: JobLog | None = None
+
+
+class _Job(NamedTuple):
+    """Something to do: where its input stands, for the order; what it is called; which weight its sums belong to."""
+
+    order: tuple[str, int]
+    key: str
+    weight: int
+    output_bytes: int
+    carry_out: Callable[[], TileSums]
+
+
+def carry_out(assignments: Sequence[Assignment], effort: Effort) -> list[list[TileSums]]:
+    """Do all jobs and return, for each assignment, the sums of each weight in the plan's order.
+
+    Jobs are taken in the order of their input, so that several assignments on one base read it once.
+
+    Raises:
+        LoraformatError: LF607 when the memory budget is too small; whatever a job raises.
+    """
+    from threadpoolctl import threadpool_limits
+
+    for assignment in assignments:
+        for image, sink in zip(assignment.images, assignment.sinks, strict=True):
+            if sink is not None:
+                sink.reserve(image.size_bytes)
+    workers = _fit_memory(assignments, effort)
+    buffers, tracker = TileBuffers(), _Tracker(effort.progress)
+    works = [_Bench(assignment, buffers) for assignment in assignments]
+    jobs = sorted(
+        ((job, work.assignment.log, number) for number, work in enumerate(works) for job in work.list_jobs()),
+        key=lambda entry: entry[0].order,
+    )
+    tracker.start(sum(image.size_bytes for each in assignments for image in each.images))
+    with threadpool_limits(limits=1), ThreadPoolExecutor(workers, thread_name_prefix="loraformat") as pool:
+        try:
+            futures = [pool.submit(_do, job, log, tracker) for job, log, _ in jobs]
+            _await(futures)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    sums = [[TileSums()] * len(each.plan.weights) for each in assignments]
+    for (job, _, number), future in zip(jobs, futures, strict=True):
+        if job.weight >= 0:
+            sums[number][job.weight] += future.result()
+    return sums
+
+
+def _do(job: _Job, log: JobLog | None, tracker: "_Tracker") -> TileSums:
+    sums = log.recall(job.key) if log is not None else None
+    if sums is None:
+        sums = job.carry_out()
+        if log is not None:
+            log.note(job.key, sums)
+    tracker.advance(job.output_bytes)
+    return sums
+
+
+class _Tracker:
+    """Tells the progress, one thread at a time."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def start(self, total_bytes: int) -> None:
+        if self._progress:
+            self._progress.start(total_bytes)
+
+    def advance(self, done_bytes: int) -> None:
+        if self._progress:
+            with self._lock:
+                self._progress.advance(done_bytes)
+
+
+class _Bench:
+    """The jobs of one assignment, and what they share."""
+
+    def __init__(self, assignment: Assignment, buffers: TileBuffers) -> None:
+        self.assignment = assignment
+        self._buffers = buffers
+        self._tensors = index_tensors(assignment.base)
+        self._targets = index_targets(assignment.adapters)
+
+    def list_jobs(self) -> Iterator[_Job]:
+        for number, weight in enumerate(self.assignment.plan.weights):
+            yield from self._list_runs(number, weight)
+        sinks = self.assignment.sinks
+        for image, piece, offset in list_copies(self.assignment.images, self.assignment.plan, self._tensors):
+            sink = sinks[image]
+            if sink is not None:
+                yield self._list_copy(image, sink, piece, offset)
+
+    def _list_runs(self, number: int, weight: PlannedWeight) -> Iterator[_Job]:
+        targets = [self._targets[change.adapter][change.target] for change in weight.changes]
+        tensor = self._tensors.get(weight.key)
+        work = WeightWork(weight, tensor, targets)
+        image, offset = locate_weight(self.assignment.images, weight, tensor)
+        sink = self.assignment.sinks[image]
+        assert sink is not None, "a file with a touched weight is written"
+        runs = list(_split_runs(weight, work.written_form.itemsize))
+        work.runs_left = len(runs)
+        row_bytes = weight.matrix[1] * work.written_form.itemsize
+        source = (str(tensor.extent.path), tensor.extent.offset) if tensor is not None else ("", 0)
+        for run in runs:
+            order = (source[0], source[1] + run.start * row_bytes)
+            carry = partial(_merge_run, work, self._buffers, run, sink, offset)
+            yield _Job(order, f"{image}@{offset}:{run.start}", number, len(run) * row_bytes, carry)
+
+    def _list_copy(self, image: int, sink: Sink, piece: Copy | Literal, offset: int) -> _Job:
+        order = (str(piece.file.path), piece.offset) if isinstance(piece, Copy) else ("", 0)
+        return _Job(order, f"{image}@{offset}", -1, piece.length, partial(_copy, sink, piece, offset))
+
+
+def _merge_run(work: WeightWork, buffers: TileBuffers, run: range, sink: Sink, offset: int) -> TileSums:
+    """Merge the stored rows `run`, and let go of what they needed if they were the last."""
+    sums = merge_rows(work, buffers, run, sink, offset)
+    work.finish_run()
+    return sums
+
+
+def _copy(sink: Sink, piece: Copy | Literal, offset: int) -> TileSums:
+    if isinstance(piece, Literal):
+        sink.write(piece.data, offset)
+    else:
+        sink.copy(piece, offset)
+    return TileSums()
+
+
+def _fit_memory(assignments: Sequence[Assignment], effort: Effort) -> int:
+    """Return how many workers the memory budget allows, at most as many as asked for."""
+    each = max((_need_bytes(assignment) for assignment in assignments), default=0)
+    for jobs in range(effort.jobs, 0, -1):
+        need = jobs * each * len(assignments)
+        if need <= effort.max_memory_bytes:
+            return jobs
+    raise refuse("LF607", "--max-memory", f"a budget of {effort.max_memory_bytes} bytes", f"at least {need} bytes")
+
+
+def _need_bytes(assignment: Assignment) -> int:
+    """Return the bytes that one worker holds at most: tiles, and factors with their working copies."""
+    targets = index_targets(assignment.adapters)
+    most = 0
+    for weight in assignment.plan.weights:
+        widest = 8 if "float64" in (weight.dtype, weight.written_dtype) else 4
+        tile = widest * weight.tile_rows * weight.matrix[1]
+        factors = sum(widest * targets[change.adapter][change.target].parameters for change in weight.changes)
+        most = max(most, _BUFFERS_PER_WORKER * tile + _FACTOR_COPIES * factors)
+    return most
+
+
+def index_tensors(base: BaseModel) -> Mapping[str, StoredTensor]:
+    """Return the tensors of a base by the keys of its weights, which in a state dict are their names."""
+    named = {tensor.name: tensor for tensor in base.list_tensors()} if base.rewriter is not None else {}
+    return named | {site.weight.key: site.weight.tensor for site in base.sites if site.weight is not None}
+
+
+def index_targets(adapters: Sequence[WeightedAdapter]) -> list[Mapping[str, Target]]:
+    """Return each adapter's targets by name."""
+    return [{target.name: target for target in item.adapter.targets} for item in adapters]
+
+
+def locate_weight(images: Sequence[FileImage], weight: PlannedWeight, tensor: StoredTensor | None) -> tuple[int, int]:
+    """Return which image holds the merged weight, and where."""
+    for index, image in enumerate(images):
+        offset = None
+        if weight.new is not None:
+            offset = image.locate_fresh(weight.new.name)
+        elif tensor is not None:
+            offset = image.locate(tensor.span)
+        if offset is not None:
+            return index, offset
+    raise ValueError(f"{weight.name} is in no output file")
+
+
+def _split_runs(weight: PlannedWeight, itemsize: int) -> Iterator[range]:
+    """Yield the rows of one job each: whole tiles, about `_RUN_BYTES`."""
+    rows, columns = weight.matrix
+    step = weight.tile_rows * max(1, _RUN_BYTES // (weight.tile_rows * columns * itemsize))
+    for start in range(0, rows, step):
+        yield range(start, min(start + step, rows))
+
+
+def list_copies(
+    images: Sequence[FileImage], plan: Plan, tensors: Mapping[str, StoredTensor]
+) -> Iterator[tuple[int, Copy | Literal, int]]:
+    """Yield what is to be copied: image, piece, and its offset there; touched spans are left out."""
+    touched = sorted(
+        (*locate_weight(images, weight, tensors.get(weight.key)), weight.nbytes)
+        for weight in plan.weights
+        if weight.new is None
+    )
+    for index, image in enumerate(images):
+        holes = [(offset, offset + length) for where, offset, length in touched if where == index]
+        for offset, piece in image.placed():
+            if isinstance(piece, Literal):
+                yield index, piece, offset
+            elif isinstance(piece, Copy):
+                yield from ((index, part, start) for start, part in _cut(offset, piece, holes))
+
+
+def _cut(offset: int, piece: Copy, holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Copy]]:
+    """Yield the parts of `piece`, which lands at `offset`, outside `holes` and at most a chunk long."""
+    position, end = offset, offset + piece.length
+    for start, stop in [*(hole for hole in holes if offset <= hole[0] < end), (end, end)]:
+        while position < start:
+            length = min(COPY_CHUNK_BYTES, start - position)
+            yield position, replace(piece, offset=piece.offset + position - offset, length=length)
+            position += length
+        position = max(position, stop)
+
+
+def _await(futures: "Sequence[Future[TileSums]]") -> None:
+    """Wait for all, or raise the first error in the order of submission."""
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in futures:
+        if future in done:
+            future.result()
+
+
+def count_workers(jobs: int | None) -> int:
+    """Return the number of worker threads: as asked, else one for each processor that this process may use."""
+    if jobs is not None:
+        return max(1, jobs)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

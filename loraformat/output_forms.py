@@ -1,0 +1,87 @@
+"""What a plan's output is: a copy of the base with spans rewritten, or new files with its tensors."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraformat.bases import BaseModel, Rewriter, list_tokenizer_files
+from loraformat.dtypes import BY_NAME
+from loraformat.errors import refuse
+from loraformat.images import FileImage, OutputTensor
+from loraformat.loading import list_files
+from loraformat.plan import Plan, WeightedAdapter
+from loraformat.spans import InputFile, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One model to write: a plan, and the adapters that it was made from, in its order."""
+
+    plan: Plan
+    adapters: Sequence[WeightedAdapter]
+
+
+def require_rewriter(base: BaseModel) -> Rewriter:
+    """Return what describes the base as new files; LF620 for a base that can only be copied."""
+    if base.rewriter is None:
+        raise refuse("LF620", base.path, f"a base of the format {base.format!r}", "one that can be written anew")
+    return base.rewriter
+
+
+def choose_form(plan: Plan, base: BaseModel) -> BaseModel | Rewriter:
+    """Return what describes the output."""
+    return require_rewriter(base) if plan.rewritten else base
+
+
+def describe_output(
+    order: Order, base: BaseModel, blank_bytes: int, is_taken: Callable[[Path], bool] = os.path.lexists
+) -> list[FileImage]:
+    """Return the files of an order's output, the one with the receipt last.
+
+    Args:
+        order: what is written.
+        base: the opened base.
+        blank_bytes: room for the receipt.
+        is_taken: says whether the path of a data file is another file's.
+    """
+    plan = order.plan
+    if not plan.rewritten:
+        return base.describe_images(plan.output, blank_bytes, plan.sha256[:8], is_taken)
+    rewriter = require_rewriter(base)
+    tensors = _edit_tensors(rewriter.output_tensors(), plan)
+    replaced = _find_tokenizer(order) if "vocab_size" in plan.config_changes else {}
+    return rewriter.describe_rewritten(plan.output, blank_bytes, tensors, plan.config_changes, replaced)
+
+
+def _edit_tensors(tensors: Sequence[OutputTensor], plan: Plan) -> list[OutputTensor]:
+    """Return the tensors of the output: those with a new form, old or new ones, are computed."""
+    computed = {
+        weight.new.name: OutputTensor(weight.new.name, BY_NAME[weight.new.dtype], weight.new.shape, None)
+        for weight in plan.weights
+        if weight.new is not None
+    }
+    kept = [computed.pop(tensor.name, tensor) for tensor in tensors]
+    return [*kept, *computed.values()]
+
+
+def _find_tokenizer(order: Order) -> dict[str, InputFile]:
+    """Return the tokenizer's files of the last adapter that has some: it has grown the vocabulary."""
+    found: dict[str, InputFile] = {}
+    for item in order.adapters:
+        folder = Path(item.adapter.source)
+        files = list_tokenizer_files(folder if folder.is_dir() else folder.parent)
+        found = dict(files) or found
+    return found
+
+
+def list_touched(plan: Plan, base: BaseModel) -> list[Span]:
+    """Return the spans of the base that a plan rewrites in place."""
+    tensors = {site.weight.key: site.weight.tensor for site in base.sites if site.weight is not None}
+    return [tensors[weight.key].span for weight in plan.weights if weight.new is None]
+
+
+def list_inputs(base: BaseModel, orders: Sequence[Order]) -> list[InputFile]:
+    """Return every open file that orders are carried out from."""
+    adapters = [item.adapter for order in orders for item in order.adapters]
+    return [*base.files, *(file for adapter in adapters for file in list_files(adapter))]

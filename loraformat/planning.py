@@ -1,0 +1,216 @@
+"""From adapters and a base to a plan, without reading the base's weights but for a few sampled numbers.
+
+Everything that can fail before a byte is written fails here: kinds, shapes, scales, names, number forms, NaN in
+factors.
+"""
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from loraformat.bases import BaseModel
+from loraformat.errors import error_for
+from loraformat.kinds import KINDS, Nature
+from loraformat.matching import Match, NewBias
+from loraformat.new_sizes import follow_weights
+from loraformat.plan import Plan, PlannedAdapter, PlannedChange, PlannedWeight, WeightedAdapter
+from loraformat.problems import Problem
+from loraformat.resolve import Resolution, resolve
+from loraformat.rewriting import plan_rewriting
+from loraformat.rules import check_adapter
+from loraformat.strict_json import JsonValue
+from loraformat.weight_plans import WeightChange, part_tables, plan_bias, plan_weight
+
+_FLOAT32_MAX: Final = (2.0 - 2.0**-23) * 2.0**127
+
+
+class _Found:
+    """What the adapters of a plan change, gathered."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self.changes: dict[str, list[WeightChange]] = defaultdict(list)
+        self.biases: dict[str, list[tuple[NewBias, PlannedChange]]] = defaultdict(list)
+        self.problems: list[Problem] = [*base.problems]
+        self.unmatched: list[str] = []
+        self.counts: list[int] = []
+        self._sites = base.sites
+
+    @property
+    def untied(self) -> bool:
+        """Whether tied tables part."""
+        return any(entry.match.apart for group in self.changes.values() for entry in group)
+
+    def add(self, position: int, item: WeightedAdapter, resolution: Resolution) -> None:
+        """Take in what one adapter was matched with."""
+        self.problems += resolution.problems
+        self.unmatched += resolution.unmatched
+        self.counts.append(len(resolution.matches))
+        if not resolution.matches and not resolution.problems:
+            found = "none of its targets, all left out on request"
+            self.problems.append(Problem("LF401", item.name, found, "at least one"))
+        for match in resolution.matches:
+            change = _plan_change(position, match, item)
+            self.problems += _check_scale(change)
+            for weight in match.weights:
+                self.changes[weight.key].append(WeightChange(match, weight, change))
+        for bias in resolution.new_biases:
+            change = _plan_change(position, bias.as_match(), item)
+            self.problems += _check_scale(change)
+            self.biases[bias.name].append((bias, change))
+
+    def plan_weights(self) -> tuple[PlannedWeight, ...]:
+        """Return the weights of the plan, sorted; problems are kept."""
+        planned = [
+            plan_weight(name, group[0].weight, own, self.problems)
+            for group in self.changes.values()
+            for name, own in part_tables(group[0].weight, group, self._sites)
+        ]
+        planned += [plan_bias(group[0][0], [change for _, change in group]) for group in self.biases.values()]
+        return tuple(sorted((weight for weight in planned if weight), key=lambda weight: (weight.name, weight.key)))
+
+
+def build_plan(
+    base: BaseModel,
+    adapters: Sequence[WeightedAdapter],
+    output: Path,
+    *,
+    allow_unmatched: Sequence[str] = (),
+    strip_prefix: str | None = None,
+    allow_zero: bool = False,
+    ignore_fingerprints: bool = False,
+    untie: bool = False,
+    new_biases: bool = False,
+    dtype: str | None = None,
+    anew: bool = False,
+) -> Plan:
+    """Plan the merge of `adapters` into `base`.
+
+    Args:
+        base: the opened base.
+        adapters: what to merge, in the order in which deltas are summed.
+        output: where the merged model will stand.
+        allow_unmatched: glob patterns of targets that may be left out.
+        strip_prefix: removed from the front of target names.
+        allow_zero: accept scales of zero.
+        ignore_fingerprints: accept weights that do not match the fingerprint of their target.
+        untie: let tables part that the configuration ties, where adapters change them apart.
+        new_biases: give biases to modules that have none, where adapters change them.
+        dtype: number form of the output's floating-point tensors; None keeps each one's own.
+        anew: write the output anew, as safetensors.
+
+    Raises:
+        LoraformatError: with every problem that was found, not only the first.
+    """
+    options = _list_options(
+        allow_unmatched=list(allow_unmatched),
+        strip_prefix=strip_prefix,
+        allow_zero=allow_zero,
+        ignore_fingerprints=ignore_fingerprints,
+        untie=untie,
+        new_biases=new_biases,
+        dtype=dtype,
+        anew=anew,
+    )
+    found = _Found(base)
+    for position, item in enumerate(adapters):
+        checked = check_adapter(item.adapter, allow_zero=allow_zero) + _check_weight(item, allow_zero=allow_zero)
+        found.problems += checked
+        if any(problem.severity == "error" for problem in checked):
+            found.counts.append(0)
+            continue
+        resolution = resolve(
+            item.adapter,
+            base.sites,
+            allow_unmatched=allow_unmatched,
+            strip_prefix=strip_prefix,
+            ignore_fingerprints=ignore_fingerprints,
+            untie=untie,
+            new_biases=new_biases,
+        )
+        found.add(position, item, resolution)
+    planned = found.plan_weights()
+    config_changes, followed = follow_weights(planned, base.sites, untied=found.untied)
+    problems = found.problems + followed
+    if any(problem.severity == "error" for problem in problems):
+        raise error_for([problem for problem in problems if problem.severity == "error"])
+    rewriting = None
+    if anew or dtype is not None or config_changes or any(weight.new for weight in planned):
+        rewriting = plan_rewriting(base, planned, dtype, anew=anew, config_changes=config_changes)
+        problems += rewriting.problems
+    return Plan(
+        base=describe_base(base),
+        format=base.format,
+        output=output,
+        adapters=tuple(
+            PlannedAdapter(item.name, item.adapter.sha256, item.weight, count)
+            for item, count in zip(adapters, found.counts, strict=True)
+        ),
+        weights=rewriting.weights if rewriting else planned,
+        unmatched=tuple(found.unmatched),
+        problems=tuple(problems),
+        config_changes=rewriting.config_changes if rewriting else {},
+        rewritten=rewriting is not None,
+        options=options,
+    )
+
+
+def _list_options(**options: JsonValue) -> dict[str, JsonValue]:
+    """Return the options that are not as usual: not empty, not False."""
+    return {name: value for name, value in options.items() if value}
+
+
+def describe_base(base: BaseModel) -> dict[str, Any]:
+    """Return what a plan and a receipt say about the base: names, sizes, and the digest of its structure."""
+    root = base.path if base.folder_mark else base.path.parent
+    files = sorted((os.path.relpath(file.path, root), file.size_bytes) for file in base.files)
+    return {
+        "name": base.path.name,
+        "structure_sha256": base.structure_sha256,
+        "files": [{"name": name, "bytes": size} for name, size in files],
+    }
+
+
+def _check_weight(item: WeightedAdapter, *, allow_zero: bool) -> list[Problem]:
+    if not math.isfinite(item.weight):
+        return [Problem("LF207", item.name, f"weight {item.weight}", "a finite number")]
+    if item.weight == 0 and not allow_zero:
+        return [Problem("LF208", item.name, "weight 0", "a weight other than 0, or --allow-zero")]
+    return []
+
+
+def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedChange:
+    target, change = match.target, match.want.change
+    kind = KINDS.find(target.kind)
+    weight = item.weight / match.divisor
+    if kind is not None and kind.nature is Nature.REPLACEMENT:  # Its scale says how far to go towards its values.
+        weight *= target.scale
+    return PlannedChange(
+        adapter=position,
+        target=target.name,
+        parameter=change.parameter,
+        kind=target.kind,
+        rank=target.rank,
+        nature=change.nature,
+        scale=target.scale * weight if change.nature is Nature.ADDITIVE else weight,
+        weight=weight,
+        transposed=match.transposed,
+        section=match.section,
+        part=match.part,
+    )
+
+
+def _check_scale(change: PlannedChange) -> list[Problem]:
+    """Return a problem when a product of finite numbers is none that tiles can be computed with."""
+    if abs(change.scale) <= _FLOAT32_MAX:
+        return []
+    return [Problem("LF207", change.target, f"the multiplier {change.scale}", f"at most {_FLOAT32_MAX:.6g}")]
+
+
+def default_output(base: Path, suffix: str, adapters: Sequence[WeightedAdapter]) -> Path:
+    """Return `<base>-<adapter>[@<weight>]...<suffix>` beside the base."""
+    parts = [base.name.removesuffix(suffix)]
+    parts += [item.name if item.weight == 1 else f"{item.name}@{item.weight:g}" for item in adapters]
+    return base.with_name("-".join(parts) + suffix)

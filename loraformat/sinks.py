@@ -1,0 +1,137 @@
+"""Where merged bytes go: into a file, or beside a file that should have them already."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+
+from loraformat.files import copy_range, reserve_bytes, write_at
+from loraformat.images import Copy
+from loraformat.outputs import output_errors
+from loraformat.spans import InputFile
+
+_STEP_BYTES: Final = 1 << 20
+_MAX_RUNS: Final = 1000
+"""Differences that are noted of one step."""
+
+
+class Sink(Protocol):
+    """One output file of a merge; its methods are called from any thread, each byte range once."""
+
+    def reserve(self, length: int) -> None:
+        """Be told how long the file is, before anything is written."""
+        ...
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Take bytes at `offset`."""
+        ...
+
+    def copy(self, piece: Copy, offset: int) -> None:
+        """Take bytes of an input file at `offset`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileSink:
+    """A new file, written by descriptor.
+
+    Attributes:
+        descriptor: open for writing.
+        path: where the file will stand, for messages.
+    """
+
+    descriptor: int
+    path: Path
+
+    def reserve(self, length: int) -> None:
+        """Give the file its full length at once; LF604 when there is no room."""
+        with output_errors(self.path):
+            reserve_bytes(self.descriptor, length)
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Write bytes at `offset`."""
+        with output_errors(self.path):
+            write_at(self.descriptor, data, offset)
+
+    def copy(self, piece: Copy, offset: int) -> None:
+        """Copy inside the kernel where it can."""
+        with output_errors(self.path):
+            copy_range(piece.file.descriptor, piece.offset, self.descriptor, offset, piece.length)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Bytes of a file that are not what they should be.
+
+    Attributes:
+        offset: the first one.
+        length: how many, one after another.
+    """
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class CompareSink:
+    """A file that should have the bytes already; what differs is noted.
+
+    Attributes:
+        file: the file.
+        differences: what was found, in no order.
+    """
+
+    file: InputFile
+    differences: list[Difference] = field(default_factory=list)
+
+    def reserve(self, length: int) -> None:
+        """Note a file of another length."""
+        shorter, longer = sorted((length, self.file.size_bytes))
+        if shorter != longer:
+            self.differences.append(Difference(shorter, longer - shorter))
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Compare bytes at `offset`."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _STEP_BYTES):
+            self._compare(view[start : start + _STEP_BYTES], offset + start)
+
+    def copy(self, piece: Copy, offset: int) -> None:
+        """Compare bytes of an input file at `offset`."""
+        for start in range(0, piece.length, _STEP_BYTES):
+            length = min(_STEP_BYTES, piece.length - start)
+            self._compare(memoryview(piece.file.read(piece.offset + start, length)), offset + start)
+
+    def _compare(self, expected: memoryview, offset: int) -> None:
+        have = max(0, min(len(expected), self.file.size_bytes - offset))
+        found = self.file.read(offset, have)  # What is missing at the end, `reserve` has noted.
+        if found == expected[:have]:
+            return
+        places = np.flatnonzero(np.frombuffer(found, np.uint8) != np.frombuffer(expected[:have], np.uint8))
+        runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)[:_MAX_RUNS]
+        self.differences.extend(Difference(offset + int(run[0]), len(run)) for run in runs)
+
+
+@dataclass(frozen=True, slots=True)
+class PatchSink:
+    """A file that is its own input: only what changes is written.
+
+    Attributes:
+        descriptor: open for writing.
+        path: the file, for messages.
+    """
+
+    descriptor: int
+    path: Path
+
+    def reserve(self, length: int) -> None:
+        """Do nothing: it has its length."""
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Write bytes at `offset`."""
+        with output_errors(self.path):
+            write_at(self.descriptor, data, offset)
+
+    def copy(self, piece: Copy, offset: int) -> None:
+        """Do nothing: the bytes stand there."""
