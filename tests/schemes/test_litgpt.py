@@ -152,7 +152,7 @@ def test_modules_that_litgpt_adapts_as_a_whole_are_completed_by_zeros() -> None:
 
 @pytest.mark.parametrize("letters", ["qv", "q", "qkv"])
 def test_the_scale_of_a_group_is_that_of_its_part(letters: str) -> None:
-    """Fused targets alone have one alpha over the sum of their ranks; each group's own rank is what litgpt divides by."""
+    """Fused targets have one alpha over the sum of their ranks; litgpt divides by the rank of each group."""
     modules = d.blocks({letter: f"model.layers.{{i}}.self_attn.{letter}_proj" for letter in letters}, (0, 1))
     tensors = d.factors(modules, ".lora_A.weight", ".lora_B.weight")
     named = {f"base_model.model.{name}": MemoryFactor(name, each.read()) for name, each in tensors.items()}
