@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from loraformat.adapter import Adapter, Factor, ScalingRule, SlotKind, Target
+from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts, read_facts
 from loraformat.errors import LoraformatError, refuse
 from loraformat.operations import NewFactor
@@ -150,7 +150,8 @@ def _store(target: Target, parts: Mapping[int, int], wanted: Sequence[int], rank
     if sum(sizes) != up.shape[0] or (any(ranks) and sum(ranks) != target.rank):
         raise refuse("LF315", target.name, f"{up.shape[0]} rows, rank {target.rank}", f"{sum(sizes)} rows")
     factors = gather(down, up, ranks, Groups(sizes, present), wanted, rank)
-    return replace(target, rank=rank, factors=dict(zip(target.factors, factors, strict=True)))
+    scaling = Scaling(ScalingRule.MULTIPLIER, target.scale)  # An alpha would be over the sum of the ranks.
+    return replace(target, rank=rank, scaling=scaling, factors=dict(zip(target.factors, factors, strict=True)))
 
 
 def _complete(targets: Sequence[Target], facts: BaseFacts) -> list[Target]:

@@ -43,8 +43,9 @@ _PIPELINE: Final = (
 """How keys of diffusion pipelines begin, which have schemes of their own."""
 _OTHERS: Final = re.compile(
     r".*\.lora_[ab](?:\.weight)?$|.*\.loras\.[^.]+\.|layers\.\d+\.(?:attention|feed_forward)\.|w_[ab]_\d{3,}$"
+    r"|.*\.(?:experts\.w[123]|unembed_tokens)\.lora_[AB]\."
 )
-"""Keys of schemes that share PEFT's file names or endings: torchtune, mlx-lm, AdapterHub, mistral-finetune, SAMed."""
+"""Keys of schemes that share PEFT's file names or endings: torchtune, mlx-lm, AdapterHub, mistral, SAMed, Tinker."""
 _DUMPS: Final = ("base_model.model.double_blocks.", "base_model.model.single_blocks.")
 """How fal's dumps of BFL's model begin, where no configuration is beside them."""
 

@@ -150,6 +150,23 @@ def test_modules_that_litgpt_adapts_as_a_whole_are_completed_by_zeros() -> None:
     assert written[f"transformer.h.0.mlp.proj{B}"].shape == (d.HIDDEN, 3)
 
 
+@pytest.mark.parametrize("letters", ["qv", "q", "qkv"])
+def test_the_scale_of_a_group_is_that_of_its_part(letters: str) -> None:
+    """Fused targets have one alpha over the sum of their ranks; litgpt divides by the rank of each group."""
+    modules = d.blocks({letter: f"model.layers.{{i}}.self_attn.{letter}_proj" for letter in letters}, (0, 1))
+    tensors = d.factors(modules, ".lora_A.weight", ".lora_B.weight")
+    named = {f"base_model.model.{name}": MemoryFactor(name, each.read()) for name, each in tensors.items()}
+    bundle = Bundle(Path("peft"), dict(named), {}, {"peft_type": "LORA", "r": 3, "lora_alpha": 6})
+    source = Source(bundle.path, bundle, PEFT.read(bundle, NOT_STATED), "")
+    converted = convert_source(source, SCHEME, d.LLAMA, Rounding())
+    assert not find_against(converted)
+    config = converted.written.config
+    assert config is not None
+    assert (config["lora_r"], config["lora_alpha"]) == (3, 6.0)
+    down, up = (converted.written.tensors[f"transformer.h.0.attn.qkv{end}"] for end in (A, B))
+    assert (down.shape, up.shape) == ((3 * len(letters), d.HIDDEN), (sum(d.SHAPES[each][0] for each in letters), 3))
+
+
 def test_a_folder_with_yaml(tmp_path: Path) -> None:
     from loraformat.containers.torch_zip import CONTAINER
     from loraformat.loading import load_adapter
