@@ -61,6 +61,7 @@ class PlannedChange:
         transposed: whether the stored matrix is the transpose of the canonical `(out, in * kernel)`.
         section: first and last canonical row, the latter excluded, that this weight holds; None for all.
         part: the rows and columns of the stored matrix that it changes; None for all.
+        shape: canonical shape of the parameter, `(out, in, *kernel)` of a weight; empty where the factors tell it.
     """
 
     adapter: int
@@ -74,6 +75,7 @@ class PlannedChange:
     transposed: bool
     section: tuple[int, int] | None = None
     part: Part | None = None
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

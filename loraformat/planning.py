@@ -182,7 +182,7 @@ def _check_weight(item: WeightedAdapter, *, allow_zero: bool) -> list[Problem]:
 
 
 def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedChange:
-    target, change = match.target, match.want.change
+    target, change = match.target, match.change
     kind = KINDS.find(target.kind)
     weight = item.weight / match.divisor
     if kind is not None and kind.nature is Nature.REPLACEMENT:  # Its scale says how far to go towards its values.
@@ -199,6 +199,7 @@ def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedC
         transposed=match.transposed,
         section=match.section,
         part=match.part,
+        shape=change.shape if change.shape != match.want.shape else (),
     )
 
 

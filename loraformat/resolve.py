@@ -15,8 +15,20 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from loraformat.adapter import Adapter
-from loraformat.bases import Site, Weight
-from loraformat.matching import Match, NewBias, Want, fits_site, list_wants, name_weight, sample_sites
+from loraformat.bases import TENSOR_NAME, Site, Weight
+from loraformat.kinds import UNKNOWN
+from loraformat.matching import (
+    Match,
+    NewBias,
+    Want,
+    check_size,
+    fits_site,
+    list_wants,
+    name_weight,
+    open_slot,
+    sample_sites,
+    settle_shape,
+)
 from loraformat.mismatches import (
     LISTED,
     group_by_weight,
@@ -77,8 +89,8 @@ def resolve(
     """
     wants = [want for target in adapter.targets for want in list_wants(target)]
     indexes = {parameter: SiteIndex(sites, parameter) for parameter in {want.parameter for want in wants}}
-    names = {want: _strip(want.target.name, strip_prefix) for want in wants}
-    found = {want: indexes[want.parameter].find(names[want]) for want in wants}
+    names = {want.target.name: _strip(want.target.name, strip_prefix) for want in wants}
+    found = {want: indexes[want.parameter].find(names[want.target.name]) for want in wants}
     matches, missing, problems = _match_all(found, sites, ignore_fingerprints=ignore_fingerprints)
     matches, displaced = _prefer_exact(matches)
     matches, shared = settle_sharing(matches, sites, untie=untie)
@@ -88,7 +100,8 @@ def resolve(
     allowed = [want for want in missing if any(fnmatchcase(want.target.name, glob) for glob in allow_unmatched)]
     allowed = [want for want in allowed if want not in made]
     spoken = {each.want for each in lacking} | set(allowed)
-    lost = [(want.name, names[want], indexes[want.parameter]) for want in missing if want not in spoken]
+    unspoken = [want for want in missing if want not in spoken]
+    lost = [(want.name, names[want.target.name], indexes[want.parameter]) for want in unspoken]
     lacking = [each for each in lacking if each.want not in allowed]
     problems += report_missing(lost) + shared + report_collisions(matches)
     problems += report_dropped(matches) + report_renamed(matches) + _report_biases(lacking, wanted=new_biases)
@@ -106,16 +119,23 @@ def _match_all(
     for want, named in found.items():
         candidates = named or find_by_fingerprint(want, sites)
         if not candidates:
-            missing.append(want)
+            if not (want.change.is_optional and _lists_all(sites)):
+                missing.append(want)
             continue
-        outcome = _match(want, candidates, usual)
+        opened = open_slot(want, [candidate.site for candidate in candidates])
+        outcome = _match(opened, candidates, usual)
         if not isinstance(outcome, Problem) and not ignore_fingerprints:
-            outcome = _check_fingerprint(want, outcome)
+            outcome = _check_fingerprint(opened, outcome)
         if isinstance(outcome, Problem):
             problems.append(outcome)
         else:
             matches += outcome
     return matches, missing, problems
+
+
+def _lists_all(sites: Sequence[Site]) -> bool:
+    """Say whether a parameter that was not found is surely not there: a state dict lists all that it has."""
+    return all(site.evidence == TENSOR_NAME for site in sites)
 
 
 def _find_lacking_biases(missing: Sequence[Want], matches: Sequence[Match]) -> list[NewBias]:
@@ -157,8 +177,9 @@ def _check_fingerprint(want: Want, matches: list[Match]) -> list[Match] | Proble
     fingerprint = want.target.fingerprint
     if fingerprint is None or not want.is_main:
         return matches
-    samples = sample_sites(want, [site for match in matches for site in match.sites])
-    if fingerprint.shape == want.shape and fingerprint.matches(samples):
+    sites = [site for match in matches for site in match.sites]
+    samples, shape = sample_sites(want, sites), settle_shape(want, sites)
+    if fingerprint.shape == shape and fingerprint.matches(samples):
         return matches
     near = sum(abs(a - b) <= abs(a) / 16 for a, b in zip(fingerprint.samples, samples, strict=True))
     names = ", ".join(repr(match.weight.name) for match in matches)
@@ -197,6 +218,9 @@ def _match(want: Want, candidates: Sequence[Candidate], usual: str | None) -> li
         return Problem(blocked.code, f"{want.name} at {blocked.where}", blocked.found, blocked.expected, blocked.mend)
     groups = _split_sections(fitting)
     sections = [group[0].section for group in groups]
+    if want.shape[0] == UNKNOWN and sections != [None]:
+        found = f"a base that splits the module, and factors of {want.target.kind} that do not tell its rows"
+        return Problem("LF408", want.name, found, "the module in one weight")
     if not _are_whole(want, sections):
         found = f"{len(sections)} parts of it, rows {', '.join(str(section) for section in sections[:LISTED])}"
         return Problem("LF405", want.name, found, f"all of {want.shape[0]} rows")
@@ -237,6 +261,9 @@ def _match_weight(want: Want, sites: Sequence[Site], relation: str) -> Match | P
     if nameless or len(manners) != 1 or (len(weights) != 1 and not _are_copies(sites, weights)):
         listed = "; ".join(f"{site.module} ({site.evidence}) reads {name_weight(site)}" for site in sites[:LISTED])
         return Problem("LF404", want.name, f"several weights or several ways to read one: {listed}", "one weight")
+    misfit = check_size(want, sites)
+    if misfit is not None:
+        return misfit
     transposed, divisor, _ = manners.pop()
     evidence = BY_FINGERPRINT if relation == BY_FINGERPRINT else sites[0].evidence
     return Match(want, weights, tuple(sites), transposed, divisor, evidence, relation)

@@ -72,6 +72,8 @@ def _check_numbers(target: Target) -> list[Problem]:
     """Return problems of the factors' numbers: not finite, or a product that is surely zero."""
     problems = []
     silent = False
+    kind = KINDS.find(target.kind)
+    is_added = kind is not None and kind.nature is Nature.ADDITIVE
     for role, factor in target.factors.items():
         with np.errstate(over="ignore"):
             values = factor.read().astype(np.float32)
@@ -80,7 +82,7 @@ def _check_numbers(target: Target) -> list[Problem]:
             bad = np.argwhere(~finite)
             found = f"{len(bad)} of {values.size} numbers, the first at {tuple(int(i) for i in bad[0])}"
             problems.append(Problem("LF501", f"{target.name}: {role}", found, "finite numbers"))
-        silent = silent or not (values.any() or is_replacement(target.kind))
+        silent = silent or (is_added and factor.dtype.family == "float" and not values.any())
     if silent and not problems:
         problems.append(Problem("LF214", target.name, "a factor of zeros", severity="warning"))
     return problems

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -135,6 +135,7 @@ class WeightWork:
         kind = KINDS.find(target.kind)
         assert kind is not None, "the plan checked it"
         change = _find_change(kind.changes(target), planned)
+        change = replace(change, shape=planned.shape) if planned.shape else change
         factors: Mapping[str, NDArray[Any]] = {role: self._read_factor(target, role) for role in change.roles}
         if change.nature is Nature.FUNCTION_OF_BASE:
             return cast(MappingKind, kind).map(target, change, factors)

@@ -24,10 +24,9 @@ from graphs import (
     stored_weights,
     write_model,
 )
+from loraformat import load, merge, plan_merge, save, stamp, validate
 from loraformat.adapter import Adapter, SlotKind
-from loraformat.api import load, save, stamp, validate
 from loraformat.errors import LoraformatError
-from loraformat.merging import merge, plan_merge
 from test_fingerprint import expected_samples
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (12, 20), "model.layers.0.mlp.down_proj": (20, 28), "lm_head": (36, 20)}

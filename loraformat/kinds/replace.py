@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Factor, ScalingRule, SlotKind, Target
-from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles
+from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles, refuse_options
 from loraformat.kinds._matrices import Values
 from loraformat.problems import Problem
 
@@ -29,7 +29,7 @@ class Replace:
 
     def check(self, target: Target) -> list[Problem]:
         """Return problems of slot, roles, rank, scaling, number forms and shapes."""
-        problems = check_roles(target, self.role_sets)
+        problems = [*refuse_options(target), *check_roles(target, self.role_sets)]
         if not target.factors:
             problems.append(Problem("LF201", target.name, "no tensors", "a weight, a bias, or both"))
         if target.rank:

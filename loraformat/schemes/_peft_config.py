@@ -1,7 +1,7 @@
 """PEFT's `adapter_config.json`: what of it changes the numbers, and what of it stands against a merge."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -74,6 +74,7 @@ class _OtherTypes:
 
 
 _AT_RUN_TIME: Final = "No weight holds what it does: use it in the library that trained it."
+_MERGE_THERE: Final = "Merge it in PEFT: load it with PeftModel.from_pretrained, then merge_and_unload."
 _OTHER_TYPES: Final = (
     _OtherTypes(
         frozenset({"CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}),
@@ -86,6 +87,18 @@ _OTHER_TYPES: Final = (
         "a router or a side network acts on each input, which no weight can do",
         _AT_RUN_TIME,
     ),
+    _OtherTypes(
+        frozenset({"OSF", "PSOFT", "FROD"}),
+        "it keeps singular values or vectors of the base, which decompositions elsewhere find with other signs",
+        _MERGE_THERE,
+    ),
+    _OtherTypes(
+        frozenset({"ADAMSS", "UNILORA"}),
+        "its factors have places that follow from the base's modules or from a clustering, which no file says",
+        _MERGE_THERE,
+    ),
+    _OtherTypes(frozenset({"PEANUT"}), "a network computes the change from the base", _MERGE_THERE),
+    _OtherTypes(frozenset({"DEFT"}), "it projects the base, which this version does not do", _MERGE_THERE),
 )
 _OTHER_FORM: Final = _OtherTypes(frozenset(), "a change of another form, which this version does not know")
 
@@ -108,17 +121,18 @@ class PeftConfig:
     where: str
     present: bool
 
-    def check_type(self, bundle: Bundle) -> None:
-        """Refuse adapters of another type than LORA by name."""
+    def check_type(self, bundle: Bundle, known: Collection[str] = ()) -> str:
+        """Return the type, LORA or one of `known`; refuse any other by name."""
         kind = self.text("peft_type") if self.present else _LORA
         if kind is None:
             raise refuse("LF209", self.where, "no peft_type", f"peft_type {_LORA!r}")
-        if kind not in _READ:
+        if kind not in _READ and kind not in known:
             names = ", ".join(sorted(bundle.tensors)[:2])
             tensors = f", tensors such as {names}" if names else ""
             about = _describe_type(kind)
             found = f"peft_type {kind!r}{tensors}: {about.what}"
-            raise refuse("LF209", self.where, found, f"peft_type {_LORA!r}", about.mend)
+            raise refuse("LF209", self.where, found, f"one of {', '.join(sorted({_LORA, *known}))}", about.mend)
+        return kind
 
     def problems(self) -> list[Problem]:
         """Return the options under which this version cannot merge."""

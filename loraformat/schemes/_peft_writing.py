@@ -64,6 +64,9 @@ def _find_packed(adapter: Adapter) -> list[Problem]:
     raw = adapter.provenance.get("peft")
     fields = raw if isinstance(raw, Mapping) else {}
     where = adapter.source or "the adapter"
+    kind = fields.get("peft_type", "LORA")
+    if kind != "LORA":
+        return [Problem("LF312", where, f"peft_type {kind!r}", "a folder of LORA")]
     return [
         Problem("LF312", where, f"{field} of the source, whose tensors were taken apart", "plain factors")
         for field in _PACKING

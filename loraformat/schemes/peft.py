@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from loraformat.adapter import Adapter, BaseBinding
+from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts
 from loraformat.errors import LoraformatError, refuse
 from loraformat.manifest import MANIFEST_KEY
@@ -22,6 +22,8 @@ from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check
 from loraformat.schemes._peft_config import PeftConfig, read_config
 from loraformat.schemes._peft_groups import BASE, COPY, REPLACE, TOKENS, Group, compose, is_buffer, note_left_out
 from loraformat.schemes._peft_targets import TargetReader
+from loraformat.schemes._peft_type import SHARED, PeftType, spread_shared
+from loraformat.schemes._peft_types import TYPES
 from loraformat.schemes._peft_writing import write_folder
 from loraformat.schemes._table import Name, NameTable, Row
 
@@ -110,7 +112,9 @@ class Peft:
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter; what this version cannot merge becomes a problem of it."""
         config = read_config(bundle.config, bundle.path)
-        config.check_type(bundle)
+        other = TYPES.get(config.check_type(bundle, TYPES))
+        if other is not None:
+            return self._read_other(bundle, config, other)
         groups, problems = _group(bundle)
         targets, found = TargetReader(groups, config, stated, bundle).read_all()
         lost = find_lost(config, _summarise(groups))
@@ -133,23 +137,56 @@ class Peft:
         keys = {row.role: row.pattern for row in reversed(TABLE.rows) if "{" not in row.pattern}
         return write_folder(adapter, keys, check_holds(self.name, self.holds, adapter))
 
+    def _read_other(self, bundle: Bundle, config: PeftConfig, other: PeftType) -> Adapter:
+        """Return an adapter of another type than LORA."""
+        groups, problems = _group(bundle, other.table)
+        factors = spread_shared({name: group.factors for name, group in groups.items()})
+        found = [
+            _read_saved(name, groups[name].factors)
+            if groups[name].kinds == {REPLACE}
+            else other.read_target(name, factors[name], config)
+            for name in sorted(factors)
+        ]
+        targets = [each for each in found if isinstance(each, Target)]
+        left = [each for each in found if isinstance(each, Problem)]
+        if not targets:
+            raise refuse("LF212", bundle.path, f"{len(bundle.tensors)} tensors, none of a target", "a target")
+        return Adapter(
+            targets=tuple(targets),
+            base=BaseBinding(config.text("base_model_name_or_path"), config.text("revision")),
+            scheme=self.name,
+            source=str(bundle.path),
+            provenance={"peft": dict(bundle.config)} if bundle.config else {},
+            problems=(*problems, *other.find_obstacles(config), *left),
+        )
+
     def check(self, bundle: Bundle) -> list[Problem]:
         """Return what is odd about configuration and tensors together; nothing of it stands against reading them."""
-        groups, _ = _group(bundle)
+        other = TYPES.get(str((bundle.config or {}).get("peft_type")))
+        groups, _ = _group(bundle, other.table if other else TABLE)
+        groups.pop(SHARED, None)
         return find_oddities(read_config(bundle.config, bundle.path), _summarise(groups))
 
     def check_config(self, bundle: Bundle) -> ConfigReading:
         """Return what a configuration without tensors says."""
         config = read_config(bundle.config, bundle.path)
         try:
-            config.check_type(bundle)
+            other = TYPES.get(config.check_type(bundle, TYPES))
         except LoraformatError as error:
             return ConfigReading(_describe_config(config), {}, error.problems)
+        if other is not None:
+            return ConfigReading(_describe_config(config), {other.kind: "peft_type"}, other.find_obstacles(config))
         problems = (*find_oddities(config, {}), *check_numbers(config), *config.problems())
         return ConfigReading(_describe_config(config), announced_kinds(config), problems)
 
 
-def _group(bundle: Bundle) -> tuple[dict[str, Group], list[Problem]]:
+def _read_saved(name: str, factors: Mapping[str, Factor]) -> Target:
+    """Return a module that was saved whole."""
+    scaling = Scaling(ScalingRule.MULTIPLIER, 1.0)
+    return Target(name, REPLACE, SlotKind.PARAMETER, factors, 0, scaling)
+
+
+def _group(bundle: Bundle, table: NameTable = TABLE) -> tuple[dict[str, Group], list[Problem]]:
     """Return the tensors by target, wrapper prefixes removed, and problems of unknown or colliding keys."""
     groups: dict[str, Group] = {}
     stripped: set[str] = set()
@@ -158,7 +195,7 @@ def _group(bundle: Bundle) -> tuple[dict[str, Group], list[Problem]]:
     for key, tensor in bundle.tensors.items():
         if is_buffer(key):
             continue
-        name = _read_key(key, stripped)
+        name = _read_key(key, stripped, table)
         if name is None:
             problems.append(Problem("LF202", key, f"a tensor of shape {tensor.shape}", "a role that PEFT has"))
             continue
@@ -186,7 +223,7 @@ def _describe_config(config: PeftConfig) -> str:
     return ", ".join(f"{field} {value!r:.60}" for field, value in values.items())
 
 
-def _read_key(key: str, stripped: set[str]) -> Name | None:
+def _read_key(key: str, stripped: set[str], table: NameTable) -> Name | None:
     for wrapper in _WRAPPERS:
         while f".{wrapper}" in f".{key}":
             key = f".{key}".replace(f".{wrapper}", ".", 1)[1:]
@@ -196,7 +233,7 @@ def _read_key(key: str, stripped: set[str]) -> Name | None:
         while key.startswith(_DATA_PARALLEL):
             key = key.removeprefix(_DATA_PARALLEL)
             stripped.add(_DATA_PARALLEL)
-    return TABLE.read(key)
+    return table.read(key)
 
 
 def _find_lost_magnitudes(groups: Mapping[str, Group], config: PeftConfig) -> list[Problem]:

@@ -279,3 +279,33 @@ def test_trained_tokens_half_way(tmp_path: Path) -> None:
     expected = before[name] + 0.25 * (trained.merged[name] - before[name])
     np.testing.assert_allclose(after[name], expected, rtol=0, atol=1e-7)
     assert (after[name] != before[name]).any(axis=1).sum() == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_initialisation_that_changed_the_base(tmp_path: Path, init: str) -> None:
+    """Refused as it is; converted by PEFT, it is LoRA of twice the rank on the base as it was."""
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=LINEAR, init_lora_weights=init)
+    adapted = peft.get_peft_model(model, config)
+    adapted.peft_config["default"].init_lora_weights = True
+    adapted.save_pretrained(tmp_path / "initial")
+    adapted.peft_config["default"].init_lora_weights = init
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.01
+    adapted.save_pretrained(tmp_path / "raw")
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(tmp_path / "base", [tmp_path / "raw"], tmp_path / "refused")
+    assert caught.value.codes == ("LF215",)
+    assert "path_initial_model_for_weight_conversion" in caught.value.problems[0].advice
+    adapted.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    loraformat.merge(tmp_path / "base", [tmp_path / "converted"], tmp_path / "merged")
+    found, before = state_of(tmp_path / "merged"), state_of(tmp_path / "base")
+    expected = {name: value.double().numpy() for name, value in adapted.merge_and_unload().state_dict().items()}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert np.abs(expected[name] - before[name]).max() > 1e-3
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=2e-6)

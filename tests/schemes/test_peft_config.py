@@ -90,7 +90,7 @@ def test_the_lack_of_a_configuration_is_said() -> None:
             config.scaling_of("m.q", NOT_STATED, PATH)
         assert caught.value.codes == ("LF211",)
         assert found in caught.value.problems[0].found
-    assert read_config(None, PATH).check_type(Bundle(PATH, {})) is None
+    assert read_config(None, PATH).check_type(Bundle(PATH, {})) == "LORA"
 
 
 def test_a_multiplier_is_no_alpha() -> None:
