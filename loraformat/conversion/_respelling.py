@@ -65,6 +65,8 @@ def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, li
 
 def respell_like(adapter: Adapter, model: Adapter, facts: BaseFacts) -> tuple[Adapter, list[Problem]]:
     """Return the adapter with its modules spelled as those of another adapter of the same modules."""
+    if {target.name for target in adapter.targets} == {target.name for target in model.targets}:
+        return adapter, []
     known: dict[str, str] = {}
     groups: dict[str, list[str]] = defaultdict(list)
     for target in model.targets:

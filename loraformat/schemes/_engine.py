@@ -264,6 +264,7 @@ class TableScheme(TableReader):
 
 _KINDS_TOGETHER: Final[Mapping[frozenset[str], str]] = {
     frozenset({"lora", "dora"}): "dora",
+    frozenset({"lora", "dora of inputs"}): "dora of inputs",
 }
 """What the rows of one module make together."""
 

@@ -22,7 +22,7 @@ _GLORA: Final = ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"
 LYCORIS_ROWS: Final = (
     Row("lora_mid.weight", "lora", "lora_mid.weight"),
     Row("dora_scale", "dora", "lora_magnitude_vector", COLUMN, _is_column),
-    Row("dora_scale", "dora", "dora_scale"),
+    Row("dora_scale", "dora of inputs", "dora_scale"),
     *(Row(role, "loha", role) for role in _LOHA),
     *(Row(role, "lokr", role) for role in _LOKR),
     *(Row(role, "glora", role) for role in _GLORA),
@@ -39,7 +39,7 @@ LYCORIS_ROWS: Final = (
 )
 
 LYCORIS_KINDS: Final = frozenset(
-    {"lora", "dora", "loha", "lokr", "glora", "diff", "norm", "oft", "ia3", "replace"}
+    {"lora", "dora", "dora of inputs", "loha", "lokr", "glora", "diff", "norm", "oft", "ia3", "replace"}
     | {f"{one} and {two}" for one, two in (("diff", "lora"), ("dora", "loha"), ("dora", "lokr"), ("diff", "dora"))}
 )
 """What these rows can hold: the kinds, and the kinds that they make together."""

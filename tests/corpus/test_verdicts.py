@@ -160,8 +160,8 @@ FILES = (
     ),
     Expected(
         "KohakuBlueleaf__LyCORIS/result/smart_falcon_4_lokr.safetensors",
-        {("LF209", "error"): 350, ("LF323", "note"): 2},
-        "LoKr under kohya's names, which is no kind that this version merges; it must not pass for LoRA.",
+        {("LF214", "warning"): 3, ("LF323", "note"): 2},
+        "LoKr under kohya's names; three modules have a factor of zeros, as its README says.",
         "kohya",
         350,
     ),

@@ -180,10 +180,13 @@ def test_kinds_and_slots_of_payloads() -> None:
 
 
 def test_a_magnitude_of_outputs_is_that_of_dora_and_one_of_inputs_is_not() -> None:
-    for shape, role, stored in (((8, 1), "lora_magnitude_vector", (8,)), ((1, 5), "dora_scale", (1, 5))):
+    for shape, role, stored, kind in (
+        ((8, 1), "lora_magnitude_vector", (8,), "dora"),
+        ((1, 5), "dora_scale", (1, 5), "dora of inputs"),
+    ):
         bundle = bundle_of(payload(TO_Q, {DOWN: (2, 5), UP: (8, 2), "dora_scale": shape}))
         (target,) = SCHEME.read(bundle, NOT_STATED).targets
-        assert target.kind == "dora"
+        assert target.kind == kind
         assert target.factors[role].shape == stored
 
 
