@@ -5,10 +5,12 @@ module may have a tensor `alpha`, in whatever form the file was saved in. What t
 `spec/names/` has them.
 """
 
+from dataclasses import dataclass, replace
 from typing import Final
 
-from loraformat.adapter import SlotKind
-from loraformat.schemes import LORA_SLOTS, Holds
+from loraformat.adapter import Adapter, SlotKind
+from loraformat.problems import Problem
+from loraformat.schemes import LORA_SLOTS, Bundle, Holds, StatedScale
 from loraformat.schemes._engine import NOISE, Alias, Marks, TableScheme
 from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS
 from loraformat.schemes._naming import ComponentNaming
@@ -28,7 +30,30 @@ _PREFIXES: Final = {
 }
 """What a prefix stands for where no table of the model says otherwise; `lora_transformer` is OneTrainer's."""
 
-SCHEME: Final = TableScheme(
+_SPLIT: Final = "split_qkv=True"
+
+
+@dataclass(frozen=True)
+class Kohya(TableScheme):
+    """The scheme `kohya`."""
+
+    def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
+        """Return the adapter; a training option that leaves two readings of alpha is said.
+
+        With `split_qkv` sd-scripts trains q, k and v apart with alpha / rank each, and saves them fused, at three times
+        the rank, under the same alpha. Every reader then divides by the rank that it sees.
+        """
+        adapter = super().read(bundle, stated)
+        arguments = bundle.metadata.get("ss_network_args", "").replace('"', "").replace(" ", "")
+        if not any(form in arguments for form in (_SPLIT, _SPLIT.replace("=", ":"), "split_qkv:true")):
+            return adapter
+        found = "split_qkv in ss_network_args: alpha is divided by the fused rank, three times that of the training"
+        return replace(
+            adapter, problems=(*adapter.problems, Problem("LF324", adapter.source, found, severity="warning"))
+        )
+
+
+SCHEME: Final = Kohya(
     name="kohya",
     title="kohya: one file, flat names, an alpha beside each module (A1111, LyCORIS)",
     rows=NameTable(

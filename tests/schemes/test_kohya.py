@@ -164,6 +164,14 @@ def test_a_stated_scale_holds_where_no_alpha_is() -> None:
     assert target.scaling == Scaling(ScalingRule.ALPHA_OVER_RANK, 6.0)
 
 
+@pytest.mark.parametrize("text", ['{"split_qkv": "True", "train_blocks": "all"}', '["split_qkv=True"]'])
+def test_parts_that_were_trained_apart_and_saved_fused_are_pointed_out(text: str) -> None:
+    tensors = m.lora(m.flat("lora_unet", m.FLUX_BFL), DOWN, UP, alpha=2.0)
+    (problem,) = find(bundle_of(tensors, ss_network_args=text), "LF324")
+    assert problem.severity == "warning"
+    assert not find(bundle_of(tensors, ss_network_args='{"split_qkv": "False"}'), "LF324")
+
+
 def test_alphas_that_are_no_number() -> None:
     bundle = bundle_of(dict(one(TO_Q).tensors) | m.tensors({f"{TO_Q}.alpha": np.ones((2,))}))
     with pytest.raises(Exception, match="LF203"):
