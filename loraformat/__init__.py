@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loraformat.algebra_api import compose, diff, resize, scale
     from loraformat.analysis_api import analyse, extract, init, save_page
     from loraformat.api import inspect, load, save, stamp, validate
+    from loraformat.conversion import Conversion, SchemeSummary, convert, list_schemes, plan_conversion
     from loraformat.errors import FindingError, InputError, LoraformatError, OutputError, RefusedError
     from loraformat.inspection import AdapterInspection, BaseInspection
     from loraformat.merging import merge, merge_each, merge_into, plan_merge, unmerge, verify
@@ -36,6 +37,7 @@ __all__ = [
     "AdapterInspection",
     "Analysis",
     "BaseInspection",
+    "Conversion",
     "Difference",
     "Extraction",
     "FindingError",
@@ -48,20 +50,24 @@ __all__ = [
     "Receipt",
     "Reduction",
     "RefusedError",
+    "SchemeSummary",
     "Target",
     "Undone",
     "Verdict",
     "Verification",
     "analyse",
     "compose",
+    "convert",
     "diff",
     "extract",
     "init",
     "inspect",
+    "list_schemes",
     "load",
     "merge",
     "merge_each",
     "merge_into",
+    "plan_conversion",
     "plan_merge",
     "resize",
     "save",
@@ -83,6 +89,7 @@ _HOMES = {
     "loraformat.algebra_api": ("compose", "diff", "resize", "scale"),
     "loraformat.analysis_api": ("analyse", "extract", "init", "save_page"),
     "loraformat.api": ("inspect", "load", "save", "stamp", "validate"),
+    "loraformat.conversion": ("Conversion", "SchemeSummary", "convert", "list_schemes", "plan_conversion"),
     "loraformat.errors": ("FindingError", "InputError", "LoraformatError", "OutputError", "RefusedError"),
     "loraformat.inspection": ("AdapterInspection", "BaseInspection"),
     "loraformat.merging": ("merge", "merge_each", "merge_into", "plan_merge", "unmerge", "verify"),

@@ -178,6 +178,7 @@ class Adapter:
         provenance: what the source said that has no place of its own, e.g. PEFT's raw configuration.
         problems: what the reader normalised or found odd; those of severity `error` stand against a merge, not
             against a look.
+        absorbed: tensors whose numbers stand in the records themselves, such as alphas.
     """
 
     targets: tuple[Target, ...]
@@ -188,6 +189,7 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     problems: tuple[Problem, ...] = ()
+    absorbed: tuple[Factor, ...] = ()
 
     @property
     def parameters(self) -> int:

@@ -60,6 +60,15 @@ MAX_PICKLE_INTEGER_BYTES: Final = 64
 MAX_NPY_HEADER_BYTES: Final = 10_000
 """numpy's own cap (`max_header_size`)."""
 
+MAX_GGUF_HEAD_BYTES: Final = 100_000_000
+"""Key-values and tensor descriptions of a GGUF file; vocabularies take some megabytes."""
+
+MAX_KEY_VALUES: Final = 100_000
+"""Key-values of one GGUF file; real ones have some dozens."""
+
+MAX_FLATBUFFER_BYTES: Final = 2**31 - 1
+"""Offsets in a flatbuffer have 31 bits, so no reader takes a longer one."""
+
 MAX_VALUE_CHARACTERS: Final = 200
 """What is shown of a value beside the tensors, and of its name."""
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from os.path import isdir
 from pathlib import Path
 from typing import Final
@@ -11,17 +12,20 @@ from loraformat.adapter import Adapter
 from loraformat.bases import BASES, BaseFormat, BaseModel
 from loraformat.containers import CONTAINERS, Container
 from loraformat.errors import LoraformatError, error_for, refuse
+from loraformat.flat_yaml import parse_flat_yaml
 from loraformat.known_scales import find_scale
 from loraformat.manifest import MANIFEST_KEY
+from loraformat.operations import find_origins
 from loraformat.problems import Problem
 from loraformat.recognition import PEFT_TYPE, Recognised, recognise_config, recognise_files, recognise_tensors
-from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, Scheme, StatedScale
+from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, FolderScheme, Layout, Scheme, StatedScale
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, read_small
 from loraformat.strict_json import JsonValue, parse_json_object
 
 FACTORS_NAME: Final = "adapter_model.safetensors"
 CONFIG_NAME: Final = "adapter_config.json"
+_YAML: Final = (".yaml", ".yml")
 _DIGEST_STEP_BYTES: Final = 1 << 22
 FACTORS_NAMES: Final = (FACTORS_NAME, "adapter_model.bin", "adapter_model.pt")
 """What the file with the factors is called in a PEFT folder, the one to prefer first."""
@@ -105,7 +109,8 @@ def digest_file(file: InputFile) -> str:
 
 def list_files(adapter: Adapter) -> list[InputFile]:
     """Return the open files that an adapter's factors are read from; none for one made in memory."""
-    files = (f for factor in adapter.factors() for f in getattr(factor, "files", (getattr(factor, "file", None),)))
+    origins = (origin for factor in adapter.factors() for origin in find_origins(factor))
+    files = (f for origin in origins for f in getattr(origin, "files", (getattr(origin, "file", None),)))
     return list({id(file): file for file in files if isinstance(file, InputFile)}.values())
 
 
@@ -162,11 +167,15 @@ def is_base(path: Path) -> bool:
         return looks_so and not any((path / name).exists() for name in (*FACTORS_NAMES, CONFIG_NAME))
     bundle, _ = open_bundle(path)
     known = _recognise(bundle) or recognise_bundle(bundle)
-    return not known and not any(scheme.detect(bundle) for _, scheme in SCHEMES)
+    if known or any(scheme.detect(bundle) for _, scheme in SCHEMES):
+        return False
+    head, size = _read_head(path)
+    return any(base.accepts(path, head, size) for _, base in BASES)
 
 
 def _find_factors(folder: Path) -> Path:
-    for name in FACTORS_NAMES:
+    others = (name for layout in _list_layouts() for name in layout.factors if "*" not in name)
+    for name in (*FACTORS_NAMES, *others):
         if (folder / name).exists():
             return folder / name
     names = sorted(entry.name for entry in folder.iterdir())
@@ -177,16 +186,27 @@ def _find_factors(folder: Path) -> Path:
     raise refuse("LF121", folder, f"a folder with {inside}", f"a folder with {FACTORS_NAME}")
 
 
+def _list_layouts() -> list[Layout]:
+    return [scheme.layout for _, scheme in SCHEMES if isinstance(scheme, FolderScheme)]
+
+
 def _read_config(factors: Path) -> Mapping[str, JsonValue] | None:
-    """Return the configuration beside PEFT's file name; beside any other name it may belong to another file."""
-    path = factors.with_name(CONFIG_NAME)
-    if factors.name not in FACTORS_NAMES or not path.exists():
-        return None
+    """Return the configuration beside a name that a scheme has; beside any other it may belong to another file."""
+    known = [
+        layout.configs for layout in _list_layouts() if any(fnmatchcase(factors.name, name) for name in layout.factors)
+    ]
+    names = (CONFIG_NAME,) if factors.name in FACTORS_NAMES else tuple(name for configs in known for name in configs)
+    paths = [factors.with_name(name) for name in dict.fromkeys(names)]
+    found = [_parse_config(path) for path in paths if path.exists()]
+    return {name: value for config in reversed(found) for name, value in config.items()} if found else None
+
+
+def _parse_config(path: Path) -> Mapping[str, JsonValue]:
     data = read_small(path)
     described = describe_head(data[:HEAD_BYTES])
     if described is not None and not data.lstrip().startswith(b"{"):
         raise refuse("LF111", path, described.what, "JSON text", described.mend)
-    return parse_json_object(data, path)
+    return parse_flat_yaml(data, path) if path.suffix in _YAML else parse_json_object(data, path)
 
 
 def _read_head(path: Path) -> tuple[bytes, int]:

@@ -117,6 +117,11 @@ class PendingOutput:
             if final.exists():
                 os.chmod(part, stat.S_IMODE(final.stat().st_mode))
 
+    @property
+    def parts(self) -> Sequence[Path]:
+        """Where the files stand until they are moved, for whoever checks what was written."""
+        return tuple(self._parts)
+
     def commit(self) -> None:
         """Move the parts into place, in order; on failure nothing new remains."""
         placed: list[Path] = []
