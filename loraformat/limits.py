@@ -81,6 +81,9 @@ MAX_EVIDENCE_BYTES: Final = 100_000
 TILE_BYTES: Final = 1 << 20
 """float32 bytes of one tile: its buffers stay in a core's second-level cache."""
 
+STREAM_BYTES: Final = 4 << 20
+"""What is held of a factor of the size of a weight, for each worker: reads of this size are as fast as any."""
+
 COPY_CHUNK_BYTES: Final = 64 << 20
 """Bytes of one copying step: large enough to be cheap, small enough to show progress and to stop."""
 

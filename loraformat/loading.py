@@ -10,8 +10,11 @@ from typing import Final
 from loraformat.adapter import Adapter
 from loraformat.bases import BASES, BaseFormat, BaseModel
 from loraformat.containers import CONTAINERS, Container
-from loraformat.errors import refuse
+from loraformat.errors import LoraformatError, error_for, refuse
+from loraformat.known_scales import find_scale
+from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
+from loraformat.recognition import PEFT_TYPE, Recognised, recognise_config, recognise_files, recognise_tensors
 from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, Scheme, StatedScale
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, read_small
@@ -34,7 +37,6 @@ _KNOWN_ENDINGS: Final = (
     ("lora_A", "the scheme of loralib or litgpt"),
     (":up", "the scheme of cloneofsimo/lora"),
     ("lora_A.weight", "the scheme of diffusers or ai-toolkit"),
-    ("prompt_embeddings", "prompt tuning, which changes no weight"),
 )
 
 
@@ -56,9 +58,25 @@ def read_adapter(path: Path, scheme: str | None, stated: StatedScale) -> tuple[A
     """Return the adapter as `load_adapter` does, the evidence for its scheme, and the file that holds its tensors."""
     bundle, file = open_bundle(path)
     reader, evidence = choose_scheme(bundle, scheme)
-    adapter = reader.read(bundle, stated)
+    adapter = read_bundle(reader, bundle, stated)
     problems = (*adapter.problems, *_find_unused(adapter, stated))
     return replace(adapter, sha256=digest_file(file), problems=problems), evidence, file
+
+
+def read_bundle(scheme: Scheme, bundle: Bundle, stated: StatedScale) -> Adapter:
+    """Return what a scheme reads; where the scale is missing (LF211), the error says what is known of it."""
+    try:
+        return scheme.read(bundle, stated)
+    except LoraformatError as error:
+        known = find_scale({name: tensor.shape for name, tensor in bundle.tensors.items()})
+        if known is None or "LF211" not in error.codes:
+            raise
+        said = f"This looks like {known.name}: {known.said}."
+        problems = [
+            replace(problem, mend=f"{problem.advice} {said}") if problem.code == "LF211" else problem
+            for problem in error.problems
+        ]
+        raise error_for(problems) from error
 
 
 def _find_unused(adapter: Adapter, stated: StatedScale) -> list[Problem]:
@@ -96,13 +114,16 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
 
     Raises:
         InputError: LF121 no scheme knows these tensors.
-        FindingError: LF303 several do, LF305 none is called `name`.
+        FindingError: LF209 an adapter that no weight can hold, LF303 several schemes know it, LF305 none is so called.
     """
     if name is not None:
         chosen = SCHEMES.find(name)
         if chosen is None:
             raise refuse("LF305", name, "no scheme of this name", f"one of {', '.join(SCHEMES.names())}")
         return chosen, "named by the user"
+    unmergeable = recognise_bundle(bundle)
+    if unmergeable is not None:
+        raise error_for([unmergeable.as_problem(bundle.path)])
     found = [(scheme, evidence) for _, scheme in SCHEMES if (evidence := scheme.detect(bundle)) is not None]
     if len(found) == 1:
         return found[0]
@@ -140,14 +161,19 @@ def is_base(path: Path) -> bool:
         looks_so = any(base.accepts(path, b"", 0) for _, base in BASES)
         return looks_so and not any((path / name).exists() for name in (*FACTORS_NAMES, CONFIG_NAME))
     bundle, _ = open_bundle(path)
-    return not any(scheme.detect(bundle) for _, scheme in SCHEMES) and not _recognise(bundle)
+    known = _recognise(bundle) or recognise_bundle(bundle)
+    return not known and not any(scheme.detect(bundle) for _, scheme in SCHEMES)
 
 
 def _find_factors(folder: Path) -> Path:
     for name in FACTORS_NAMES:
         if (folder / name).exists():
             return folder / name
-    inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
+    names = sorted(entry.name for entry in folder.iterdir())
+    unmergeable = recognise_files(names) or recognise_config(_read_config(folder / FACTORS_NAME) or {})
+    if unmergeable is not None:
+        raise error_for([unmergeable.as_problem(folder)])
+    inside = ", ".join(names[:6]) or "nothing"
     raise refuse("LF121", folder, f"a folder with {inside}", f"a folder with {FACTORS_NAME}")
 
 
@@ -192,6 +218,14 @@ def _unreadable(path: Path, head: bytes, expected: str) -> Exception:
     if described is None:
         return refuse("LF121", path, "a file of no known format", expected)
     return refuse("LF111", path, described.what, expected, described.mend)
+
+
+def recognise_bundle(bundle: Bundle) -> Recognised | None:
+    """Return what the bundle is, where it is an adapter that no weight can hold."""
+    config = bundle.config or {}
+    if MANIFEST_KEY in bundle.metadata or (PEFT_TYPE in config and recognise_config(config)):
+        return None  # Of its own configuration, PEFT's scheme says so.
+    return recognise_config(config) or recognise_tensors(bundle.tensors)
 
 
 def _recognise(bundle: Bundle) -> str | None:

@@ -258,7 +258,6 @@ FOREIGN = {
     "model.layers.0.self_attn.q_proj.lora_a": "mlx",
     "transformer.h.0.attn.attn.lora_A": "loralib or litgpt",
     "0:up": "cloneofsimo",
-    "prompt_embeddings": "prompt tuning",
 }
 
 

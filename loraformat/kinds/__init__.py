@@ -53,6 +53,8 @@ class Change:
         nature: how it composes with other changes.
         roles: the factors that it is computed from.
         slot: what kind of slot the parameter is.
+        streams: whether its factors are values of the parameter's own size. Those that can be read in parts are then
+            handed over unread, as `PartialFactor`, in place of arrays.
         open: whether the parameter may have more rows than `shape`, which stay as they are.
         shared: whether it is meant for all tables that a model ties together, though only one is named.
         is_optional: whether a base without the parameter has nothing to change: a bias that is scaled with its weight.
@@ -64,6 +66,7 @@ class Change:
     nature: Nature
     roles: tuple[str, ...]
     slot: SlotKind
+    streams: bool = False
     open: bool = False
     shared: bool = False
     is_optional: bool = False

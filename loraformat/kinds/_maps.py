@@ -90,9 +90,10 @@ class NormMap:
 
     Attributes:
         delta: Δ.
-        magnitudes: (rows,), or (columns,) where columns have lengths.
+        magnitudes: (rows / spread,), or (columns / spread,) where columns have lengths.
         is_by_rows: whether rows have lengths.
         epsilon: added to the norm.
+        spread: how many neighbouring rows, or columns, share one length: the places of a kernel.
         factors: m / (‖V‖ + ε) of all columns, known after a pass.
     """
 
@@ -100,6 +101,7 @@ class NormMap:
     magnitudes: NDArray[Any]
     is_by_rows: bool = True
     epsilon: float = 0.0
+    spread: int = 1
     factors: NDArray[Any] | None = None
 
     @property
@@ -109,8 +111,8 @@ class NormMap:
 
     @property
     def row_block(self) -> int:
-        """The norms of columns come from a pass before."""
-        return 1
+        """Rows of one length; the norms of columns come from a pass before."""
+        return self.spread if self.is_by_rows else 1
 
     def transposed(self) -> "NormMap":
         """Return the same function of the transposed matrix."""
@@ -135,12 +137,14 @@ class NormMap:
         factors = self.factors
         if self.is_by_rows:
             squares = np.einsum("ij,ij->i", out, out, dtype=np.float64)
-            factors = self._count_factors(squares, self.magnitudes[start:stop])[:, None]
+            magnitudes = self.magnitudes[start // self.spread : -(-stop // self.spread)]
+            factors = self._count_factors(squares, magnitudes)[:, None]
         assert factors is not None, "the map is prepared"
         np.multiply(out, factors.astype(out.dtype, copy=False), out=out)
 
     def _count_factors(self, squares: NDArray[np.float64], magnitudes: NDArray[Any]) -> NDArray[np.float64]:
-        factors: NDArray[np.float64] = magnitudes.astype(np.float64) / (np.sqrt(squares) + self.epsilon)
+        lengths = np.sqrt(squares.reshape(-1, self.spread).sum(axis=1)) + self.epsilon
+        factors: NDArray[np.float64] = np.repeat(magnitudes.astype(np.float64) / lengths, self.spread)
         return factors
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import Scaling, ScalingRule
-from loraformat.errors import refuse
+from loraformat.errors import error_for, refuse
 from loraformat.problems import Problem
+from loraformat.recognition import recognise_fields, recognise_type
 from loraformat.schemes import Bundle, StatedScale
 from loraformat.schemes._peft_patterns import fits
 from loraformat.strict_json import JsonValue
@@ -45,9 +46,6 @@ _DEQUANTISED: Final = (
 _BASE_CHANGING: Final = ("pissa", "olora", "corda", "lora_ga")
 
 _OBSTACLES: Final = (
-    _Obstacle("alora_invocation_tokens", lambda tokens: tokens is not None, "it acts after invocation tokens (aLoRA)"),
-    _Obstacle("arrow_config", _is_set, "a router chooses between adapters at run time (Arrow)"),
-    _Obstacle("use_qalora", _is_set, "its input is pooled (QALoRA)"),
     _Obstacle("kasa_config", _is_set, "it cuts singular values off the base (KaSA)"),
     _Obstacle("layer_replication", _is_set, "it repeats layers of the base, which has fewer than the adapter"),
     _Obstacle("enable_lora", _is_set, "it adapts slices of a fused weight (MergedLinear of PEFT 0.2)"),
@@ -64,47 +62,7 @@ _OBSTACLES: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _OtherTypes:
-    """Types of adapters that are not LoRA, and what they have in common."""
-
-    names: frozenset[str]
-    what: str
-    mend: str = ""
-
-
-_AT_RUN_TIME: Final = "No weight holds what it does: use it in the library that trained it."
-_MERGE_THERE: Final = "Merge it in PEFT: load it with PeftModel.from_pretrained, then merge_and_unload."
-_OTHER_TYPES: Final = (
-    _OtherTypes(
-        frozenset({"CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}),
-        "it trains virtual tokens, and changes no weight",
-        _AT_RUN_TIME,
-    ),
-    _OtherTypes(frozenset({"ADAPTION_PROMPT"}), "it adds gated attention, and changes no weight", _AT_RUN_TIME),
-    _OtherTypes(
-        frozenset({"LILY", "POLY", "SHADOW", "XLORA"}),
-        "a router or a side network acts on each input, which no weight can do",
-        _AT_RUN_TIME,
-    ),
-    _OtherTypes(
-        frozenset({"OSF", "PSOFT", "FROD"}),
-        "it keeps singular values or vectors of the base, which decompositions elsewhere find with other signs",
-        _MERGE_THERE,
-    ),
-    _OtherTypes(
-        frozenset({"ADAMSS", "UNILORA"}),
-        "its factors have places that follow from the base's modules or from a clustering, which no file says",
-        _MERGE_THERE,
-    ),
-    _OtherTypes(frozenset({"PEANUT"}), "a network computes the change from the base", _MERGE_THERE),
-    _OtherTypes(frozenset({"DEFT"}), "it projects the base, which this version does not do", _MERGE_THERE),
-)
-_OTHER_FORM: Final = _OtherTypes(frozenset(), "a change of another form, which this version does not know")
-
-
-def _describe_type(kind: str) -> _OtherTypes:
-    return next((types for types in _OTHER_TYPES if kind in types.names), _OTHER_FORM)
+_OTHER_FORM: Final = "a change of another form, which this version does not know"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,19 +87,27 @@ class PeftConfig:
         if kind not in _READ and kind not in known:
             names = ", ".join(sorted(bundle.tensors)[:2])
             tensors = f", tensors such as {names}" if names else ""
-            about = _describe_type(kind)
-            found = f"peft_type {kind!r}{tensors}: {about.what}"
-            raise refuse("LF209", self.where, found, f"one of {', '.join(sorted({_LORA, *known}))}", about.mend)
+            about, readable = recognise_type(kind), f"one of {', '.join(sorted({_LORA, *known}))}"
+            if about is not None:
+                raise error_for([about.as_problem(self.where, readable)])
+            raise refuse("LF209", self.where, f"peft_type {kind!r}{tensors}: {_OTHER_FORM}", readable)
         return kind
 
     def problems(self) -> list[Problem]:
         """Return the options under which this version cannot merge."""
         return [
-            Problem(
-                item.code, f"{self.where}: {item.field}", f"{self.fields[item.field]!r:.80}: {item.why}", "", item.mend
-            )
-            for item in _OBSTACLES
-            if item.field in self.fields and item.holds(self.fields[item.field])
+            *(item.as_problem(self.where) for item in recognise_fields(self.fields)),
+            *(
+                Problem(
+                    item.code,
+                    f"{self.where}: {item.field}",
+                    f"{self.fields[item.field]!r:.80}: {item.why}",
+                    "",
+                    item.mend,
+                )
+                for item in _OBSTACLES
+                if item.field in self.fields and item.holds(self.fields[item.field])
+            ),
         ]
 
     def tokens_of(self, target: str) -> list[JsonValue] | None:

@@ -305,9 +305,9 @@ def _raw(dtype: str, data: bytes) -> bytes:
     return pack(manifest_of({"proj": lora("linear", 2)}), tensors)
 
 
-def _dora() -> bytes:
+def _unknown_kind() -> bytes:
     tensors = {**TENSORS, "proj.lora_magnitude_vector": tensor("F32", [1, 2, 3])}
-    return pack(manifest_of({"proj": TARGET | {"kind": "dora"}}), tensors)
+    return pack(manifest_of({"proj": TARGET | {"kind": "kind-of-another-day"}}), tensors)
 
 
 def _orphan(name: str) -> bytes:
@@ -359,7 +359,7 @@ MEANINGS: Mapping[str, Files] = {
     ),
     "slot-unknown": vector("R-030", "LF122", _target({"slot": "slice"})),
     "slot-that-the-kind-lacks": vector("R-030", "LF408", _target({"slot": "parameter"})),
-    "kind-unknown": vector("R-040", "LF209", _dora()),
+    "kind-unknown": vector("R-040", "LF209", _unknown_kind()),
     "kind-in-capitals": vector("R-040", "LF209", _target({"kind": "LoRA"})),
     "ranks-of-the-factors-differ": vector("R-041", "LF203", _factors("linear", (2, 4), (3, 3))),
     "factors-transposed": vector("R-041", "LF203", _factors("linear", (4, 2), (2, 3), 4)),
