@@ -311,18 +311,19 @@ def test_a_folder_with_a_configuration_alone(tmp_path: Path) -> None:
 
 
 ALONE = [
-    ({"peft_type": "LOHA"}, {"LF209": "another form"}),
-    ({"peft_type": "IA3"}, {"LF209": "'IA3': a change of another form"}),
+    ({"peft_type": "LOHA"}, {}),
+    ({"peft_type": "OSF"}, {"LF209": "singular values"}),
+    ({"peft_type": "LORA_OF_NEXT_YEAR"}, {"LF209": "'LORA_OF_NEXT_YEAR': a change of another form"}),
     ({"peft_type": "PROMPT_TUNING"}, {"LF209": "virtual tokens"}),
     ({"peft_type": "XLORA"}, {"LF209": "router"}),
     ({"peft_type": None}, {"LF209": "no peft_type"}),
     ({"peft_type": 3}, {"LF213": "3"}),
-    ({"use_dora": True}, {"LF209": "'dora' (announced by use_dora)"}),
+    ({"use_dora": True}, {}),
     ({"lora_bias": True}, {}),
     ({"modules_to_save": ["head"]}, {}),
     ({"trainable_token_indices": {"embed": [1]}}, {}),
     ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [1], "r": 0, "lora_alpha": ...}, {}),
-    ({"use_dora": True, "modules_to_save": ["head"]}, {"LF209": "'dora' (announced by use_dora)"}),
+    ({"use_dora": True, "modules_to_save": ["head"]}, {}),
     ({"init_lora_weights": "pissa"}, {"LF215": "pissa"}),
     ({"layer_replication": [[0, 2]]}, {"LF209": "repeats layers"}),
     ({"bias": "all"}, {"LF218": "only the tensors can say"}),

@@ -268,6 +268,7 @@ def test_rows_of_added_tokens_are_no_table(tmp_path: Path) -> None:
 
 VIRTUAL_TOKENS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
 ROUTED = {"LILY", "SHADOW"}
+NOT_MERGED = {"FINEGATES", "FROD", "OSF", "PEANUT", "UILINLORA", "UNILORA"}
 OTHER_FORMS = {
     "ADALORA",  # singular values between the factors, pruned
     "BEFT",  # biases
@@ -384,12 +385,23 @@ GROUPS = (
         "which no weight can do",
     ),
     Group(
+        "forms that are not merged",
+        lambda fields: (
+            fields["peft_type"] in NOT_MERGED
+            or (fields["peft_type"] == "TINYLORA" and fields.get("weight_tying") != 1)
+            or (fields["peft_type"] == "WAVEFT" and fields.get("use_idwt") is not False)
+        ),
+        19,
+        "LF209",
+        "What they add cannot be told from the file, or is not computed; none is LoRA, and none may be taken for it.",
+        "",
+    ),
+    Group(
         "other forms",
         lambda fields: fields["peft_type"] in OTHER_FORMS,
-        83,
-        "LF209",
-        "Kinds of their own, some of them mergeable in principle; none is LoRA, and none may be taken for it.",
-        "another form",
+        64,
+        None,
+        "Kinds of their own, each merged by its own formula.",
     ),
     Group(
         "trained tokens",
@@ -433,9 +445,8 @@ GROUPS = (
         "DoRA",
         lambda fields: is_lora(fields) and fields.get("use_dora") is True,
         5,
-        "LF209",
-        "The merged weight is renormalised; merged as LoRA it would be wrong.",
-        "'dora' (announced by use_dora)",
+        None,
+        "The merged weight is renormalised: a kind of its own.",
     ),
     Group(
         "saved modules",
