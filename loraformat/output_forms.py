@@ -62,7 +62,7 @@ def _edit_tensors(tensors: Sequence[OutputTensor], plan: Plan) -> list[OutputTen
         if weight.new is not None
     }
     form = plan.options.get("dtype")
-    kept = [computed.pop(tensor.name, None) or _take_form(tensor, form) for tensor in tensors]
+    kept = [computed.pop(tensor.name, _take_form(tensor, form)) for tensor in tensors]
     return [*kept, *computed.values()]
 
 
