@@ -103,9 +103,9 @@ def _remove_orphans(place: Place) -> None:
     """Remove parts of a killed run whose data files had other names: it had moved one into place already."""
     if place.resume is None:
         return
+    own = {name_part(image.path.absolute(), place.resume) for image in place.images}
+    end = name_part(Path("/x"), place.resume).name.removeprefix(".x")
     for image in place.images:
-        own = {name_part(each.path.absolute(), place.resume) for each in place.images}
-        end = name_part(Path("/x"), place.resume).name.removeprefix(".x")
         for entry in list(image.path.absolute().parent.iterdir()):
             if entry.name.startswith(f".{place.output.stem}") and entry.name.endswith(end) and entry not in own:
                 remove(entry)
