@@ -199,4 +199,6 @@ def _count_base_rows(weight: PlannedWeight) -> int:
     """Return how many rows of the output's matrix the base has numbers for."""
     if weight.new is None:
         return weight.matrix[0]
-    return weight.shape[0] * (weight.matrix[0] // weight.new.shape[0]) if weight.new.has_base else 0
+    if not weight.new.has_base:
+        return 0
+    return weight.shape[0] * (weight.matrix[0] // weight.new.shape[0]) if weight.shape else 1
