@@ -42,6 +42,8 @@ class PlanOptions(AdapterOptions, total=False):
         strip_prefix: removed from the front of the targets' names.
         allow_zero: accept a scale of zero.
         ignore_fingerprints: accept weights that do not match the fingerprint of their target.
+        untie: let tables part that `config.json` ties, where adapters change them apart.
+        new_biases: give biases to modules that have none, where adapters change them.
         dtype: number form of the output's floating-point tensors, such as `bfloat16`; else each keeps its own.
         to: `safetensors` writes the output anew in this format; else it keeps the base's own.
     """
@@ -50,6 +52,8 @@ class PlanOptions(AdapterOptions, total=False):
     strip_prefix: str | None
     allow_zero: bool
     ignore_fingerprints: bool
+    untie: bool
+    new_biases: bool
     dtype: str | None
     to: str | None
 

@@ -30,6 +30,9 @@ MAX_NAME_BYTES: Final = 4096
 MAX_DIMS: Final = 8
 """Dimensions of one tensor; a 3-d convolution has five."""
 
+MAX_EXPERTS: Final = 4096
+"""Experts in one packed tensor. Models have some hundreds."""
+
 MAX_PROTO_DEPTH: Final = 100
 """Nesting of protobuf messages, as in the protobuf libraries' own default."""
 

@@ -9,39 +9,67 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final
 
-from loraformat.bases import BaseModel, Weight
-from loraformat.encodings import ENCODINGS
+from loraformat.bases import BaseModel
 from loraformat.errors import error_for
-from loraformat.kinds import KINDS, MappingKind, Nature
-from loraformat.plan import (
-    Plan,
-    PlannedAdapter,
-    PlannedChange,
-    PlannedWeight,
-    WeightedAdapter,
-    as_matrix,
-    count_tile_rows,
-)
+from loraformat.kinds import KINDS, Nature
+from loraformat.matching import Match, NewBias
+from loraformat.new_sizes import follow_weights
+from loraformat.plan import Plan, PlannedAdapter, PlannedChange, PlannedWeight, WeightedAdapter
 from loraformat.problems import Problem
-from loraformat.resolve import Match, resolve
+from loraformat.resolve import Resolution, resolve
 from loraformat.rewriting import plan_rewriting
 from loraformat.rules import check_adapter
-from loraformat.spans import Part
 from loraformat.strict_json import JsonValue
+from loraformat.weight_plans import WeightChange, part_tables, plan_bias, plan_weight
 
 _FLOAT32_MAX: Final = (2.0 - 2.0**-23) * 2.0**127
-_ORDER: Final = {Nature.REPLACEMENT: 0, Nature.FUNCTION_OF_BASE: 1, Nature.ADDITIVE: 2}
-"""What replaces the base's values comes first, then what is a function of them, then what is added."""
 
 
-class _Change(NamedTuple):
-    """One change on its way into the plan of a weight."""
+class _Found:
+    """What the adapters of a plan change, gathered."""
 
-    match: Match
-    weight: Weight
-    change: PlannedChange
+    def __init__(self, base: BaseModel) -> None:
+        self.changes: dict[str, list[WeightChange]] = defaultdict(list)
+        self.biases: dict[str, list[tuple[NewBias, PlannedChange]]] = defaultdict(list)
+        self.problems: list[Problem] = [*base.problems]
+        self.unmatched: list[str] = []
+        self.counts: list[int] = []
+        self._sites = base.sites
+
+    @property
+    def untied(self) -> bool:
+        """Whether tied tables part."""
+        return any(entry.match.apart for group in self.changes.values() for entry in group)
+
+    def add(self, position: int, item: WeightedAdapter, resolution: Resolution) -> None:
+        """Take in what one adapter was matched with."""
+        self.problems += resolution.problems
+        self.unmatched += resolution.unmatched
+        self.counts.append(len(resolution.matches))
+        if not resolution.matches and not resolution.problems:
+            found = "none of its targets, all left out on request"
+            self.problems.append(Problem("LF401", item.name, found, "at least one"))
+        for match in resolution.matches:
+            change = _plan_change(position, match, item)
+            self.problems += _check_scale(change)
+            for weight in match.weights:
+                self.changes[weight.key].append(WeightChange(match, weight, change))
+        for bias in resolution.new_biases:
+            change = _plan_change(position, bias.as_match(), item)
+            self.problems += _check_scale(change)
+            self.biases[bias.name].append((bias, change))
+
+    def plan_weights(self) -> tuple[PlannedWeight, ...]:
+        """Return the weights of the plan, sorted; problems are kept."""
+        planned = [
+            plan_weight(name, group[0].weight, own, self.problems)
+            for group in self.changes.values()
+            for name, own in part_tables(group[0].weight, group, self._sites)
+        ]
+        planned += [plan_bias(group[0][0], [change for _, change in group]) for group in self.biases.values()]
+        return tuple(sorted((weight for weight in planned if weight), key=lambda weight: (weight.name, weight.key)))
 
 
 def build_plan(
@@ -53,6 +81,8 @@ def build_plan(
     strip_prefix: str | None = None,
     allow_zero: bool = False,
     ignore_fingerprints: bool = False,
+    untie: bool = False,
+    new_biases: bool = False,
     dtype: str | None = None,
     anew: bool = False,
 ) -> Plan:
@@ -66,6 +96,8 @@ def build_plan(
         strip_prefix: removed from the front of target names.
         allow_zero: accept scales of zero.
         ignore_fingerprints: accept weights that do not match the fingerprint of their target.
+        untie: let tables part that the configuration ties, where adapters change them apart.
+        new_biases: give biases to modules that have none, where adapters change them.
         dtype: number form of the output's floating-point tensors; None keeps each one's own.
         anew: write the output anew, as safetensors.
 
@@ -77,18 +109,17 @@ def build_plan(
         strip_prefix=strip_prefix,
         allow_zero=allow_zero,
         ignore_fingerprints=ignore_fingerprints,
+        untie=untie,
+        new_biases=new_biases,
         dtype=dtype,
         anew=anew,
     )
-    problems: list[Problem] = [*base.problems]
-    changes: dict[str, list[_Change]] = defaultdict(list)
-    unmatched: list[str] = []
-    counts: list[int] = []
+    found = _Found(base)
     for position, item in enumerate(adapters):
-        found = check_adapter(item.adapter, allow_zero=allow_zero) + _check_weight(item, allow_zero=allow_zero)
-        problems += found
-        if any(problem.severity == "error" for problem in found):
-            counts.append(0)
+        checked = check_adapter(item.adapter, allow_zero=allow_zero) + _check_weight(item, allow_zero=allow_zero)
+        found.problems += checked
+        if any(problem.severity == "error" for problem in checked):
+            found.counts.append(0)
             continue
         resolution = resolve(
             item.adapter,
@@ -96,24 +127,18 @@ def build_plan(
             allow_unmatched=allow_unmatched,
             strip_prefix=strip_prefix,
             ignore_fingerprints=ignore_fingerprints,
+            untie=untie,
+            new_biases=new_biases,
         )
-        problems += resolution.problems
-        unmatched += resolution.unmatched
-        counts.append(len(resolution.matches))
-        if not resolution.matches and not resolution.problems:
-            problems.append(Problem("LF401", item.name, "none of its targets, all left out on request", "at least one"))
-        for match in resolution.matches:
-            change = _plan_change(position, match, item)
-            problems += _check_scale(change)
-            for weight in match.weights:
-                changes[weight.key].append(_Change(match, weight, change))
-    weights = [_plan_weight(group, problems) for group in changes.values()]
+        found.add(position, item, resolution)
+    planned = found.plan_weights()
+    config_changes, followed = follow_weights(planned, base.sites, untied=found.untied)
+    problems = found.problems + followed
     if any(problem.severity == "error" for problem in problems):
         raise error_for([problem for problem in problems if problem.severity == "error"])
-    planned = tuple(sorted((weight for weight in weights if weight), key=lambda weight: (weight.name, weight.key)))
     rewriting = None
-    if anew or dtype is not None or any(weight.new for weight in planned):
-        rewriting = plan_rewriting(base, planned, dtype, anew=anew)
+    if anew or dtype is not None or config_changes or any(weight.new for weight in planned):
+        rewriting = plan_rewriting(base, planned, dtype, anew=anew, config_changes=config_changes)
         problems += rewriting.problems
     return Plan(
         base=describe_base(base),
@@ -121,10 +146,10 @@ def build_plan(
         output=output,
         adapters=tuple(
             PlannedAdapter(item.name, item.adapter.sha256, item.weight, count)
-            for item, count in zip(adapters, counts, strict=True)
+            for item, count in zip(adapters, found.counts, strict=True)
         ),
         weights=rewriting.weights if rewriting else planned,
-        unmatched=tuple(unmatched),
+        unmatched=tuple(found.unmatched),
         problems=tuple(problems),
         config_changes=rewriting.config_changes if rewriting else {},
         rewritten=rewriting is not None,
@@ -182,74 +207,6 @@ def _check_scale(change: PlannedChange) -> list[Problem]:
     if abs(change.scale) <= _FLOAT32_MAX:
         return []
     return [Problem("LF207", change.target, f"the multiplier {change.scale}", f"at most {_FLOAT32_MAX:.6g}")]
-
-
-def _plan_weight(group: Sequence[_Change], problems: list[Problem]) -> PlannedWeight | None:
-    match, weight, _ = group[0]
-    tensor = weight.tensor
-    conflicts = check_composition(group)
-    problems += conflicts
-    encoding = next((name for name, encoding in ENCODINGS if encoding.accepts(tensor.dtype)), None)
-    if encoding is None:
-        found = f"the weight {tensor.name!r} is stored as {tensor.dtype.name}"
-        problems.append(Problem("LF403", match.target.name, found, "a floating-point form"))
-    if encoding is None or conflicts:
-        return None
-    matrix = next((entry.change.part.matrix for entry in group if entry.change.part), as_matrix(tensor.shape))
-    return PlannedWeight(
-        key=weight.key,
-        name=weight.name,
-        file=tensor.span.path.name,
-        offset=tensor.span.offset,
-        nbytes=tensor.span.length,
-        dtype=tensor.dtype.name,
-        shape=tensor.shape,
-        matrix=matrix,
-        encoding=encoding,
-        tile_rows=count_tile_rows(matrix, count_block(group)),
-        changes=tuple(entry.change for entry in sorted(group, key=lambda entry: _ORDER[entry.change.nature])),
-        evidence=match.evidence,
-    )
-
-
-def count_block(group: Sequence[_Change]) -> int:
-    """Return how many rows of the stored matrix the functions of the base must see together."""
-    blocks = [1]
-    for match, _, change in group:
-        if change.nature is Nature.FUNCTION_OF_BASE:
-            kind = cast(MappingKind, KINDS.find(change.kind))
-            blocks.append(kind.count_rows_together(match.target, match.want.change, transposed=change.transposed))
-    return math.lcm(*blocks)
-
-
-def check_composition(group: Sequence[_Change]) -> list[Problem]:
-    """Return problems of changes of one weight that do not compose (spec/SPEC.md, R-085)."""
-    special = [entry for entry in group if entry.change.nature is not Nature.ADDITIVE]
-    if not special:
-        return []
-    where, name = special[0].match.want.name, special[0].weight.name
-    rivals = [entry for entry in special if _overlap(entry.change.part, special[0].change.part)]
-    if special[0].change.nature is Nature.REPLACEMENT:  # What is trained on the replaced values goes on top of them.
-        rivals += [e for e in group if e not in rivals and _owner(e) != _owner(special[0])]
-    if len(rivals) > 1:
-        others = ", ".join(entry.match.want.name for entry in rivals[1:])
-        return [Problem("LF409", where, f"{name!r} is changed by {others} as well", "one change of it")]
-    if special[0].match.divisor != 1:
-        found = f"the graph multiplies {name!r} by {special[0].match.divisor:g}"
-        return [Problem("LF403", where, found, "a weight that is used as it is stored")]
-    return []
-
-
-def _owner(entry: _Change) -> tuple[int, str]:
-    return entry.change.adapter, entry.change.target
-
-
-def _overlap(one: Part | None, other: Part | None) -> bool:
-    """Say whether two parts of a stored matrix may have elements in common; one that is None is all of it."""
-    if one is None or other is None:
-        return True
-    rows = set(range(*one.rows)).isdisjoint(range(*other.rows))
-    return not (rows or set(range(*one.columns)).isdisjoint(range(*other.columns)))
 
 
 def default_output(base: Path, suffix: str, adapters: Sequence[WeightedAdapter]) -> Path:

@@ -1,114 +1,53 @@
 """From the names of an adapter's targets to the weights of a base.
 
 The only place that sees both names. A target is matched by the module path that the base's evidence gives a site: the
-same path, or one path ending with the other at a dot (a wrapper around the exported model, or a part of it exported
-alone). What is dropped from a target's own name must hold no number, or layers could be mistaken for one another, and
-no half of an encoder-decoder, which have modules of the same names; that anything was dropped is said. Every target is
-consumed exactly once, or the error says which were near.
+same path, a name that a library gave the module before or since (`renames.py`), or one path ending with the other at a
+dot (a wrapper around the exported model, or a part of it exported alone). What is dropped from a target's own name must
+hold no number, or layers could be mistaken for one another, and no half of an encoder-decoder, which have modules of
+the same names; that anything was dropped is said. Every target is consumed exactly once, or the error says which were
+near.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
 
-from loraformat.adapter import Adapter, SlotKind, Target
+from loraformat.adapter import Adapter
 from loraformat.bases import Site, Weight
-from loraformat.fingerprint import positions, read_number
-from loraformat.kinds import KINDS, Change, Nature
+from loraformat.matching import Match, NewBias, Want, fits_site, list_wants, name_weight, sample_sites
+from loraformat.mismatches import (
+    LISTED,
+    group_by_weight,
+    report_collisions,
+    report_dropped,
+    report_missing,
+    report_renamed,
+    report_shape,
+)
 from loraformat.problems import Problem
+from loraformat.sharing import settle_sharing
 from loraformat.site_index import Candidate, SiteIndex
-from loraformat.spans import Part
 
-_LISTED: Final = 8
 BY_FINGERPRINT: Final = "fingerprint"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Want:
-    """One change of one parameter that a target asks for.
-
-    Attributes:
-        target: the target.
-        change: what its kind does to the parameter.
-    """
-
-    target: Target
-    change: Change
-
-    @property
-    def parameter(self) -> str:
-        """`weight`, `bias` ..."""
-        return self.change.parameter
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its canonical shape."""
-        return self.change.shape
-
-    @property
-    def is_main(self) -> bool:
-        """Whether it changes the weight that the target's fingerprint was taken from."""
-        return self.parameter == "weight" and self.change.slot is self.target.slot
-
-    @property
-    def name(self) -> str:
-        """Its name for people: the target's, with the parameter where that does not go without saying."""
-        return f"{self.target.name}.{self.parameter}" if self.change.slot is SlotKind.PARAMETER else self.target.name
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """One parameter that a target changes, and the weight that it is in the base.
-
-    Attributes:
-        want: the target and its parameter.
-        weights: the stored weight; several where the exporter wrote copies of it, one for each call of the module.
-        sites: where the base applies it, all of this target and, where the base splits the module, of one section.
-        transposed: whether the stored matrix is the transpose of the canonical `(out, in * kernel)`.
-        divisor: what the site multiplies its weight by.
-        evidence: how the weight was found.
-        relation: how the names differ: empty, `+prefix` that the base has more, `-prefix` that it lacks, `fingerprint`.
-    """
-
-    want: Want
-    weights: tuple[Weight, ...]
-    sites: tuple[Site, ...]
-    transposed: bool
-    divisor: float
-    evidence: str
-    relation: str
-
-    @property
-    def target(self) -> Target:
-        """The adapter's target."""
-        return self.want.target
-
-    @property
-    def weight(self) -> Weight:
-        """The stored weight, the first of its copies."""
-        return self.weights[0]
-
-    @property
-    def part(self) -> Part | None:
-        """Where in the stored tensor it is; None for all of it."""
-        return self.sites[0].part
-
-    @property
-    def section(self) -> tuple[int, int] | None:
-        """The rows of the change that this weight holds; None for all."""
-        return self.sites[0].section
 
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """The outcome for one adapter: every target is in one of the three."""
+    """The outcome for one adapter: every target is in one of the four.
+
+    Attributes:
+        matches: what was found.
+        unmatched: names of what the base lacks, and may.
+        problems: what is wrong, and what is to be said.
+        new_biases: biases that the base lacks, and gets.
+    """
 
     matches: tuple[Match, ...]
     unmatched: tuple[str, ...]
     problems: tuple[Problem, ...]
+    new_biases: tuple[NewBias, ...] = ()
 
 
 def resolve(
@@ -118,6 +57,8 @@ def resolve(
     allow_unmatched: Sequence[str] = (),
     strip_prefix: str | None = None,
     ignore_fingerprints: bool = False,
+    untie: bool = False,
+    new_biases: bool = False,
 ) -> Resolution:
     """Match every target of `adapter` with a weight.
 
@@ -127,17 +68,34 @@ def resolve(
         allow_unmatched: glob patterns of target names that may be left out when nothing matches.
         strip_prefix: removed from the front of target names before they are matched.
         ignore_fingerprints: accept weights that do not match the fingerprint of their target.
+        untie: let tables part that the configuration ties, where the adapter changes them apart.
+        new_biases: give biases to modules that have none, where the adapter changes them.
     """
-    wants = [want for target in adapter.targets for want in _list_wants(target)]
+    wants = [want for target in adapter.targets for want in list_wants(target)]
     indexes = {parameter: SiteIndex(sites, parameter) for parameter in {want.parameter for want in wants}}
     names = {want: _strip(want.target.name, strip_prefix) for want in wants}
     found = {want: indexes[want.parameter].find(names[want]) for want in wants}
+    matches, missing, problems = _match_all(found, sites, ignore_fingerprints=ignore_fingerprints)
+    matches, displaced = _prefer_exact(matches)
+    matches, shared = settle_sharing(matches, sites, untie=untie)
+    lacking, missing = _find_lacking_biases([*missing, *displaced], matches)
+    allowed = [want for want in missing if any(fnmatchcase(want.target.name, glob) for glob in allow_unmatched)]
+    lost = [(want.name, names[want], indexes[want.parameter]) for want in missing if want not in allowed]
+    problems += report_missing(lost) + shared + report_collisions(matches)
+    problems += report_dropped(matches) + report_renamed(matches) + _report_biases(lacking, wanted=new_biases)
+    left_out = tuple(want.name for want in allowed)
+    return Resolution(tuple(matches), left_out, tuple(problems), tuple(lacking if new_biases else ()))
+
+
+def _match_all(
+    found: Mapping[Want, Sequence[Candidate]], sites: Sequence[Site], *, ignore_fingerprints: bool
+) -> tuple[list[Match], list[Want], list[Problem]]:
     usual = _usual_relation(found)
     matches: list[Match] = []
     missing: list[Want] = []
     problems: list[Problem] = []
-    for want in wants:
-        candidates = found[want] or find_by_fingerprint(want, sites)
+    for want, named in found.items():
+        candidates = named or find_by_fingerprint(want, sites)
         if not candidates:
             missing.append(want)
             continue
@@ -148,18 +106,24 @@ def resolve(
             problems.append(outcome)
         else:
             matches += outcome
-    matches, displaced = _prefer_exact(matches)
-    missing += displaced
-    allowed = [want for want in missing if any(fnmatchcase(want.target.name, glob) for glob in allow_unmatched)]
-    lost = [(want.name, names[want], indexes[want.parameter]) for want in missing if want not in allowed]
-    problems += _report_missing(lost) + _report_collisions(matches) + _report_dropped(matches)
-    return Resolution(tuple(matches), tuple(want.name for want in allowed), tuple(problems))
+    return matches, missing, problems
 
 
-def _list_wants(target: Target) -> list[Want]:
-    kind = KINDS.find(target.kind)
-    assert kind is not None, "checked before"
-    return [Want(target, change) for change in kind.changes(target)]
+def _find_lacking_biases(missing: Sequence[Want], matches: Sequence[Match]) -> tuple[list[NewBias], list[Want]]:
+    """Return the biases that modules of the base could have but lack, and what else is missing."""
+    beside = {match.target.name: match for match in matches if match.want.is_main and match.sites[0].free_bias}
+    lacking = [want for want in missing if want.parameter == "bias" and want.target.name in beside]
+    return [NewBias(want, beside[want.target.name]) for want in lacking], [w for w in missing if w not in lacking]
+
+
+def _report_biases(lacking: Sequence[NewBias], *, wanted: bool) -> list[Problem]:
+    if not lacking:
+        return []
+    names = ", ".join(dict.fromkeys(each.name for each in lacking[:LISTED]))
+    where = lacking[0].want.name if len(lacking) == 1 else f"{len(lacking)} targets"
+    expected = "an architecture that loads them" if wanted else "biases in the base"
+    found = f"the base has no {names}" + (" ..." if len(lacking) > LISTED else "")
+    return [Problem("LF415", where, found, expected, severity="note" if wanted else "error")]
 
 
 def find_by_fingerprint(want: Want, sites: Sequence[Site]) -> list[Candidate]:
@@ -172,25 +136,11 @@ def find_by_fingerprint(want: Want, sites: Sequence[Site]) -> list[Candidate]:
         for site in sites
         if want.change.slot in site.transposed
         and site.weight is not None
-        and _fits(want, site)
+        and site.part is None
+        and site.section is None
+        and fits_site(want, site)
         and fingerprint.matches(sample_sites(want, [site]))
     ]
-
-
-def sample_sites(want: Want, sites: Sequence[Site]) -> tuple[float, ...]:
-    """Return the samples of the weight that sites apply, one or several sections, at the positions of the target."""
-    return tuple(_read_sample(want, sites, row, column) for row, column in positions(want.target.name, want.shape))
-
-
-def _read_sample(want: Want, sites: Sequence[Site], row: int, column: int) -> float:
-    site = next((site for site in sites if site.section and site.section[0] <= row < site.section[1]), sites[0])
-    assert site.weight is not None, "chosen so"
-    first, stop = site.section or (0, want.shape[0])
-    rows, columns = stop - first, math.prod(want.shape[1:])
-    turned = site.transposed[want.change.slot]
-    place = (column, row - first) if turned else (row - first, column)
-    index = site.part.index(*place) if site.part else place[0] * (rows if turned else columns) + place[1]
-    return read_number(site.weight.tensor, index) * site.divisor
 
 
 def _check_fingerprint(want: Want, matches: list[Match]) -> list[Match] | Problem:
@@ -229,13 +179,18 @@ def _match(want: Want, candidates: Sequence[Candidate], usual: str | None) -> li
     if not usable:
         kinds = sorted({str(kind) for site in sites for kind in site.transposed})
         return Problem("LF408", want.name, f"a slot for {', '.join(kinds) or 'nothing'}", f"a {want.change.slot} slot")
-    fitting = [site for site in usable if site.weight is None or _fits(want, site)]
+    fitting = [site for site in usable if site.weight is None or fits_site(want, site)]
     if not fitting:
-        return _report_shape(want, usable)
+        return report_shape(want, usable)
     blocked = next((site.obstacle for site in fitting if site.obstacle is not None), None)
     if blocked is not None:
         return Problem(blocked.code, f"{want.name} at {blocked.where}", blocked.found, blocked.expected, blocked.mend)
-    outcomes = [_match_weight(want, group, candidates[0].relation) for group in _split_sections(fitting)]
+    groups = _split_sections(fitting)
+    sections = [group[0].section for group in groups]
+    if not _are_whole(want, sections):
+        found = f"{len(sections)} parts of it, rows {', '.join(str(section) for section in sections[:LISTED])}"
+        return Problem("LF405", want.name, found, f"all of {want.shape[0]} rows")
+    outcomes = [_match_weight(want, group, candidates[0].relation) for group in groups]
     problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
     return problems[0] if problems else [outcome for outcome in outcomes if isinstance(outcome, Match)]
 
@@ -254,19 +209,24 @@ def _split_sections(sites: Sequence[Site]) -> list[list[Site]]:
     return list(groups.values())
 
 
+def _are_whole(want: Want, sections: Sequence[tuple[int, int] | None]) -> bool:
+    """Say whether sections follow one another from the first row of a change to its last."""
+    reached = 0
+    for section in sections:
+        if section is not None and section[0] != reached:
+            return False
+        reached = section[1] if section is not None else want.shape[0]
+    return reached == want.shape[0]
+
+
 def _match_weight(want: Want, sites: Sequence[Site], relation: str) -> Match | Problem:
     by_key = {site.weight.key: site.weight for site in sites if site.weight is not None}
     weights = tuple(by_key.values())
     manners = {(site.transposed[want.change.slot], site.divisor, site.part) for site in sites}
     nameless = relation == BY_FINGERPRINT and len(sites) > 1 and not _are_of_one_module(sites)
     if nameless or len(manners) != 1 or (len(weights) != 1 and not _are_copies(sites, weights)):
-        listed = "; ".join(f"{site.module} ({site.evidence}) reads {_name(site)}" for site in sites[:_LISTED])
+        listed = "; ".join(f"{site.module} ({site.evidence}) reads {name_weight(site)}" for site in sites[:LISTED])
         return Problem("LF404", want.name, f"several weights or several ways to read one: {listed}", "one weight")
-    for weight in weights:
-        strangers = sorted(weight.consumers - {site.id for site in sites})
-        if strangers:
-            found = f"the tensor {weight.name!r} is also read by {', '.join(strangers[:_LISTED])}"
-            return Problem("LF402", want.name, found, "a tensor that nothing else reads")
     transposed, divisor, _ = manners.pop()
     evidence = BY_FINGERPRINT if relation == BY_FINGERPRINT else sites[0].evidence
     return Match(want, weights, tuple(sites), transposed, divisor, evidence, relation)
@@ -283,79 +243,6 @@ def _are_of_one_module(sites: Sequence[Site]) -> bool:
     return len({site.module for site in sites}) == 1 and bool(sites[0].module)
 
 
-def _name(site: Site) -> str:
-    return site.weight.name if site.weight is not None else "nothing"
-
-
-def _fits(want: Want, site: Site) -> bool:
-    stored, wanted = site.stored_shape(), _stored_shape(want, site)
-    if stored == wanted:
-        return True
-    grown = site.grows and len(stored) == len(wanted) and wanted[0] > stored[0] and wanted[1:] == stored[1:]
-    return grown and _brings_rows(want)
-
-
-def _brings_rows(want: Want) -> bool:
-    """Say whether the target brings values of its own for all rows: then there may be more of them than are stored."""
-    kind = KINDS.find(want.target.kind)
-    assert kind is not None, "checked before"
-    changes = kind.changes(want.target)
-    return any(each.nature is Nature.REPLACEMENT and each.parameter == want.parameter for each in changes)
-
-
-def _stored_shape(want: Want, site: Site) -> tuple[int, ...]:
-    """Return the shape in which the target's weight would be stored at the site."""
-    shape = want.shape
-    if site.section is not None:
-        shape = (site.section[1] - site.section[0], *shape[1:])
-    if site.part is not None and len(shape) == 1:
-        shape = (*shape, 1)
-    return shape[::-1] if site.transposed[want.change.slot] else shape
-
-
-def _report_shape(want: Want, sites: Sequence[Site]) -> Problem:
-    site = next(site for site in sites if site.weight is not None)
-    stored, wanted = site.stored_shape(), _stored_shape(want, site)
-    turned = " (it would fit transposed, which is never guessed)" if stored == wanted[::-1] else ""
-    found = f"the weight {_name(site)!r} is {stored}{turned}"
-    return Problem("LF405", want.name, found, f"{wanted} for its factors")
-
-
-def _report_missing(lost: Sequence[tuple[str, str, SiteIndex]]) -> list[Problem]:
-    """Return one problem for each of the first few names, and one that lists the rest."""
-    problems = []
-    for name, looked_for, index in lost[:_LISTED]:
-        near = index.near(looked_for)
-        found = f"nothing of this name; nearest: {', '.join(near)}" if near else "nothing of this name, and none near"
-        problems.append(Problem("LF401", name, found, f"one of {len(index.paths)} modules of the base"))
-    rest = [name for name, *_ in lost[_LISTED:]]
-    if rest:
-        problems.append(Problem("LF401", f"{len(rest)} more targets", f"nothing of these names: {', '.join(rest)}"))
-    return problems
-
-
-def _report_collisions(matches: Sequence[Match]) -> list[Problem]:
-    """Return a problem for every weight, or part of one, that two targets of one adapter lead to."""
-    return [
-        Problem(
-            "LF404",
-            " and ".join(dict.fromkeys(match.target.name for match in group)),
-            f"both lead to {group[0].weight.name!r} ({group[0].sites[0].module})",
-            "a weight for each",
-            "Drop the part of the names that the base lacks with --strip-prefix, or leave one out.",
-        )
-        for group in _group_by_weight(matches)
-        if len({match.target.name for match in group}) > 1
-    ]
-
-
-def _group_by_weight(matches: Sequence[Match]) -> list[list[Match]]:
-    groups: dict[tuple[str, Part | None], list[Match]] = defaultdict(list)
-    for match in matches:
-        groups[match.weight.key, match.part].append(match)
-    return list(groups.values())
-
-
 def _prefer_exact(matches: Sequence[Match]) -> tuple[list[Match], list[Want]]:
     """Return the matches that stand, and the targets that only came to a weight by dropping a prefix.
 
@@ -363,7 +250,7 @@ def _prefer_exact(matches: Sequence[Match]) -> tuple[list[Match], list[Want]]:
     """
     kept: list[Match] = []
     displaced: list[Want] = []
-    for group in _group_by_weight(matches):
+    for group in group_by_weight(matches):
         exact = [match for match in group if not match.relation.startswith("-")]
         named = {match.target.name for match in group}
         if len(named) > 1 and len({match.target.name for match in exact}) == 1:
@@ -372,14 +259,3 @@ def _prefer_exact(matches: Sequence[Match]) -> tuple[list[Match], list[Want]]:
         else:
             kept += group
     return kept, displaced
-
-
-def _report_dropped(matches: Sequence[Match]) -> list[Problem]:
-    """Return a warning for every prefix that was dropped from targets' names."""
-    dropped = Counter(match.relation[1:] for match in matches if match.relation.startswith("-"))
-    return [
-        Problem(
-            "LF306", prefix, f"dropped from the names of {count} targets", "the base's own names", severity="warning"
-        )
-        for prefix, count in sorted(dropped.items())
-    ]

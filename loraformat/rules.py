@@ -10,11 +10,6 @@ from loraformat.adapter import Adapter, Target
 from loraformat.kinds import KINDS, Nature
 from loraformat.problems import Problem
 
-_MENDS: Final = {
-    "lora and replace": "PEFT saves the base's table beside an adapted embedding: save_pretrained(..., "
-    "save_embedding_layers=False) leaves it out where the vocabulary has not grown. A bias that was trained beside "
-    "factors (bias of 'lora_only' or 'all') is merged by PEFT's own merge_and_unload alone."
-}
 _LISTED: Final = 8
 """Targets of which one message each is said; the rest shares one."""
 
@@ -54,8 +49,7 @@ def is_replacement(kind: str) -> bool:
 
 def refuse_kind(kind: str, where: str, found: str) -> Problem:
     """Return the problem of a kind that this version cannot merge."""
-    mend = _MENDS.get(kind, "")
-    return Problem("LF209", where, f"the kind {kind!r} ({found})", f"one of {', '.join(KINDS.names())}", mend)
+    return Problem("LF209", where, f"the kind {kind!r} ({found})", f"one of {', '.join(KINDS.names())}")
 
 
 def _check_target(target: Target, *, allow_zero: bool) -> list[Problem]:

@@ -9,8 +9,9 @@ from loraformat.bases import BaseModel
 from loraformat.errors import error_for
 from loraformat.fingerprint import Fingerprint
 from loraformat.kinds import Nature
+from loraformat.matching import Match, Want, sample_sites
 from loraformat.problems import Problem
-from loraformat.resolve import Match, Want, resolve, sample_sites
+from loraformat.resolve import resolve
 from loraformat.rules import check_adapter
 
 

@@ -60,6 +60,8 @@ class Site:
         section: first and last row, the latter excluded, of the module's canonical matrix `(out, in)` that are stored
             here, where the base splits the module; None for all of them. The sections of a module follow one another.
         grows: whether a replacement may have more rows than are stored: a table of tokens.
+        tied: for a table that the configuration ties to others, the name that its tensor has, or would have untied.
+        free_bias: the name that a bias of the module would have; empty where it has one or can have none.
     """
 
     id: str
@@ -73,6 +75,8 @@ class Site:
     part: Part | None = None
     section: tuple[int, int] | None = None
     grows: bool = False
+    tied: str = ""
+    free_bias: str = ""
 
     def stored_shape(self) -> tuple[int, ...]:
         """Return the shape of what the site applies, as it is stored; empty where there is nothing."""

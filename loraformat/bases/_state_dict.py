@@ -5,13 +5,15 @@ an embedding table, and the adapter's target says which it expects.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import SlotKind
 from loraformat.bases import Site, Weight
 from loraformat.bases._aliases import Group, group_aliases
+from loraformat.bases._other_sites import list_other_sites
+from loraformat.bases._tied_tables import grows, tie_sites
 from loraformat.problems import Problem
 from loraformat.spans import StoredTensor, read_small
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
@@ -22,6 +24,7 @@ INNER_CONFIGS: Final = ("text_config", "llm_config", "language_config")
 
 _TIE: Final = "tie_word_embeddings"
 _WEIGHT: Final = "weight"
+_BIAS: Final = "bias"
 
 _CONV1D_FAMILIES: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 """`model_type`s of transformers whose blocks store matrices `(in, out)` (`transformers.pytorch_utils.Conv1D`)."""
@@ -59,8 +62,11 @@ def list_sites(tensors: Collection[StoredTensor], config: Mapping[str, JsonValue
         config: transformers' `config.json` beside it, empty where there is none.
     """
     adaptable = [tensor for tensor in tensors if _is_adaptable(tensor)]
-    weights = {tensor.name: weight for group in group_aliases(tensors) for tensor, weight in _share(group, config)}
-    return [_make_site(tensor, weights.get(tensor.name), config) for tensor in adaptable]
+    names = {tensor.name for tensor in adaptable}
+    weights = {tensor.name: weight for group in group_aliases(tensors) for tensor, weight in _share(group)}
+    own = [_make_site(tensor, weights.get(tensor.name), config, names) for tensor in adaptable]
+    own = tie_sites(own, config)
+    return own + list_other_sites(own, config)
 
 
 def is_tied(config: Mapping[str, JsonValue]) -> bool:
@@ -75,24 +81,22 @@ def is_tied_module(name: str) -> bool:
     return name.rpartition(".")[0].rsplit(".", 1)[-1] in _TIED_MODULES
 
 
-def _share(group: Group, config: Mapping[str, JsonValue]) -> list[tuple[StoredTensor, Weight]]:
+def _share(group: Group) -> list[tuple[StoredTensor, Weight]]:
     """Return each tensor of a group with the one weight that they are."""
     names = [tensor.name for tensor in group.tensors]
-    tied = [name for name in names if is_tied_module(name)]
-    consumers = {*names, *group.overlapping}
-    if is_tied(config) and len(tied) == 1:
-        consumers.add("the output layer or embedding tied to it (tie_word_embeddings in config.json)")
-    frozen = frozenset(consumers)
-    return [(tensor, Weight(names[0], tensor.name, group.first, frozen)) for tensor in group.tensors]
+    consumers = frozenset({*names, *group.overlapping})
+    return [(tensor, Weight(names[0], tensor.name, group.first, consumers)) for tensor in group.tensors]
 
 
 def _is_adaptable(tensor: StoredTensor) -> bool:
     return "." in tensor.name and 1 <= len(tensor.shape) <= 5 and tensor.elements > 0
 
 
-def _make_site(tensor: StoredTensor, weight: Weight | None, config: Mapping[str, JsonValue]) -> Site:
+def _make_site(
+    tensor: StoredTensor, weight: Weight | None, config: Mapping[str, JsonValue], names: Container[str]
+) -> Site:
     module, _, parameter = tensor.name.rpartition(".")
-    obstacle = _find_obstacle(tensor, module)
+    obstacle, bias = _find_obstacle(tensor, module), f"{module}.{_BIAS}"
     return Site(
         id=tensor.name,
         module=module,
@@ -101,6 +105,8 @@ def _make_site(tensor: StoredTensor, weight: Weight | None, config: Mapping[str,
         parameter=parameter,
         weight=None if obstacle else weight,
         obstacle=obstacle,
+        grows=grows(module),
+        free_bias=bias if parameter == _WEIGHT and len(tensor.shape) > 1 and bias not in names else "",
     )
 
 

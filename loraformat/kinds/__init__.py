@@ -35,6 +35,8 @@ class Change:
         nature: how it composes with other changes.
         roles: the factors that it is computed from.
         slot: what kind of slot the parameter is.
+        open: whether the parameter may have more rows than `shape`, which stay as they are.
+        shared: whether it is meant for all tables that a model ties together, though only one is named.
     """
 
     parameter: str
@@ -42,6 +44,8 @@ class Change:
     nature: Nature
     roles: tuple[str, ...]
     slot: SlotKind
+    open: bool = False
+    shared: bool = False
 
 
 class Delta(Protocol):

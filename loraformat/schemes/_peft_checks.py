@@ -51,7 +51,7 @@ Stored = Mapping[str, StoredModule]
 def find_oddities(config: PeftConfig, stored: Stored) -> list[Problem]:
     """Return fields of the wrong type and, where there are tensors too, what does not agree with them."""
     problems = list(_check_types(config))
-    if problems or not stored or not config.present:
+    if problems or not stored or config.fields.get("peft_type") != "LORA":
         return problems
     return [problem for rule in _RULES for problem in rule(config, stored)]
 
@@ -149,7 +149,8 @@ def _lies_below(name: str, module: str) -> bool:
 def _check_biases(config: PeftConfig, stored: Stored) -> Iterator[Problem]:
     trained = config.fields.get("bias") or "none"
     # A bias beside a full weight belongs to a saved module.
-    biases = [module for module in stored.values() if "bias" in module.roles and not module.is_saved_whole]
+    own = ("bias", "base_layer.bias")
+    biases = [each for each in stored.values() if set(own) & set(each.roles) and not each.is_saved_whole]
     if trained != "none" and not biases:
         expected = "biases of the adapted modules" if trained == "lora_only" else "biases, if the base has any"
         found = f"{trained!r}, and no bias among the tensors"
@@ -200,38 +201,41 @@ _RULES: Final[tuple[Callable[[PeftConfig, Stored], Iterator[Problem]], ...]] = (
 
 
 _LOST: Final = (
-    ("lora_bias", "lora with bias", "a lora_B.bias at each target"),
-    ("trainable_token_indices", "trained tokens", "the rows of the trained tokens"),
+    ("lora_bias", "lora_B.bias", "a lora_B.bias at each target"),
+    ("trainable_token_indices", "trainable_tokens_delta", "the rows of the trained tokens"),
 )
 
 
 def find_lost(config: PeftConfig, stored: Stored) -> list[Problem]:
     """Return what the configuration says was trained, and no tensor holds: the adapter is not whole."""
-    kinds = {kind for module in stored.values() for kind in module.kinds}
+    roles = {role for module in stored.values() for role in module.roles}
     return [
         Problem("LF201", f"{config.where}: {field}", f"{config.fields[field]!r:.80}, and no such tensor", expected)
-        for field, kind, expected in _LOST
-        if config.fields.get(field) and kind not in kinds
+        for field, role, expected in _LOST
+        if config.fields.get(field) and role not in roles
     ]
 
 
 _ANNOUNCED: Final = (
     ("use_dora", "dora"),
-    ("lora_bias", "lora with bias"),
-    ("trainable_token_indices", "trained tokens"),
+    ("trainable_token_indices", "tokens"),
     ("modules_to_save", "replace"),
 )
 
 
 def announced_kinds(config: PeftConfig) -> dict[str, str]:
     """Return the kinds that a configuration alone lets expect, with the field that says so."""
+    if config.fields.get("peft_type") == "TRAINABLE_TOKENS":
+        return {"tokens": "peft_type"}
     fields = {kind: field for field, kind in _ANNOUNCED if config.fields.get(field)}
     return fields if "dora" in fields else {"lora": "peft_type"} | fields
 
 
 def check_numbers(config: PeftConfig) -> list[Problem]:
     """Return what rank and alpha of a configuration alone leave unsaid."""
-    problems = []
+    problems: list[Problem] = []
+    if config.fields.get("peft_type") == "TRAINABLE_TOKENS":
+        return problems
     if config.fields.get("r") == 0:
         problems.append(Problem("LF204", f"{config.where}: r", "0", "a rank of at least 1"))
     alpha = config.fields.get("lora_alpha")

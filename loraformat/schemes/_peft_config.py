@@ -14,6 +14,8 @@ from loraformat.schemes._peft_patterns import fits
 from loraformat.strict_json import JsonValue
 
 _LORA: Final = "LORA"
+_TOKENS: Final = "TRAINABLE_TOKENS"
+_READ: Final = frozenset({_LORA, _TOKENS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,30 +26,41 @@ class _Obstacle:
     holds: Callable[[JsonValue], bool]
     why: str
     code: str = "LF209"
+    mend: str = ""
 
 
 def _is_set(value: JsonValue) -> bool:
     return bool(value)
 
 
+_RESIDUAL: Final = (
+    "Convert it to plain LoRA in the library that trained it (PEFT: save_pretrained with "
+    "path_initial_model_for_weight_conversion). Or merge into the base as the initialisation left it; if the one given "
+    "is that, say so with init_lora_weights: true in adapter_config.json."
+)
+_DEQUANTISED: Final = (
+    "Merge into the base that LoftQ left and the training run saved; if the one given is that, say so by removing "
+    "loftq_config from adapter_config.json."
+)
 _BASE_CHANGING: Final = ("pissa", "olora", "corda", "lora_ga")
 
 _OBSTACLES: Final = (
     _Obstacle("alora_invocation_tokens", lambda tokens: tokens is not None, "it acts after invocation tokens (aLoRA)"),
     _Obstacle("arrow_config", _is_set, "a router chooses between adapters at run time (Arrow)"),
     _Obstacle("use_qalora", _is_set, "its input is pooled (QALoRA)"),
-    _Obstacle("use_bdlora", _is_set, "its factors are block-diagonal (BD-LoRA)"),
     _Obstacle("kasa_config", _is_set, "it cuts singular values off the base (KaSA)"),
     _Obstacle("layer_replication", _is_set, "it repeats layers of the base, which has fewer than the adapter"),
-    _Obstacle("target_parameters", _is_set, "it adapts packed parameters (mixture of experts)"),
     _Obstacle("enable_lora", _is_set, "it adapts slices of a fused weight (MergedLinear of PEFT 0.2)"),
     _Obstacle(
         "init_lora_weights",
         lambda value: isinstance(value, str) and value.lower().startswith(_BASE_CHANGING),
         "this initialisation changed the base as well",
         "LF215",
+        _RESIDUAL,
     ),
-    _Obstacle("loftq_config", _is_set, "it was trained on a base that LoftQ had quantised and changed", "LF215"),
+    _Obstacle(
+        "loftq_config", _is_set, "it was trained on a base that LoftQ had quantised and changed", "LF215", _DEQUANTISED
+    ),
 )
 
 
@@ -100,7 +113,7 @@ class PeftConfig:
         kind = self.text("peft_type") if self.present else _LORA
         if kind is None:
             raise refuse("LF209", self.where, "no peft_type", f"peft_type {_LORA!r}")
-        if kind != _LORA:
+        if kind not in _READ:
             names = ", ".join(sorted(bundle.tensors)[:2])
             tensors = f", tensors such as {names}" if names else ""
             about = _describe_type(kind)
@@ -110,10 +123,21 @@ class PeftConfig:
     def problems(self) -> list[Problem]:
         """Return the options under which this version cannot merge."""
         return [
-            Problem(item.code, f"{self.where}: {item.field}", f"{self.fields[item.field]!r:.80}: {item.why}")
+            Problem(
+                item.code, f"{self.where}: {item.field}", f"{self.fields[item.field]!r:.80}: {item.why}", "", item.mend
+            )
             for item in _OBSTACLES
             if item.field in self.fields and item.holds(self.fields[item.field])
         ]
+
+    def tokens_of(self, target: str) -> list[JsonValue] | None:
+        """Return the numbers of the tokens whose rows were trained in a table, None where they are not stated."""
+        own = self.fields.get("peft_type") == _TOKENS
+        stated = self.fields.get("token_indices" if own else "trainable_token_indices")
+        if isinstance(stated, Mapping):
+            names = (name for name in stated if target == name or target.endswith(f".{name}"))
+            stated = next((stated[name] for name in names), None)
+        return list(stated) if isinstance(stated, list | tuple) else None
 
     def text(self, field: str) -> str | None:
         """Return a text field, None where it is null or absent."""

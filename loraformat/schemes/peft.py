@@ -5,10 +5,9 @@ the configuration (huggingface/peft, LoraConfig as of 0.21).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
+from loraformat.adapter import Adapter, BaseBinding
 from loraformat.errors import LoraformatError, refuse
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
@@ -16,6 +15,8 @@ from loraformat.schemes import Bundle, StatedScale
 from loraformat.schemes._checking import ConfigReading
 from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
 from loraformat.schemes._peft_config import PeftConfig, read_config
+from loraformat.schemes._peft_groups import BASE, COPY, REPLACE, TOKENS, Group, compose, is_buffer, note_left_out
+from loraformat.schemes._peft_targets import TargetReader
 from loraformat.schemes._table import Name, NameTable, Row
 
 _PREFIX: Final = "base_model.model."
@@ -34,28 +35,25 @@ TABLE: Final = NameTable(
         Row("lora_B.{adapter}.weight", "lora", "lora_B.weight"),
         Row("lora_embedding_A.{adapter}", "lora", "lora_embedding_A"),
         Row("lora_embedding_B.{adapter}", "lora", "lora_embedding_B"),
-        Row("lora_B.bias", "lora with bias", "lora_B.bias"),
-        Row("lora_B.{adapter}.bias", "lora with bias", "lora_B.bias"),
+        Row("lora_B.bias", "lora", "lora_B.bias"),
+        Row("lora_B.{adapter}.bias", "lora", "lora_B.bias"),
         Row("lora_magnitude_vector", "dora", "lora_magnitude_vector"),
         Row("lora_magnitude_vector.{adapter}.weight", "dora", "lora_magnitude_vector"),
-        Row("modules_to_save.{adapter}.weight", "replace", "weight"),
-        Row("modules_to_save.{adapter}.bias", "replace", "bias"),
-        Row("base_layer.weight", "replace", "weight"),
-        Row("base_layer.bias", "replace", "bias"),
-        Row("token_adapter.trainable_tokens_delta", "trained tokens", "trainable_tokens_delta"),
-        Row("trainable_tokens_delta", "trained tokens", "trainable_tokens_delta"),
-        Row("weight", "replace", "weight"),
-        Row("bias", "replace", "bias"),
+        Row("modules_to_save.{adapter}.weight", REPLACE, "weight"),
+        Row("modules_to_save.{adapter}.bias", REPLACE, "bias"),
+        Row("modules_to_save.weight", COPY, "modules_to_save.weight"),
+        Row("modules_to_save.bias", COPY, "modules_to_save.bias"),
+        Row("token_adapter.base_layer.weight", BASE, "base_layer.weight"),
+        Row("base_layer.weight", BASE, "base_layer.weight"),
+        Row("base_layer.bias", BASE, "base_layer.bias"),
+        Row("token_adapter.trainable_tokens_delta", TOKENS, "trainable_tokens_delta"),
+        Row("token_adapter.trainable_tokens_delta.{adapter}", TOKENS, "trainable_tokens_delta"),
+        Row("trainable_tokens_delta", TOKENS, "trainable_tokens_delta"),
+        Row("trainable_tokens_delta.{adapter}", TOKENS, "trainable_tokens_delta"),
+        Row("weight", REPLACE, "weight"),
+        Row("bias", REPLACE, "bias"),
     ]
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """The tensors of one target, and the kinds that they speak for."""
-
-    factors: dict[str, Factor]
-    kinds: set[str]
 
 
 class Peft:
@@ -80,17 +78,17 @@ class Peft:
         config = read_config(bundle.config, bundle.path)
         config.check_type(bundle)
         groups, problems = _group(bundle)
-        targets = tuple(_read_target(name, group, config, stated, bundle) for name, group in sorted(groups.items()))
+        targets, found = TargetReader(groups, config, stated, bundle).read_all()
         lost = find_lost(config, _summarise(groups))
-        if not targets:
+        if not targets and not found:
             raise refuse("LF212", bundle.path, f"{len(bundle.tensors)} tensors, none of a target", "LoRA factors")
         return Adapter(
-            targets=targets,
+            targets=tuple(sorted(targets, key=lambda target: target.name)),
             base=BaseBinding(config.text("base_model_name_or_path"), config.text("revision")),
             scheme=self.name,
             source=str(bundle.path),
             provenance={"peft": dict(bundle.config)} if bundle.config else {},
-            problems=(*problems, *config.problems(), *_find_lost_magnitudes(groups, config), *lost),
+            problems=(*problems, *config.problems(), *found, *_find_lost_magnitudes(groups, config), *lost),
         )
 
     def check(self, bundle: Bundle) -> list[Problem]:
@@ -109,17 +107,20 @@ class Peft:
         return ConfigReading(_describe_config(config), announced_kinds(config), problems)
 
 
-def _group(bundle: Bundle) -> tuple[dict[str, _Group], list[Problem]]:
+def _group(bundle: Bundle) -> tuple[dict[str, Group], list[Problem]]:
     """Return the tensors by target, wrapper prefixes removed, and problems of unknown or colliding keys."""
-    groups: dict[str, _Group] = {}
+    groups: dict[str, Group] = {}
     stripped: set[str] = set()
-    problems: list[Problem] = []
+    buffers = [key for key in bundle.tensors if is_buffer(key)]
+    problems: list[Problem] = note_left_out(buffers)
     for key, tensor in bundle.tensors.items():
+        if is_buffer(key):
+            continue
         name = _read_key(key, stripped)
         if name is None:
             problems.append(Problem("LF202", key, f"a tensor of shape {tensor.shape}", "a role that PEFT has"))
             continue
-        group = groups.setdefault(name.target, _Group({}, set()))
+        group = groups.setdefault(name.target, Group({}, set()))
         if name.row.role in group.factors:
             problems.append(Problem("LF302", key, f"a second {name.row.role} for {name.target}", "one"))
             continue
@@ -128,10 +129,11 @@ def _group(bundle: Bundle) -> tuple[dict[str, _Group], list[Problem]]:
     if stripped:
         found = f"the prefixes {', '.join(sorted(stripped))} in its names, left out"
         problems.append(Problem("LF304", str(bundle.path), found, severity="note"))
-    return groups, problems
+    composed, notes = compose(groups)
+    return composed, problems + notes
 
 
-def _summarise(groups: Mapping[str, _Group]) -> dict[str, StoredModule]:
+def _summarise(groups: Mapping[str, Group]) -> dict[str, StoredModule]:
     return {name: StoredModule(group.kinds, group.factors) for name, group in groups.items()}
 
 
@@ -155,37 +157,12 @@ def _read_key(key: str, stripped: set[str]) -> Name | None:
     return TABLE.read(key)
 
 
-def _find_lost_magnitudes(groups: Mapping[str, _Group], config: PeftConfig) -> list[Problem]:
+def _find_lost_magnitudes(groups: Mapping[str, Group], config: PeftConfig) -> list[Problem]:
     """Return the targets of a DoRA adapter that would pass for LoRA, since their magnitudes were not saved."""
     lost = sorted(name for name, group in groups.items() if "lora" in group.kinds and "dora" not in group.kinds)
     if not lost or not config.flag("use_dora"):
         return []
     return [Problem("LF201", name, "use_dora, but no lora_magnitude_vector", "a magnitude vector") for name in lost]
-
-
-def _read_target(name: str, group: _Group, config: PeftConfig, stated: StatedScale, bundle: Bundle) -> Target:
-    kind = _choose_kind(group.kinds)
-    slot = _slot_of(group.factors, config) if kind != "replace" else SlotKind.PARAMETER
-    if "lora" not in group.kinds:
-        return Target(name, kind, slot, group.factors, 0, Scaling(ScalingRule.MULTIPLIER, 1.0))
-    down = group.factors.get("lora_A.weight") or group.factors.get("lora_embedding_A")
-    rank = config.rank_of(name, down.shape[0] if down is not None and down.shape else 0)
-    return Target(name, kind, slot, group.factors, rank, config.scaling_of(name, stated, bundle.path))
-
-
-def _choose_kind(kinds: set[str]) -> str:
-    """Return the one kind that a target's tensors make; several that do not belong together keep all names."""
-    special = sorted(kinds if "replace" in kinds else kinds - {"lora"})
-    return " and ".join(special) if special else "lora"
-
-
-def _slot_of(factors: Mapping[str, Any], config: PeftConfig) -> SlotKind:
-    factor = factors.get("lora_A.weight") or factors.get("lora_B.weight")
-    if factor is None:
-        return SlotKind.EMBEDDING
-    if len(factor.shape) > 2:
-        return SlotKind.CONV
-    return SlotKind.LINEAR_TRANSPOSED if config.flag("fan_in_fan_out") else SlotKind.LINEAR
 
 
 SCHEME: Final = Peft()

@@ -77,6 +77,8 @@ def test_sites_are_the_parameters_of_one_to_five_dimensions(tmp_path: Path) -> N
         "a weight": {SlotKind.LINEAR, SlotKind.LINEAR_TRANSPOSED, SlotKind.EMBEDDING, SlotKind.PARAMETER},
         **dict.fromkeys(("b weight", "c weight", "d weight"), kernel),
         **dict.fromkeys(("norm weight", "a bias", "odd bias", "a.weight extra"), vector),
+        # A matrix that is a parameter of its own: an adapter calls it by its whole name.
+        "a.weight.extra weight": {SlotKind.LINEAR, SlotKind.LINEAR_TRANSPOSED, SlotKind.PARAMETER},
     }
     assert not any(site.transposed[SlotKind.PARAMETER] for site in base.sites)
     assert sorted(tensor.name for tensor in base.list_tensors()) == sorted(arrays)

@@ -189,10 +189,10 @@ def test_two_keys_for_one_role(twin: str) -> None:
 
 
 def test_all_unknown_keys_are_named() -> None:
-    bundle = make_bundle({"model.q": {**LINEAR, "lora_diag": (2,)}, "model.v": {**LINEAR, "lora_velora_embed": (3,)}})
+    bundle = make_bundle({"model.q": {**LINEAR, "lora_diag": (2,)}, "model.v": {**LINEAR, "lora_mask": (3,)}})
     problems = errors(bundle)
     assert {problem.code for problem in problems} == {"LF202"}
-    assert [problem.where.rpartition(".")[2] for problem in problems] == ["lora_diag", "lora_velora_embed"]
+    assert [problem.where.rpartition(".")[2] for problem in problems] == ["lora_diag", "lora_mask"]
 
 
 def test_nothing_but_unknown_keys() -> None:
@@ -316,31 +316,79 @@ def test_linear_and_embedding_factors_of_one_module() -> None:
 BEYOND = {
     "DoRA": ({**LINEAR, "lora_magnitude_vector": (7,)}, "dora"),
     "DoRA of a state dict": ({**LINEAR, "lora_magnitude_vector.default.weight": (7,)}, "dora"),
-    "lora_bias": ({**LINEAR, "lora_B.bias": (7,)}, "lora with bias"),
-    "lora_bias of a state dict": ({**infix("default"), "lora_B.default.bias": (7,)}, "lora with bias"),
-    "both": ({**LINEAR, "lora_B.bias": (7,), "lora_magnitude_vector": (7,)}, "dora and lora with bias"),
-    "trained bias": ({**LINEAR, "base_layer.bias": (7,)}, "lora and replace"),
-    "resized embedding": ({**EMBEDDING, "base_layer.weight": (9, 5)}, "lora and replace"),
-    "resized embedding of an older version": ({**EMBEDDING, "weight": (9, 5)}, "lora and replace"),
-    "trained bias beside DoRA": (
-        {**LINEAR, "lora_magnitude_vector": (7,), "base_layer.bias": (7,)},
-        "dora and lora and replace",
-    ),
-    "trained tokens": ({"token_adapter.trainable_tokens_delta": (3, 5)}, "trained tokens"),
-    "trained tokens of their own type": ({"trainable_tokens_delta": (3, 5)}, "trained tokens"),
+    "DoRA with a bias": ({**LINEAR, "lora_B.bias": (7,), "lora_magnitude_vector": (7,)}, "dora"),
+    "trained bias beside DoRA": ({**LINEAR, "lora_magnitude_vector": (7,), "base_layer.bias": (7,)}, "dora"),
+    "trained tokens beside factors": ({**EMBEDDING, "trainable_tokens_delta": (3, 5)}, "lora and tokens"),
+    "a weight twice": ({**LINEAR, "base_layer.weight": (7, 5), "weight": (7, 5)}, "lora and replace"),
 }
 
 
 @pytest.mark.parametrize("case", BEYOND)
 def test_what_is_more_than_lora_is_never_taken_for_it(case: str) -> None:
     shapes, kind = BEYOND[case]
-    bundle = make_bundle({"m.q": LINEAR, "m.x": shapes})
-    adapter = read(bundle)
+    adapter = read(make_bundle({"m.q": LINEAR, "m.x": shapes}))
     assert {target.name: target.kind for target in adapter.targets} == {"m.q": "lora", "m.x": kind}
-    problems = errors(bundle)
-    assert [(problem.code, problem.where) for problem in problems] == [("LF209", "m.x")]
-    assert kind in problems[0].found
-    assert ("merge_and_unload" in problems[0].advice) == (kind == "lora and replace")
+
+
+BESIDE = {
+    "lora_bias": ({**LINEAR, "lora_B.bias": (7,)}, {"lora_B.bias": (7,)}),
+    "lora_bias of a state dict": ({**infix("default"), "lora_B.default.bias": (7,)}, {"lora_B.bias": (7,)}),
+    "trained bias": ({**LINEAR, "base_layer.bias": (7,)}, {"base_layer.bias": (7,)}),
+    "trained bias of an older version": ({**LINEAR, "bias": (7,)}, {"base_layer.bias": (7,)}),
+    "resized embedding": ({**EMBEDDING, "base_layer.weight": (9, 5)}, {"base_layer.weight": (9, 5)}),
+    "resized embedding of an older version": ({**EMBEDDING, "weight": (9, 5)}, {"base_layer.weight": (9, 5)}),
+    "resized head": ({**LINEAR, "base_layer.weight": (7, 5)}, {"base_layer.weight": (7, 5)}),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_was_saved_beside_factors_is_the_base_s_own(case: str) -> None:
+    shapes, extra = BESIDE[case]
+    bundle = make_bundle({"m.x": shapes}, {**CONFIG, "lora_bias": "lora_B.bias" in extra})
+    target = read_one(bundle)
+    assert not errors(bundle)
+    assert target.kind == "lora"
+    assert {role: f.shape for role, f in target.factors.items() if not role.startswith(("lora_A", "lora_emb"))} == {
+        role: shape for role, shape in {"lora_B.weight": (7, 2), **extra}.items() if role in target.factors
+    }
+
+
+def test_a_bias_of_factors_that_nobody_announced_is_applied_and_said() -> None:
+    """As mergekit's extraction writes it."""
+    adapter = read(make_bundle({"m.q": {**LINEAR, "lora_B.bias": (7,)}, "m.v": {**LINEAR, "lora_B.bias": (7,)}}))
+    assert [(problem.code, problem.severity) for problem in adapter.problems] == [("LF223", "warning")]
+    assert all("lora_B.bias" in target.factors for target in adapter.targets)
+    assert not read(make_bundle({"m.q": {**LINEAR, "lora_B.bias": (7,)}}, {**CONFIG, "lora_bias": True})).problems
+
+
+def test_a_bias_of_factors_that_was_lost() -> None:
+    assert codes(make_bundle({"m.q": LINEAR}, {**CONFIG, "lora_bias": True})) == ["LF201"]
+
+
+TOKEN_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "list": ("token_adapter.trainable_tokens_delta", {"trainable_token_indices": [4, 1, 7]}),
+    "table": ("token_adapter.trainable_tokens_delta", {"trainable_token_indices": {"x": [9], "embed": [4, 1, 7]}}),
+    "state dict": ("token_adapter.trainable_tokens_delta.default", {"trainable_token_indices": [4, 1, 7]}),
+    "their own type": ("trainable_tokens_delta", {"peft_type": "TRAINABLE_TOKENS", "token_indices": [4, 1, 7]}),
+}
+
+
+@pytest.mark.parametrize("case", TOKEN_CASES)
+def test_trained_tokens_are_numbered_by_the_configuration(case: str) -> None:
+    role, fields = TOKEN_CASES[case]
+    bundle = make_bundle({"m.embed": {role: (3, 5)}}, {**CONFIG, **fields})
+    target = read_one(bundle)
+    assert not errors(bundle)
+    assert (target.kind, target.slot, target.options) == ("tokens", SlotKind.PARAMETER, {"token_indices": [4, 1, 7]})
+
+
+@pytest.mark.parametrize(
+    "stated", [None, [1], [1, 2, 2], {"other": [1, 2, 3]}, [1, 2, "3"], [1, 2, -3], "123"], ids=str
+)
+def test_rows_that_nothing_numbers(stated: Any) -> None:
+    fields = {} if stated is None else {"trainable_token_indices": stated}
+    bundle = make_bundle({"m.embed": {"trainable_tokens_delta": (3, 5)}}, {**CONFIG, **fields})
+    assert codes(bundle) == ["LF227"]
 
 
 SAVED = {
@@ -372,10 +420,22 @@ def test_a_saved_module_alone_needs_no_scale() -> None:
     assert (target.kind, target.scale) == ("replace", 1.0)
 
 
-def test_the_copy_that_a_state_dict_keeps_is_another_module() -> None:
-    """`original_module` is the base's own: no base has a module of that name, so that it is never merged."""
+def test_the_copy_that_a_state_dict_keeps_is_left_out_and_said() -> None:
+    """`original_module` is the base's own."""
     saved = {"modules_to_save.default.weight": (7, 5), "original_module.weight": (7, 5)}
-    assert [target.name for target in read(make_bundle({"head": saved})).targets] == ["head", "head.original_module"]
+    adapter = read(make_bundle({"head": saved}))
+    assert [target.name for target in adapter.targets] == ["head"]
+    assert [(problem.code, problem.severity) for problem in adapter.problems] == [("LF226", "note")]
+    alone = read(make_bundle({"head": {"original_module.weight": (7, 5)}}))
+    assert [target.name for target in alone.targets] == ["head.original_module"]
+
+
+def test_the_three_names_of_a_module_saved_whole_and_resized() -> None:
+    """PEFT 0.21 writes them for modules_to_save beside save_embedding_layers."""
+    names = ("weight", "modules_to_save.weight", "original_module.weight")
+    adapter = read(make_bundle({"m.q": LINEAR, "lm_head": dict.fromkeys(names, (7, 5))}))
+    assert {target.name: set(target.factors) for target in adapter.targets}["lm_head"] == {"weight"}
+    assert [problem.code for problem in adapter.problems] == ["LF226"]
 
 
 def test_two_copies_of_a_saved_weight() -> None:

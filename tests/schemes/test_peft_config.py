@@ -103,10 +103,8 @@ STANDING = {
     "alora_invocation_tokens": ([[1, 2], []], [None]),
     "arrow_config": ([{"arrow_top_k": 2}], [None, {}]),
     "use_qalora": ([True], [False, None]),
-    "use_bdlora": ([True, {"nblocks": 2}], [False, None]),
     "kasa_config": ([{"beta": 1}], [None]),
     "layer_replication": ([[[0, 4], [2, 5]]], [None, []]),
-    "target_parameters": ([["mlp.experts.gate_up_proj"]], [None, []]),
     "enable_lora": ([[True, False, True]], [None]),
     "init_lora_weights": (
         ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "PiSSA", "OLoRA"],

@@ -1,0 +1,140 @@
+"""Sites of a state dict under names that no tensor has: members of fused weights, fused modules of split ones, experts.
+
+They let an adapter that was trained on one way of storing a model be merged into another.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Final
+
+from loraformat.adapter import SlotKind
+from loraformat.bases import Site
+from loraformat.bases._fused_modules import Run, arrange, find_family, find_splits
+from loraformat.bases._packed_experts import list_experts
+from loraformat.problems import Problem
+from loraformat.spans import Part
+from loraformat.strict_json import JsonValue
+
+_PARAMETERS: Final = ("weight", "bias")
+_MATRIX: Final[Mapping[SlotKind, bool]] = {
+    SlotKind.LINEAR: False,
+    SlotKind.LINEAR_TRANSPOSED: True,
+    SlotKind.PARAMETER: False,
+}
+_ATTENTION: Final = {"in_proj_weight": "weight", "in_proj_bias": "bias"}
+"""Parameters of torch's MultiheadAttention that an adapter of the module itself changes."""
+
+
+def list_other_sites(own: Sequence[Site], config: Mapping[str, JsonValue]) -> list[Site]:
+    """Return what the sites of whole tensors offer besides themselves."""
+    stored = [site for site in own if site.weight is not None and not site.evidence.startswith("tie")]
+    return [
+        *_list_members(stored, config),
+        *_list_fused(stored),
+        *_list_experts(stored, config),
+        *_list_parameters(stored),
+    ]
+
+
+def _list_members(sites: Sequence[Site], config: Mapping[str, JsonValue]) -> Iterator[Site]:
+    """Yield the members of fused weights: of each a site, or one for each of its runs of rows."""
+    stored = {site.module for site in sites}
+    for site in sites:
+        family = find_family(site.module)
+        if family is None or site.parameter not in _PARAMETERS or len(site.stored_shape()) > 2:
+            continue
+        parent = site.module.removesuffix(family.fused)
+        rows = site.stored_shape()[-1 if site.transposed.get(SlotKind.LINEAR) else 0]
+        arrangement = arrange(family, config, rows)
+        for spelling in family.members:
+            for index, member in enumerate(spelling):
+                if f"{parent}{member}" in stored:
+                    continue
+                named = replace(site, module=f"{parent}{member}", evidence=f"part of {family.fused}", free_bias="")
+                if arrangement is None:
+                    yield _obstruct(named, family.fused, config)
+                    continue
+                for run in arrangement[index]:
+                    yield _cut(named, run, whole=len(arrangement[index]) == 1)
+
+
+def _obstruct(site: Site, fused: str, config: Mapping[str, JsonValue]) -> Site:
+    """Return a member whose rows nothing tells; its weight stays, so that a target of it is told why."""
+    model_type = config.get("model_type")
+    found = f"the model_type {model_type!r} in config.json" if model_type else "no model_type in a config.json"
+    expected = "a family of which it is known how the rows lie"
+    obstacle = Problem("LF416", f"{site.module} in {fused}", found, expected)
+    return replace(site, weight=None, obstacle=obstacle, transposed=_no_table(site.transposed))
+
+
+def _cut(site: Site, run: Run, *, whole: bool) -> Site:
+    rows, columns = (*site.stored_shape(), 1)[:2]
+    lines = (run.stored, run.stored + run.rows, 1)
+    turned = site.transposed.get(SlotKind.LINEAR, False)
+    part = Part((rows, columns), (0, rows, 1), lines) if turned else Part((rows, columns), lines, (0, columns, 1))
+    section = None if whole else (run.start, run.start + run.rows)
+    return replace(site, part=part, section=section, transposed=_no_table(site.transposed))
+
+
+def _no_table(orientation: Mapping[SlotKind, bool]) -> Mapping[SlotKind, bool]:
+    return {slot: turned for slot, turned in orientation.items() if slot is not SlotKind.EMBEDDING}
+
+
+def _list_fused(sites: Sequence[Site]) -> Iterator[Site]:
+    """Yield fused modules that the base stores in parts: a site for each part, on a section of the module."""
+    for parameter in _PARAMETERS:
+        by_module = {site.module: site for site in sites if site.parameter == parameter}
+        plain = {
+            name: site.stored_shape()[0]
+            for name, site in by_module.items()
+            if len(site.stored_shape()) == (2 if parameter == "weight" else 1)
+            and not site.transposed.get(SlotKind.LINEAR)
+        }
+        for fused, parts in find_splits(plain):
+            stops = list(accumulate(rows for _, rows in parts))
+            for (name, rows), stop in zip(parts, stops, strict=True):
+                orientation = _no_table(by_module[name].transposed)
+                evidence = f"{len(parts)} modules stored apart"
+                yield replace(
+                    by_module[name],
+                    module=fused,
+                    evidence=evidence,
+                    section=(stop - rows, stop),
+                    transposed=orientation,
+                    free_bias="",
+                )
+
+
+def _list_experts(sites: Iterable[Site], config: Mapping[str, JsonValue]) -> Iterator[Site]:
+    for site in sites:
+        if len(site.stored_shape()) == 3 and site.parameter not in _PARAMETERS and site.weight is not None:
+            for module, part, orientation in list_experts(site.weight.tensor, _family_of(config)):
+                yield replace(
+                    site,
+                    module=module,
+                    parameter="weight",
+                    evidence="packed experts",
+                    part=part,
+                    transposed=orientation,
+                )
+
+
+def _family_of(config: Mapping[str, JsonValue]) -> JsonValue:
+    """Return the text model's `model_type`, where it stands apart."""
+    inner = config.get("text_config")
+    return inner.get("model_type") if isinstance(inner, Mapping) else config.get("model_type")
+
+
+def _list_parameters(sites: Sequence[Site]) -> Iterator[Site]:
+    """Yield matrices that are parameters of their own under their whole names, and attention's under its module's."""
+    modules = {(site.module, site.parameter) for site in sites}
+    for site in sites:
+        if site.parameter in _PARAMETERS:
+            continue
+        alias = _ATTENTION.get(site.parameter, "")
+        if not alias and len(site.stored_shape()) == 2:
+            yield replace(site, module=site.id, parameter="weight", transposed=_MATRIX)
+        elif alias and (site.module, alias) not in modules:
+            orientation = _MATRIX if alias == "weight" else site.transposed
+            yield replace(site, parameter=alias, evidence="torch's MultiheadAttention", transposed=orientation)

@@ -1,0 +1,171 @@
+"""What a target asks for, what it was matched with, and whether the two fit."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from loraformat.adapter import SlotKind, Target
+from loraformat.bases import Site, Weight
+from loraformat.fingerprint import positions, read_number
+from loraformat.kinds import KINDS, Change, Nature
+from loraformat.spans import Part
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Want:
+    """One change of one parameter that a target asks for.
+
+    Attributes:
+        target: the target.
+        change: what its kind does to the parameter.
+    """
+
+    target: Target
+    change: Change
+
+    @property
+    def parameter(self) -> str:
+        """`weight`, `bias` ..."""
+        return self.change.parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its canonical shape."""
+        return self.change.shape
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it changes the weight that the target's fingerprint was taken from."""
+        return self.parameter == "weight" and self.change.slot is self.target.slot
+
+    @property
+    def name(self) -> str:
+        """Its name for people: the target's, with the parameter where that does not go without saying."""
+        return f"{self.target.name}.{self.parameter}" if self.change.slot is SlotKind.PARAMETER else self.target.name
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One parameter that a target changes, and the weight that it is in the base.
+
+    Attributes:
+        want: the target and its parameter.
+        weights: the stored weight; several where the exporter wrote copies of it, one for each call of the module.
+        sites: where the base applies it, all of this target and, where the base splits the module, of one section.
+        transposed: whether the stored matrix is the transpose of the canonical `(out, in * kernel)`.
+        divisor: what the site multiplies its weight by.
+        evidence: how the weight was found.
+        relation: how the names differ: empty, `+prefix` that the base has more, `-prefix` that it lacks, `~name` that a
+            library changed it to, `fingerprint`.
+        apart: of a table that others are tied to and that this parts from them, the name of its own; else empty.
+        also: names of other targets that say the same of the weight, for which this stands.
+    """
+
+    want: Want
+    weights: tuple[Weight, ...]
+    sites: tuple[Site, ...]
+    transposed: bool
+    divisor: float
+    evidence: str
+    relation: str
+    apart: str = ""
+    also: tuple[str, ...] = ()
+
+    @property
+    def target(self) -> Target:
+        """The adapter's target."""
+        return self.want.target
+
+    @property
+    def weight(self) -> Weight:
+        """The stored weight, the first of its copies."""
+        return self.weights[0]
+
+    @property
+    def part(self) -> Part | None:
+        """Where in the stored tensor it is; None for all of it."""
+        return self.sites[0].part
+
+    @property
+    def section(self) -> tuple[int, int] | None:
+        """The rows of the change that this weight holds; None for all."""
+        return self.sites[0].section
+
+
+@dataclass(frozen=True, slots=True)
+class NewBias:
+    """A bias that a target changes and the base lacks.
+
+    Attributes:
+        want: the target and its change of the bias.
+        beside: where the module's weight was found.
+    """
+
+    want: Want
+    beside: Match
+
+    @property
+    def name(self) -> str:
+        """The name that its tensor will have."""
+        return self.beside.sites[0].free_bias
+
+    def as_match(self) -> Match:
+        """Return the match that it would be if the base had it."""
+        return replace(self.beside, want=self.want, transposed=False, divisor=1.0)
+
+
+def list_wants(target: Target) -> list[Want]:
+    """Return what a target asks for, one for each change that its kind makes."""
+    kind = KINDS.find(target.kind)
+    assert kind is not None, "checked before"
+    return [Want(target, change) for change in kind.changes(target)]
+
+
+def name_weight(site: Site) -> str:
+    """Return the name of the weight that a site applies, for people."""
+    return site.weight.name if site.weight is not None else "nothing"
+
+
+def fits_site(want: Want, site: Site) -> bool:
+    """Say whether a target's change has the shape of what is stored at a site, which must have a weight."""
+    stored, wanted = site.stored_shape(), shape_at(want, site)
+    if stored == wanted:
+        return True
+    if want.change.open and len(stored) == len(wanted):
+        return stored[0] >= wanted[0] and stored[1:] == wanted[1:]
+    grown = site.grows and len(stored) == len(wanted) and wanted[0] > stored[0] and wanted[1:] == stored[1:]
+    return grown and brings_rows(want)
+
+
+def brings_rows(want: Want) -> bool:
+    """Say whether the target brings values of its own for all rows: then there may be more of them than are stored."""
+    kind = KINDS.find(want.target.kind)
+    assert kind is not None, "checked before"
+    changes = kind.changes(want.target)
+    return any(each.nature is Nature.REPLACEMENT and each.parameter == want.parameter for each in changes)
+
+
+def shape_at(want: Want, site: Site) -> tuple[int, ...]:
+    """Return the shape in which the target's weight would be stored at the site."""
+    shape = want.shape
+    if site.section is not None:
+        shape = (site.section[1] - site.section[0], *shape[1:])
+    if site.part is not None and len(shape) == 1:
+        shape = (*shape, 1)
+    return shape[::-1] if site.transposed[want.change.slot] else shape
+
+
+def sample_sites(want: Want, sites: Sequence[Site]) -> tuple[float, ...]:
+    """Return the samples of the weight that sites apply, one or several sections, at the positions of the target."""
+    return tuple(_read_sample(want, sites, row, column) for row, column in positions(want.target.name, want.shape))
+
+
+def _read_sample(want: Want, sites: Sequence[Site], row: int, column: int) -> float:
+    site = next((site for site in sites if site.section and site.section[0] <= row < site.section[1]), sites[0])
+    assert site.weight is not None, "chosen so"
+    first, stop = site.section or (0, want.shape[0])
+    rows, columns = stop - first, math.prod(want.shape[1:])
+    turned = site.transposed[want.change.slot]
+    place = (column, row - first) if turned else (row - first, column)
+    index = site.part.index(*place) if site.part else place[0] * (rows if turned else columns) + place[1]
+    return read_number(site.weight.tensor, index) * site.divisor

@@ -1,0 +1,61 @@
+"""What follows for a model from weights that grow, part or appear: its configuration, and what must grow with them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from loraformat.bases import Site
+from loraformat.plan import PlannedWeight
+from loraformat.problems import Problem
+from loraformat.strict_json import JsonValue
+
+_FLAGS: Final = {
+    "attention_bias": frozenset({"q_proj", "k_proj", "v_proj", "o_proj"}),
+    "mlp_bias": frozenset({"gate_proj", "up_proj", "down_proj"}),
+}
+"""Fields by which transformers' models of the llama family give biases to their modules."""
+
+
+def follow_weights(
+    weights: Sequence[PlannedWeight], sites: Sequence[Site], *, untied: bool
+) -> tuple[Mapping[str, JsonValue], list[Problem]]:
+    """Return the fields of `config.json` that change with the weights, and what is wrong or to be said about it.
+
+    Args:
+        weights: of the plan.
+        sites: the base's.
+        untied: whether tied tables part.
+    """
+    new = [weight for weight in weights if weight.new is not None]
+    changes: dict[str, JsonValue] = {"tie_word_embeddings": False} if untied else {}
+    problems: list[Problem] = []
+    grown = {weight.name: weight for weight in new if weight.nbytes and _rows(weight) > weight.shape[0]}
+    if grown:
+        problems += _check_grown(grown, weights, sites)
+        changes["vocab_size"] = max(_rows(weight) for weight in grown.values())
+    biases = {weight.name.split(".")[-2] for weight in new if weight.new is not None and not weight.new.has_base}
+    changes |= {flag: True for flag, modules in _FLAGS.items() if biases & modules}
+    return changes, problems
+
+
+def _rows(weight: PlannedWeight) -> int:
+    return weight.new.shape[0] if weight.new is not None else weight.shape[0]
+
+
+def _check_grown(
+    grown: Mapping[str, PlannedWeight], weights: Sequence[PlannedWeight], sites: Sequence[Site]
+) -> list[Problem]:
+    """Return a problem for every table that must have as many rows as another that grows, and has not."""
+    most = max(grown.values(), key=_rows)
+    before, after = most.shape[0], _rows(most)
+    tables = {
+        site.weight.name: site.stored_shape()[0]
+        for site in sites
+        if site.grows and site.part is None and site.section is None and site.weight is not None
+    }
+    apart = {site.tied for site in sites if site.tied}
+    tables |= {weight.name: _rows(weight) for weight in weights if weight.name in apart.union(tables)}
+    short = [name for name, rows in sorted(tables.items()) if rows in {before, *map(_rows, grown.values())} - {after}]
+    if short:
+        found = f"{most.name!r} grows from {before} to {after} rows, and {', '.join(short)} does not"
+        return [Problem("LF414", most.name, found, f"{after} rows in every table of the vocabulary")]
+    return [Problem("LF413", most.name, f"the vocabulary grows from {before} to {after} tokens", severity="note")]

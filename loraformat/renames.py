@@ -1,0 +1,74 @@
+"""Modules that libraries renamed between versions: one table, read in both directions.
+
+The rows are transformers' own (`conversion_mapping.py` as of 5.23, and the move of the text model in 4.52). A rename is
+evidence of a name, never of a shape: it only gives names to look for.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    """One rename, as an expression on whole names and what replaces it.
+
+    Attributes:
+        about: which of a library's changes it belongs to; a name goes through each once.
+        expression: what it applies to.
+        replacement: what is put there.
+    """
+
+    about: str
+    expression: re.Pattern[str]
+    replacement: str
+
+
+def _start(about: str, old: str, new: str, *behind: str) -> list[Rename]:
+    """Return the rename of a beginning in both directions, where one of some modules follows."""
+    ahead = rf"(?=(?:{'|'.join(behind)})(?:\.|$))" if behind else r"(?=\.|$)"
+    return [Rename(about, re.compile(rf"^{re.escape(a)}{ahead}"), b) for a, b in ((old, new), (new, old))]
+
+
+def _inside(about: str, old: str, new: str) -> list[Rename]:
+    return [Rename(about, re.compile(rf"(?<=\.){re.escape(a)}(?=\.)"), b) for a, b in ((old, new), (new, old))]
+
+
+def _of_experts(old: str, new: str) -> list[Rename]:
+    return [Rename("experts", re.compile(rf"(\.experts\.\d+)\.{a}$"), rf"\1.{b}") for a, b in ((old, new), (new, old))]
+
+
+_BODY: Final = ("layers", "embed_tokens", "norm")
+
+RENAMES: Final = (
+    # Models that also see, before and since transformers 4.52; Qwen2-VL's text model stood alone in `model`.
+    *_start("text", "language_model.model.", "model.language_model.", *_BODY),
+    *_start("text", "model.", "model.language_model.", *_BODY),
+    *_start("head", "language_model.lm_head", "lm_head"),
+    # CLIP and its like lost a level in transformers 5.
+    *_start("tower", "text_model.", "", "encoder", "embeddings", "final_layer_norm"),
+    *_start("tower", "vision_model.", "", "encoder", "embeddings", "pre_layrnorm", "post_layernorm"),
+    *_start("neox", "embed_out", "lm_head"),
+    # Mixtral.
+    *_inside("mixture", "block_sparse_moe", "mlp"),
+    *_of_experts("w1", "gate_proj"),
+    *_of_experts("w3", "up_proj"),
+    *_of_experts("w2", "down_proj"),
+)
+
+
+def list_names(name: str) -> Iterator[str]:
+    """Yield the other names that a module has had, the nearest first; not its own."""
+    seen = {name}
+    fresh: list[tuple[str, frozenset[str]]] = [(name, frozenset())]
+    while fresh:
+        found = [
+            (rename.expression.sub(rename.replacement, each, count=1), through | {rename.about})
+            for each, through in fresh
+            for rename in RENAMES
+            if rename.about not in through and rename.expression.search(each)
+        ]
+        fresh = [pair for pair in found if pair[0] and pair[0] not in seen]
+        seen.update(other for other, _ in fresh)
+        yield from dict.fromkeys(other for other, _ in fresh)

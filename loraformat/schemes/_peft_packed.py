@@ -1,0 +1,196 @@
+"""LoRA of packed parameters (PEFT's `target_parameters`), of blocks (BD-LoRA) and of torch's MultiheadAttention.
+
+Packed experts lie in one pair of factors: A `(experts * r, in)`, expert by expert, and B `(out, r * experts)`, in
+which the experts of one rank stand side by side. Each expert becomes a target of its own, `<experts>.3.down_proj`.
+The parameter's name is not in the file. Several parameters of one module are nested: the one that the model defines
+first is innermost, under `base_layer.`.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraformat.adapter import Factor
+from loraformat.limits import MAX_EXPERTS
+from loraformat.problems import Problem
+from loraformat.schemes._derived import DerivedFactor, LastRead
+from loraformat.schemes._peft_config import PeftConfig
+
+A: Final = "lora_A.weight"
+B: Final = "lora_B.weight"
+_WRAPPED: Final = ".base_layer"
+_ORDER: Final = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+"""Parameters of transformers' experts, in the order in which they are defined."""
+
+_SURE_OF_SQUARES: Final = (0, 19, 1)
+"""The first PEFT that decides by the module which side of a packed matrix is its input, not by its place."""
+
+
+def find_module(name: str) -> str:
+    """Return the module of a target, without the wrappers that nest its parameters."""
+    while name.endswith(_WRAPPED):
+        name = name.removesuffix(_WRAPPED)
+    return name
+
+
+def list_parameters(module: str, config: PeftConfig) -> list[str]:
+    """Return the parameters of a module that the configuration targets, innermost first."""
+    stated = config.fields.get("target_parameters")
+    entries = [entry for entry in stated if isinstance(entry, str)] if isinstance(stated, list | tuple) else []
+    found: list[str] = []
+    for entry in dict.fromkeys(entries):
+        owner, _, parameter = entry.rpartition(".")
+        inside = module == owner or module.endswith(f".{owner}")
+        if inside if owner else not _is_targeted(module, config):
+            found.append(parameter)
+    known = [parameter for parameter in _ORDER if parameter in found]
+    return list(known) if len(known) == len(found) else found
+
+
+def _is_targeted(module: str, config: PeftConfig) -> bool:
+    """Say whether a module is adapted by its own name, so that a parameter's name alone cannot mean it."""
+    stated = config.fields.get("target_modules")
+    names = stated if isinstance(stated, list | tuple) else ()
+    return any(isinstance(name, str) and (module == name or module.endswith(f".{name}")) for name in names)
+
+
+def name_parameter(name: str, levels: Mapping[str, Mapping[str, Factor]], config: PeftConfig) -> str | Problem | None:
+    """Return which parameter a target's factors are of, None where they are of a module.
+
+    Args:
+        name: the target, with the wrappers around it.
+        levels: all targets of the file.
+        config: what names the parameters.
+    """
+    module = find_module(name)
+    parameters = list_parameters(module, config)
+    if not parameters:
+        return None
+    nested = [each for each in levels if find_module(each) == module]
+    depth = (len(name) - len(module)) // len(_WRAPPED)
+    if len(nested) != len(parameters) or depth >= len(parameters):
+        found = f"{len(nested)} pairs of factors, and the parameters {', '.join(parameters)}"
+        return Problem("LF225", name, found, "one pair for each")
+    shapes = [tuple(levels[each][role].shape for role in (A, B) if role in levels[each]) for each in nested]
+    if not set(parameters) <= set(_ORDER) and len(set(shapes)) < len(shapes):
+        found = f"factors of one shape for {', '.join(parameters)}, in an order that is not known"
+        return Problem("LF225", name, found, "shapes that tell them apart")
+    return parameters[len(parameters) - 1 - depth]
+
+
+def split_experts(
+    name: str, factors: Mapping[str, Factor], rank: int, last: LastRead
+) -> list[tuple[str, dict[str, Factor]]] | Problem:
+    """Return each expert's name and factors; the parameter's alone where it is not packed.
+
+    Args:
+        name: `<module>.<parameter>`.
+        factors: A and B of all experts.
+        rank: that of one expert.
+        last: keeps what was read.
+    """
+    down, up = factors.get(A), factors.get(B)
+    if down is None or up is None or len(down.shape) != 2 or len(up.shape) != 2 or down.shape[0] != up.shape[1]:
+        shapes = ", ".join(f"{role} {factor.shape}" for role, factor in factors.items())
+        return Problem("LF203", name, shapes, f"{A} (experts * r, in) and {B} (out, r * experts)")
+    experts, rest = divmod(down.shape[0], rank or 1)
+    if experts > MAX_EXPERTS:
+        return Problem("LF225", name, f"{experts} experts of rank {rank}", f"at most {MAX_EXPERTS}")
+    if rest or not rank or not experts:
+        return Problem("LF225", name, f"rank {rank} stated, A {down.shape}", "as many rows as experts times r")
+    if experts == 1:
+        module, _, parameter = name.rpartition(".")
+        return [(module if parameter == "weight" else name, dict(factors))]
+    module, _, parameter = name.rpartition(".")
+    split: list[tuple[str, dict[str, Factor]]] = []
+    for expert in range(experts):
+        rows, columns = slice(expert * rank, (expert + 1) * rank), slice(expert, None, experts)
+        sizes = (rank, down.shape[1]), (up.shape[0], rank)
+        own: dict[str, Factor] = {
+            A: DerivedFactor(f"{down.name}[{expert}]", sizes[0], down, partial(_take_rows, rows), last),
+            B: DerivedFactor(f"{up.name}[{expert}]", sizes[1], up, partial(_take_columns, columns), last),
+        }
+        split.append((f"{module}.{expert}.{parameter}", own))
+    return split
+
+
+def _take_rows(rows: slice, stored: NDArray[Any]) -> NDArray[Any]:
+    return np.array(stored[rows], order="C")
+
+
+def _take_columns(columns: slice, stored: NDArray[Any]) -> NDArray[Any]:
+    return np.array(stored[:, columns], order="C")
+
+
+def check_square(name: str, factors: Mapping[str, Factor], config: PeftConfig) -> list[Problem]:
+    """Return a problem for a square matrix of an expert from a PEFT that took its sides by their places."""
+    if factors[A].shape[1] != factors[B].shape[0] or _read_version(config) >= _SURE_OF_SQUARES:
+        return []
+    found = (
+        f"square matrices {factors[B].shape[0]} by {factors[A].shape[1]}, saved by PEFT {config.text('peft_version')}"
+    )
+    return [Problem("LF225", name, found, "a version from 0.19.1 on, which says which side is the input")]
+
+
+def _read_version(config: PeftConfig) -> tuple[int, ...]:
+    """Return PEFT's version as numbers, zeros where it is not stated."""
+    parts = (config.text("peft_version") or "0").split(".")[:3]
+    return tuple(int(part) if part.isdecimal() and len(part) < 6 else 0 for part in parts)
+
+
+def expand_blocks(
+    name: str, factors: Mapping[str, Factor], config: PeftConfig, last: LastRead
+) -> dict[str, Factor] | Problem:
+    """Return the factors of a BD-LoRA target with the compact one put block-diagonally in place."""
+    stated = config.fields.get("use_bdlora")
+    if not stated:
+        return dict(factors)
+    count = stated.get("nblocks") if isinstance(stated, Mapping) else None
+    if not isinstance(stated, Mapping) or not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        return Problem("LF213", f"{config.where}: use_bdlora", f"{stated!r:.80}", "an object with nblocks")
+    fields = (("target_modules_bd_a", A), ("target_modules_bd_b", B))
+    matched = [role for field, role in fields if _names_part(stated.get(field), name)]
+    expanded = dict(factors)
+    for role in matched:
+        factor = factors.get(role)
+        if factor is None or len(factor.shape) != 2 or factor.shape[0] % count or len(matched) > 1:
+            found = f"{role} {factor.shape if factor else 'missing'} for {count} blocks"
+            return Problem("LF203", name, found, "rows that divide into the blocks, in one of A and B")
+        shape = (factor.shape[0], factor.shape[1] * count)
+        expanded[role] = DerivedFactor(factor.name, shape, factor, partial(_place_blocks, count), last)
+    return expanded
+
+
+def _names_part(patterns: object, name: str) -> bool:
+    """Say whether PEFT's patterns, which are texts inside a name, fit."""
+    listed: Sequence[object] = patterns if isinstance(patterns, list | tuple) else ()
+    return any(isinstance(pattern, str) and pattern in name for pattern in listed)
+
+
+def _place_blocks(count: int, compact: NDArray[Any]) -> NDArray[Any]:
+    rows, columns = compact.shape[0] // count, compact.shape[1]
+    placed: NDArray[Any] = np.zeros((compact.shape[0], columns * count), compact.dtype)
+    for block in range(count):
+        own = slice(block * rows, (block + 1) * rows)
+        placed[own, block * columns : (block + 1) * columns] = compact[own]
+    return placed
+
+
+_OUT: Final = ".base_layer.out_proj"
+_ADDED_ONCE: Final = (0, 22)
+"""PEFT up to 0.21 adds the change of the output projection twice (huggingface/peft#3774), in training as in merging."""
+
+
+def find_attention(name: str, targets: Mapping[str, Mapping[str, Factor]]) -> str | None:
+    """Return the attention module whose output projection a target is, None for any other target."""
+    module = name.removesuffix(_OUT)
+    factors = targets.get(module)
+    return module if module != name and factors is not None and A in factors else None
+
+
+def count_additions(config: PeftConfig) -> int:
+    """Return how often PEFT added the change of the output projection while it trained."""
+    return 1 if _read_version(config) >= _ADDED_ONCE else 2

@@ -1,0 +1,123 @@
+"""Weights that several parts of a model read: when a change of one of them may be made.
+
+A change is sound when everything that reads the tensor is meant to change alike: the target leads to all of it, or
+several targets lead to all of it and say the same (PEFT saves tied tables, and the factors of tied modules, on both
+sides), or it is of a kind that a library applies to all tied tables. Otherwise it is refused, or, for tables that the
+configuration ties, the tables part.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraformat.bases import Site
+from loraformat.kinds import Nature
+from loraformat.matching import Match
+from loraformat.problems import Problem
+
+_LISTED: Final = 8
+_UNTIE: Final = (
+    "config.json ties both tables (tie_word_embeddings). With --untie (untie=True) the output gets two of them, and "
+    "tie_word_embeddings becomes false."
+)
+_TWINS: Final = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
+"""The factors of a linear layer, and those of the embedding that make the same change of a tied table, transposed."""
+
+
+def settle_sharing(
+    matches: Sequence[Match], sites: Iterable[Site], *, untie: bool
+) -> tuple[list[Match], list[Problem]]:
+    """Return the matches that stand, and what is wrong with the others or was done about them.
+
+    Args:
+        matches: of one adapter.
+        sites: the base's.
+        untie: whether tables that the configuration ties may part.
+    """
+    tied = {site.id: site for site in sites if site.tied}
+    settled: list[Match] = []
+    problems: list[Problem] = []
+    groups: dict[tuple[Any, ...], list[Match]] = defaultdict(list)
+    for match in matches:
+        if not _find_strangers(match):
+            settled.append(match)
+        else:
+            groups[_readers(match), match.want.parameter, match.want.change.nature].append(match)
+    for group in groups.values():
+        kept, found = _settle(group, tied, untie=untie)
+        settled += kept
+        problems += found
+    return settled, problems
+
+
+def _readers(match: Match) -> frozenset[str]:
+    return frozenset().union(*(weight.consumers for weight in match.weights))
+
+
+def _find_strangers(match: Match) -> list[str]:
+    return sorted(_readers(match) - {site.id for site in match.sites})
+
+
+def _settle(group: list[Match], tied: Mapping[str, Site], *, untie: bool) -> tuple[list[Match], list[Problem]]:
+    first, names = group[0], " and ".join(dict.fromkeys(match.target.name for match in group))
+    covered = {site.id for match in group for site in match.sites}
+    if len(group) == 1 and first.want.change.shared and all(name in tied for name in _find_strangers(first)):
+        return [_reach_all(first, tied)], []
+    if covered >= _readers(first) and all(_say_the_same(first, other) for other in group[1:]):
+        note = Problem("LF411", names, f"the same change of {first.weight.name!r}, made once", severity="note")
+        also = tuple(dict.fromkeys(match.target.name for match in group))
+        kept = _one_for_each_weight(group)
+        return [replace(match, sites=_sites_of(match, group), also=also) for match in kept], [note]
+    if not all(name in tied for name in _readers(first)):
+        return [], [_report_sharing(match, "") for match in group]
+    if not untie:
+        return [], [_report_sharing(match, _UNTIE) for match in group]
+    note = Problem("LF412", names, f"{first.weight.name!r} is tied to another table; each is changed alone")
+    return [replace(match, apart=match.sites[0].tied) for match in group], [replace(note, severity="note")]
+
+
+def _report_sharing(match: Match, mend: str) -> Problem:
+    strangers = ", ".join(_find_strangers(match)[:_LISTED])
+    found = f"the tensor {match.weight.name!r} is also read by {strangers}"
+    return Problem("LF402", match.want.name, found, "a tensor that nothing else reads", mend)
+
+
+def _reach_all(match: Match, tied: Mapping[str, Site]) -> Match:
+    """Return the match with all tables that are tied to its own, those with a tensor of their own too."""
+    sites = [tied[name] for name in sorted(_readers(match))]
+    weights = {site.weight.key: site.weight for site in (*match.sites, *sites) if site.weight is not None}
+    every = {site.id: site for site in (*match.sites, *sites)}
+    return replace(match, sites=tuple(every.values()), weights=tuple(weights.values()))
+
+
+def _one_for_each_weight(group: Iterable[Match]) -> list[Match]:
+    return list({match.weight.key: match for match in reversed(list(group))}.values())[::-1]
+
+
+def _sites_of(match: Match, group: Iterable[Match]) -> tuple[Site, ...]:
+    """Return the sites of all matches, the match's own first."""
+    return tuple({site.id: site for site in (*match.sites, *(s for other in group for s in other.sites))}.values())
+
+
+def _say_the_same(one: Match, other: Match) -> bool:
+    """Say whether two changes of one table are equal: the same numbers, at the same scale."""
+    if one.target.kind != other.target.kind or one.target.options != other.target.options:
+        return False
+    if one.want.change.nature is Nature.ADDITIVE and one.target.scale != other.target.scale:
+        return False
+    roles, others = one.want.change.roles, other.want.change.roles
+    if set(roles) == set(others) and one.transposed == other.transposed:
+        return all(np.array_equal(_read(one, role), _read(other, role)) for role in roles)
+    twins = _TWINS | {embedding: linear for linear, embedding in _TWINS.items()}
+    pairs = [(role, twins.get(role)) for role in roles]
+    if {twin for _, twin in pairs} != set(others):
+        return False
+    return all(np.array_equal(_read(one, role), _read(other, twin).T) for role, twin in pairs if twin is not None)
+
+
+def _read(match: Match, role: str) -> NDArray[Any]:
+    return match.target.factors[role].read()
