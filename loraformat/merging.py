@@ -10,12 +10,14 @@ from loraformat.arguments import (
     AdapterArgument,
     AdapterOptions,
     EffortOptions,
+    HintOptions,
     MergeOptions,
     PlanOptions,
     StrPath,
     VerifyOptions,
     WorkOptions,
     make_effort,
+    read_hints,
     wants_anew,
     weigh_adapters,
 )
@@ -149,7 +151,8 @@ def verify(
         for each, weight in zip(adapters, stated if known else [1.0] * len(adapters), strict=True)
     ]
     weighted = weigh_adapters(pairs, options)
-    plan = build_plan(opened, weighted, proof.path, **receipt.get("options", {}))
+    hints = read_hints(cast(HintOptions, options))
+    plan = build_plan(opened, weighted, proof.path, hints=hints, **receipt.get("options", {}))
     return verify_merge(proof, opened, Order(plan, weighted), _make_effort(options))
 
 
@@ -194,9 +197,11 @@ def _plan(
     base: BaseModel, weighted: Sequence[WeightedAdapter], output: Path, options: PlanOptions | MergeOptions
 ) -> Plan:
     """Plan a merge; what the options do not say is as `build_plan` has it."""
-    own = PlanOptions.__annotations__.keys() - AdapterOptions.__annotations__.keys() - {"to"}
+    others = AdapterOptions.__annotations__.keys() | HintOptions.__annotations__.keys() | {"to"}
+    own = PlanOptions.__annotations__.keys() - others
     given: dict[str, Any] = {name: value for name, value in options.items() if name in own}
-    return build_plan(base, weighted, output, anew=wants_anew(options.get("to")), **given)
+    hints = read_hints(cast(HintOptions, options))
+    return build_plan(base, weighted, output, anew=wants_anew(options.get("to")), hints=hints, **given)
 
 
 def _place(
