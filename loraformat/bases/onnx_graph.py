@@ -104,7 +104,7 @@ def _make_site(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> Site:
 
 
 def _find_weight(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> tuple[Weight | None, Problem | None]:
-    if raw.obstacle is not None or raw.trace.tensor is None:
+    if raw.trace.tensor is None or raw.use.refusal or raw.trace.blocked:
         return None, raw.obstacle
     stored = opened.stored_tensor(raw.trace.tensor)
     if isinstance(stored, Problem):
@@ -116,7 +116,7 @@ def _find_weight(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> tup
         return None, Problem("LF403", name, f"no numbers: its shape is {stored.shape}", "a matrix or a kernel")
     overlapping = (f"the tensor {other!r}, whose bytes overlap its own" for other in opened.overlaps(stored))
     file = os.path.relpath(stored.span.path, opened.path.parent)
-    return Weight(f"{file}@{stored.span.offset}", name, stored, readers.union(overlapping)), None
+    return Weight(f"{file}@{stored.span.offset}", name, stored, readers.union(overlapping)), raw.obstacle
 
 
 class OnnxFormat:
