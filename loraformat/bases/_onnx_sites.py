@@ -5,11 +5,19 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases._onnx_names import NODE_NAME, find_folding, find_repeated, module_of_node, module_of_tensor
+from loraformat.bases._onnx_names import (
+    NODE_NAME,
+    OUTPUT_NAME,
+    find_folding,
+    find_repeated,
+    module_of_node,
+    module_of_tensor,
+)
 from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
 from loraformat.bases._onnx_uses import USES, VECTORS, Use, UseReader, read_use, refuse_use
 from loraformat.problems import Problem
 
+_OF_NODES: Final = frozenset({NODE_NAME, OUTPUT_NAME})
 _EXPORT_AGAIN: Final = "Export with dynamo=True, or with do_constant_folding=False, which keeps the weights' names."
 
 
@@ -27,6 +35,8 @@ class RawSite:
         folded: why the stored values are not the module's own weight; empty when they are.
         parameter: which of the module's parameters it is.
         repeated: whether the exporter may have given this path to another module of the same name.
+        rows: start and stop of the module's rows in the canonical matrix `(out, in)` that is read; None for all.
+        section: as in `Site`.
     """
 
     visit: Visit
@@ -38,6 +48,8 @@ class RawSite:
     folded: str = ""
     parameter: str = "weight"
     repeated: bool = False
+    rows: tuple[int, int] | None = None
+    section: tuple[int, int] | None = None
 
     @property
     def obstacle(self) -> Problem | None:
@@ -58,8 +70,8 @@ class RawSite:
 def find_sites(visits: Iterable[Visit]) -> list[RawSite]:
     """Return every site; one whose module is unknown has an empty path."""
     sites = [site for visit in visits for site in _find_at(visit)]
-    repeated = find_repeated(site.module for site in sites if site.evidence == NODE_NAME)
-    return [replace(site, repeated=site.evidence == NODE_NAME and site.module in repeated) for site in sites]
+    repeated = find_repeated(site.module for site in sites if site.evidence in _OF_NODES)
+    return [replace(site, repeated=site.evidence in _OF_NODES and site.module in repeated) for site in sites]
 
 
 def _find_at(visit: Visit) -> Iterator[RawSite]:
