@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraformat.adapter import Adapter, Target
+    from loraformat.algebra.analysis import Analysis
     from loraformat.algebra.difference import Difference
+    from loraformat.algebra.extraction import Extraction
+    from loraformat.algebra.initialise import Initialisation
     from loraformat.algebra.reduction import Reduction
     from loraformat.algebra_api import compose, diff, resize, scale
+    from loraformat.analysis_api import analyse, extract, init, save_page
     from loraformat.api import inspect, load, save, stamp, validate
+    from loraformat.conversion import Conversion, SchemeSummary, convert, list_schemes, plan_conversion
     from loraformat.errors import FindingError, InputError, LoraformatError, OutputError, RefusedError
     from loraformat.inspection import AdapterInspection, BaseInspection
     from loraformat.merging import merge, merge_each, merge_into, plan_merge, unmerge, verify
@@ -30,9 +35,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "AdapterInspection",
+    "Analysis",
     "BaseInspection",
+    "Conversion",
     "Difference",
+    "Extraction",
     "FindingError",
+    "Initialisation",
     "InputError",
     "LoraformatError",
     "OutputError",
@@ -41,20 +50,28 @@ __all__ = [
     "Receipt",
     "Reduction",
     "RefusedError",
+    "SchemeSummary",
     "Target",
     "Undone",
     "Verdict",
     "Verification",
+    "analyse",
     "compose",
+    "convert",
     "diff",
+    "extract",
+    "init",
     "inspect",
+    "list_schemes",
     "load",
     "merge",
     "merge_each",
     "merge_into",
+    "plan_conversion",
     "plan_merge",
     "resize",
     "save",
+    "save_page",
     "scale",
     "stamp",
     "unmerge",
@@ -64,10 +81,15 @@ __all__ = [
 
 _HOMES = {
     "loraformat.adapter": ("Adapter", "Target"),
+    "loraformat.algebra.analysis": ("Analysis",),
     "loraformat.algebra.difference": ("Difference",),
+    "loraformat.algebra.extraction": ("Extraction",),
+    "loraformat.algebra.initialise": ("Initialisation",),
     "loraformat.algebra.reduction": ("Reduction",),
     "loraformat.algebra_api": ("compose", "diff", "resize", "scale"),
+    "loraformat.analysis_api": ("analyse", "extract", "init", "save_page"),
     "loraformat.api": ("inspect", "load", "save", "stamp", "validate"),
+    "loraformat.conversion": ("Conversion", "SchemeSummary", "convert", "list_schemes", "plan_conversion"),
     "loraformat.errors": ("FindingError", "InputError", "LoraformatError", "OutputError", "RefusedError"),
     "loraformat.inspection": ("AdapterInspection", "BaseInspection"),
     "loraformat.merging": ("merge", "merge_each", "merge_into", "plan_merge", "unmerge", "verify"),

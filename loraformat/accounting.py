@@ -6,9 +6,11 @@ from typing import Final
 
 from loraformat.bases import BaseModel
 from loraformat.errors import error_for
+from loraformat.output_forms import choose_form
 from loraformat.plan import Plan, PlannedWeight
 from loraformat.problems import Problem, Severity
 from loraformat.receipt import AppliedAdapter, MergedWeight, Receipt
+from loraformat.side_receipt import find_receipt
 from loraformat.tiles import TileSums
 
 _LONGEST_ROOM: Final = 9_999_999_999
@@ -19,7 +21,7 @@ def draft_receipt(plan: Plan, base: BaseModel) -> Receipt:
     longest = -1.23457e-05
     weights = [MergedWeight(w.name, w.targets, w.scales, longest, longest, longest) for w in plan.weights if w.changes]
     draft = _compose_receipt(plan, base, weights, (), _LONGEST_ROOM)
-    room = len(base.encode_receipt(draft.embedded_text())) + 64 + 8 * len(weights)
+    room = len(choose_form(plan, base).encode_receipt(draft.embedded_text())) + 64 + 8 * len(weights)
     return replace(draft, room_bytes=room)
 
 
@@ -34,16 +36,21 @@ def _compose_receipt(
         weights=tuple(weights),
         unmatched=plan.unmatched,
         problems=tuple(problems),
-        parent=base.parent_receipt,
+        parent=find_receipt(base),
         room_bytes=room_bytes,
         options=plan.options,
     )
 
 
 def finish_receipt(
-    plan: Plan, base: BaseModel, sums: Sequence[TileSums], min_retained: float, warn_retained: float
+    plan: Plan,
+    base: BaseModel,
+    sums: Sequence[TileSums],
+    min_retained: float,
+    warn_retained: float,
+    room_bytes: int,
 ) -> Receipt:
-    """Return the receipt, or raise what the numbers say against the merge."""
+    """Return the receipt, or raise what the numbers say against the merge; `room_bytes` is its draft's."""
     pairs = list(zip(plan.weights, sums, strict=True))
     found = [problem for weight, total in pairs for problem in _judge(weight, total, min_retained, warn_retained)]
     errors = [problem for problem in found if problem.severity == "error"]
@@ -56,7 +63,6 @@ def finish_receipt(
         for w, total in pairs
         if w.changes
     ]
-    room_bytes = draft_receipt(plan, base).room_bytes
     return _compose_receipt(plan, base, weights, [*plan.problems, *found], room_bytes)
 
 

@@ -10,12 +10,13 @@ from enum import StrEnum
 from importlib import import_module
 from numbers import Real
 from types import MappingProxyType
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol, cast, runtime_checkable
 
 from numpy.typing import NDArray
 
 from loraformat.dtypes import Dtype
 from loraformat.fingerprint import Fingerprint
+from loraformat.limits import STREAM_BYTES
 from loraformat.problems import Problem
 from loraformat.strict_json import JsonValue
 
@@ -50,6 +51,26 @@ class Factor(Protocol):
 
 _OPERATORS: Final = "loraformat.algebra.operators"
 """Found by its name when `+` or `*` is used, as rooms find their members: records import nothing that lies above."""
+
+
+@runtime_checkable
+class PartialFactor(Factor, Protocol):
+    """A tensor of which parts can be read, so that one of the size of a weight need not be held whole."""
+
+    def read_part(self, rows: range, columns: range) -> NDArray[Any]:
+        """Return some rows and columns of the matrix of its first dimension and the rest, in its own number form."""
+        ...
+
+
+def read_runs(factor: Factor) -> Iterator[NDArray[Any]]:
+    """Yield all numbers of a tensor in order, in arrays of its own form: a large one some rows at a time."""
+    if not isinstance(factor, PartialFactor) or len(factor.shape) < 2 or not factor.elements:
+        yield factor.read()
+        return
+    rows, width = factor.shape[0], factor.elements // factor.shape[0]
+    step = max(1, STREAM_BYTES * 8 // max(1, factor.dtype.bits * width))
+    for start in range(0, rows, step):
+        yield factor.read_part(range(start, min(start + step, rows)), range(width))
 
 
 class ScalingRule(StrEnum):
@@ -157,6 +178,7 @@ class Adapter:
         provenance: what the source said that has no place of its own, e.g. PEFT's raw configuration.
         problems: what the reader normalised or found odd; those of severity `error` stand against a merge, not
             against a look.
+        absorbed: tensors whose numbers stand in the records themselves, such as alphas.
     """
 
     targets: tuple[Target, ...]
@@ -167,6 +189,7 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     problems: tuple[Problem, ...] = ()
+    absorbed: tuple[Factor, ...] = ()
 
     @property
     def parameters(self) -> int:

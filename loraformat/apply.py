@@ -1,9 +1,8 @@
 """From plans to merged models: open the outputs, have all carried out, and move them into place when they are whole."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from loraformat.accounting import draft_receipt, finish_receipt
 from loraformat.bases import BaseModel
@@ -11,15 +10,16 @@ from loraformat.engine import Assignment, Effort, carry_out
 from loraformat.errors import refuse
 from loraformat.files import write_at
 from loraformat.images import Blank, Copy, FileImage, Literal
-from loraformat.job_log import FileJobLog
-from loraformat.output_folders import PendingFolder, check_output_folder
+from loraformat.job_log import FileJobLog, describe_work, read_log
+from loraformat.output_folders import PendingFolder
 from loraformat.output_forms import Order, choose_form, describe_output, list_inputs, list_touched
-from loraformat.outputs import PendingOutput, check_output, name_log, output_errors
+from loraformat.outputs import FOLDER_UNDO, PendingOutput, name_log, output_errors
+from loraformat.placing import Place, check_places, list_links, open_place
 from loraformat.plan import Plan, WeightedAdapter
 from loraformat.receipt import Receipt
 from loraformat.sinks import FileSink
 from loraformat.spans import InputFile
-from loraformat.undo import FOLDER_UNDO, describe_undo, name_undo
+from loraformat.undo import describe_undo, name_undo
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class _Delivery:
     assignment: Assignment
     pending: PendingOutput | PendingFolder
     log: FileJobLog | None
+    room_bytes: int
 
 
 def apply_plan(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter], work: Work) -> Receipt:
@@ -64,7 +65,10 @@ def apply_plan(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter],
 
 
 def apply_plans(base: BaseModel, orders: Sequence[Order], work: Work) -> list[Receipt]:
-    """Write merged models of one base and return their receipts; the base is read once for all of them.
+    """Write merged models of one base and return their receipts.
+
+    The base is read from its disk once for all of them: what the models take from one place of it they take one after
+    another, so that the system still has the bytes.
 
     Args:
         base: the opened base, from which all plans were made.
@@ -74,11 +78,15 @@ def apply_plans(base: BaseModel, orders: Sequence[Order], work: Work) -> list[Re
     Raises:
         LoraformatError: nothing of any output remains then, but for what a resumed run can take up.
     """
+    places = [_choose_place(base, order, work) for order in orders]
+    check_places(places)
     with ExitStack() as stack:
-        deliveries = [stack.enter_context(_open(base, order, work)) for order in orders]
+        deliveries = [
+            stack.enter_context(_open(base, order, place)) for order, place in zip(orders, places, strict=True)
+        ]
         sums = carry_out([each.assignment for each in deliveries], work.effort)
         receipts = [
-            finish_receipt(each.order.plan, base, found, work.min_retained, work.warn_retained)
+            finish_receipt(each.order.plan, base, found, work.min_retained, work.warn_retained, each.room_bytes)
             for each, found in zip(deliveries, sums, strict=True)
         ]
         for each, receipt in zip(deliveries, receipts, strict=True):
@@ -87,9 +95,20 @@ def apply_plans(base: BaseModel, orders: Sequence[Order], work: Work) -> list[Re
             file.check_unchanged()
         for each in deliveries:
             each.pending.commit()
-            if each.log is not None:
-                each.log.discard()
     return receipts
+
+
+def _choose_place(base: BaseModel, order: Order, work: Work) -> Place:
+    """Return where the output of an order goes, and its files."""
+    plan = order.plan
+    images = describe_output(order, base, draft_receipt(plan, base).room_bytes)
+    if work.keep_undo:
+        images = [_describe_undo(plan, base, images), *images]
+    mark = choose_form(plan, base).folder_mark
+    touched = {weight.file for weight in plan.weights}
+    links = list_links(base, plan.output, images, touched) if work.link else {}
+    token = plan.sha256[:16] if work.resume else None
+    return Place(plan.output, mark, base, images, work.force, work.durable, token, links)
 
 
 def _finish(base: BaseModel, delivery: _Delivery, receipt: Receipt, jobs: int) -> None:
@@ -106,58 +125,24 @@ def _finish(base: BaseModel, delivery: _Delivery, receipt: Receipt, jobs: int) -
 
 
 @contextmanager
-def _open(base: BaseModel, order: Order, work: Work) -> Iterator[_Delivery]:
-    """Open the outputs of an order, once it is known that nothing is destroyed by them."""
-    plan = order.plan
-    draft = draft_receipt(plan, base)
-    images = describe_output(order, base, draft.room_bytes)
-    if work.keep_undo:
-        images = [_describe_undo(plan, base, images), *images]
+def _open(base: BaseModel, order: Order, place: Place) -> Iterator[_Delivery]:
+    """Open the outputs of an order."""
+    plan, images = order.plan, place.images
     with ExitStack() as stack:
-        mark = choose_form(plan, base).folder_mark
-        links = _list_links(plan, base, images) if work.link and mark else {}
-        token = plan.sha256[:16] if work.resume else None
-        pending = stack.enter_context(_open_outputs(plan.output, mark, base, images, links, token, work))
         log = None
-        if token is not None:
-            path = name_log(plan.output.absolute(), token)
-            log = stack.enter_context(FileJobLog(path, plan, list_inputs(base, [order])))
+        if place.resume is not None:  # Before any part is made: what an earlier log says is of parts that are there.
+            path = name_log(plan.output.absolute(), place.resume)
+            inputs = [*list_inputs(base, [order]), *(file for image in images for file in image.sources())]
+            earlier = read_log(path, plan, inputs) if place.has_all_parts() else {}
+            log = stack.enter_context(FileJobLog(path, describe_work(plan, inputs), earlier))
+        pending = stack.enter_context(open_place(place))
         sinks = [
             FileSink(descriptor, image.path) if descriptor >= 0 else None
             for descriptor, image in zip(pending.descriptors, images, strict=True)
         ]
-        yield _Delivery(order, Assignment(plan, base, order.adapters, images, sinks, log), pending, log)
-
-
-@contextmanager
-def _open_outputs(
-    output: Path,
-    mark: str,
-    base: BaseModel,
-    images: Sequence[FileImage],
-    links: Mapping[Path, Path],
-    resume: str | None,
-    work: Work,
-) -> Iterator[PendingOutput | PendingFolder]:
-    """Open the files of an output, in a folder of their own where that has a `mark`."""
-    if mark:
-        check_output_folder(output, base.path, mark, force=work.force)
-        names = [image.path.relative_to(output) for image in images]
-        with PendingFolder(output, names, force=work.force, durable=work.durable, resume=resume, links=links) as folder:
-            yield folder
-        return
-    inputs = [file.path for file in base.files]
-    check_output(output, inputs, force=work.force)
-    with _data_folders(images):
-        for image in images[:-1]:
-            check_output(image.path, inputs, force=work.force)
-        stale = _list_stale(base, output) if work.force else []
-        paths = [image.path for image in images]
-        with PendingOutput(paths, force=work.force, durable=work.durable, resume=resume) as files:
-            yield files
-    for path in set(stale) - {image.path for image in images}:
-        with suppress(OSError):
-            path.unlink()
+        blank = next(piece for piece in images[-1].pieces if isinstance(piece, Blank))
+        assignment = Assignment(plan, base, order.adapters, images, sinks, log)
+        yield _Delivery(order, assignment, pending, log, blank.length)
 
 
 def _describe_undo(plan: Plan, base: BaseModel, images: Sequence[FileImage]) -> FileImage:
@@ -169,26 +154,17 @@ def _describe_undo(plan: Plan, base: BaseModel, images: Sequence[FileImage]) -> 
     return describe_undo(path, output if is_folder else output.parent, images, plan, base)
 
 
-def write_copies(
-    base: BaseModel,
-    output: Path,
-    images: Sequence[FileImage],
-    receipt: bytes,
-    work: Work,
-    inputs: Sequence[InputFile],
-) -> None:
+def write_copies(place: Place, receipt: bytes, inputs: Sequence[InputFile]) -> None:
     """Write images that are copies through and through, a receipt in the last one's blank.
 
     Args:
-        base: the opened base that they are copies of.
-        output: the file or folder.
-        images: the files.
+        place: where they go.
         receipt: what goes into the blank.
-        work: how to do it.
-        inputs: the other files that they copy from.
+        inputs: the files that they copy from.
     """
-    with _open_outputs(output, base.folder_mark, base, images, {}, None, work) as pending:
-        for image, descriptor in zip(images, pending.descriptors, strict=True):
+    check_places([place])
+    with open_place(place) as pending:
+        for image, descriptor in zip(place.images, pending.descriptors, strict=True):
             sink = FileSink(descriptor, image.path)
             sink.reserve(image.size_bytes)
             for offset, piece in image.placed():
@@ -196,49 +172,10 @@ def write_copies(
                     sink.copy(piece, offset)
                 elif isinstance(piece, Literal):
                     sink.write(piece.data, offset)
-            with output_errors(image.path):
-                base.finish_output(image, descriptor, [tensor.extent for tensor in base.list_tensors()])
-        _fill_blank(images[-1], pending.descriptors[-1], receipt)
-        for file in (*base.files, *inputs):
+        _fill_blank(place.images[-1], pending.descriptors[-1], receipt)
+        for file in inputs:
             file.check_unchanged()
         pending.commit()
-
-
-def _list_links(plan: Plan, base: BaseModel, images: Sequence[FileImage]) -> dict[Path, Path]:
-    """Return the output files that are files of the base as they are, and which."""
-    touched = {weight.file for weight in plan.weights}
-    whole = ((image, image.whole_copy()) for image in images)
-    return {
-        image.path.relative_to(plan.output): file.path
-        for image, file in whole
-        if file is not None and file.path.name not in touched
-    }
-
-
-@contextmanager
-def _data_folders(images: Sequence[FileImage]) -> Iterator[None]:
-    """Make the sub-folders that data files stand in; when the merge fails they go again."""
-    made: list[Path] = []
-    try:
-        for image in images[:-1]:
-            missing = [folder for folder in image.path.parents if not folder.exists()]
-            for folder in reversed(missing):
-                with output_errors(image.path):
-                    folder.mkdir()
-                made.append(folder)
-        yield
-    except BaseException:
-        for folder in reversed(made):
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-def _list_stale(base: BaseModel, output: Path) -> list[Path]:
-    """Return what only the model at `output` needs, never a file of the base: two models may share their data."""
-    own = {file.identity for file in base.files}
-    states = [(path, path.stat()) for path in base.list_stale(output)]
-    return [path for path, state in states if (state.st_dev, state.st_ino) not in own]
 
 
 def _fill_blank(image: FileImage, descriptor: int, data: bytes) -> None:

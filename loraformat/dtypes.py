@@ -1,6 +1,7 @@
-"""Number forms, by every name they have: safetensors, ONNX, numpy.
+"""Number forms, by every name they have: safetensors, ONNX, numpy, ggml.
 
 numpy and ml_dtypes are imported when a numpy type is asked for, so that naming a number form stays cheap.
+The quantised forms of ggml are stored in blocks: `BlockDtype`.
 """
 
 from dataclasses import dataclass
@@ -40,6 +41,23 @@ class Dtype:
         return _numpy_dtype(self.name)
 
 
+@dataclass(frozen=True, slots=True)
+class BlockDtype(Dtype):
+    """A quantised form whose elements are packed in blocks along the last axis; `bits` is 0, since none stands alone.
+
+    Attributes:
+        block_elements: elements of one block.
+        block_bytes: bytes of one block: codes and scales together.
+    """
+
+    block_elements: int = 1
+    block_bytes: int = 1
+
+    def count_bytes(self, elements: int) -> int:
+        """Return the bytes that `elements` elements, whole blocks, take."""
+        return elements // self.block_elements * self.block_bytes
+
+
 _ALL: Final = (
     Dtype("float64", 64, "float", "F64", 11),
     Dtype("float32", 32, "float", "F32", 1),
@@ -71,9 +89,55 @@ _ALL: Final = (
     Dtype("string", 0, "string", None, 8),
 )
 
+_BLOCKS: Final = {
+    number: BlockDtype(name, 0, "float", block_elements=elements, block_bytes=size)
+    for number, name, elements, size in (
+        (2, "q4_0", 32, 18),
+        (3, "q4_1", 32, 20),
+        (6, "q5_0", 32, 22),
+        (7, "q5_1", 32, 24),
+        (8, "q8_0", 32, 34),
+        (9, "q8_1", 32, 40),
+        (10, "q2_k", 256, 84),
+        (11, "q3_k", 256, 110),
+        (12, "q4_k", 256, 144),
+        (13, "q5_k", 256, 176),
+        (14, "q6_k", 256, 210),
+        (15, "q8_k", 256, 292),
+        (16, "iq2_xxs", 256, 66),
+        (17, "iq2_xs", 256, 74),
+        (18, "iq3_xxs", 256, 98),
+        (19, "iq1_s", 256, 50),
+        (20, "iq4_nl", 32, 18),
+        (21, "iq3_s", 256, 110),
+        (22, "iq2_s", 256, 82),
+        (23, "iq4_xs", 256, 136),
+        (29, "iq1_m", 256, 56),
+        (34, "tq1_0", 256, 54),
+        (35, "tq2_0", 256, 66),
+        (39, "mxfp4", 32, 17),
+        (40, "nvfp4", 64, 36),
+        (41, "q1_0", 128, 18),
+    )
+}
+"""Number in `enum ggml_type`, name, elements and bytes of a block (gguf 0.19, GGML_QUANT_SIZES)."""
+
 BY_NAME: Final = {dtype.name: dtype for dtype in _ALL}
 BY_SAFETENSORS: Final = {dtype.safetensors: dtype for dtype in _ALL if dtype.safetensors}
 BY_ONNX: Final = {dtype.onnx: dtype for dtype in _ALL if dtype.onnx is not None}
+BY_GGML: Final[dict[int, Dtype]] = _BLOCKS | {
+    number: BY_NAME[name]
+    for number, name in (
+        (0, "float32"),
+        (1, "float16"),
+        (24, "int8"),
+        (25, "int16"),
+        (26, "int32"),
+        (27, "int64"),
+        (28, "float64"),
+        (30, "bfloat16"),
+    )
+}
 
 
 @cache

@@ -21,8 +21,8 @@ from loraformat.limits import COPY_CHUNK_BYTES
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
 from loraformat.sinks import Sink
 from loraformat.spans import StoredTensor
-from loraformat.tiles import TileBuffers, TileSums, merge_tile
-from loraformat.weight_work import WeightWork
+from loraformat.tiles import TileBuffers, TileSums, merge_rows
+from loraformat.weight_work import WeightWork, count_held
 
 _RUN_BYTES: Final = 8 << 20
 _BUFFERS_PER_WORKER: Final = 5
@@ -120,7 +120,7 @@ def carry_out(assignments: Sequence[Assignment], effort: Effort) -> list[list[Ti
         ((job, work.assignment.log, number) for number, work in enumerate(works) for job in work.list_jobs()),
         key=lambda entry: entry[0].order,
     )
-    tracker.start(sum(image.size_bytes for each in assignments for image in each.images))
+    tracker.start(sum(job.output_bytes for job, *_ in jobs))
     with threadpool_limits(limits=1), ThreadPoolExecutor(workers, thread_name_prefix="loraformat") as pool:
         try:
             futures = [pool.submit(_do, job, log, tracker) for job, log, _ in jobs]
@@ -202,11 +202,8 @@ class _Bench:
 
 
 def _merge_run(work: WeightWork, buffers: TileBuffers, run: range, sink: Sink, offset: int) -> TileSums:
-    """Merge the tiles of stored rows `run`, in order."""
-    sums = TileSums()
-    step = work.weight.tile_rows
-    for start in range(run.start, run.stop, step):
-        sums += merge_tile(work, buffers, range(start, min(start + step, run.stop)), sink, offset)
+    """Merge the stored rows `run`, and let go of what they needed if they were the last."""
+    sums = merge_rows(work, buffers, run, sink, offset)
     work.finish_run()
     return sums
 
@@ -236,7 +233,8 @@ def _need_bytes(assignment: Assignment) -> int:
     for weight in assignment.plan.weights:
         widest = 8 if "float64" in (weight.dtype, weight.written_dtype) else 4
         tile = widest * weight.tile_rows * weight.matrix[1]
-        factors = sum(widest * targets[change.adapter][change.target].parameters for change in weight.changes)
+        changes = ((targets[change.adapter][change.target], change) for change in weight.changes)
+        factors = sum(widest * count_held(target, change) for target, change in changes)
         most = max(most, _BUFFERS_PER_WORKER * tile + _FACTOR_COPIES * factors)
     return most
 

@@ -6,24 +6,27 @@ merge was killed, and the model is neither base nor merged until it has been rol
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraformat.accounting import finish_receipt
+from loraformat.accounting import draft_receipt, finish_receipt
 from loraformat.apply import Work
 from loraformat.bases import BaseModel
+from loraformat.disk_space import check_space
 from loraformat.engine import Assignment, carry_out
 from loraformat.errors import refuse
-from loraformat.files import copy_range
+from loraformat.files import copy_range, resolve_inside
 from loraformat.images import Copy, FileImage
 from loraformat.output_forms import Order, list_touched
 from loraformat.outputs import PendingOutput, output_errors, sync_folder
 from loraformat.receipt import Receipt
 from loraformat.side_receipt import name_side_receipt
 from loraformat.sinks import FileSink, PatchSink
-from loraformat.spans import InputFile
-from loraformat.undo import Undo, describe_undo, name_journal, name_undo, open_undo
+from loraformat.spans import InputFile, read_small
+from loraformat.undo import Undo, check_undo, describe_undo, name_journal, name_undo, open_undo, record_in_place
+
+_Sinks = Sequence[PatchSink | None]
 
 
 def check_no_journal(model: Path) -> None:
@@ -33,90 +36,122 @@ def check_no_journal(model: Path) -> None:
         raise refuse("LF621", model, f"the journal {journal.name} of a merge that was not completed")
 
 
-def merge_in_place(base: BaseModel, order: Order, work: Work, *, keep_undo: bool) -> Receipt:
+def merge_in_place(base: BaseModel, order: Order, work: Work) -> Receipt:
     """Merge into the base's own files.
 
     Args:
         base: the opened base.
         order: the plan, whose output is the base's path, and the adapters.
         work: how to do it.
-        keep_undo: whether to keep the overwritten bytes beside the model.
 
     Raises:
-        LoraformatError: LF620 sizes or forms would change, LF904 a file with several names; whatever the numbers say
-            against the merge. The model is what it was before then.
+        LoraformatError: LF601 bytes are kept of an earlier merge, LF620 sizes or forms would change, LF625 a link,
+            LF904 a file with several names; whatever the numbers say against the merge. The model is what it was
+            before then.
     """
     plan = order.plan
     if plan.rewritten:
         raise refuse("LF620", base.path, "changes of sizes or number forms", "a merge that only changes numbers")
-    images = [FileImage(file.path, [Copy(file, 0, file.size_bytes)]) for file in base.files]
+    if work.keep_undo and name_undo(base.path).exists() and not work.force:
+        mend = "Undo that merge first, move the file away, or give it up with --force."
+        raise refuse("LF601", name_undo(base.path), "what an earlier merge has overwritten", "no such file", mend)
+    images = [_describe_itself(file) for file in base.files]
     touched = {span.path for span in list_touched(plan, base)}
-    _check_names(path for path in touched)
-    undo = _write_journal(base, order, images)
-    try:
-        with _open_for_patches(images, touched) as sinks:
-            assignment = Assignment(plan, base, order.adapters, images, sinks)
-            (sums,) = carry_out([assignment], work.effort)
-            receipt = finish_receipt(plan, base, sums, work.min_retained, work.warn_retained)
-            _finish(base, order, images, sinks)
-        _write_receipt(base.path, receipt)
-    except BaseException:
-        restore_in_place(base, undo)
-        name_journal(base.path).unlink()
-        raise
-    if keep_undo:
+    _check_names(touched)
+    with _open_for_patches(images, touched) as sinks:
+        _write_journal(base, order, images)
+        try:
+            receipt = _rewrite(base, order, images, sinks, work)
+        except BaseException:
+            roll_back(base.path)
+            raise
+    if work.keep_undo:
         os.replace(name_journal(base.path), name_undo(base.path))
     else:
         name_journal(base.path).unlink()
     return receipt
 
 
-def restore_in_place(base: BaseModel, undo: Undo) -> None:
-    """Write the kept bytes back to where they stood; doing it twice is doing it once."""
-    root = base.path if base.path.is_dir() else base.path.parent
-    files = {os.path.relpath(file.path, root): file for file in base.files}
-    for kept in undo.spans:
-        if kept.file not in files or kept.offset + kept.kept.span.length > files[kept.file].size_bytes:
-            raise refuse("LF803", undo.file.path, f"bytes of {kept.file!r} at {kept.offset}", "a file of the model")
-    images = [FileImage(file.path, [Copy(file, 0, file.size_bytes)]) for file in files.values()]
-    touched = {files[kept.file].path for kept in undo.spans}
-    spans = {name: [kept for kept in undo.spans if kept.file == name] for name in files}
-    with _open_for_patches(images, touched) as sinks:
-        for name, image, sink in zip(files, images, sinks, strict=True):
-            if sink is None:
-                continue
-            for kept in spans[name]:
-                with output_errors(image.path):
-                    span = kept.kept.span
-                    copy_range(undo.file.descriptor, span.offset, sink.descriptor, kept.offset, span.length)
-            _mend(base, image, sink.descriptor)
-    name_side_receipt(base.path).unlink(missing_ok=True)
+def _rewrite(base: BaseModel, order: Order, images: Sequence[FileImage], sinks: _Sinks, work: Work) -> Receipt:
+    """Rewrite the weights, the checksums that follow from them, and the receipt; the disk has all when this ends."""
+    plan = order.plan
+    (sums,) = carry_out([Assignment(plan, base, order.adapters, images, sinks)], work.effort)
+    room_bytes = draft_receipt(plan, base).room_bytes
+    receipt = finish_receipt(plan, base, sums, work.min_retained, work.warn_retained, room_bytes)
+    for item in order.adapters:
+        for factor in item.adapter.factors():
+            if isinstance(file := getattr(factor, "file", None), InputFile):
+                file.check_unchanged()
+    touched = list_touched(plan, base)
+    for image, sink in zip(images, sinks, strict=True):
+        if sink is not None:
+            with output_errors(image.path):
+                base.finish_output(image, sink.descriptor, touched, work.effort.jobs)
+    _sync(sinks)
+    _write_beside(name_side_receipt(base.path), receipt.embedded_text().encode().ljust(receipt.room_bytes) + b"\n")
+    return receipt
 
 
-def roll_back(base: BaseModel) -> bool:
-    """Restore a model from the journal of a killed merge in place; say whether there was one."""
-    journal = name_journal(base.path)
-    if not journal.is_file():
-        return False
-    restore_in_place(base, open_undo(journal))
+def restore_in_place(model: Path, undo: Undo) -> None:
+    """Write the kept bytes back to where they stood; doing it twice is doing it once.
+
+    The model need not be readable: between two writes it may be anything.
+    """
+    root = find_root(model)
+    files = {kept.file: InputFile(resolve_inside(root / "model", kept.file)) for kept in undo.spans}
+    check_undo(undo, files)
+    images = [_describe_itself(file) for file in files.values()]
+    with _open_for_patches(images, {file.path for file in files.values()}) as sinks:
+        for name, sink in zip(files, sinks, strict=True):
+            for kept in undo.spans:
+                if sink is not None and kept.file == name:
+                    with output_errors(sink.path):
+                        span = kept.kept.span
+                        copy_range(undo.file.descriptor, span.offset, sink.descriptor, kept.offset, span.length)
+        _sync(sinks)
+    beside = name_side_receipt(model)
+    if undo.receipt is not None:
+        _write_beside(beside, undo.receipt)
+    else:
+        beside.unlink(missing_ok=True)
+
+
+def roll_back(model: Path) -> int:
+    """Restore a model from the journal of a merge in place that was not completed; return the bytes written back."""
+    journal = name_journal(model)
+    undo = open_undo(journal)
+    restore_in_place(model, undo)
     journal.unlink()
-    return True
+    return undo.kept_bytes
 
 
-def _check_names(paths: Iterator[Path]) -> None:
-    """Refuse files with several names: the others would change with them."""
+def find_root(model: Path) -> Path:
+    """Return the folder that an undo file names the model's files from."""
+    return model if model.is_dir() else model.parent
+
+
+def _describe_itself(file: InputFile) -> FileImage:
+    return FileImage(file.path, [Copy(file, 0, file.size_bytes)])
+
+
+def _check_names(paths: Iterable[Path]) -> None:
+    """Refuse links and files with several names: what others read would change with them."""
     for path in paths:
+        mend = "Merge into a copy: leave out --in-place."
+        if path.is_symlink():
+            raise refuse("LF625", path, f"a link to {os.path.realpath(path)}", "the file itself")
         count = os.stat(path).st_nlink
         if count > 1:
-            raise refuse("LF904", path, f"{count} names of one file", "one", "Merge into a copy: leave out --in-place.")
+            raise refuse("LF904", path, f"{count} names of one file", "one", mend)
 
 
-def _write_journal(base: BaseModel, order: Order, images: Sequence[FileImage]) -> Undo:
-    """Write down what will be overwritten, and return it once the disk has it."""
+def _write_journal(base: BaseModel, order: Order, images: Sequence[FileImage]) -> None:
+    """Write down what will be overwritten; the disk has it when this ends."""
     check_no_journal(base.path)
-    journal = name_journal(base.path)
-    root = base.path if base.path.is_dir() else base.path.parent
-    image = describe_undo(journal, root, images, order.plan, base)
+    journal, beside = name_journal(base.path), name_side_receipt(base.path)
+    record = record_in_place(read_small(beside) if beside.is_file() else None)
+    image = describe_undo(journal, find_root(base.path), images, order.plan, base, record)
+    check_space([(journal, image.size_bytes)])
     with PendingOutput([journal], force=False, durable=True) as pending:
         sink = FileSink(pending.descriptors[0], journal)
         sink.reserve(image.size_bytes)
@@ -126,12 +161,11 @@ def _write_journal(base: BaseModel, order: Order, images: Sequence[FileImage]) -
             else:
                 sink.write(getattr(piece, "data", b""), offset)
         pending.commit()
-    return open_undo(journal)
 
 
 @contextmanager
-def _open_for_patches(images: Sequence[FileImage], touched: set[Path]) -> Iterator[list[PatchSink | None]]:
-    """Open the files that change for writing; the disk has what was written when this ends."""
+def _open_for_patches(images: Sequence[FileImage], touched: set[Path]) -> Iterator[_Sinks]:
+    """Open the files that change for writing."""
     sinks: list[PatchSink | None] = []
     try:
         for image in images:
@@ -141,35 +175,21 @@ def _open_for_patches(images: Sequence[FileImage], touched: set[Path]) -> Iterat
                     sink = PatchSink(os.open(image.path, os.O_RDWR | os.O_CLOEXEC), image.path)
             sinks.append(sink)
         yield sinks
-        for sink in sinks:
-            if sink is not None:
-                os.fsync(sink.descriptor)
     finally:
         for sink in sinks:
             if sink is not None:
                 os.close(sink.descriptor)
 
 
-def _finish(base: BaseModel, order: Order, images: Sequence[FileImage], sinks: Sequence[PatchSink | None]) -> None:
-    for item in order.adapters:
-        for factor in item.adapter.factors():
-            if isinstance(file := getattr(factor, "file", None), InputFile):
-                file.check_unchanged()
-    for image, sink in zip(images, sinks, strict=True):
+def _sync(sinks: _Sinks) -> None:
+    for sink in sinks:
         if sink is not None:
-            _mend(base, image, sink.descriptor)
+            with output_errors(sink.path):
+                os.fsync(sink.descriptor)
 
 
-def _mend(base: BaseModel, image: FileImage, descriptor: int) -> None:
-    """Mend checksums of all tensors of a file; few bytes for the container, and the spans need not be known."""
-    spans = [tensor.span for tensor in base.list_tensors() if tensor.is_contiguous and tensor.span.path == image.path]
-    with output_errors(image.path):
-        base.finish_output(image, descriptor, spans)
-
-
-def _write_receipt(model: Path, receipt: Receipt) -> None:
-    path = name_side_receipt(model)
+def _write_beside(path: Path, data: bytes) -> None:
     with PendingOutput([path], force=True, durable=True) as pending:
-        FileSink(pending.descriptors[0], path).write(receipt.embedded_text().encode() + b"\n", 0)
+        FileSink(pending.descriptors[0], path).write(data, 0)
         pending.commit()
     sync_folder(path.parent)

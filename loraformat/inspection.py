@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from loraformat.adapter import Adapter, Target
+from loraformat.adapter import Adapter, PartialFactor, Target
 from loraformat.bases import BaseModel, Site
 from loraformat.kinds import KINDS, AdditiveKind, Kind, Nature
 from loraformat.loading import read_adapter
@@ -61,6 +61,14 @@ class AdapterInspection:
         """Frobenius norm of all changes together."""
         return math.hypot(*(target.norm for target in self.targets if target.norm is not None))
 
+    @property
+    def parameters_by_kind(self) -> dict[str, int]:
+        """Trained numbers of each kind: papers count their factors without a head that was trained beside them."""
+        counted: Counter[str] = Counter()
+        for target in self.targets:
+            counted[target.kind] += target.parameters
+        return dict(counted.most_common())
+
     def as_json(self) -> dict[str, Any]:
         """Return the record for `--json`."""
         factors = [factor for target in self.adapter.targets for factor in target.factors.values()]
@@ -75,6 +83,7 @@ class AdapterInspection:
             "ranks": _count(target.rank for target in self.targets if target.rank),
             "scales": _count(f"{target.scale:.6g}" for target in self.targets if target.rank),
             "parameters": self.adapter.parameters,
+            "parameters_by_kind": self.parameters_by_kind,
             "bytes": self.bytes,
             "dtypes": _count(factor.dtype.name for factor in factors),
             "norm": self.norm,
@@ -142,10 +151,19 @@ def _summarise(target: Target) -> tuple[TargetSummary, list[Problem]]:
     if kind.nature is not Nature.ADDITIVE:
         return _describe_target(target, None, None), problems
     additive = cast(AdditiveKind, kind)
-    factors = {role: factor.read().astype(np.float64) for role, factor in target.factors.items()}
+    factors = _take_factors(kind, target)
     with np.errstate(all="ignore"):  # What is not finite is for the plan to refuse.
         norm = additive.norm(target, factors)
     return _describe_target(target, _weight_shape(kind, target), norm if math.isfinite(norm) else None), problems
+
+
+def _take_factors(kind: Kind, target: Target) -> dict[str, Any]:
+    """Return the factors in float64; those that are as large as a weight unread, as the kind takes them."""
+    streams = {role for change in kind.changes(target) if change.streams for role in change.roles}
+    return {
+        role: factor if role in streams and isinstance(factor, PartialFactor) else factor.read().astype(np.float64)
+        for role, factor in target.factors.items()
+    }
 
 
 def _weight_shape(kind: Kind, target: Target) -> tuple[int, ...] | None:

@@ -60,6 +60,15 @@ MAX_PICKLE_INTEGER_BYTES: Final = 64
 MAX_NPY_HEADER_BYTES: Final = 10_000
 """numpy's own cap (`max_header_size`)."""
 
+MAX_GGUF_HEAD_BYTES: Final = 100_000_000
+"""Key-values and tensor descriptions of a GGUF file; vocabularies take some megabytes."""
+
+MAX_KEY_VALUES: Final = 100_000
+"""Key-values of one GGUF file; real ones have some dozens."""
+
+MAX_FLATBUFFER_BYTES: Final = 2**31 - 1
+"""Offsets in a flatbuffer have 31 bits, so no reader takes a longer one."""
+
 MAX_VALUE_CHARACTERS: Final = 200
 """What is shown of a value beside the tensors, and of its name."""
 
@@ -80,6 +89,9 @@ MAX_EVIDENCE_BYTES: Final = 100_000
 
 TILE_BYTES: Final = 1 << 20
 """float32 bytes of one tile: its buffers stay in a core's second-level cache."""
+
+STREAM_BYTES: Final = 4 << 20
+"""What is held of a factor of the size of a weight, for each worker: reads of this size are as fast as any."""
 
 COPY_CHUNK_BYTES: Final = 64 << 20
 """Bytes of one copying step: large enough to be cheap, small enough to show progress and to stop."""

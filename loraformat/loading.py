@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from os.path import isdir
 from pathlib import Path
 from typing import Final
@@ -10,15 +11,21 @@ from typing import Final
 from loraformat.adapter import Adapter
 from loraformat.bases import BASES, BaseFormat, BaseModel
 from loraformat.containers import CONTAINERS, Container
-from loraformat.errors import refuse
+from loraformat.errors import LoraformatError, error_for, refuse
+from loraformat.flat_yaml import parse_flat_yaml
+from loraformat.known_scales import find_scale
+from loraformat.manifest import MANIFEST_KEY
+from loraformat.operations import find_origins
 from loraformat.problems import Problem
-from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, Scheme, StatedScale
+from loraformat.recognition import PEFT_TYPE, Recognised, recognise_config, recognise_files, recognise_tensors
+from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, FolderScheme, Layout, Scheme, StatedScale
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, read_small
 from loraformat.strict_json import JsonValue, parse_json_object
 
 FACTORS_NAME: Final = "adapter_model.safetensors"
 CONFIG_NAME: Final = "adapter_config.json"
+_YAML: Final = (".yaml", ".yml")
 _DIGEST_STEP_BYTES: Final = 1 << 22
 FACTORS_NAMES: Final = (FACTORS_NAME, "adapter_model.bin", "adapter_model.pt")
 """What the file with the factors is called in a PEFT folder, the one to prefer first."""
@@ -34,7 +41,6 @@ _KNOWN_ENDINGS: Final = (
     ("lora_A", "the scheme of loralib or litgpt"),
     (":up", "the scheme of cloneofsimo/lora"),
     ("lora_A.weight", "the scheme of diffusers or ai-toolkit"),
-    ("prompt_embeddings", "prompt tuning, which changes no weight"),
 )
 
 
@@ -56,9 +62,25 @@ def read_adapter(path: Path, scheme: str | None, stated: StatedScale) -> tuple[A
     """Return the adapter as `load_adapter` does, the evidence for its scheme, and the file that holds its tensors."""
     bundle, file = open_bundle(path)
     reader, evidence = choose_scheme(bundle, scheme)
-    adapter = reader.read(bundle, stated)
+    adapter = read_bundle(reader, bundle, stated)
     problems = (*adapter.problems, *_find_unused(adapter, stated))
     return replace(adapter, sha256=digest_file(file), problems=problems), evidence, file
+
+
+def read_bundle(scheme: Scheme, bundle: Bundle, stated: StatedScale) -> Adapter:
+    """Return what a scheme reads; where the scale is missing (LF211), the error says what is known of it."""
+    try:
+        return scheme.read(bundle, stated)
+    except LoraformatError as error:
+        known = find_scale({name: tensor.shape for name, tensor in bundle.tensors.items()})
+        if known is None or "LF211" not in error.codes:
+            raise
+        said = f"This looks like {known.name}: {known.said}."
+        problems = [
+            replace(problem, mend=f"{problem.advice} {said}") if problem.code == "LF211" else problem
+            for problem in error.problems
+        ]
+        raise error_for(problems) from error
 
 
 def _find_unused(adapter: Adapter, stated: StatedScale) -> list[Problem]:
@@ -87,7 +109,8 @@ def digest_file(file: InputFile) -> str:
 
 def list_files(adapter: Adapter) -> list[InputFile]:
     """Return the open files that an adapter's factors are read from; none for one made in memory."""
-    files = (f for factor in adapter.factors() for f in getattr(factor, "files", (getattr(factor, "file", None),)))
+    origins = (origin for factor in adapter.factors() for origin in find_origins(factor))
+    files = (f for origin in origins for f in getattr(origin, "files", (getattr(origin, "file", None),)))
     return list({id(file): file for file in files if isinstance(file, InputFile)}.values())
 
 
@@ -96,13 +119,16 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
 
     Raises:
         InputError: LF121 no scheme knows these tensors.
-        FindingError: LF303 several do, LF305 none is called `name`.
+        FindingError: LF209 an adapter that no weight can hold, LF303 several schemes know it, LF305 none is so called.
     """
     if name is not None:
         chosen = SCHEMES.find(name)
         if chosen is None:
             raise refuse("LF305", name, "no scheme of this name", f"one of {', '.join(SCHEMES.names())}")
         return chosen, "named by the user"
+    unmergeable = recognise_bundle(bundle)
+    if unmergeable is not None:
+        raise error_for([unmergeable.as_problem(bundle.path)])
     found = [(scheme, evidence) for _, scheme in SCHEMES if (evidence := scheme.detect(bundle)) is not None]
     if len(found) == 1:
         return found[0]
@@ -115,9 +141,9 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
 def open_base(path: Path) -> BaseModel:
     """Index the model at `path`; raises LoraformatError."""
     head, size = (b"", 0) if isdir(path) else _read_head(path)
-    matching = [base for _, base in BASES if base.accepts(path, head, size)]
-    if matching:
-        return matching[0].open(path)
+    matching = next((base for _, base in BASES if base.accepts(path, head, size)), None)
+    if matching is not None:  # The rest need not be imported.
+        return matching.open(path)
     if isdir(path):
         inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors", ".bin"})
         found = f"a folder with {', '.join(inside[:4]) or 'no model'}"
@@ -140,27 +166,47 @@ def is_base(path: Path) -> bool:
         looks_so = any(base.accepts(path, b"", 0) for _, base in BASES)
         return looks_so and not any((path / name).exists() for name in (*FACTORS_NAMES, CONFIG_NAME))
     bundle, _ = open_bundle(path)
-    return not any(scheme.detect(bundle) for _, scheme in SCHEMES) and not _recognise(bundle)
+    known = _recognise(bundle) or recognise_bundle(bundle)
+    if known or any(scheme.detect(bundle) for _, scheme in SCHEMES):
+        return False
+    head, size = _read_head(path)
+    return any(base.accepts(path, head, size) for _, base in BASES)
 
 
 def _find_factors(folder: Path) -> Path:
-    for name in FACTORS_NAMES:
+    others = (name for layout in _list_layouts() for name in layout.factors if "*" not in name)
+    for name in (*FACTORS_NAMES, *others):
         if (folder / name).exists():
             return folder / name
-    inside = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
+    names = sorted(entry.name for entry in folder.iterdir())
+    unmergeable = recognise_files(names) or recognise_config(_read_config(folder / FACTORS_NAME) or {})
+    if unmergeable is not None:
+        raise error_for([unmergeable.as_problem(folder)])
+    inside = ", ".join(names[:6]) or "nothing"
     raise refuse("LF121", folder, f"a folder with {inside}", f"a folder with {FACTORS_NAME}")
 
 
+def _list_layouts() -> list[Layout]:
+    return [scheme.layout for _, scheme in SCHEMES if isinstance(scheme, FolderScheme)]
+
+
 def _read_config(factors: Path) -> Mapping[str, JsonValue] | None:
-    """Return the configuration beside PEFT's file name; beside any other name it may belong to another file."""
-    path = factors.with_name(CONFIG_NAME)
-    if factors.name not in FACTORS_NAMES or not path.exists():
-        return None
+    """Return the configuration beside a name that a scheme has; beside any other it may belong to another file."""
+    known = [
+        layout.configs for layout in _list_layouts() if any(fnmatchcase(factors.name, name) for name in layout.factors)
+    ]
+    names = (CONFIG_NAME,) if factors.name in FACTORS_NAMES else tuple(name for configs in known for name in configs)
+    paths = [factors.with_name(name) for name in dict.fromkeys(names)]
+    found = [_parse_config(path) for path in paths if path.exists()]
+    return {name: value for config in reversed(found) for name, value in config.items()} if found else None
+
+
+def _parse_config(path: Path) -> Mapping[str, JsonValue]:
     data = read_small(path)
     described = describe_head(data[:HEAD_BYTES])
     if described is not None and not data.lstrip().startswith(b"{"):
         raise refuse("LF111", path, described.what, "JSON text", described.mend)
-    return parse_json_object(data, path)
+    return parse_flat_yaml(data, path) if path.suffix in _YAML else parse_json_object(data, path)
 
 
 def _read_head(path: Path) -> tuple[bytes, int]:
@@ -192,6 +238,14 @@ def _unreadable(path: Path, head: bytes, expected: str) -> Exception:
     if described is None:
         return refuse("LF121", path, "a file of no known format", expected)
     return refuse("LF111", path, described.what, expected, described.mend)
+
+
+def recognise_bundle(bundle: Bundle) -> Recognised | None:
+    """Return what the bundle is, where it is an adapter that no weight can hold."""
+    config = bundle.config or {}
+    if MANIFEST_KEY in bundle.metadata or (PEFT_TYPE in config and recognise_config(config)):
+        return None  # Of its own configuration, PEFT's scheme says so.
+    return recognise_config(config) or recognise_tensors(bundle.tensors)
 
 
 def _recognise(bundle: Bundle) -> str | None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from loraformat.adapter import SlotKind, Target
 from loraformat.bases import Site, Weight
 from loraformat.fingerprint import positions, read_number
-from loraformat.kinds import KINDS, Change, Nature
+from loraformat.kinds import KINDS, REST, UNKNOWN, Change, Nature, SizedByBase, fits_shape
+from loraformat.problems import Problem
 from loraformat.spans import Part
 
 
@@ -36,7 +37,7 @@ class Want:
     @property
     def is_main(self) -> bool:
         """Whether it changes the weight that the target's fingerprint was taken from."""
-        return self.parameter == "weight" and self.change.slot is self.target.slot
+        return self.parameter == "weight" and self.change.slot in (self.target.slot, SlotKind.CONV)
 
     @property
     def name(self) -> str:
@@ -79,6 +80,11 @@ class Match:
     def row_factors(self) -> tuple[float, ...]:
         """What each row of the module's weight was multiplied by before it was stored; empty for nothing."""
         return self.sites[0].row_factors
+
+    @property
+    def change(self) -> Change:
+        """What the target's kind does to the parameter, in the shape that it has in the base."""
+        return replace(self.want.change, shape=settle_shape(self.want, self.sites))
 
     @property
     def target(self) -> Target:
@@ -157,7 +163,7 @@ def name_weight(site: Site) -> str:
 def fits_site(want: Want, site: Site) -> bool:
     """Say whether a target's change has the shape of what is stored at a site, which must have a weight."""
     stored, wanted = site.stored_shape(), shape_at(want, site)
-    if stored == wanted:
+    if fits_shape(stored, wanted):
         return True
     if want.change.open and len(stored) == len(wanted):
         return stored[0] >= wanted[0] and stored[1:] == wanted[1:]
@@ -185,14 +191,42 @@ def shape_at(want: Want, site: Site) -> tuple[int, ...]:
 
 def sample_sites(want: Want, sites: Sequence[Site]) -> tuple[float, ...]:
     """Return the samples of the weight that sites apply, one or several sections, at the positions of the target."""
-    return tuple(_read_sample(want, sites, row, column) for row, column in positions(want.target.name, want.shape))
+    shape = settle_shape(want, sites)
+    return tuple(_read_sample(shape, want, sites, row, column) for row, column in positions(want.target.name, shape))
 
 
-def _read_sample(want: Want, sites: Sequence[Site], row: int, column: int) -> float:
+def settle_shape(want: Want, sites: Sequence[Site]) -> tuple[int, ...]:
+    """Return the canonical shape, with what the factors do not tell taken from the sites."""
+    if UNKNOWN not in want.shape and REST not in want.shape:
+        return want.shape
+    stored = sites[0].stored_shape()
+    shape = stored[::-1] if sites[0].transposed[want.change.slot] else stored
+    return shape if want.shape[0] == UNKNOWN else (want.shape[0], *shape[1:])
+
+
+def open_slot(want: Want, sites: Sequence[Site]) -> Want:
+    """Return the want with the slot that the base has, where the factors do not tell a kernel from a matrix."""
+    slots = {slot for site in sites for slot in site.transposed}
+    if not want.change.is_flat or want.change.slot in slots or SlotKind.CONV not in slots:
+        return want
+    change = replace(want.change, slot=SlotKind.CONV, shape=(want.shape[0], UNKNOWN, REST))
+    return replace(want, change=change)
+
+
+def check_size(want: Want, sites: Sequence[Site]) -> Problem | None:
+    """Return what the kind has against the sizes that its factors did not tell."""
+    kind = KINDS.find(want.target.kind)
+    shape = settle_shape(want, sites)
+    if shape == want.shape or not isinstance(kind, SizedByBase):
+        return None
+    return next(iter(kind.check_size(want.target, replace(want.change, shape=shape))), None)
+
+
+def _read_sample(shape: tuple[int, ...], want: Want, sites: Sequence[Site], row: int, column: int) -> float:
     site = next((site for site in sites if site.section and site.section[0] <= row < site.section[1]), sites[0])
     assert site.weight is not None, "chosen so"
-    first, stop = site.section or (0, want.shape[0])
-    rows, columns = stop - first, math.prod(want.shape[1:])
+    first, stop = site.section or (0, shape[0])
+    rows, columns = stop - first, math.prod(shape[1:])
     turned = site.transposed[want.change.slot]
     place = (column, row - first) if turned else (row - first, column)
     index = site.part.index(*place) if site.part else place[0] * (rows if turned else columns) + place[1]

@@ -1,6 +1,7 @@
 """The functions of the public face that merge, prove and undo."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, cast
@@ -25,15 +26,17 @@ from loraformat.bases import BaseModel
 from loraformat.engine import Effort
 from loraformat.errors import refuse
 from loraformat.in_place import check_no_journal, merge_in_place
+from loraformat.kinds import Nature
 from loraformat.limits import RETAINED_REFUSE, RETAINED_WARN
 from loraformat.loading import list_files, open_base
 from loraformat.output_forms import Order, require_rewriter
-from loraformat.outputs import check_apart
+from loraformat.outputs import check_apart, output_errors
 from loraformat.plan import Plan, WeightedAdapter
 from loraformat.planning import build_plan, default_output
-from loraformat.receipt import Receipt
-from loraformat.unmerging import Undone, undo_merge
-from loraformat.verification import Verification, find_receipt, verify_merge
+from loraformat.receipt import Receipt, Statement, read_statement
+from loraformat.side_receipt import find_receipt
+from loraformat.unmerging import Undone, take_back, undo_merge
+from loraformat.verification import Verification, verify_merge
 
 
 def plan_merge(
@@ -106,8 +109,23 @@ def merge_each(
     ]
     for order in orders:
         _check_apart(order.plan.output, order.adapters)
-    place.mkdir(exist_ok=True)
-    return apply_plans(opened, orders, _make_work(options))
+    with _make_folder(place):
+        return apply_plans(opened, orders, _make_work(options))
+
+
+@contextmanager
+def _make_folder(folder: Path) -> Iterator[None]:
+    """Make a folder if it is missing; it goes again on failure if nothing is in it."""
+    existed = folder.is_dir()
+    with output_errors(folder):
+        folder.mkdir(exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def merge_into(base: StrPath, adapters: Sequence[AdapterArgument], **options: Unpack[MergeOptions]) -> Receipt:
@@ -121,8 +139,7 @@ def merge_into(base: StrPath, adapters: Sequence[AdapterArgument], **options: Un
     opened = _open(base)
     weighted = weigh_adapters(adapters, options)
     plan = _plan(opened, weighted, opened.path, options)
-    keep = options.get("keep_undo", False)
-    return merge_in_place(opened, Order(plan, weighted), _make_work(options), keep_undo=keep)
+    return merge_in_place(opened, Order(plan, weighted), _make_work(options))
 
 
 def verify(
@@ -143,17 +160,20 @@ def verify(
         LoraformatError: a model or an adapter that cannot be read, or that no longer makes a plan.
     """
     opened, proof = _open(base), _open(merged)
-    receipt = find_receipt(proof)
-    stated = [float(each["weight"]) for each in receipt.get("adapters", [])]
-    known = len(stated) == len(adapters)
-    pairs = [
-        each if isinstance(each, tuple) or not known else (each, weight)
-        for each, weight in zip(adapters, stated if known else [1.0] * len(adapters), strict=True)
-    ]
-    weighted = weigh_adapters(pairs, options)
+    record = find_receipt(proof)
+    statement = read_statement(record, proof.path) if record is not None else None
+    weighted = weigh_adapters(_take_weights(adapters, statement), options)
     hints = read_hints(cast(HintOptions, options))
-    plan = build_plan(opened, weighted, proof.path, hints=hints, **receipt.get("options", {}))
+    plan = build_plan(opened, weighted, proof.path, hints=hints, **(statement.options if statement else {}))
     return verify_merge(proof, opened, Order(plan, weighted), _make_effort(options))
+
+
+def _take_weights(adapters: Sequence[AdapterArgument], statement: Statement | None) -> list[AdapterArgument]:
+    """Return adapters, those without a weight with the one that the receipt has at their place."""
+    if statement is None or len(statement.adapters) != len(adapters):
+        return list(adapters)
+    weights = (weight for *_, weight in statement.adapters)
+    return [each if isinstance(each, tuple) else (each, weight) for each, weight in zip(adapters, weights, strict=True)]
 
 
 def unmerge(
@@ -174,17 +194,42 @@ def unmerge(
     Raises:
         LoraformatError: LF622 nothing to undo it with.
     """
-    opened = open_base(Path(model))
     place = Path(output) if output is not None else None
+    undone = take_back(Path(model).absolute(), place)
+    if undone is not None:
+        return undone
+    opened = open_base(Path(model))
     undone = undo_merge(opened, place, _make_work(options))
     if undone is not None:
         return undone
     if not adapters:
         raise refuse("LF622", str(model), "no journal, no kept bytes and no adapters", "one of them")
-    negated = [replace(item, weight=-item.weight) for item in weigh_adapters(adapters, options)]
-    plan = _plan(opened, negated, _place(opened, negated, output, options), options)
+    record = find_receipt(opened)
+    statement = read_statement(record, opened.path) if record is not None and "undone" not in record else None
+    weighted = weigh_adapters(_take_weights(adapters, statement), options)
+    if statement is not None:
+        _check_stated(statement, weighted, opened.path)
+    negated = [replace(item, weight=-item.weight) for item in weighted]
+    # Fingerprints are of the base's numbers, which the model no longer has.
+    plan = _plan(opened, negated, _place(opened, negated, output, options), {**options, "ignore_fingerprints": True})
+    for weight in plan.weights:
+        if any(change.nature is not Nature.ADDITIVE for change in weight.changes):
+            raise refuse("LF622", weight.name, "values that were put in place of the base's", "what was added to them")
+    _check_apart(plan.output, negated)
     receipt = apply_plan(plan, opened, negated, _make_work(options))
     return Undone(Path(receipt.output), exact=False, restored_bytes=sum(w.nbytes for w in plan.weights))
+
+
+def _check_stated(statement: Statement, weighted: Sequence[WeightedAdapter], model: Path) -> None:
+    """Refuse to subtract what the model's last merge has not added (LF803)."""
+    stated = {(sha256, weight) for _, sha256, weight in statement.adapters}
+    for item in weighted:
+        if (item.adapter.sha256, item.weight) not in stated:
+            found = f"{item.name} ({item.adapter.sha256:.12}...) with weight {item.weight:g}"
+            names = ", ".join(
+                f"{name} ({sha256:.12}...) with {weight:g}" for name, sha256, weight in statement.adapters
+            )
+            raise refuse("LF803", f"{model}: receipt: adapters", found, names)
 
 
 def _open(base: StrPath) -> BaseModel:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from loraformat.bases import Site
+from loraformat.kinds import REST, UNKNOWN
 from loraformat.matching import Match, Want, brings_rows, name_weight, shape_at
 from loraformat.problems import Problem
 from loraformat.site_index import RENAMED, SiteIndex
@@ -30,7 +31,8 @@ def report_shape(want: Want, sites: Sequence[Site]) -> Problem:
     stored, wanted = site.stored_shape(), shape_at(want, site)
     turned = " (it would fit transposed, which is never guessed)" if stored == wanted[::-1] else ""
     found = f"the weight {name_weight(site)!r} is {stored}{turned}"
-    return Problem("LF405", want.name, found, f"{wanted} for its factors", _mend_table(want, site, stored, wanted))
+    shown = str(wanted).replace(str(UNKNOWN), "any").replace(str(REST), "...")
+    return Problem("LF405", want.name, found, f"{shown} for its factors", _mend_table(want, site, stored, wanted))
 
 
 def _mend_table(want: Want, site: Site, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:

@@ -60,6 +60,7 @@ class PendingFolder:
             remove_stale_parts(self._final, self._resume)
             with output_errors(self._final):
                 self._part.mkdir(exist_ok=self._resume is not None)
+            self._remove_strays()
             for name in self._names:
                 with output_errors(self._final / name):
                     self._open_part(self._part / name, self._links.get(name))
@@ -73,6 +74,12 @@ class PendingFolder:
     ) -> None:
         self._discard(keep=self._resume is not None and may_resume(error))
 
+    def _remove_strays(self) -> None:
+        """Remove what a killed run has left and this one does not write."""
+        own = {self._part / name for name in self._names}
+        for path in [path for path in self._part.rglob("*") if path not in own and not path.is_dir()]:
+            remove(path)
+
     def _open_part(self, path: Path, source: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = 0 if self._resume else os.O_EXCL
@@ -81,7 +88,11 @@ class PendingFolder:
             return
         if self._resume:
             remove(path)
-        os.link(os.path.realpath(source), path)  # link(2) would take a symlink for the file
+        try:
+            os.link(os.path.realpath(source), path)  # link(2) would take a symlink for the file
+        except OSError as error:
+            found = f"{source}: {error.strerror or error}"
+            raise refuse("LF624", self._final / path.relative_to(self._part), found, "a link to it") from error
         self.descriptors.append(-1)
 
     def commit(self) -> None:

@@ -20,6 +20,12 @@ from typing import Final, Self
 
 from loraformat.errors import LoraformatError, OutputError, refuse
 
+FOLDER_UNDO: Final = "merge.undo"
+"""What a merge into a folder overwrites, kept to be undone, is in this file of it."""
+
+JOURNAL: Final = ".loraformat-journal"
+"""As long as a merge in place is not complete, what it overwrites is in a file of this name, or that ends so."""
+
 _PART: Final = re.compile(r"^\..+\.loraformat-(?P<pid>\d+)-[0-9a-f]{8}\.part$")
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -110,6 +116,11 @@ class PendingOutput:
             self._parts.append(part)
             if final.exists():
                 os.chmod(part, stat.S_IMODE(final.stat().st_mode))
+
+    @property
+    def parts(self) -> Sequence[Path]:
+        """Where the files stand until they are moved, for whoever checks what was written."""
+        return tuple(self._parts)
 
     def commit(self) -> None:
         """Move the parts into place, in order; on failure nothing new remains."""

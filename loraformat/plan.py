@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -62,6 +63,7 @@ class PlannedChange:
         part: the rows and columns of the stored matrix that it changes; None for all.
         row_factors: what each canonical row of the module's weight was multiplied by before it was stored, and its
             change with it; empty for nothing.
+        shape: canonical shape of the parameter, `(out, in, *kernel)` of a weight; empty where the factors tell it.
     """
 
     adapter: int
@@ -76,6 +78,7 @@ class PlannedChange:
     section: tuple[int, int] | None = None
     part: Part | None = None
     row_factors: tuple[float, ...] = ()
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +166,7 @@ class PlannedWeight:
         return tuple(change.kind for change in self.changes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # No slots: the digest is kept, once asked for.
 class Plan:
     """What a merge will do.
 
@@ -191,7 +194,7 @@ class Plan:
     rewritten: bool = False
     options: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Digest of everything that decides the merged numbers: equal plans give equal bytes."""
         return hashlib.sha256(write_canonical(self._decisive())).hexdigest()

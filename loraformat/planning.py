@@ -187,7 +187,7 @@ def _check_weight(item: WeightedAdapter, *, allow_zero: bool) -> list[Problem]:
 
 
 def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedChange:
-    target, change = match.target, match.want.change
+    target, change = match.target, match.change
     kind = KINDS.find(target.kind)
     weight = item.weight / match.divisor
     if kind is not None and kind.nature is Nature.REPLACEMENT:  # Its scale says how far to go towards its values.
@@ -205,6 +205,7 @@ def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedC
         section=match.section,
         part=match.part,
         row_factors=match.row_factors,
+        shape=change.shape if change.shape != match.want.shape else (),
     )
 
 

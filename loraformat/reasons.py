@@ -24,7 +24,7 @@ class Reason:
 
     Attributes:
         code: `LF` and three digits; the first says what it is about (1 container, 2 adapter, 3 names, 4 match,
-            5 numbers, 6 output, 9 safety).
+            5 numbers, 6 output, 7 algebra, 9 safety).
         title: what it means, in a few words.
         exit: the exit code of a command that ends for this reason.
         mend: how to mend it.

@@ -1,11 +1,13 @@
 """What a merge did, as data: kept inside the merged model and printed."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
+from loraformat.errors import refuse
+from loraformat.limits import MAX_SAFETENSORS_HEADER_BYTES
 from loraformat.problems import Problem
 from loraformat.strict_json import write_canonical
 
@@ -108,3 +110,96 @@ class Receipt:
 def _weight_as_json(weight: MergedWeight) -> dict[str, Any]:
     relative = weight.relative if math.isfinite(weight.relative) else None
     return asdict(weight) | {"relative": relative}
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What the receipt of a model says that the merge can be made again from; its types are checked.
+
+    Attributes:
+        base: name, files and digest of the structure.
+        plan_sha256: digest of the plan.
+        adapters: name, digest and weight of each adapter.
+        weights: name of each merged weight, and the rest of its record.
+        room_bytes: the room that the model has for the receipt.
+        options: arguments of `build_plan`.
+    """
+
+    base: Mapping[str, Any]
+    plan_sha256: str
+    adapters: tuple[tuple[str, str, float], ...]
+    weights: Mapping[str, Mapping[str, Any]]
+    room_bytes: int
+    options: Mapping[str, Any]
+
+
+def read_statement(record: Mapping[str, Any], where: object) -> Statement:
+    """Return what a receipt from a file states.
+
+    Raises:
+        LoraformatError: LF803 a field is missing or is not what receipts have there.
+    """
+    for field_name, (is_sound, expected) in _FIELDS.items():
+        if not is_sound(record.get(field_name)):
+            found = f"{record.get(field_name)!r:.80}"
+            raise refuse("LF803", f"{where}: receipt: {field_name}", found, expected)
+    adapters = tuple((each["name"], each["sha256"], float(each["weight"])) for each in record["adapters"])
+    weights = {each["name"]: each for each in record["weights"]}
+    return Statement(
+        record["base"], record["plan_sha256"], adapters, weights, record["room_bytes"], record.get("options") or {}
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_base(value: object) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("structure_sha256"), str)
+
+
+def _is_adapter(value: object) -> bool:
+    texts = isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("name", "sha256"))
+    return texts and isinstance(value, Mapping) and _is_number(value.get("weight"))
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("name"), str)
+
+
+def _is_text_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+_OPTIONS: Final[Mapping[str, Callable[[Any], bool]]] = {
+    "allow_unmatched": _is_text_list,
+    "strip_prefix": lambda value: isinstance(value, str),
+    "allow_zero": lambda value: value is True,
+    "ignore_fingerprints": lambda value: value is True,
+    "dtype": lambda value: isinstance(value, str),
+    "anew": lambda value: value is True,
+}
+
+
+def _are_options(value: object) -> bool:
+    if value is None:
+        return True
+    known = isinstance(value, Mapping) and value.keys() <= _OPTIONS.keys()
+    return known and isinstance(value, Mapping) and all(_OPTIONS[name](option) for name, option in value.items())
+
+
+def _list_of(is_sound: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_sound, value))
+
+
+_FIELDS: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
+    "base": (_is_base, "an object with structure_sha256"),
+    "plan_sha256": (lambda value: isinstance(value, str), "a digest"),
+    "adapters": (_list_of(_is_adapter), "a list of objects with name, sha256 and weight"),
+    "weights": (_list_of(_is_weight), "a list of objects with a name"),
+    "room_bytes": (
+        lambda value: type(value) is int and 0 <= value <= MAX_SAFETENSORS_HEADER_BYTES,
+        "a number of bytes",
+    ),
+    "options": (_are_options, f"an object with some of {', '.join(_OPTIONS)}"),
+}

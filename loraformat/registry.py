@@ -26,6 +26,7 @@ class Registry(Generic[Member]):
     def __init__(self, package: str, attribute: str) -> None:
         self._package = package
         self._attribute = attribute
+        self._found: dict[str, Member] = {}
 
     @cached_property
     def _locations(self) -> dict[str, str]:
@@ -48,8 +49,10 @@ class Registry(Generic[Member]):
         location = self._locations.get(name)
         if location is None:
             return None
-        module, _, attribute = location.partition(":")
-        return cast(Member, getattr(import_module(module), attribute))
+        if name not in self._found:
+            module, _, attribute = location.partition(":")
+            self._found[name] = cast(Member, getattr(import_module(module), attribute))
+        return self._found[name]
 
     def __iter__(self) -> Iterator[tuple[str, Member]]:
         """Yield every member with its name, importing each."""

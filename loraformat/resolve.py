@@ -15,11 +15,23 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from loraformat.adapter import Adapter
-from loraformat.bases import BaseModel, Site, Weight
+from loraformat.bases import TENSOR_NAME, BaseModel, Site, Weight
 from loraformat.evidence import Clues, Hints, Lookup, find_candidates
 from loraformat.evidence.values import STRATEGY as VALUES
 from loraformat.evidence.values import verify_values
-from loraformat.matching import Match, NewBias, Want, fits_site, list_wants, name_weight, sample_sites
+from loraformat.kinds import UNKNOWN
+from loraformat.matching import (
+    Match,
+    NewBias,
+    Want,
+    check_size,
+    fits_site,
+    list_wants,
+    name_weight,
+    open_slot,
+    sample_sites,
+    settle_shape,
+)
 from loraformat.mismatches import (
     LISTED,
     group_by_weight,
@@ -35,6 +47,10 @@ from loraformat.site_index import Candidate
 
 _NO_CLUES: Final = Clues()
 _NAMES: Final = "names"
+_NEW_BIASES: Final = (
+    "Merge with --new-biases (new_biases=True), and check that the architecture loads biases there. Or leave them out, "
+    "which changes what the adapter does: --allow-unmatched PATTERN."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +94,20 @@ def resolve(
         clues: what else the user has handed over.
     """
     wants = [want for target in adapter.targets for want in list_wants(target)]
-    names = {want: _strip(want.target.name, strip_prefix) for want in wants}
-    lookup = Lookup(sites, names, clues)
+    names = {want.target.name: _strip(want.target.name, strip_prefix) for want in wants}
+    lookup = Lookup(sites, wants, names, clues)
     matches, missing, problems = _match_all(lookup, ignore_fingerprints=ignore_fingerprints)
     matches, displaced = _prefer_exact(matches)
     matches, shared = settle_sharing(matches, sites, untie=untie)
-    lacking, missing = _find_lacking_biases([*missing, *displaced], matches)
+    missing += displaced
+    lacking = _find_lacking_biases(missing, matches)
+    made = {each.want for each in lacking} if new_biases else set()
     allowed = [want for want in missing if any(fnmatchcase(want.target.name, glob) for glob in allow_unmatched)]
-    lost = [(want.name, names[want], lookup.indexes[want.parameter]) for want in missing if want not in allowed]
+    allowed = [want for want in allowed if want not in made]
+    spoken = {each.want for each in lacking} | set(allowed)
+    unspoken = [want for want in missing if want not in spoken]
+    lost = [(want.name, names[want.target.name], lookup.indexes[want.parameter]) for want in unspoken]
+    lacking = [each for each in lacking if each.want not in allowed]
     problems += report_missing(lost) + shared + report_collisions(matches)
     problems += report_dropped(matches) + report_renamed(matches) + _report_biases(lacking, wanted=new_biases)
     left_out = tuple(want.name for want in allowed)
@@ -98,11 +120,9 @@ def locate_reference(
     """Return where a torch checkpoint has the parameters that an adapter changes; those that it lacks are left out."""
     plain = replace(adapter, targets=tuple(replace(target, fingerprint=None) for target in adapter.targets))
     found: dict[tuple[str, str], list[Match]] = defaultdict(list)
-    lookup = Lookup(
-        checkpoint.sites,
-        {want: _strip(want.target.name, strip_prefix) for target in plain.targets for want in list_wants(target)},
-        _NO_CLUES,
-    )
+    wants = [want for target in plain.targets for want in list_wants(target)]
+    names = {want.target.name: _strip(want.target.name, strip_prefix) for want in wants}
+    lookup = Lookup(checkpoint.sites, wants, names, _NO_CLUES)
     for match in _match_all(lookup, ignore_fingerprints=True)[0]:
         found[match.target.name, match.want.parameter].append(match)
     return found
@@ -115,20 +135,21 @@ def gather_clues(adapter: Adapter, hints: Hints, *, strip_prefix: str | None = N
 
 
 def _match_all(lookup: Lookup, *, ignore_fingerprints: bool) -> tuple[list[Match], list[Want], list[Problem]]:
-    found = {want: find_candidates(want, lookup) for want in lookup.names}
+    found = {want: find_candidates(want, lookup) for want in lookup.wants}
     usual = _usual_relation(found)
     matches: list[Match] = []
     missing: list[Want] = []
     problems: list[Problem] = []
     for want, candidates in found.items():
-        outcome = _match_verified(want, candidates, usual, lookup)
+        opened = open_slot(want, [candidate.site for candidate in candidates]) if candidates else want
+        outcome = _match_verified(opened, candidates, usual, lookup)
         if outcome and not isinstance(outcome, Problem) and not ignore_fingerprints:
-            outcome = _check_fingerprint(want, outcome)
+            outcome = _check_fingerprint(opened, outcome)
         if isinstance(outcome, Problem):
             problems.append(outcome)
         elif outcome:
             matches += outcome
-        else:
+        elif not (want.change.is_optional and _lists_all(lookup.sites)):
             missing.append(want)
     return matches, missing, problems
 
@@ -145,11 +166,16 @@ def _match_verified(
     return _match(want, verified, usual) if verified else []
 
 
-def _find_lacking_biases(missing: Sequence[Want], matches: Sequence[Match]) -> tuple[list[NewBias], list[Want]]:
-    """Return the biases that modules of the base could have but lack, and what else is missing."""
-    beside = {match.target.name: match for match in matches if match.want.is_main and match.sites[0].free_bias}
-    lacking = [want for want in missing if want.parameter == "bias" and want.target.name in beside]
-    return [NewBias(want, beside[want.target.name]) for want in lacking], [w for w in missing if w not in lacking]
+def _lists_all(sites: Sequence[Site]) -> bool:
+    """Say whether a parameter that was not found is surely not there: a state dict lists all that it has."""
+    return all(site.evidence == TENSOR_NAME for site in sites)
+
+
+def _find_lacking_biases(missing: Sequence[Want], matches: Sequence[Match]) -> list[NewBias]:
+    """Return the biases among what is missing that modules of the base could have but lack."""
+    beside = {match.target.name: match for match in matches if match.want.parameter == "weight"}
+    pairs = [(want, beside.get(want.target.name)) for want in missing if want.parameter == "bias"]
+    return [NewBias(want, match) for want, match in pairs if match is not None and match.sites[0].free_bias]
 
 
 def _report_biases(lacking: Sequence[NewBias], *, wanted: bool) -> list[Problem]:
@@ -157,17 +183,19 @@ def _report_biases(lacking: Sequence[NewBias], *, wanted: bool) -> list[Problem]
         return []
     names = ", ".join(dict.fromkeys(each.name for each in lacking[:LISTED]))
     where = lacking[0].want.name if len(lacking) == 1 else f"{len(lacking)} targets"
-    expected = "an architecture that loads them" if wanted else "biases in the base"
     found = f"the base has no {names}" + (" ..." if len(lacking) > LISTED else "")
-    return [Problem("LF415", where, found, expected, severity="note" if wanted else "error")]
+    if wanted:
+        return [Problem("LF415", where, found, "an architecture that loads them", severity="note")]
+    return [Problem("LF401", where, found, "biases in the base", _NEW_BIASES)]
 
 
 def _check_fingerprint(want: Want, matches: list[Match]) -> list[Match] | Problem:
     fingerprint = want.target.fingerprint
     if fingerprint is None or not want.is_main:
         return matches
-    samples = sample_sites(want, [site for match in matches for site in match.sites])
-    if fingerprint.shape == want.shape and fingerprint.matches(samples):
+    sites = [site for match in matches for site in match.sites]
+    samples, shape = sample_sites(want, sites), settle_shape(want, sites)
+    if fingerprint.shape == shape and fingerprint.matches(samples):
         return [replace(match, verified=(*match.verified, "fingerprint")) for match in matches]
     near = sum(abs(a - b) <= abs(a) / 16 for a, b in zip(fingerprint.samples, samples, strict=True))
     names = ", ".join(repr(match.weight.name) for match in matches)
@@ -206,6 +234,9 @@ def _match(want: Want, candidates: Sequence[Candidate], usual: str | None) -> li
         return Problem(blocked.code, f"{want.name} at {blocked.where}", blocked.found, blocked.expected, blocked.mend)
     groups = _split_sections(fitting)
     sections = [group[0].section for group in groups]
+    if want.shape[0] == UNKNOWN and sections != [None]:
+        found = f"a base that splits the module, and factors of {want.target.kind} that do not tell its rows"
+        return Problem("LF408", want.name, found, "the module in one weight")
     if not _are_whole(want, sections):
         found = f"{len(sections)} parts of it, rows {', '.join(str(section) for section in sections[:LISTED])}"
         return Problem("LF405", want.name, found, f"all of {want.shape[0]} rows")
@@ -246,6 +277,9 @@ def _match_weight(want: Want, sites: Sequence[Site], candidate: Candidate) -> Ma
     if nameless or len(manners) != 1 or (len(weights) != 1 and not _are_copies(sites, weights)):
         listed = "; ".join(f"{site.module} ({site.evidence}) reads {name_weight(site)}" for site in sites[:LISTED])
         return Problem("LF404", want.name, f"several weights or several ways to read one: {listed}", "one weight")
+    misfit = check_size(want, sites)
+    if misfit is not None:
+        return misfit
     transposed, divisor, *_ = manners.pop()
     evidence = sites[0].evidence if candidate.strategy == _NAMES else candidate.strategy
     found = Match(want, weights, tuple(sites), transposed, divisor, evidence, candidate.relation)

@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from loraformat.adapter import Adapter, Target
+from loraformat.adapter import Adapter, Factor, Target, read_runs
 from loraformat.kinds import KINDS, Nature
 from loraformat.problems import Problem
 
@@ -72,18 +72,33 @@ def _check_numbers(target: Target) -> list[Problem]:
     """Return problems of the factors' numbers: not finite, or a product that is surely zero."""
     problems = []
     silent = False
+    kind = KINDS.find(target.kind)
+    is_added = kind is not None and kind.nature is Nature.ADDITIVE
     for role, factor in target.factors.items():
-        with np.errstate(over="ignore"):
-            values = factor.read().astype(np.float32)
-        finite = np.isfinite(values)
-        if not finite.all():
-            bad = np.argwhere(~finite)
-            found = f"{len(bad)} of {values.size} numbers, the first at {tuple(int(i) for i in bad[0])}"
+        broken, first, used = _survey(factor)
+        if broken:
+            found = f"{broken} of {factor.elements} numbers, the first at {first}"
             problems.append(Problem("LF501", f"{target.name}: {role}", found, "finite numbers"))
-        silent = silent or not (values.any() or is_replacement(target.kind))
+        silent = silent or (is_added and factor.dtype.family == "float" and not used)
     if silent and not problems:
         problems.append(Problem("LF214", target.name, "a factor of zeros", severity="warning"))
     return problems
+
+
+def _survey(factor: Factor) -> tuple[int, tuple[int, ...], bool]:
+    """Return how many numbers are not finite as float32, where the first of them is, and whether any is not zero."""
+    broken, passed, used = 0, 0, False
+    first: tuple[int, ...] = ()
+    for values in read_runs(factor):
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(values.astype(np.float32, copy=False))
+        if not finite.all():
+            places = np.flatnonzero(~finite)
+            first = first if broken else tuple(map(int, np.unravel_index(passed + places[0], factor.shape)))
+            broken += len(places)
+        used = used or bool(values.any())
+        passed += values.size
+    return broken, first, used
 
 
 def _gather(problems: Sequence[Problem], code: str, targets: int) -> list[Problem]:

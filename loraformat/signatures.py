@@ -35,7 +35,7 @@ _SIGNATURES: Final = (
     Signature(b"\x80\x03", "a Python pickle", _CONVERT),
     Signature(b"\x80\x04", "a Python pickle", _CONVERT),
     Signature(b"\x80\x05", "a Python pickle", _CONVERT),
-    Signature(b"GGUF", "a GGUF file", "GGUF is not read by this version."),
+    Signature(b"GGUF", "a GGUF file", "GGUF is read as an adapter; as a base, give the model that it was made of."),
     Signature(b"<!DOCTYPE", "an HTML page", "The download gave an error page: fetch the file again."),
     Signature(b"<!doctype", "an HTML page", "The download gave an error page: fetch the file again."),
     Signature(b"<html", "an HTML page", "The download gave an error page: fetch the file again."),

@@ -1,5 +1,6 @@
 """Where merged bytes go: into a file, or beside a file that should have them already."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
@@ -13,7 +14,7 @@ from loraformat.spans import InputFile
 
 _STEP_BYTES: Final = 1 << 20
 _MAX_RUNS: Final = 1000
-"""Differences that are noted of one step."""
+"""Differences that are noted of one step; the last one of more is as long as all that remain."""
 
 
 class Sink(Protocol):
@@ -47,6 +48,8 @@ class FileSink:
     def reserve(self, length: int) -> None:
         """Give the file its full length at once; LF604 when there is no room."""
         with output_errors(self.path):
+            if os.fstat(self.descriptor).st_size > length:  # a part that a killed run has left
+                os.ftruncate(self.descriptor, length)
             reserve_bytes(self.descriptor, length)
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
@@ -109,8 +112,12 @@ class CompareSink:
         if found == expected[:have]:
             return
         places = np.flatnonzero(np.frombuffer(found, np.uint8) != np.frombuffer(expected[:have], np.uint8))
-        runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)[:_MAX_RUNS]
-        self.differences.extend(Difference(offset + int(run[0]), len(run)) for run in runs)
+        gaps = np.flatnonzero(np.diff(places) > 1)[: _MAX_RUNS - 1]
+        firsts, lasts = places[[0, *(gaps + 1)]], places[[*gaps, -1]]
+        self.differences.extend(
+            Difference(offset + first, last + 1 - first)
+            for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True)

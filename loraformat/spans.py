@@ -178,6 +178,30 @@ class StoredTensor:
             self.file.read_into(array.reshape(-1).view(np.uint8), self.span.offset)
         return array
 
+    def read_part(self, rows: range, columns: range) -> NDArray[Any]:
+        """Return some of its numbers `(len(rows), len(columns))` in its own form, reading little more than these.
+
+        Args:
+            rows: of the tensor as a matrix, its first dimension and the rest; ascending.
+            columns: likewise.
+
+        Raises:
+            InputError: as `read`.
+        """
+        if self.dtype.bits < 8:
+            return self.read().reshape(self.shape[0], -1)[rows.start : rows.stop : rows.step]  # Says why not.
+        form, width = self.dtype.numpy(), math.prod(self.shape[1:])
+        first, last = (columns[0], columns[-1]) if columns else (0, -1)
+        whole = rows.step == 1 and (first, last) == (0, width - 1)
+        runs = [(rows.start, len(rows))] if whole else [(row, 1) for row in rows]
+        held: NDArray[Any] = np.empty((len(rows), last + 1 - first), form)
+        for place, (row, count) in enumerate(runs):
+            start = self.span.offset + (row * width + first) * form.itemsize
+            into = held[place : place + count]
+            if into.size:
+                self.file.read_into(into.reshape(-1).view(np.uint8), start)
+        return held[:, :: columns.step]
+
 
 def read_small(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> bytes:
     """Return the contents of a small file such as a configuration; LF110 above `limit_bytes`."""

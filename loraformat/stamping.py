@@ -9,7 +9,7 @@ from loraformat.bases import BaseModel
 from loraformat.errors import error_for
 from loraformat.fingerprint import Fingerprint
 from loraformat.kinds import Nature
-from loraformat.matching import Match, Want, sample_sites
+from loraformat.matching import Match, Want, sample_sites, settle_shape
 from loraformat.problems import Problem
 from loraformat.resolve import resolve
 from loraformat.rules import check_adapter
@@ -48,9 +48,10 @@ def _are_grave(problems: list[Problem]) -> bool:
 
 
 def _take(want: Want, matches: list[Match]) -> Fingerprint:
-    samples = sample_sites(want, [site for match in matches for site in match.sites])
+    sites = [site for match in matches for site in match.sites]
+    samples = sample_sites(want, sites)
     if not all(map(math.isfinite, samples)):
         raise error_for(
             [Problem("LF502", matches[0].weight.name, "a sampled number that is not finite", "finite numbers")]
         )
-    return Fingerprint(want.shape, samples)
+    return Fingerprint(settle_shape(want, sites), samples)

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from json.encoder import encode_basestring
 from typing import Final, NoReturn, TypeAlias
 
 from loraformat.errors import LoraformatError, refuse
@@ -75,15 +76,24 @@ def write_canonical(value: JsonValue) -> bytes:
 
 def _write(value: JsonValue) -> str:
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        return encode_basestring(value)
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, int | float):
         return _write_number(value)
     if isinstance(value, Mapping):
-        ordered = sorted(value.items(), key=lambda item: item[0].encode("utf-16-be", "surrogatepass"))
+        plain = all(map(str.isascii, value))  # Then code units are in the order of the characters.
+        ordered = sorted(value.items(), key=_key_of if plain else _utf_16)
         return "{" + ",".join(f"{_write(key)}:{_write(item)}" for key, item in ordered) + "}"
     return "[" + ",".join(map(_write, value)) + "]"
+
+
+def _key_of(item: tuple[str, JsonValue]) -> str:
+    return item[0]
+
+
+def _utf_16(item: tuple[str, JsonValue]) -> bytes:
+    return item[0].encode("utf-16-be", "surrogatepass")
 
 
 def _write_number(value: int | float) -> str:

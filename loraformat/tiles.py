@@ -21,6 +21,7 @@ from loraformat.weight_work import Placed, WeightWork, as_bytes
 _SUMMED: Final = 8
 """Of the tiles of a large weight that is only added to, one in so many is summed up."""
 
+_SHAPES_HELD: Final = 64
 _ALL_SUMMED: Final = 4
 """A weight of fewer tiles than this times `_SUMMED` has more of them summed up, and one of so few all."""
 
@@ -73,46 +74,73 @@ class TileBuffers(threading.local):
 
     def __init__(self) -> None:
         self._held: dict[str, NDArray[np.uint8]] = {}
+        self._shaped: dict[tuple[str, tuple[int, int], np.dtype[Any]], NDArray[Any]] = {}
 
     def take(self, purpose: str, shape: tuple[int, int], form: np.dtype[Any]) -> NDArray[Any]:
         """Return uninitialised memory for `purpose` as an array of this shape and form."""
+        shaped = self._shaped.get((purpose, shape, form))
+        if shaped is not None:
+            return shaped
         nbytes = shape[0] * shape[1] * form.itemsize
         held = self._held.get(purpose)
-        if held is None or held.nbytes < nbytes:
+        if held is None or held.nbytes < nbytes or len(self._shaped) > _SHAPES_HELD:
+            self._shaped.clear()
             held = self._held[purpose] = np.empty(nbytes, np.uint8)
-        return held[:nbytes].view(form).reshape(shape)
+        shaped = self._shaped[purpose, shape, form] = held[:nbytes].view(form).reshape(shape)
+        return shaped
 
 
-def merge_tile(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, sink_offset: int) -> TileSums:
-    """Merge the stored rows `rows` of a weight and write them to `sink`.
+def merge_rows(work: WeightWork, buffers: TileBuffers, run: range, sink: Sink, sink_offset: int) -> TileSums:
+    """Merge the stored rows `run` of a weight, tile by tile, and write them to `sink`.
 
     Args:
         work: the weight.
         buffers: the worker's memory.
-        rows: rows of the stored matrix; one tile.
+        run: rows of the stored matrix, whole tiles.
         sink: the output file.
         sink_offset: bytes from its start to the weight's first byte.
 
     Returns:
-        The tile's sums. Of a large weight that is only added to, every eighth tile has all of them, and the others
-        only what overflowed.
+        The sums of the run. Of a large weight that is only added to, every eighth tile is summed up, and of the others
+        only what overflowed is counted.
     """
+    sums = TileSums()
+    height, columns = work.weight.tile_rows, work.weight.matrix[1]
+    row_bytes = columns * work.written_form.itemsize
+    every = _count_step(work) if work.is_plain_sum else 1
     with np.errstate(over="ignore", invalid="ignore"):
-        shape = (len(rows), work.weight.matrix[1])
-        skipped_bytes = rows.start * shape[1] * work.written_form.itemsize
-        base = _read_base(work, buffers, rows, shape)
-        if work.is_plain_sum:
-            merged, delta = _add(work, buffers, rows, base)
-        else:
-            merged, delta = _compose(work, buffers, rows, base)
-        written = _round_and_write(work, buffers, merged, sink, sink_offset + skipped_bytes)
-        if work.is_plain_sum and rows.start // work.weight.tile_rows % _count_step(work):
-            return _count_broken(base, merged, written)
-        found = merged
-        if written is not merged:
-            found = buffers.take("scratch", shape, work.work_form)
-            work.written_encoding.decode(written, found)
-        return _sum_up(base, delta, merged, found)
+        for start in range(run.start, run.stop, height):
+            rows = range(start, min(start + height, run.stop))
+            merge = _merge_quickly if start // height % every else _merge_and_sum
+            sums += merge(work, buffers, rows, sink, sink_offset + start * row_bytes)
+    return sums
+
+
+def _merge_quickly(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, offset: int) -> TileSums:
+    """Merge a tile that is only added to, in the fewest buffers: the caches like to hold no more."""
+    shape = (len(rows), work.weight.matrix[1])
+    base = _read_base(work, buffers, rows, shape)
+    merged = _sum_deltas(work, buffers, rows, shape)
+    np.add(base, merged, out=merged)
+    written = _round_and_write(work, buffers, merged, sink, offset)
+    return _count_broken(base, merged, written)
+
+
+def _merge_and_sum(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, offset: int) -> TileSums:
+    """Merge a tile and compare what was written with what was wanted."""
+    shape = (len(rows), work.weight.matrix[1])
+    base = _read_base(work, buffers, rows, shape)
+    if work.is_plain_sum:
+        delta = _sum_deltas(work, buffers, rows, shape)
+        merged = np.add(base, delta, out=buffers.take("merged", shape, base.dtype))
+    else:
+        merged, delta = _compose(work, buffers, rows, base)
+    written = _round_and_write(work, buffers, merged, sink, offset)
+    found = merged
+    if written is not merged:
+        found = buffers.take("scratch", shape, work.work_form)
+        work.written_encoding.decode(written, found)
+    return _sum_up(base, delta, merged, found)
 
 
 def _count_step(work: WeightWork) -> int:
@@ -128,16 +156,16 @@ def _read_base(work: WeightWork, buffers: TileBuffers, rows: range, shape: tuple
     return base
 
 
-def _add(work: WeightWork, buffers: TileBuffers, rows: range, base: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return base plus the sum of all deltas, and that sum, for deltas of the whole matrix."""
-    delta = buffers.take("delta", cast(tuple[int, int], base.shape), base.dtype)
-    merged = buffers.take("merged", cast(tuple[int, int], base.shape), base.dtype)
+def _sum_deltas(work: WeightWork, buffers: TileBuffers, rows: range, shape: tuple[int, int]) -> NDArray[Any]:
+    """Return the sum of all deltas, of a weight that they are only added to, each to the whole matrix."""
+    delta = buffers.take("delta", shape, work.work_form)
     first, *others = work.placed()
     cast(Delta, first.values).write_rows(rows.start, rows.stop, delta)
     for placed in others:
-        cast(Delta, placed.values).write_rows(rows.start, rows.stop, merged)
-        np.add(delta, merged, out=delta)
-    return np.add(base, delta, out=merged), delta
+        scratch = buffers.take("scratch", shape, work.work_form)
+        cast(Delta, placed.values).write_rows(rows.start, rows.stop, scratch)
+        np.add(delta, scratch, out=delta)
+    return delta
 
 
 def _compose(

@@ -1,6 +1,7 @@
 """Undoing a merge exactly, from the bytes that it has overwritten."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 from loraformat.apply import Work, write_copies
 from loraformat.bases import BaseModel
 from loraformat.errors import refuse
-from loraformat.images import FileImage
-from loraformat.in_place import restore_in_place, roll_back
+from loraformat.in_place import find_root, roll_back
+from loraformat.placing import Place
 from loraformat.problems import Problem
-from loraformat.side_receipt import name_side_receipt
+from loraformat.side_receipt import find_receipt
+from loraformat.spans import Span
 from loraformat.strict_json import write_canonical
-from loraformat.undo import Undo, name_undo, open_undo, restore_pieces
+from loraformat.undo import Undo, check_undo, name_journal, name_undo, open_undo, restore_pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,22 @@ class Undone:
         return {"output": str(self.output), "exact": self.exact, "restored_bytes": self.restored_bytes}
 
 
+def take_back(model: Path, output: Path | None) -> Undone | None:
+    """Roll back a merge in place that was not completed; None where there is no journal of one.
+
+    Raises:
+        LoraformatError: LF621 an output is asked for, LF803 a journal that is none of this model.
+    """
+    journal = name_journal(model)
+    if not journal.is_file():
+        return None
+    if output is not None:
+        raise refuse("LF621", model, f"the journal {journal.name}", "no -o: the model itself is rolled back")
+    return Undone(model, exact=True, restored_bytes=roll_back(model))
+
+
 def undo_merge(model: BaseModel, output: Path | None, work: Work) -> Undone | None:
-    """Undo a merge from a journal or an undo file; None where there is neither.
+    """Undo a merge from an undo file; None where there is none.
 
     Args:
         model: the opened model.
@@ -52,42 +68,39 @@ def undo_merge(model: BaseModel, output: Path | None, work: Work) -> Undone | No
         work: how to do it.
 
     Raises:
-        LoraformatError: LF803 the undo file belongs to another model.
+        LoraformatError: LF601 no output for a model that was not merged in place, LF803 the undo file belongs to
+            another model or merge.
     """
-    if roll_back(model):
-        return Undone(model.path, exact=True, restored_bytes=0)
     path = name_undo(model.path)
     if not path.is_file():
         return None
     undo = open_undo(path)
-    restored = sum(kept.kept.span.length for kept in undo.spans)
-    if output is None:
-        if not name_side_receipt(model.path).is_file():
-            raise refuse("LF601", model.path, "a model that was not merged in place", "-o with another name")
-        restore_in_place(model, undo)
-        path.unlink()
-        return Undone(model.path, exact=True, restored_bytes=restored)
-    _write_restored(model, output, undo, work)
-    return Undone(output, exact=True, restored_bytes=restored)
+    files = {os.path.relpath(file.path, find_root(model.path)): file for file in model.files}
+    check_undo(undo, files)
+    receipt = find_receipt(model) or {}
+    if receipt.get("plan_sha256") != undo.plan_sha256:
+        raise refuse("LF803", path, f"bytes of the merge {undo.plan_sha256:.12}...", "those of the model's last merge")
+    if output is not None:
+        _write_restored(model, output, undo, {file.path: name for name, file in files.items()}, work)
+        return Undone(output, exact=True, restored_bytes=undo.kept_bytes)
+    if not undo.is_in_place:
+        raise refuse("LF601", model.path, "a model that was not merged in place", "-o with another name")
+    os.replace(
+        path, name_journal(model.path)
+    )  # A model that is half restored must not be taken for a whole one either.
+    return Undone(model.path, exact=True, restored_bytes=roll_back(model.path))
 
 
-def _write_restored(model: BaseModel, output: Path, undo: Undo, work: Work) -> None:
+def _write_restored(model: BaseModel, output: Path, undo: Undo, names: Mapping[Path, str], work: Work) -> None:
     """Write a copy of the merged model with the kept bytes; its receipt says so."""
-    root = model.path if model.path.is_dir() else model.path.parent
-    names = {file.path: os.path.relpath(file.path, root) for file in model.files}
-    known = dict(undo.record.get("files", {}))
-    for file in model.files:
-        size = known.get(names[file.path], file.size_bytes)
-        if size != file.size_bytes:
-            raise refuse("LF803", undo.file.path, f"{names[file.path]} of {size} bytes", f"{file.size_bytes} bytes")
-    receipt = model.encode_receipt(write_canonical({"version": "1.0", "undone": dict(undo.record)}).decode())
-    images = model.describe_images(output, len(receipt), str(undo.record["plan_sha256"])[:8])
-    restored = [_restore(image, names, undo) for image in images]
-    write_copies(model, output, restored, receipt, work, [undo.file])
-
-
-def _restore(image: FileImage, names: dict[Path, str], undo: Undo) -> FileImage:
-    for source in {file.path for file in image.sources()}:
-        if source in names:
-            image = restore_pieces(image, names[source], undo)
-    return image
+    record = write_canonical({"version": "1.0", "undone": {"plan_sha256": undo.plan_sha256}})
+    receipt = model.encode_receipt(record.decode())
+    images = model.describe_images(output, len(receipt), undo.plan_sha256[:8])
+    paths = {name: path for path, name in names.items()}
+    for kept in undo.spans:
+        span = Span(paths[kept.file], kept.offset, kept.length)
+        if all(image.locate(span) is None for image in images):
+            raise refuse("LF803", undo.file.path, f"bytes of {kept.file!r} at {kept.offset}", "bytes of its tensors")
+    restored = [restore_pieces(image, names, undo) for image in images]
+    place = Place(output, model.folder_mark, model, restored, work.force, work.durable)
+    write_copies(place, receipt, [*model.files, undo.file])

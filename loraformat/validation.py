@@ -12,10 +12,20 @@ from typing import Any, Final
 
 from loraformat.adapter import Adapter
 from loraformat.bases import BaseModel
-from loraformat.errors import LoraformatError, refuse
+from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.kinds import KINDS
-from loraformat.loading import CONFIG_NAME, FACTORS_NAME, FACTORS_NAMES, choose_scheme, is_base, open_base, open_bundle
+from loraformat.loading import (
+    CONFIG_NAME,
+    FACTORS_NAME,
+    FACTORS_NAMES,
+    choose_scheme,
+    is_base,
+    open_base,
+    open_bundle,
+    read_bundle,
+)
 from loraformat.problems import Problem, Severity
+from loraformat.recognition import recognise_config
 from loraformat.resolve import resolve
 from loraformat.rules import check_adapter, is_mergeable, refuse_kind
 from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, Scheme, StatedScale
@@ -125,7 +135,7 @@ def _read(scheme: Scheme, bundle: Bundle, stated: StatedScale) -> tuple[Adapter,
     alone: Adapter | None = None
     missing: list[Problem] = []
     try:
-        alone = scheme.read(bundle, NOT_STATED)
+        alone = read_bundle(scheme, bundle, NOT_STATED)
     except LoraformatError as error:
         if set(error.codes) != {"LF211"}:
             raise
@@ -160,6 +170,9 @@ def _judge_config(path: Path, file: Path) -> Verdict:
     fields = _read_config(file)
     bundle = Bundle(path, {}, config=fields)
     scheme = next((each for _, each in SCHEMES if isinstance(each, ReadsConfig) and each.detect(bundle)), None)
+    unmergeable = recognise_config(fields)
+    if scheme is None and unmergeable is not None:
+        raise error_for([unmergeable.as_problem(file)])
     if scheme is None:
         found = next((what for names, what in _FOREIGN_CONFIGS if names <= fields.keys()), None)
         found = found or f"a JSON object with {', '.join(sorted(fields)[:6]) or 'nothing'}"

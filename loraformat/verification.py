@@ -3,12 +3,13 @@
 The output is described and computed once more, and every byte is compared instead of written.
 """
 
+import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from loraformat.bases import BaseModel
 from loraformat.engine import Assignment, Effort, carry_out, index_tensors, locate_weight
@@ -16,11 +17,15 @@ from loraformat.images import Copy, FileImage
 from loraformat.output_forms import Order, describe_output, list_touched
 from loraformat.plan import Plan
 from loraformat.problems import Problem
-from loraformat.side_receipt import read_side_receipt
+from loraformat.receipt import Statement, read_statement
+from loraformat.side_receipt import find_receipt, name_side_receipt
 from loraformat.sinks import CompareSink, Difference
 from loraformat.spans import InputFile
+from loraformat.tiles import TileSums
 
 _LISTED: Final = 8
+_TOLERANCE: Final = 1e-4
+"""Receipts have six digits, and other processors sum in another order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,57 +68,99 @@ def verify_merge(merged: BaseModel, base: BaseModel, order: Order, effort: Effor
         base: the opened base.
         order: the plan, made for the merged model's path with the receipt's options, and the adapters.
         effort: how much of the machine to take.
+
+    Raises:
+        LoraformatError: LF803 a receipt that is none; what reading the files raises.
     """
-    beside = read_side_receipt(merged.path)
-    receipt = find_receipt(merged)
-    problems = list(check_receipt(receipt, order.plan))
-    own = {file.path for file in merged.files}
-    if beside is not None and merged.parent_receipt is None:
-        images = _describe_patched(merged, base)
-    else:
-        room = int(receipt.get("room_bytes", 0))
-        images = describe_output(order, base, room, lambda path: path.absolute() not in own)
+    record = find_receipt(merged)
+    statement = read_statement(record, merged.path) if record is not None else None
+    images = _describe(merged, base, order, statement.room_bytes if statement else 0)
     sinks = [_open_sink(image) for image in images]
-    problems += _list_missing(images, sinks)
+    problems = [*_list_missing(images, sinks), *_list_added(merged, images)]
     present = [(image, sink) for image, sink in zip(images, sinks, strict=True) if sink is not None]
+    sums: Sequence[TileSums] = ()
     if len(present) == len(images):
         assignment = Assignment(order.plan, base, order.adapters, images, sinks)
-        carry_out([assignment], effort)
+        (sums,) = carry_out([assignment], effort)
         for image, sink in present:
             problems += _judge(image, sink, order.plan, base)
+    problems = [*check_receipt(statement, order.plan, sums), *problems]
     compared = sum(image.size_bytes for image, _ in present)
     return Verification(order.plan.output, sum(bool(w.changes) for w in order.plan.weights), compared, tuple(problems))
 
 
-def find_receipt(merged: BaseModel) -> Mapping[str, Any]:
-    """Return the receipt that a merged model carries, or that stands beside one merged in place; empty for none."""
-    return merged.parent_receipt or read_side_receipt(merged.path) or {}
+def _describe(merged: BaseModel, base: BaseModel, order: Order, room_bytes: int) -> list[FileImage]:
+    """Return the files that the merged model should have: with a receipt in them, or beside them."""
+    own = {file.path for file in merged.files}
+    images = describe_output(order, base, room_bytes, lambda path: path.absolute() not in own)
+    beside = name_side_receipt(merged.path)
+    in_place = beside.is_file() and beside.absolute() not in {image.path.absolute() for image in images}
+    return _describe_patched(merged, base) if in_place else images
 
 
 def _describe_patched(merged: BaseModel, base: BaseModel) -> list[FileImage]:
-    """Return the files of a model that was merged in place: those of its base, under its own names."""
-    if merged.path.is_dir():
-        names = {file.path: merged.path / os.path.relpath(file.path, base.path) for file in base.files}
-    else:
-        names = {file.path: merged.path.parent / file.path.name for file in base.files}
-        names[base.path] = merged.path
+    """Return the files of a model of one file, or an ONNX model, that was merged in place: those of its base."""
+    folder = merged.path.absolute().parent
+    names = {file.path: folder / os.path.relpath(file.path, base.path.absolute().parent) for file in base.files}
+    names[base.path.absolute()] = merged.path.absolute()
     return [FileImage(names[file.path], [Copy(file, 0, file.size_bytes)]) for file in base.files]
 
 
-def check_receipt(receipt: Mapping[str, Any], plan: Plan) -> Iterator[Problem]:
-    """Yield what of a receipt is not as its plan, made again, has it."""
+def check_receipt(statement: Statement | None, plan: Plan, sums: Sequence[TileSums]) -> Iterator[Problem]:
+    """Yield what of a receipt is not as its plan, made again and carried out, has it.
+
+    Args:
+        statement: what it says; None for a model without one.
+        plan: the plan.
+        sums: those of the plan's weights; nothing where they could not be computed.
+    """
     where = f"{plan.output}: receipt"
-    if not receipt:
+    if statement is None:
         yield Problem("LF803", where, "no receipt", "the receipt of a merge")
         return
-    stated = [(str(each.get("sha256")), each.get("weight")) for each in receipt.get("adapters", [])]
+    stated = [(sha256, weight) for _, sha256, weight in statement.adapters]
     found = [(adapter.sha256, adapter.weight) for adapter in plan.adapters]
     if stated != found:
         yield Problem("LF803", f"{where}: adapters", _list_adapters(found), _list_adapters(stated))
-    if receipt.get("base", {}).get("structure_sha256") != plan.base["structure_sha256"]:
+    if statement.base["structure_sha256"] != plan.base["structure_sha256"]:
         yield Problem("LF803", f"{where}: base", "a base of another structure", "the base that the receipt names")
-    elif stated == found and receipt["base"].get("name") == plan.base["name"] and receipt["plan_sha256"] != plan.sha256:
-        yield Problem("LF803", f"{where}: plan_sha256", plan.sha256, str(receipt.get("plan_sha256")))
+        return
+    names = [adapter.name for adapter in plan.adapters]
+    same_names = statement.base == plan.base and names == [name for name, *_ in statement.adapters]
+    if stated == found:
+        if same_names and statement.plan_sha256 != plan.sha256:
+            yield Problem("LF803", f"{where}: plan_sha256", statement.plan_sha256, plan.sha256)
+        yield from _check_weights(statement, plan, sums, where)
+
+
+def _check_weights(statement: Statement, plan: Plan, sums: Sequence[TileSums], where: str) -> Iterator[Problem]:
+    """Yield where the receipt's numbers of merged weights are not those of the merge made again."""
+    changed = {weight.name: weight for weight in plan.weights if weight.changes}
+    if statement.weights.keys() != changed.keys():
+        differing = sorted(statement.weights.keys() ^ changed.keys())
+        yield Problem("LF803", f"{where}: weights", ", ".join(differing[:_LISTED]), "the merged weights")
+        return
+    totals = {weight.name: total for weight, total in zip(plan.weights, sums, strict=bool(sums))}
+    for name, weight in changed.items():
+        record = statement.weights[name]
+        expected: dict[str, Any] = {"targets": list(weight.targets), "scales": list(weight.scales)}
+        if name in totals:
+            total = totals[name]
+            expected |= {"retained": total.retained, "relative": total.relative, "error": total.error}
+        for field, value in expected.items():
+            if not _agrees(record.get(field), value):
+                found = f"{record.get(field)!r:.80}"
+                yield Problem("LF803", f"{where}: weights: {name}: {field}", found, f"{value!r:.80}")
+
+
+def _agrees(stated: object, computed: object) -> bool:
+    """Say whether a number of a receipt, which is rounded, is the computed one; infinite ones stand as null."""
+    if not isinstance(computed, float):
+        return stated == computed
+    if not math.isfinite(computed):
+        return stated is None
+    is_number = isinstance(stated, int | float) and not isinstance(stated, bool)
+    return is_number and math.isclose(cast(float, stated), computed, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE**2)
 
 
 def _list_adapters(adapters: Sequence[tuple[str, Any]]) -> str:
@@ -127,6 +174,12 @@ def _open_sink(image: FileImage) -> CompareSink | None:
 def _list_missing(images: Sequence[FileImage], sinks: Sequence[CompareSink | None]) -> list[Problem]:
     missing = [image.path for image, sink in zip(images, sinks, strict=True) if sink is None]
     return [Problem("LF804", str(path), "no such file", "a file of the merged model") for path in missing]
+
+
+def _list_added(merged: BaseModel, images: Sequence[FileImage]) -> list[Problem]:
+    expected = {image.path.absolute() for image in images}
+    added = [file.path for file in merged.files if file.path not in expected]
+    return [Problem("LF804", str(path), "a file that the merge does not write", "no such file") for path in added]
 
 
 def _judge(image: FileImage, sink: CompareSink, plan: Plan, base: BaseModel) -> list[Problem]:

@@ -117,7 +117,7 @@ def _count_rows(weight: Weight, group: Sequence[WeightChange]) -> int:
 
 
 def _rows_of(entry: WeightChange) -> int:
-    return shape_at(entry.match.want, entry.match.sites[0])[0]
+    return shape_at(replace(entry.match.want, change=entry.match.change), entry.match.sites[0])[0]
 
 
 def _place(entry: WeightChange, matrix: tuple[int, int]) -> PlannedChange:
@@ -136,7 +136,7 @@ def _block_of(entry: WeightChange) -> int:
     if entry.change.nature is not Nature.FUNCTION_OF_BASE:
         return 1
     kind = cast(MappingKind, KINDS.find(entry.change.kind))
-    return kind.count_rows_together(entry.match.target, entry.match.want.change, transposed=entry.change.transposed)
+    return kind.count_rows_together(entry.match.target, entry.match.change, transposed=entry.change.transposed)
 
 
 def check_composition(group: Sequence[WeightChange]) -> list[Problem]:

@@ -1,20 +1,23 @@
 """One weight in progress: what changes it, placed on the rows and columns of its stored matrix."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loraformat.adapter import Target
+from loraformat.adapter import PartialFactor, Target
 from loraformat.dtypes import BY_NAME
 from loraformat.encodings import ENCODINGS, Encoding
 from loraformat.kinds import KINDS, AdditiveKind, Change, Delta, MappingKind, Nature, ReplacingKind, WeightMap
+from loraformat.limits import STREAM_BYTES
 from loraformat.plan import PlannedChange, PlannedWeight
 from loraformat.scaled_rows import ScaledRows
 from loraformat.spans import StoredTensor
+
+_FORM_BYTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +139,8 @@ class WeightWork:
         kind = KINDS.find(target.kind)
         assert kind is not None, "the plan checked it"
         change = _find_change(kind.changes(target), planned)
-        factors: Mapping[str, NDArray[Any]] = {role: self._read_factor(target, role) for role in change.roles}
+        change = replace(change, shape=planned.shape) if planned.shape else change
+        factors = {role: self._read_factor(target, role, change) for role in change.roles}
         if change.nature is Nature.FUNCTION_OF_BASE:
             return cast(MappingKind, kind).map(target, change, factors)
         if change.nature is Nature.REPLACEMENT:
@@ -147,9 +151,11 @@ class WeightWork:
             values = ScaledRows(values, np.array(planned.row_factors))
         return values.part(slice(*planned.section, 1), slice(0, values.shape[1], 1)) if planned.section else values
 
-    def _read_factor(self, target: Target, role: str) -> NDArray[Any]:
-        """Return a factor in the work form; whole numbers (indices) as they are."""
+    def _read_factor(self, target: Target, role: str, change: Change) -> Any:
+        """Return a factor in the work form; whole numbers (indices) as they are, and what streams unread."""
         factor = target.factors[role]
+        if change.streams and isinstance(factor, PartialFactor):
+            return factor
         values = factor.read()
         return values.astype(self.work_form, copy=False) if factor.dtype.family == "float" else values
 
@@ -164,6 +170,17 @@ class WeightWork:
             if meeting is not None:
                 self.read_base(tile, stored[: len(tile)], out[: len(tile)])
                 yield meeting[0].start, out[: len(tile)][meeting[1], placed.column_slice]
+
+
+def count_held(target: Target, planned: PlannedChange) -> int:
+    """Return how many numbers of a change's factors are in memory at once."""
+    kind = KINDS.find(target.kind)
+    assert kind is not None, "the plan checked it"
+    change = _find_change(kind.changes(target), planned)
+    factors = [target.factors[role] for role in change.roles]
+    if change.streams and all(isinstance(factor, PartialFactor) for factor in factors):
+        return sum(min(factor.elements, STREAM_BYTES // _FORM_BYTES) for factor in factors)
+    return sum(factor.elements for factor in factors)
 
 
 def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:

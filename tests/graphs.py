@@ -266,7 +266,7 @@ def read_state(path: Path) -> dict[str, Array]:
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     entries = {name: entry for name, entry in json.loads(data[8:start]).items() if name != "__metadata__"}
-    forms = {known.safetensors: known.numpy() for known in BY_NAME.values() if known.name in FORMS}
+    forms = {known.safetensors: known.numpy() for known in BY_NAME.values() if known.bits >= 8}
     return {
         name: np.frombuffer(data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]], np.uint8)
         .view(forms[entry["dtype"]])

@@ -569,16 +569,17 @@ class Watcher:
 
 
 @pytest.mark.parametrize("jobs", [1, 4])
-def test_progress_adds_up_to_the_size_of_the_output(tmp_path: Path, base: Path, adapter: Path, jobs: int) -> None:
+def test_progress_adds_up_to_the_size_of_the_output_but_for_the_receipt(
+    tmp_path: Path, base: Path, adapter: Path, jobs: int
+) -> None:
     watcher = Watcher()
     output = tmp_path / "out" / base.name
     output.parent.mkdir()
     receipt = loraformat.merge(base, [adapter], output, jobs=jobs, progress=watcher)
     written = sum(path.stat().st_size for path in outputs_of(output))
     assert watcher.starts == 1
-    assert watcher.total == written
-    # The receipt is written when all numbers are known, after the bar has come to its end but for it.
-    blank = written - watcher.done
+    assert watcher.total == watcher.done
+    blank = written - watcher.done  # The receipt is written when all numbers are known, the bar at its end.
     assert len(receipt.embedded_text()) <= blank <= 2 * len(receipt.embedded_text()) + 100
 
 

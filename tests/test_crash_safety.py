@@ -4,6 +4,7 @@ A child process imports the package once and forks for each attempt; the fork ki
 function that writes or moves, for every n until the merge completes.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -13,13 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import loraformat
+import models
 from builders import write_peft, write_tensors
 from graphs import dyadic, dyadic_factors, linear_net, read_state, stored_weights, write_model
+from loraformat.undo import name_journal
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
@@ -27,36 +31,40 @@ NAMES = ("layers.0.fc", "layers.1.fc")
 SHAPE = (30, 20)
 
 FORKER = """
-import os, signal, sys
+import json, os, signal, sys
 import loraformat
-import loraformat.plan, loraformat.apply, loraformat.bases.onnx_graph, loraformat.bases.checkpoint, onnx, threadpoolctl
+import loraformat.plan, loraformat.apply, loraformat.unmerging, loraformat.kinds.lora, loraformat.bases.onnx_graph
+import onnx, threadpoolctl
+from loraformat.bases import BASES
 
-FUNCTIONS = ("pwrite", "copy_file_range", "link", "replace", "unlink")
+list(BASES)
+FUNCTIONS = ("pwrite", "copy_file_range", "link", "replace", "rename", "unlink", "mkdir", "ftruncate", "open")
 
-def attempt(number, base, adapter, output, force):
+def attempt(number, act, arguments, options):
     calls = 0
     def patch(name):
         real = getattr(os, name)
         def counted(*arguments, **more):
             nonlocal calls
-            calls += 1
-            if calls == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if name != "open" or arguments[1] & (os.O_WRONLY | os.O_RDWR):
+                calls += 1
+                if calls == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
             return real(*arguments, **more)
         setattr(os, name, counted)
     for name in FUNCTIONS:
         if hasattr(os, name):
             patch(name)
-    loraformat.merge(base, [adapter], output, force=force == "force", jobs=1)
+    getattr(loraformat, act)(*arguments, jobs=1, **options)
 
 for line in sys.stdin:
-    number, *rest = line.rstrip("\\n").split("\\t")
+    number, act, arguments, options = json.loads(line)
     child = os.fork()
     if not child:
         try:
-            attempt(int(number), *rest)
+            attempt(number, act, arguments, options)
         except BaseException as error:
-            print(error, file=sys.stderr)
+            print(repr(error), file=sys.stderr)
             os._exit(1)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -70,14 +78,20 @@ class Forker:
 
     process: "subprocess.Popen[str]"
 
-    def attempt(self, number: int, base: Path, adapter: Path, output: Path, *, force: bool) -> int:
-        """Merge, killed at call `number`; return the exit code, negative for the signal."""
+    def run(self, number: int, act: str, *arguments: Any, **options: Any) -> int:
+        """Call a function of the face, killed at call `number`; return the exit code, negative for the signal."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        line = "\t".join([str(number), str(base), str(adapter), str(output), "force" if force else ""])
+        line = json.dumps([number, act, arguments, options], default=str)
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        status = int(self.process.stdout.readline())
+        assert status in {0, -signal.SIGKILL}, status
+        return status
+
+    def attempt(self, number: int, base: Path, adapter: Path, output: Path, *, force: bool) -> int:
+        """Merge into a copy."""
+        return self.run(number, "merge", base, [adapter], output, force=force)
 
 
 @contextmanager
@@ -169,6 +183,166 @@ def _read(path: Path) -> dict[str, bytes]:
 
 def _check_weights(output: Path, expected: dict[str, bytes]) -> None:
     assert _read(output) == expected
+
+
+def _number(start: int = 1) -> Iterator[int]:
+    """Yield which call to be killed at; more than any merge here makes is an error."""
+    yield from range(start, 120)
+    pytest.fail("it never completes")
+
+
+@pytest.mark.parametrize("form", ["torch", "npz", "folder", "torch folder"])
+@pytest.mark.parametrize("old", [False, True], ids=["new", "replacing"])
+def test_state_dicts_killed_at_every_step(tmp_path: Path, forker: Forker, form: str, old: bool) -> None:
+    """As above; the receipt beside an archive comes after it, and a folder that is replaced is away for a moment."""
+    base, adapter = models.write_base(tmp_path / "in", form), models.write_adapter(tmp_path / "style")
+    start, expected = tmp_path / "start", tmp_path / f"expected{base.suffix}"
+    start.mkdir()
+    loraformat.merge(base, [adapter], expected)
+    if old:
+        loraformat.merge(base, [(adapter, 2.0)], start / f"merged{base.suffix}")
+    wanted, inputs = models.read_model(expected), models.files_below(tmp_path / "in")
+    for number in _number():
+        folder = shutil.copytree(start, tmp_path / f"out{number}")
+        output = folder / f"merged{base.suffix}"
+        before = models.read_model(output) if old else None
+        status = forker.attempt(number, base, adapter, output, force=old)
+        assert models.files_below(tmp_path / "in") == inputs
+        if output.exists():
+            assert models.read_model(output) in (before, wanted)
+        if not status:
+            break
+        loraformat.merge(base, [adapter], output, force=True)
+        assert models.read_model(output) == wanted
+        assert not models.leftovers(folder)
+        shutil.rmtree(folder)
+    assert number > 10
+    assert not models.leftovers(folder)
+
+
+@pytest.mark.parametrize("form", models.FORMS)
+def test_in_place_killed_at_every_step(tmp_path: Path, forker: Forker, form: str) -> None:
+    """The model is the base, or the merged one, or a journal says that it is neither and takes it back."""
+    base, adapter = models.write_base(tmp_path / "in", form), models.write_adapter(tmp_path / "style")
+    before = models.files_below(base.parent)
+    whole = models.copy_base(base, tmp_path / "whole")
+    loraformat.merge_into(whole, [adapter])
+    merged, journals = models.files_below(whole.parent), 0
+    for number in _number():
+        model = models.copy_base(base, tmp_path / f"work{number}")
+        status = forker.run(number, "merge_into", model, [adapter])
+        if not status:
+            break
+        if name_journal(model).exists():
+            journals += 1
+            for act in (loraformat.merge_into, loraformat.plan_merge):
+                with pytest.raises(loraformat.LoraformatError) as caught:
+                    act(model, [adapter])
+                assert caught.value.codes == ("LF621",)
+            assert loraformat.unmerge(model).exact
+        found = {name: data for name, data in models.files_below(model.parent).items() if ".part" not in name}
+        assert found == before
+        loraformat.merge_into(model, [adapter])
+        assert models.files_below(model.parent) == merged
+        shutil.rmtree(model.parent)
+    assert journals >= 5
+    assert models.files_below(model.parent) == merged
+
+
+@pytest.mark.parametrize("form", models.FORMS)
+def test_unmerge_in_place_killed_at_every_step(tmp_path: Path, forker: Forker, form: str) -> None:
+    """A model that is half restored is never taken for a whole one, and the next run restores it."""
+    base, adapter = models.write_base(tmp_path / "in", form), models.write_adapter(tmp_path / "style")
+    before = models.files_below(base.parent)
+    loraformat.merge_into(base, [adapter], keep_undo=True)
+    merged = models.files_below(base.parent)
+    for number in _number():
+        model = models.copy_base(base, tmp_path / f"work{number}")
+        status = forker.run(number, "unmerge", model)
+        after = models.files_below(model.parent)
+        if not status:
+            break
+        assert after == merged or name_journal(model).exists()
+        loraformat.unmerge(model)
+        assert models.files_below(model.parent) == before
+        shutil.rmtree(model.parent)
+    assert number > 3
+    assert after == before
+
+
+RESUMED = [
+    *((form, {}) for form in models.FORMS),
+    *((form, {"dtype": "bfloat16", "to": "safetensors"}) for form in ("safetensors", "torch folder")),
+    ("folder", {"link": True}),
+    ("one", {"keep_undo": True}),
+]
+
+
+@pytest.mark.parametrize(("form", "options"), RESUMED, ids=lambda value: "+".join(value) if value else "")
+def test_a_resumed_run_gives_the_same_bytes(
+    tmp_path: Path, forker: Forker, form: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an uninterrupted run writes, wherever it was killed; and tiles whose jobs are done are not done again."""
+    base, adapter = models.write_base(tmp_path / "in", form), models.write_adapter(tmp_path / "style")
+    name = f"merged{models.suffix_of(form, anew='to' in options)}"
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    tiles = _count_tiles(monkeypatch)
+    loraformat.merge(base, [adapter], whole / name, **options)
+    expected, all_tiles, fewest = models.files_below(whole), tiles.pop(), 99
+    for number in _number():
+        folder = tmp_path / f"out{number}"
+        folder.mkdir()
+        status = forker.run(number, "merge", base, [adapter], folder / name, resume=True, **options)
+        if not status:
+            break
+        placed = set(models.files_below(folder)) & set(expected)
+        tiles.append(0)
+        loraformat.merge(base, [adapter], folder / name, resume=True, force=bool(placed), **options)
+        fewest = min(fewest, tiles.pop())
+        if form not in models.GRAPHS or not placed:  # a data file in place keeps its name from the next one
+            assert models.files_below(folder) == expected
+        assert models.read_model(folder / name) == models.read_model(whole / name)
+        assert not models.leftovers(folder)
+        shutil.rmtree(folder)
+    assert models.files_below(folder) == expected
+    assert fewest == 0 < all_tiles
+
+
+def _count_tiles(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the tiles that this process merges, in the last number of a list."""
+    from loraformat import engine
+
+    counts, real = [0], engine.merge_tile
+
+    def counted(*arguments: Any) -> Any:
+        counts[-1] += 1
+        return real(*arguments)
+
+    monkeypatch.setattr(engine, "merge_tile", counted)
+    return counts
+
+
+@pytest.mark.parametrize("form", ["safetensors", "folder"])
+def test_each_killed_at_every_step(tmp_path: Path, forker: Forker, form: str) -> None:
+    """A model stands whole or not at all; the next run makes what is missing and cleans up."""
+    base = models.write_base(tmp_path / "in", form)
+    adapters = [models.write_adapter(tmp_path / f"style{seed}", seed) for seed in (1, 2)]
+    names = [f"style{seed}{base.suffix}" for seed in (1, 2)]
+    loraformat.merge_each(base, adapters, tmp_path / "whole")
+    wanted = {name: models.read_model(tmp_path / "whole" / name) for name in names}
+    for number in _number():
+        folder = tmp_path / f"out{number}"
+        status = forker.run(number, "merge_each", base, adapters, folder)
+        standing = [name for name in names if (folder / name).exists()]
+        assert all(models.read_model(folder / name) == wanted[name] for name in standing)
+        if not status:
+            break
+        loraformat.merge_each(base, adapters, folder, force=bool(standing))
+        assert not models.leftovers(folder)
+        assert {name: models.read_model(folder / name) for name in names} == wanted
+        shutil.rmtree(folder)
+    assert models.files_below(folder) == models.files_below(tmp_path / "whole")
 
 
 def test_parts_of_a_running_process_are_left_alone(tmp_path: Path, forker: Forker) -> None:

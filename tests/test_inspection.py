@@ -80,11 +80,12 @@ def test_a_kind_that_is_not_known_is_listed(tmp_path: Path) -> None:
         for name, pair in FACTORS.items()
         for letter, factor in zip("AB", pair, strict=True)
     }
-    tensors["base_model.model.model.q.lora_magnitude_vector"] = np.ones(6, np.float32)
+    tensors["base_model.model.model.q.trainable_tokens_delta"] = np.ones((2, 6), np.float32)
     write_tensors(folder / "adapter_model.safetensors", tensors)
     inspection = look(folder)
     assert codes(inspection) == ["LF209"]
-    assert (inspection.targets[0].kind, inspection.targets[0].shape, inspection.targets[0].norm) == ("dora", None, None)
+    first = inspection.targets[0]
+    assert (first.kind, first.shape, first.norm) == ("lora and tokens", None, None)
     assert inspection.targets[1].norm is not None
     assert inspection.norm == pytest.approx(inspection.targets[1].norm)
 

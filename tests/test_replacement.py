@@ -244,7 +244,8 @@ def test_a_vocabulary_that_has_grown_is_refused(tmp_path: Path) -> None:
 def test_a_parameter_that_the_base_lacks(state: Path) -> None:
     adapter = make_adapter(saved("model.fc", weight=np.ones((5, 4)), bias=np.ones(5)))
     error = refusal(state, adapter)
-    assert error.codes == ("LF415",)
+    assert error.codes == ("LF401",)
+    assert "--new-biases" in error.problems[0].advice
     assert error.problems[0].where == "model.fc.bias"
     merged, receipt = merge_into(state, adapter, allow_unmatched=["model.fc"])
     assert same_bits(merged["model.fc.weight"], np.ones((5, 4), np.float32))

@@ -24,8 +24,8 @@ from graphs import (
     stored_weights,
     write_model,
 )
+from loraformat import load, merge, plan_merge, save, stamp, validate
 from loraformat.adapter import Adapter, SlotKind
-from loraformat.api import load, merge, plan_merge, save, stamp, validate
 from loraformat.errors import LoraformatError
 from test_fingerprint import expected_samples
 

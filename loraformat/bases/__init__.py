@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from loraformat.adapter import SlotKind
 from loraformat.bases._travelling import list_tokenizer_files
@@ -22,6 +22,9 @@ from loraformat.spans import InputFile, Part, Span, StoredTensor
 from loraformat.strict_json import JsonValue
 
 __all__ = ["BASES", "BaseFormat", "BaseModel", "Rewriter", "Site", "Weight", "list_tokenizer_files"]
+
+TENSOR_NAME: Final = "tensor name"
+"""The evidence of sites in a state dict, which lists all parameters that a model has."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from loraformat.bases._state_dict import INNER_CONFIGS
+from loraformat.bases._tied_tables import INNER_CONFIGS
 from loraformat.strict_json import JsonValue, parse_json_object
 
 _DECODER: Final = json.JSONDecoder()

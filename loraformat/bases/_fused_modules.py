@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
+from loraformat.bases._tied_tables import INNER_CONFIGS
 from loraformat.strict_json import JsonValue
 
 Config: TypeAlias = Mapping[str, JsonValue]
@@ -121,7 +122,7 @@ def _for_all(layout: _Layout, *families: str) -> dict[str, _Layout]:
 
 
 _QKV: Final = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"))
-_GATE_UP: Final = (("gate_proj", "up_proj"),)
+_GATE_UP: Final = (("gate_proj", "up_proj"), ("w1", "w3"))
 
 FAMILIES: Final = (
     Family("qkv_proj", _QKV[:1], _for_all(_lay_heads, "phi3", "phi4_multimodal"), splits=True),
@@ -150,12 +151,9 @@ FAMILIES: Final = (
 """Order and arrangement as the modelling code of transformers, or of the model's own repository, has them."""
 
 _BY_FUSED: Final = {family.fused: family for family in FAMILIES}
-_BY_FIRST: Final = {
-    (spelling[0], family.fused): (family, spelling)
-    for family in FAMILIES
-    if family.splits
-    for spelling in family.members
-}
+_SPLIT: Final = [(family.fused, spelling) for family in FAMILIES if family.splits for spelling in family.members]
+_BY_FIRST: Final = {first: [each for each in _SPLIT if each[1][0] == first] for first in {s[0] for _, s in _SPLIT}}
+"""First member to the modules that it may begin, with all members."""
 
 
 def find_family(module: str) -> Family | None:
@@ -165,7 +163,7 @@ def find_family(module: str) -> Family | None:
 
 def arrange(family: Family, config: Config, rows: int) -> Arrangement | None:
     """Return where each member's rows are in a fused matrix; None where the configuration does not tell."""
-    for fields in (config, config.get("text_config")):
+    for fields in (config, *(config.get(key) for key in INNER_CONFIGS)):
         model_type = fields.get("model_type") if isinstance(fields, Mapping) else None
         layout = family.layouts.get(model_type) if isinstance(model_type, str) else None
         if layout is not None and isinstance(fields, Mapping):
@@ -181,8 +179,8 @@ def find_splits(modules: Mapping[str, int]) -> Iterator[tuple[str, list[tuple[st
     """
     for name in modules:
         parent, dot, last = name.rpartition(".")
-        for (first, fused), (_, spelling) in _BY_FIRST.items():
+        for fused, spelling in _BY_FIRST.get(last, ()):
             whole = f"{parent}{dot}{fused}"
             parts = [f"{parent}{dot}{member}" for member in spelling]
-            if last == first and whole not in modules and all(part in modules for part in parts):
+            if whole not in modules and all(part in modules for part in parts):
                 yield whole, [(part, modules[part]) for part in parts]

@@ -12,6 +12,7 @@ from loraformat.adapter import SlotKind
 from loraformat.bases import Site
 from loraformat.bases._fused_modules import Run, arrange, find_family, find_splits
 from loraformat.bases._packed_experts import list_experts
+from loraformat.bases._tied_tables import INNER_CONFIGS
 from loraformat.problems import Problem
 from loraformat.spans import Part
 from loraformat.strict_json import JsonValue
@@ -122,8 +123,9 @@ def _list_experts(sites: Iterable[Site], config: Mapping[str, JsonValue]) -> Ite
 
 def _family_of(config: Mapping[str, JsonValue]) -> JsonValue:
     """Return the text model's `model_type`, where it stands apart."""
-    inner = config.get("text_config")
-    return inner.get("model_type") if isinstance(inner, Mapping) else config.get("model_type")
+    inner = (config.get(key) for key in INNER_CONFIGS)
+    named = [part.get("model_type") for part in inner if isinstance(part, Mapping)]
+    return (named or [config.get("model_type")])[0]
 
 
 def _list_parameters(sites: Sequence[Site]) -> Iterator[Site]:

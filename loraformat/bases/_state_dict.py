@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases import Site, Weight
+from loraformat.bases import TENSOR_NAME, Site, Weight
 from loraformat.bases._aliases import Group, group_aliases
 from loraformat.bases._other_sites import list_other_sites
-from loraformat.bases._tied_tables import grows, tie_sites
+from loraformat.bases._tied_tables import grows, read_tie, tie_sites
 from loraformat.problems import Problem
 from loraformat.spans import StoredTensor, read_small
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 
 CONFIG_NAME: Final = "config.json"
-INNER_CONFIGS: Final = ("text_config", "llm_config", "language_config")
-"""Objects in a configuration that describe the language model inside a larger one."""
 
-_TIE: Final = "tie_word_embeddings"
 _WEIGHT: Final = "weight"
 _BIAS: Final = "bias"
 
@@ -71,9 +68,7 @@ def list_sites(tensors: Collection[StoredTensor], config: Mapping[str, JsonValue
 
 def is_tied(config: Mapping[str, JsonValue]) -> bool:
     """Say whether the configuration ties the output layer to the embedding; an inner one's word counts first."""
-    inner = (config.get(key) for key in INNER_CONFIGS)
-    stated = [part[_TIE] for part in inner if isinstance(part, Mapping) and _TIE in part]
-    return (stated or [config.get(_TIE)])[0] is True
+    return read_tie(config) is True
 
 
 def is_tied_module(name: str) -> bool:
@@ -100,7 +95,7 @@ def _make_site(
     return Site(
         id=tensor.name,
         module=module,
-        evidence="tensor name",
+        evidence=TENSOR_NAME,
         transposed=_orient(module, tensor, config) if parameter == _WEIGHT else _VECTOR,
         parameter=parameter,
         weight=None if obstacle else weight,

@@ -11,6 +11,10 @@ from typing import Final
 from loraformat.bases import Site
 from loraformat.strict_json import JsonValue
 
+INNER_CONFIGS: Final = ("text_config", "llm_config", "language_config")
+"""Objects in a configuration that describe the language model inside a larger one."""
+
+_TIE: Final = "tie_word_embeddings"
 _INPUTS: Final = frozenset({"embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings"})
 _OUTPUTS: Final = frozenset({"lm_head", "embed_out"})
 """Last parts of the names of tables at the two ends of a model."""
@@ -71,7 +75,7 @@ def _are_tied(tables: Sequence[Site], config: Mapping[str, JsonValue]) -> bool:
     keys = [site.weight.key for site in tables if site.weight is not None]
     if len(set(keys)) < len(keys):  # One tensor under two names, as torch saves tied tables.
         return True
-    stated = find_field(config, "tie_word_embeddings")
+    stated = read_tie(config)
     if stated is not None:
         return stated is True
     architectures = config.get("architectures")
@@ -80,12 +84,11 @@ def _are_tied(tables: Sequence[Site], config: Mapping[str, JsonValue]) -> bool:
     return has_head and all(site.module.rpartition(".")[2] in _INPUTS for site in tables)
 
 
-def find_field(config: Mapping[str, JsonValue], name: str) -> JsonValue:
-    """Return a field of the configuration, or of the text model's inside it."""
-    inner = config.get("text_config")
-    if name in config or not isinstance(inner, Mapping):
-        return config.get(name)
-    return inner.get(name)
+def read_tie(config: Mapping[str, JsonValue]) -> JsonValue:
+    """Return what the configuration says of ties, None where it says nothing; an inner one's word counts first."""
+    inner = (config.get(key) for key in INNER_CONFIGS)
+    stated = [part[_TIE] for part in inner if isinstance(part, Mapping) and _TIE in part]
+    return (stated or [config.get(_TIE)])[0]
 
 
 def _name_head(table: str, config: Mapping[str, JsonValue]) -> str:

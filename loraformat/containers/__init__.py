@@ -1,12 +1,16 @@
 """File formats: one file each, from bytes to named tensors that are read only when asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
 
 from loraformat.registry import Registry
 from loraformat.spans import InputFile, StoredTensor
+from loraformat.strict_json import JsonValue
+
+if TYPE_CHECKING:
+    from loraformat.containers._new_tensors import NewTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,21 @@ class Container(Protocol):
 
     def open(self, path: Path) -> TensorFile:
         """Check the whole index of the file and return it; raises LoraformatError."""
+        ...
+
+
+@runtime_checkable
+class WritableContainer(Container, Protocol):
+    """A container in which new files can be written."""
+
+    def write(self, sink: int | BinaryIO, tensors: "Sequence[NewTensor]", metadata: Mapping[str, JsonValue]) -> None:
+        """Write a new file at the sink's position, one tensor at a time; the same tensors give the same bytes.
+
+        Args:
+            sink: a descriptor or binary file, open for writing.
+            tensors: name, number form, shape, and the numbers or a function that returns them (`_new_tensors`).
+            metadata: what the container has a place for; LF130 for anything else.
+        """
         ...
 
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -19,15 +18,13 @@ _MAX_ARRAY_BYTES: Final = 2**63 - 1
 _UNFIT_IN_NAMES: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def check_name(path: Path, name: str) -> None:
-    """Refuse a tensor name that could drive a terminal (LF301) or that is too long (LF110)."""
+def check_name(path: object, name: str, what: str = "tensor name") -> None:
+    """Refuse a name that could drive a terminal (LF301) or that is too long (LF110)."""
     if not name or _UNFIT_IN_NAMES.search(name):
-        raise refuse(
-            "LF301", path, f"the tensor name {name!a:.200}", "a name without control characters and bidi marks"
-        )
+        raise refuse("LF301", path, f"the {what} {name!a:.200}", "a name without control characters and bidi marks")
     size = len(name.encode())
     if size > MAX_NAME_BYTES:
-        raise refuse("LF110", path, f"a tensor name of {size} bytes, {name[:60]!r}...", f"at most {MAX_NAME_BYTES}")
+        raise refuse("LF110", path, f"a {what} of {size} bytes, {name[:60]!r}...", f"at most {MAX_NAME_BYTES}")
 
 
 def check_shape(where: str, shape: tuple[int, ...], dtype: Dtype, code: str) -> None:
@@ -35,7 +32,7 @@ def check_shape(where: str, shape: tuple[int, ...], dtype: Dtype, code: str) -> 
     if len(shape) > MAX_DIMS:
         raise refuse("LF110", where, f"{len(shape)} dimensions", f"at most {MAX_DIMS}")
     # A zero elsewhere in the shape does not save an array library from the overflow.
-    if min(shape, default=0) < 0 or math.prod(size or 1 for size in shape) * dtype.bits > 8 * _MAX_ARRAY_BYTES:
+    if min(shape, default=0) < 0 or dtype.count_bytes(math.prod(size or 1 for size in shape)) > _MAX_ARRAY_BYTES:
         raise refuse(code, where, f"shape {list(shape)!r:.200}", "sizes from 0, and fewer than 2^63 bytes")
 
 

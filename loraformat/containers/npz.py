@@ -9,12 +9,13 @@ those of the changed members must be mended (`list_crc_fields`, `mend_crcs`), or
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from loraformat.containers import TensorFile
+from loraformat.containers._new_tensors import NewTensor, check_new, payload_bytes
 from loraformat.containers._strided import StridedTensor, check_name, check_shape, is_c_order
 from loraformat.containers._zip_checksums import mend_crcs
 from loraformat.containers._zip_directory import (
@@ -24,12 +25,14 @@ from loraformat.containers._zip_directory import (
     read_directory,
     require_stored,
 )
+from loraformat.containers._zip_writing import new_archive
 from loraformat.dtypes import BY_NAME, Dtype
 from loraformat.errors import LoraformatError, refuse
 from loraformat.images import Copy, FileImage
 from loraformat.limits import MAX_NPY_HEADER_BYTES, MAX_TENSORS
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.strict_json import JsonValue
 
 __all__ = ["CONTAINER", "Npz", "describe_images", "list_crc_fields", "mend_crcs"]
 
@@ -114,6 +117,22 @@ class Npz:
             file.close()
             raise
 
+    def write(self, sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, JsonValue]) -> None:
+        """Write a new archive at the sink's position, arrays in the order given, one held at a time.
+
+        Raises:
+            InputError: LF105 a name given twice, LF130 any metadata, LF132 a number form that numpy lacks, LF301 an
+                unfit name.
+            ValueError: an array that is not of the stated number form and shape.
+        """
+        check_new(tensors)
+        if metadata:
+            raise refuse("LF130", "new file", f"the key {min(metadata)!r}", "no metadata, for which npz has no place")
+        with new_archive(sink) as archive:
+            for tensor in tensors:
+                header = _write_header(tensor)
+                archive.add(f"{tensor[0]}{_SUFFIX}", header, payload_bytes(tensor))
+
 
 CONTAINER: Final = Npz()
 
@@ -186,6 +205,18 @@ def _read_header(file: InputFile, member: Member, where: str) -> tuple[str, int]
         raise refuse("LF102", where, f"a header of {length} bytes", f"at most {most}", "The file is damaged.")
     raw = file.read(span.offset + 8 + width, length)
     return raw.decode("latin-1"), span.offset + start
+
+
+def _write_header(tensor: NewTensor) -> bytes:
+    """Return a header of version 1.0, padded so that the numbers begin at a multiple of 64."""
+    name, dtype, shape, _ = tensor
+    descr = next((descr for descr, known in _DTYPES.items() if known == dtype), None)
+    if descr is None:
+        raise refuse("LF132", f"tensor {name!r}", dtype.name, f"one of {', '.join(_DTYPES)}")
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {tuple(shape)}, }}"
+    padding = -(len(_MAGIC) + 4 + len(text) + 1) % 64
+    raw = f"{text}{' ' * padding}\n".encode("latin-1")
+    return _MAGIC + b"\x01\x00" + len(raw).to_bytes(2, "little") + raw
 
 
 def _parse_header(text: str, where: str) -> tuple[str, str, str]:

@@ -6,16 +6,14 @@ terminal are refused, and nothing is allocated from a number of the header befor
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeAlias, TypeGuard
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import BinaryIO, Final, TypeGuard
 
 from loraformat.containers import TensorFile
+from loraformat.containers._new_tensors import NewTensor, payload_bytes
 from loraformat.dtypes import BY_SAFETENSORS, Dtype
 from loraformat.errors import LoraformatError, refuse
 from loraformat.limits import (
@@ -27,10 +25,6 @@ from loraformat.limits import (
 )
 from loraformat.spans import InputFile, Span, StoredTensor
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
-
-Payload: TypeAlias = NDArray[Any] | Callable[[], "NDArray[Any] | bytes | bytearray | memoryview"]
-NewTensor: TypeAlias = tuple[str, Dtype, Sequence[int], Payload]
-"""Name, number form, shape, and the numbers: an array, or a function that returns it (or its bytes) when it is due."""
 
 _LENGTH_BYTES: Final = 8
 METADATA_FIELD: Final = "__metadata__"
@@ -78,6 +72,14 @@ class Safetensors:
         except LoraformatError:
             file.close()
             raise
+
+    def write(self, sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, JsonValue]) -> None:
+        """Write a new file; see `write_safetensors`. LF130 for metadata that are no text."""
+        texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
+        if len(texts) < len(metadata):
+            key = min(set(metadata) - set(texts))
+            raise refuse("LF130", f"new file, {key}", f"{metadata[key]!r:.80}", "text")
+        write_safetensors(sink, tensors, texts)
 
 
 CONTAINER: Final = Safetensors()
@@ -241,8 +243,8 @@ def write_safetensors(sink: int | BinaryIO, tensors: Sequence[NewTensor], metada
     # `closefd` is legal only for a descriptor, so a file object is passed through as it is.
     with open(sink, "wb", closefd=False) if isinstance(sink, int) else nullcontext(sink) as stream:
         stream.write(header)
-        for name, dtype, shape, payload in ordered:
-            stream.write(_payload_bytes(name, dtype, tuple(shape), payload))
+        for tensor in ordered:
+            stream.write(payload_bytes(tensor))
 
 
 def _write_header(ordered: Sequence[NewTensor], metadata: Mapping[str, str]) -> bytes:
@@ -268,18 +270,3 @@ def frame_header(text_bytes: int) -> bytes:
     if length > MAX_SAFETENSORS_HEADER_BYTES:
         raise refuse("LF110", "new file", f"a header of {length} bytes", f"at most {MAX_SAFETENSORS_HEADER_BYTES}")
     return length.to_bytes(_LENGTH_BYTES, "little")
-
-
-def _payload_bytes(name: str, dtype: Dtype, shape: tuple[int, ...], payload: Payload) -> memoryview:
-    """Return the tensor's bytes: little-endian, C order."""
-    content = payload() if callable(payload) else payload
-    if isinstance(content, np.ndarray):
-        form = dtype.numpy()
-        if content.shape != shape or content.dtype.newbyteorder("<") != form:
-            found = f"{content.dtype} {list(content.shape)}"
-            raise ValueError(f"tensor {name!r}: an array {found} for {dtype.name} {list(shape)}")
-        content = np.ascontiguousarray(content, dtype=form).reshape(-1).view(np.uint8).data
-    view = memoryview(content).cast("B")
-    if len(view) != dtype.count_bytes(math.prod(shape)):
-        raise ValueError(f"tensor {name!r}: {len(view)} bytes for {dtype.name} {list(shape)}")
-    return view

@@ -17,16 +17,18 @@ zipfile and everything built on it do. `list_crc_fields` says where they stand, 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import BinaryIO, Final, NoReturn
 
 from loraformat.containers import TensorFile
 from loraformat.containers._inert_pickle import read_pickle
 from loraformat.containers._inert_values import TensorRecord
+from loraformat.containers._new_tensors import NewTensor
 from loraformat.containers._strided import StridedTensor, check_shape, is_c_order
 from loraformat.containers._torch_names import name_tensors
+from loraformat.containers._torch_writing import write_torch_zip
 from loraformat.containers._zip_checksums import mend_crcs
 from loraformat.containers._zip_directory import (
     LOCAL_HEADER,
@@ -41,6 +43,7 @@ from loraformat.images import Copy, FileImage
 from loraformat.limits import MAX_PICKLE_BYTES
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.strict_json import JsonValue
 
 __all__ = ["CONTAINER", "TorchZip", "describe_images", "list_crc_fields", "mend_crcs"]
 
@@ -89,6 +92,10 @@ class TorchZip:
         except LoraformatError:
             file.close()
             raise
+
+    def write(self, sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, JsonValue]) -> None:
+        """Write a new checkpoint; see `write_torch_zip`."""
+        write_torch_zip(sink, tensors, metadata)
 
 
 CONTAINER: Final = TorchZip()

@@ -67,15 +67,17 @@ class Lookup:
 
     Args:
         sites: the base's sites.
-        names: of every want, the name to look for.
+        wants: what is looked for.
+        names: of every target, the name to look for.
         clues: what the user has handed over.
     """
 
-    def __init__(self, sites: Sequence[Site], names: Mapping[Want, str], clues: Clues) -> None:
+    def __init__(self, sites: Sequence[Site], wants: Sequence[Want], names: Mapping[str, str], clues: Clues) -> None:
         self.sites = sites
+        self.wants = wants
         self.names = names
         self.clues = clues
-        self.indexes = {parameter: SiteIndex(sites, parameter) for parameter in {want.parameter for want in names}}
+        self.indexes = {parameter: SiteIndex(sites, parameter) for parameter in {want.parameter for want in wants}}
         self.kept: dict[Any, Any] = {}
         """What strategies have read of weights, to be read once."""
 

@@ -27,6 +27,8 @@ def is_comparable(want: Want, site: Site) -> bool:
     ):
         return False
     shape = weight.tensor.shape
+    if min(want.shape) < 0:  # What the factors do not tell, the names must.
+        return False
     if len(shape) != 2:
         return shape == want.shape
     rows, columns = shape[::-1] if site.transposed[want.change.slot] else shape

@@ -15,7 +15,7 @@ class Names:
 
     def find(self, want: Want, lookup: Lookup) -> list[Candidate]:
         """Return the sites whose module path is the target's name, or one ends with the other."""
-        return lookup.indexes[want.parameter].find(lookup.names[want])
+        return lookup.indexes[want.parameter].find(lookup.names[want.target.name])
 
 
 STRATEGY: Final = Names()

@@ -191,7 +191,7 @@ def _once(lookup: Lookup, key: Any, read: Any) -> NDArray[np.float32]:
 
 
 def _has_reference(want: Want, lookup: Lookup) -> bool:
-    return bool(lookup.reference(want)) and want.is_main and len(want.shape) > 1
+    return bool(lookup.reference(want)) and want.is_main and len(want.shape) > 1 and min(want.shape) > 0
 
 
 def _slack(site: Site, want: Want, lookup: Lookup) -> float:

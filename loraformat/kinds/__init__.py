@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -15,6 +15,23 @@ FLOATS: Final = frozenset({"float64", "float32", "float16", "bfloat16"}) | froze
     {"float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"}
 )
 """Number forms that factors may have: whole numbers, exponents alone and forms below a byte are none of them."""
+
+
+UNKNOWN: Final = -1
+"""In a shape: a size that the factors do not tell; the base has it."""
+
+REST: Final = -2
+"""At the end of a shape: any number of axes (a kernel) that the factors do not tell."""
+
+
+def fits_shape(shape: Sequence[int], pattern: Sequence[int]) -> bool:
+    """Say whether a shape is as a pattern with sizes of `UNKNOWN`, or axes of `REST`, lets it be."""
+    if pattern and pattern[-1] == REST:
+        pattern = pattern[:-1]
+        shape = shape[: len(pattern)]
+    return len(shape) == len(pattern) and all(
+        wanted in (size, UNKNOWN) for size, wanted in zip(shape, pattern, strict=True)
+    )
 
 
 class Nature(StrEnum):
@@ -31,12 +48,17 @@ class Change:
 
     Attributes:
         parameter: the parameter: `weight`, `bias` ...
-        shape: its canonical shape; of a weight `(out, in, *kernel)`, of anything in the slot `parameter` its own.
+        shape: its canonical shape; of a weight `(out, in, *kernel)`, of anything in the slot `parameter` its own. What
+            the factors do not tell is `UNKNOWN` or `REST` until the base has been found.
         nature: how it composes with other changes.
         roles: the factors that it is computed from.
         slot: what kind of slot the parameter is.
+        streams: whether its factors are values of the parameter's own size. Those that can be read in parts are then
+            handed over unread, as `PartialFactor`, in place of arrays.
         open: whether the parameter may have more rows than `shape`, which stay as they are.
         shared: whether it is meant for all tables that a model ties together, though only one is named.
+        is_optional: whether a base without the parameter has nothing to change: a bias that is scaled with its weight.
+        is_flat: whether it may as well be a kernel `(out, in, *kernel)`, since its factors only know the matrix.
     """
 
     parameter: str
@@ -44,8 +66,11 @@ class Change:
     nature: Nature
     roles: tuple[str, ...]
     slot: SlotKind
+    streams: bool = False
     open: bool = False
     shared: bool = False
+    is_optional: bool = False
+    is_flat: bool = False
 
 
 class Delta(Protocol):
@@ -118,6 +143,11 @@ class RoleSet:
     slots: tuple[SlotKind, ...]
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+
+
+def refuse_options(target: Target) -> list[Problem]:
+    """Return a problem for each option of a target whose kind has none."""
+    return [Problem("LF120", target.name, f"the option {name!r}", "no options") for name in target.options]
 
 
 def check_roles(target: Target, role_sets: Sequence[RoleSet]) -> list[Problem]:
@@ -195,6 +225,15 @@ class MappingKind(Kind, Protocol):
 
     def count_rows_together(self, target: Target, change: Change, *, transposed: bool) -> int:
         """Return the `row_block` that the map, or the transposed map, will have; reads no factor."""
+        ...
+
+
+@runtime_checkable
+class SizedByBase(Kind, Protocol):
+    """A kind whose factors do not tell every size of the weight, and which can say whether those of a base will do."""
+
+    def check_size(self, target: Target, change: Change) -> list[Problem]:
+        """Return what is wrong with the shape of `change`, all of whose sizes are known by now; may read indices."""
         ...
 
 

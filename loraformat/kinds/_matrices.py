@@ -63,3 +63,16 @@ class Values:
     def write_rows(self, start: int, stop: int, out: NDArray[Any]) -> None:
         """Write rows `start:stop` into `out: (stop - start, columns)`."""
         np.copyto(out, self.matrix[start:stop])
+
+
+def scale_product(left: NDArray[Any], right: NDArray[Any], scale: float) -> LowRankDelta:
+    """Return s·left·right; the scale is folded into the left factor in float64, rounded once.
+
+    Args:
+        left: (rows, rank), further axes of size one.
+        right: (rank, columns), where further axes belong to the columns.
+        scale: s.
+    """
+    flat = right.reshape(right.shape[0], -1)
+    scaled = (left.reshape(left.shape[0], -1).astype(np.float64) * scale).astype(flat.dtype)
+    return LowRankDelta(np.ascontiguousarray(scaled), np.ascontiguousarray(flat))

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Factor, SlotKind, Target
-from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles
+from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles, refuse_options
 from loraformat.kinds._matrices import LowRankDelta, Values
 from loraformat.problems import Problem
 
@@ -48,7 +48,7 @@ class Lora:
 
     def check(self, target: Target) -> list[Problem]:
         """Return problems of slot, roles, partners, number forms, dimensions and rank."""
-        problems = check_roles(target, self.role_sets)
+        problems = [*refuse_options(target), *check_roles(target, self.role_sets)]
         if problems:
             return problems
         down, up = _checked_pair(target.factors)

@@ -7,12 +7,11 @@ the saved one; with a weight λ it lies between: W + λ·(V − W).
 from collections.abc import Mapping
 from typing import Any, Final
 
-import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Factor, ScalingRule, SlotKind, Target
-from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles
-from loraformat.kinds._matrices import Values
+from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles, refuse_options
+from loraformat.kinds._streams import make_values
 from loraformat.problems import Problem
 
 _AXES: Final = 8
@@ -29,7 +28,7 @@ class Replace:
 
     def check(self, target: Target) -> list[Problem]:
         """Return problems of slot, roles, rank, scaling, number forms and shapes."""
-        problems = check_roles(target, self.role_sets)
+        problems = [*refuse_options(target), *check_roles(target, self.role_sets)]
         if not target.factors:
             problems.append(Problem("LF201", target.name, "no tensors", "a weight, a bias, or both"))
         if target.rank:
@@ -53,14 +52,13 @@ class Replace:
     def changes(self, target: Target) -> tuple[Change, ...]:
         """Return every saved parameter."""
         return tuple(
-            Change(role, factor.shape, Nature.REPLACEMENT, (role,), SlotKind.PARAMETER)
+            Change(role, factor.shape, Nature.REPLACEMENT, (role,), SlotKind.PARAMETER, streams=True)
             for role, factor in target.factors.items()
         )
 
     def value(self, target: Target, change: Change, factors: Mapping[str, NDArray[Any]]) -> Delta:
         """Return the saved values as a matrix: the first dimension and the rest."""
-        saved = factors[change.parameter]
-        return Values(np.ascontiguousarray(saved.reshape(saved.shape[0], -1)))
+        return make_values(factors[change.parameter])
 
 
 KIND: Final = Replace()

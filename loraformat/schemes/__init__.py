@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
-from loraformat.adapter import Adapter, Factor
+from loraformat.adapter import Adapter, Factor, SlotKind
+from loraformat.base_facts import NO_FACTS, BaseFacts
+from loraformat.problems import Problem
 from loraformat.registry import Registry
 from loraformat.strict_json import JsonValue
 
@@ -20,12 +22,14 @@ class Bundle:
         tensors: name to unread tensor.
         metadata: text annotations of the file.
         config: the configuration beside it (`adapter_config.json`), or None.
+        facts: what is known of the base, for names and numbers that the adapter alone does not tell.
     """
 
     path: Path
     tensors: Mapping[str, Factor]
     metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     config: Mapping[str, JsonValue] | None = None
+    facts: BaseFacts = NO_FACTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,109 @@ class Scheme(Protocol):
 
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter; every tensor is accounted for or the error names it."""
+        ...
+
+
+ALL_SLOTS: Final = frozenset(SlotKind)
+LORA_SLOTS: Final = frozenset({SlotKind.LINEAR, SlotKind.LINEAR_TRANSPOSED, SlotKind.CONV})
+
+
+@dataclass(frozen=True, slots=True)
+class Holds:
+    """What a scheme has a place for; the rest is refused by name.
+
+    Attributes:
+        kinds: adapter kinds.
+        slots: kinds of slots.
+        scale: where the scale stands: `each target`, `one for all`, `folded` where there is no place, or `not stored`.
+        dtypes: number forms; empty for any that safetensors has.
+        needs: what the base must say before it can be written, in words; empty when nothing.
+    """
+
+    kinds: frozenset[str]
+    slots: frozenset[SlotKind] = LORA_SLOTS
+    scale: str = "each target"
+    dtypes: frozenset[str] = frozenset()
+    needs: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenBundle:
+    """What a scheme makes of an adapter, unwritten: tensors that are read when they are due.
+
+    Attributes:
+        tensors: name to tensor.
+        metadata: annotations of the file; texts, but for containers that have typed ones.
+        config: the configuration beside it, or None.
+        container: name of the container, a file in `loraformat/containers/` that can write.
+        file_name: what the file is called in its folder; empty for a scheme of single files.
+        config_name: what the configuration is called.
+        problems: what the scheme has no place for, or would round.
+        stated: what a reader of the files must be told, for a scheme that has no place for a scale.
+    """
+
+    tensors: Mapping[str, Factor]
+    metadata: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
+    config: Mapping[str, JsonValue] | None = None
+    container: str = "safetensors"
+    file_name: str = ""
+    config_name: str = ""
+    problems: tuple[Problem, ...] = ()
+    stated: StatedScale = NOT_STATED
+
+
+@runtime_checkable
+class WritingScheme(Scheme, Protocol):
+    """A scheme that is written as well.
+
+    Attributes:
+        holds: what it has a place for.
+        names: what the tables of `spec/names/` call it, for the spelling in which it names modules; empty where it
+            takes names as they are.
+    """
+
+    holds: Holds
+    names: str
+
+    def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
+        """Return the adapter in this scheme, its modules already spelled as the scheme wants them; does not raise.
+
+        What does not fit, or would be rounded, is among its problems; the tensors are then not to be written.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the files of a scheme of folders are called.
+
+    Attributes:
+        factors: names of the file with the tensors, the one to prefer first; `*` stands for a step in checkpoints of a
+            training run, which are not looked for, only known when they are named.
+        configs: names of the configurations beside it; of two that state a field the first counts.
+    """
+
+    factors: tuple[str, ...]
+    configs: tuple[str, ...]
+
+
+@runtime_checkable
+class FolderScheme(Scheme, Protocol):
+    """A scheme whose files lie in a folder under names of their own.
+
+    Attributes:
+        layout: these names.
+    """
+
+    layout: Layout
+
+
+@runtime_checkable
+class KnowingScheme(Scheme, Protocol):
+    """A scheme whose files say something about the base."""
+
+    def find_facts(self, bundle: Bundle) -> BaseFacts:
+        """Return what they say."""
         ...
 
 

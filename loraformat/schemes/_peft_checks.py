@@ -171,7 +171,7 @@ def _check_patterns(config: PeftConfig, stored: Stored) -> Iterator[Problem]:
     adapted = [name for name, module in stored.items() if module.is_adapted]
     for table in ("rank_pattern", "alpha_pattern"):
         patterns = config.fields.get(table)
-        if not isinstance(patterns, Mapping) or not patterns:
+        if not isinstance(patterns, Mapping) or not patterns or not all(map(_is_number, patterns.values())):
             continue
         where = f"{config.where}: {table}"
         try:

@@ -1,14 +1,15 @@
 """PEFT's `adapter_config.json`: what of it changes the numbers, and what of it stands against a merge."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import Scaling, ScalingRule
-from loraformat.errors import refuse
+from loraformat.errors import error_for, refuse
 from loraformat.problems import Problem
+from loraformat.recognition import recognise_fields, recognise_type
 from loraformat.schemes import Bundle, StatedScale
 from loraformat.schemes._peft_patterns import fits
 from loraformat.strict_json import JsonValue
@@ -45,9 +46,6 @@ _DEQUANTISED: Final = (
 _BASE_CHANGING: Final = ("pissa", "olora", "corda", "lora_ga")
 
 _OBSTACLES: Final = (
-    _Obstacle("alora_invocation_tokens", lambda tokens: tokens is not None, "it acts after invocation tokens (aLoRA)"),
-    _Obstacle("arrow_config", _is_set, "a router chooses between adapters at run time (Arrow)"),
-    _Obstacle("use_qalora", _is_set, "its input is pooled (QALoRA)"),
     _Obstacle("kasa_config", _is_set, "it cuts singular values off the base (KaSA)"),
     _Obstacle("layer_replication", _is_set, "it repeats layers of the base, which has fewer than the adapter"),
     _Obstacle("enable_lora", _is_set, "it adapts slices of a fused weight (MergedLinear of PEFT 0.2)"),
@@ -64,34 +62,7 @@ _OBSTACLES: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _OtherTypes:
-    """Types of adapters that are not LoRA, and what they have in common."""
-
-    names: frozenset[str]
-    what: str
-    mend: str = ""
-
-
-_AT_RUN_TIME: Final = "No weight holds what it does: use it in the library that trained it."
-_OTHER_TYPES: Final = (
-    _OtherTypes(
-        frozenset({"CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}),
-        "it trains virtual tokens, and changes no weight",
-        _AT_RUN_TIME,
-    ),
-    _OtherTypes(frozenset({"ADAPTION_PROMPT"}), "it adds gated attention, and changes no weight", _AT_RUN_TIME),
-    _OtherTypes(
-        frozenset({"LILY", "POLY", "SHADOW", "XLORA"}),
-        "a router or a side network acts on each input, which no weight can do",
-        _AT_RUN_TIME,
-    ),
-)
-_OTHER_FORM: Final = _OtherTypes(frozenset(), "a change of another form, which this version does not know")
-
-
-def _describe_type(kind: str) -> _OtherTypes:
-    return next((types for types in _OTHER_TYPES if kind in types.names), _OTHER_FORM)
+_OTHER_FORM: Final = "a change of another form, which this version does not know"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,26 +79,35 @@ class PeftConfig:
     where: str
     present: bool
 
-    def check_type(self, bundle: Bundle) -> None:
-        """Refuse adapters of another type than LORA by name."""
+    def check_type(self, bundle: Bundle, known: Collection[str] = ()) -> str:
+        """Return the type, LORA or one of `known`; refuse any other by name."""
         kind = self.text("peft_type") if self.present else _LORA
         if kind is None:
             raise refuse("LF209", self.where, "no peft_type", f"peft_type {_LORA!r}")
-        if kind not in _READ:
+        if kind not in _READ and kind not in known:
             names = ", ".join(sorted(bundle.tensors)[:2])
             tensors = f", tensors such as {names}" if names else ""
-            about = _describe_type(kind)
-            found = f"peft_type {kind!r}{tensors}: {about.what}"
-            raise refuse("LF209", self.where, found, f"peft_type {_LORA!r}", about.mend)
+            about, readable = recognise_type(kind), f"one of {', '.join(sorted({_LORA, *known}))}"
+            if about is not None:
+                raise error_for([about.as_problem(self.where, readable)])
+            raise refuse("LF209", self.where, f"peft_type {kind!r}{tensors}: {_OTHER_FORM}", readable)
+        return kind
 
     def problems(self) -> list[Problem]:
         """Return the options under which this version cannot merge."""
         return [
-            Problem(
-                item.code, f"{self.where}: {item.field}", f"{self.fields[item.field]!r:.80}: {item.why}", "", item.mend
-            )
-            for item in _OBSTACLES
-            if item.field in self.fields and item.holds(self.fields[item.field])
+            *(item.as_problem(self.where) for item in recognise_fields(self.fields)),
+            *(
+                Problem(
+                    item.code,
+                    f"{self.where}: {item.field}",
+                    f"{self.fields[item.field]!r:.80}: {item.why}",
+                    "",
+                    item.mend,
+                )
+                for item in _OBSTACLES
+                if item.field in self.fields and item.holds(self.fields[item.field])
+            ),
         ]
 
     def tokens_of(self, target: str) -> list[JsonValue] | None:

@@ -40,6 +40,11 @@ def fits(pattern: str, target: str) -> bool:
     return len(target) in _compile(pattern)(target, starts)
 
 
+def fits_whole(pattern: str, target: str) -> bool:
+    """Say whether all of `target` is as `pattern` says: `re.fullmatch(pattern, target)`; raises as `fits` does."""
+    return len(target) in _compile(pattern)(target, {0})
+
+
 def _ends_with(target: str, pattern: str) -> bool:
     """Compare a pattern without operators, in which a dot is any character, with the end of `target` behind a dot."""
     start = len(target) - len(pattern)

@@ -7,10 +7,11 @@ from collections.abc import Container, Mapping
 from typing import Final
 
 from loraformat.adapter import Adapter, Factor, Target
-from loraformat.errors import refuse
+from loraformat.base_facts import BaseFacts
+from loraformat.errors import LoraformatError, refuse
 from loraformat.manifest import MANIFEST_KEY, TargetEntry, build_manifest, parse_manifest
 from loraformat.problems import Problem
-from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes import ALL_SLOTS, Bundle, Holds, StatedScale, WrittenBundle
 
 
 class Native:
@@ -18,6 +19,8 @@ class Native:
 
     name = "native"
     title = "loraformat 1.0: one safetensors file with a manifest"
+    holds = Holds(kinds=frozenset(), slots=ALL_SLOTS)  # Any kind: the manifest names it.
+    names = ""
 
     def detect(self, bundle: Bundle) -> str | None:
         """Recognise the manifest's metadata key."""
@@ -53,6 +56,14 @@ class Native:
             provenance=manifest.provenance,
             problems=tuple(problems),
         )
+
+    def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
+        """Return the adapter as one file with a manifest."""
+        try:
+            tensors, metadata = write_tensors(adapter)
+        except LoraformatError as error:
+            return WrittenBundle({}, problems=error.problems)
+        return WrittenBundle(tensors, metadata)
 
 
 def write_tensors(adapter: Adapter) -> tuple[dict[str, Factor], dict[str, str]]:

@@ -4,19 +4,27 @@ Keys are `base_model.model.<target>.<role>`; scale, ranks and everything that ch
 the configuration (huggingface/peft, LoraConfig as of 0.21).
 """
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
-from loraformat.adapter import Adapter, BaseBinding
+from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
+from loraformat.base_facts import BaseFacts
 from loraformat.errors import LoraformatError, refuse
 from loraformat.manifest import MANIFEST_KEY
+from loraformat.operations import find_origins
 from loraformat.problems import Problem
-from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes import ALL_SLOTS, Bundle, Holds, StatedScale, WrittenBundle
 from loraformat.schemes._checking import ConfigReading
+from loraformat.schemes._engine import check_holds
+from loraformat.schemes._memory import recall
 from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
 from loraformat.schemes._peft_config import PeftConfig, read_config
 from loraformat.schemes._peft_groups import BASE, COPY, REPLACE, TOKENS, Group, compose, is_buffer, note_left_out
 from loraformat.schemes._peft_targets import TargetReader
+from loraformat.schemes._peft_type import SHARED, PeftType, spread_shared
+from loraformat.schemes._peft_types import TYPES
+from loraformat.schemes._peft_writing import write_folder
 from loraformat.schemes._table import Name, NameTable, Row
 
 _PREFIX: Final = "base_model.model."
@@ -24,6 +32,24 @@ _DATA_PARALLEL: Final = "module."
 """Wraps the whole model; further in, it may be a module's own name."""
 _WRAPPERS: Final = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """Wrap any module."""
+_LEFT_OUT: Final = "LF226"
+"""Says that tensors of the training run alone were left out."""
+_PIPELINE: Final = (
+    *("diffusion_model.", "text_encoders.", "unet.", "text_encoder.", "text_encoder_2.", "prior.", "clip_l.", "t5."),
+    *("transformer.transformer_blocks.", "transformer.single_transformer_blocks.", "transformer.blocks."),
+    *("transformer.base_model.", "transformer.double_blocks.", "transformer.single_blocks.", "transformer.layers."),
+    *("double_blocks.", "single_blocks.", "joint_blocks.", "transformer_blocks.", "single_transformer_blocks."),
+    *("down_blocks.", "up_blocks.", "mid_block.", "input_blocks.", "middle_block.", "output_blocks.", "final_layer."),
+    *("lora_unet_", "lora_te", "lycoris_"),
+)
+"""How keys of diffusion pipelines begin, which have schemes of their own."""
+_OTHERS: Final = re.compile(
+    r".*\.lora_[ab](?:\.weight)?$|.*\.loras\.[^.]+\.|layers\.\d+\.(?:attention|feed_forward)\.|w_[ab]_\d{3,}$"
+    r"|.*\.(?:experts\.w[123]|unembed_tokens)\.lora_[AB]\."
+)
+"""Keys of schemes that share PEFT's file names or endings: torchtune, mlx-lm, AdapterHub, mistral, SAMed, Tinker."""
+_DUMPS: Final = ("base_model.model.double_blocks.", "base_model.model.single_blocks.")
+"""How fal's dumps of BFL's model begin, where no configuration is beside them."""
 
 TABLE: Final = NameTable(
     [
@@ -61,14 +87,24 @@ class Peft:
 
     name = "peft"
     title = "PEFT: adapter_config.json and adapter_model.safetensors"
+    names = "peft"
+    holds = Holds(
+        kinds=frozenset({row.kind for row in TABLE.rows} - {BASE, COPY} | {"lora and replace"}), slots=ALL_SLOTS
+    )
 
     def detect(self, bundle: Bundle) -> str | None:
         """Recognise `peft_type` in the configuration, or PEFT's keys in a file without a configuration."""
         if MANIFEST_KEY in bundle.metadata:  # Our own file, which PEFT can read beside a configuration.
             return None
+        if any(key.startswith(_PIPELINE) for key in bundle.tensors):  # diffusion-pipe writes PEFT's configuration too.
+            return None
+        if any(map(_OTHERS.match, bundle.tensors)) or "adapter_version" in bundle.metadata:  # ONNX Runtime's container.
+            return None
         if bundle.config is not None and "peft_type" in bundle.config:
             return "adapter_config.json with peft_type"
         if "lora_adapter_metadata" in bundle.metadata or bundle.config is not None:
+            return None
+        if any(key.startswith(_DUMPS) for key in bundle.tensors):
             return None
         marked = [key for key in bundle.tensors if ".lora_A." in key or key.endswith(".lora_embedding_A")]
         return f"keys such as {marked[0]}" if marked else None
@@ -76,38 +112,81 @@ class Peft:
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter; what this version cannot merge becomes a problem of it."""
         config = read_config(bundle.config, bundle.path)
-        config.check_type(bundle)
+        other = TYPES.get(config.check_type(bundle, TYPES))
+        if other is not None:
+            return self._read_other(bundle, config, other)
         groups, problems = _group(bundle)
         targets, found = TargetReader(groups, config, stated, bundle).read_all()
         lost = find_lost(config, _summarise(groups))
         if not targets and not found:
             raise refuse("LF212", bundle.path, f"{len(bundle.tensors)} tensors, none of a target", "LoRA factors")
+        used = {id(origin) for target in targets for each in target.factors.values() for origin in find_origins(each)}
+        left_out = any(problem.code == _LEFT_OUT for problem in problems)
         return Adapter(
             targets=tuple(sorted(targets, key=lambda target: target.name)),
             base=BaseBinding(config.text("base_model_name_or_path"), config.text("revision")),
             scheme=self.name,
             source=str(bundle.path),
-            provenance={"peft": dict(bundle.config)} if bundle.config else {},
+            provenance=recall(bundle.metadata) | ({"peft": dict(bundle.config)} if bundle.config else {}),
             problems=(*problems, *config.problems(), *found, *_find_lost_magnitudes(groups, config), *lost),
+            absorbed=tuple(each for each in bundle.tensors.values() if left_out and id(each) not in used),
+        )
+
+    def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
+        """Return the adapter as a folder; its own configuration where that still says the same."""
+        keys = {row.role: row.pattern for row in reversed(TABLE.rows) if "{" not in row.pattern}
+        return write_folder(adapter, keys, check_holds(self.name, self.holds, adapter))
+
+    def _read_other(self, bundle: Bundle, config: PeftConfig, other: PeftType) -> Adapter:
+        """Return an adapter of another type than LORA."""
+        groups, problems = _group(bundle, other.table)
+        factors = spread_shared({name: group.factors for name, group in groups.items()})
+        found = [
+            _read_saved(name, groups[name].factors)
+            if groups[name].kinds == {REPLACE}
+            else other.read_target(name, factors[name], config)
+            for name in sorted(factors)
+        ]
+        targets = [each for each in found if isinstance(each, Target)]
+        left = [each for each in found if isinstance(each, Problem)]
+        if not targets:
+            raise refuse("LF212", bundle.path, f"{len(bundle.tensors)} tensors, none of a target", "a target")
+        return Adapter(
+            targets=tuple(targets),
+            base=BaseBinding(config.text("base_model_name_or_path"), config.text("revision")),
+            scheme=self.name,
+            source=str(bundle.path),
+            provenance={"peft": dict(bundle.config)} if bundle.config else {},
+            problems=(*problems, *other.find_obstacles(config), *left),
         )
 
     def check(self, bundle: Bundle) -> list[Problem]:
         """Return what is odd about configuration and tensors together; nothing of it stands against reading them."""
-        groups, _ = _group(bundle)
+        other = TYPES.get(str((bundle.config or {}).get("peft_type")))
+        groups, _ = _group(bundle, other.table if other else TABLE)
+        groups.pop(SHARED, None)
         return find_oddities(read_config(bundle.config, bundle.path), _summarise(groups))
 
     def check_config(self, bundle: Bundle) -> ConfigReading:
         """Return what a configuration without tensors says."""
         config = read_config(bundle.config, bundle.path)
         try:
-            config.check_type(bundle)
+            other = TYPES.get(config.check_type(bundle, TYPES))
         except LoraformatError as error:
             return ConfigReading(_describe_config(config), {}, error.problems)
+        if other is not None:
+            return ConfigReading(_describe_config(config), {other.kind: "peft_type"}, other.find_obstacles(config))
         problems = (*find_oddities(config, {}), *check_numbers(config), *config.problems())
         return ConfigReading(_describe_config(config), announced_kinds(config), problems)
 
 
-def _group(bundle: Bundle) -> tuple[dict[str, Group], list[Problem]]:
+def _read_saved(name: str, factors: Mapping[str, Factor]) -> Target:
+    """Return a module that was saved whole."""
+    scaling = Scaling(ScalingRule.MULTIPLIER, 1.0)
+    return Target(name, REPLACE, SlotKind.PARAMETER, factors, 0, scaling)
+
+
+def _group(bundle: Bundle, table: NameTable = TABLE) -> tuple[dict[str, Group], list[Problem]]:
     """Return the tensors by target, wrapper prefixes removed, and problems of unknown or colliding keys."""
     groups: dict[str, Group] = {}
     stripped: set[str] = set()
@@ -116,7 +195,7 @@ def _group(bundle: Bundle) -> tuple[dict[str, Group], list[Problem]]:
     for key, tensor in bundle.tensors.items():
         if is_buffer(key):
             continue
-        name = _read_key(key, stripped)
+        name = _read_key(key, stripped, table)
         if name is None:
             problems.append(Problem("LF202", key, f"a tensor of shape {tensor.shape}", "a role that PEFT has"))
             continue
@@ -144,7 +223,7 @@ def _describe_config(config: PeftConfig) -> str:
     return ", ".join(f"{field} {value!r:.60}" for field, value in values.items())
 
 
-def _read_key(key: str, stripped: set[str]) -> Name | None:
+def _read_key(key: str, stripped: set[str], table: NameTable) -> Name | None:
     for wrapper in _WRAPPERS:
         while f".{wrapper}" in f".{key}":
             key = f".{key}".replace(f".{wrapper}", ".", 1)[1:]
@@ -154,7 +233,7 @@ def _read_key(key: str, stripped: set[str]) -> Name | None:
         while key.startswith(_DATA_PARALLEL):
             key = key.removeprefix(_DATA_PARALLEL)
             stripped.add(_DATA_PARALLEL)
-    return TABLE.read(key)
+    return table.read(key)
 
 
 def _find_lost_magnitudes(groups: Mapping[str, Group], config: PeftConfig) -> list[Problem]:

@@ -280,7 +280,7 @@ function readTarget(name, value) {
   demand(name !== "", "LF301", "a target without a name");
   const target = takeFields(value, {
     kind: [isText, true], slot: [(slot) => SLOTS.includes(slot), true], rank: [isInteger, true],
-    scaling: [isObject, true], fingerprint: [isObject, false],
+    scaling: [isObject, true], fingerprint: [isObject, false], options: [isObject, false],
   }, name);
   const rule = target.scaling.get("rule");
   demand(isText(rule) && Object.hasOwn(RULES, rule), "LF122", `${name}: scaling rule ${rule}`);
@@ -291,7 +291,8 @@ function readTarget(name, value) {
   }, `${name}: fingerprint`);
   const fingerprint = print && { shape: print.shape.map(Number), samples: print.samples.map(Number) };
   const number = Number(scaling[RULES[rule]]);
-  return { name, kind: target.kind, slot: target.slot, rank: Number(target.rank), rule, number, fingerprint };
+  const options = target.options ?? new Map();
+  return { name, kind: target.kind, slot: target.slot, rank: Number(target.rank), rule, number, fingerprint, options };
 }
 
 function scaleOf({ rule, number, rank }) {
@@ -321,6 +322,7 @@ const KINDS = { lora: checkLora, replace: checkReplace };
 /** Check a target's factors, give it what its kind has of them, return warnings. */
 function checkTarget(target) {
   demand(Object.hasOwn(KINDS, target.kind), "LF209", `${target.name}: the kind ${target.kind}`);
+  for (const option of target.options.keys()) demand(false, "LF120", `${target.name}: the option ${option}`);
   return KINDS[target.kind](target);
 }
 
@@ -340,15 +342,16 @@ function checkReplace(target) {
   return [];
 }
 
-/** Check a target of the kind `lora` (R-023, R-030, R-041 to R-043), give it A, B and shape, return warnings. */
+/** Check a target of the kind `lora` (R-023, R-030, R-041 to R-045), give it A, B and shape, return warnings. */
 function checkLora(target) {
   const { name, slot, rank, factors } = target;
   demand(slot !== "parameter", "LF408", `${name}: the slot ${slot}`);
   const roles = slot === "embedding" ? ["lora_embedding_A", "lora_embedding_B"] : ["lora_A.weight", "lora_B.weight"];
-  for (const role of factors.keys()) demand(roles.includes(role), "LF202", `${name}: the role ${role}`);
+  const beside = slot === "embedding" ? ["base_layer.weight"] : ["lora_B.bias", "base_layer.weight", "base_layer.bias"];
+  for (const role of factors.keys()) demand([...roles, ...beside].includes(role), "LF202", `${name}: the role ${role}`);
   for (const role of roles) demand(factors.has(role), "LF201", `${name} lacks ${role}`);
   const [a, b] = roles.map((role) => factors.get(role));
-  for (const { dtype } of [a, b]) demand(FACTOR_DTYPES.includes(dtype), "LF210", `${name}: ${dtype}`);
+  for (const { dtype } of factors.values()) demand(FACTOR_DTYPES.includes(dtype), "LF210", `${name}: ${dtype}`);
   const axes = slot === "conv" ? [3, 4, 5] : [2];
   demand(axes.includes(a.shape.length) && b.shape.length === a.shape.length, "LF203", `${name}: axes`);
   demand(a.shape[0] > 0 && b.shape[1] > 0, "LF204", `${name}: rank 0`);
@@ -358,8 +361,17 @@ function checkLora(target) {
   demand(fits && !a.shape.includes(0) && !b.shape.includes(0), "LF203", `${name}: A ${a.shape}, B ${b.shape}`);
   demand(rank === a.shape[0], "LF205", `${name}: rank ${rank}`);
   Object.assign(target, { a, b, shape: [b.shape[0], ...a.shape.slice(1)] });
+  for (const role of beside.filter((role) => factors.has(role))) {
+    const shape = role === "base_layer.weight" ? storedShape(target) : [target.shape[0]];
+    demand(String(factors.get(role).shape) === String(shape), "LF203", `${name}: ${role}`);
+  }
   const warnings = rank > Math.min(b.shape[0], product(a.shape.slice(1))) ? ["LF206"] : [];
   return [a, b].some((factor) => numbersOf(factor).every((x) => x === 0)) ? [...warnings, "LF214"] : warnings;
+}
+
+/** The shape of a target's weight in the state dict. */
+function storedShape({ slot, shape }) {
+  return slot === "embedding" || slot === "linear-transposed" ? shape.toReversed() : shape;
 }
 
 const product = (sizes) => sizes.reduce((all, size) => all * size, 1);
@@ -500,11 +512,11 @@ function addDelta(target, weight, sum) {
   }
 }
 
-/** Return the merged bytes of a parameter that V replaces: of W + λ·(V − W), and for λ = 1 of V itself. */
-function replaceTensor({ name, dtype, data }, values, factor) {
+/** Return the numbers of a parameter that V replaces: W + λ·(V − W), and for λ = 1 V itself. */
+function replaceNumbers({ dtype, data }, values, factor) {
   const fit = dtype === "F64" ? (x) => x : Math.fround;
   const between = (w, v) => (factor === 1 ? v : fit(w + fit(factor * fit(v - w))));
-  return Buffer.concat(numbersOf({ dtype, data }).map((w, i) => encodeNumber(between(w, values[i]), dtype, name)));
+  return numbersOf({ dtype, data }).map((w, i) => between(w, values[i]));
 }
 
 /** Return each tensor of the merged state dict, its bytes in hexadecimal. */
@@ -517,40 +529,56 @@ function merge(base, adapters, minRetained) {
       const numbers = [...target.factors.values()].flatMap(numbersOf);
       demand(numbers.every(Number.isFinite), "LF501", target.name);
       demand(scaleOf(target) !== 0, "LF208", target.name);
-      if (target.kind === "replace") {
-        for (const [role, saved] of target.factors) {
-          const stored = tensors.get(`${target.name}.${role}`);
-          demand(stored, "LF401", `${target.name}.${role}`);
-          demand(String(saved.shape) === String(stored.shape), "LF405", stored.name);
-          demand(!replaced.has(stored.name), "LF409", stored.name);
-          replaced.set(stored.name, replaceTensor(stored, numbersOf(saved), scaleOf(target) * weight));
-        }
-        continue;
+      const whole = target.kind === "replace";
+      for (const [role, saved] of target.factors) {
+        const parameter = whole ? role : role.startsWith("base_layer.") && role.slice("base_layer.".length);
+        if (!parameter) continue;
+        const stored = find(tensors, `${target.name}.${parameter}`, saved.shape);
+        demand(!replaced.has(stored.name), "LF409", stored.name);
+        const factor = whole ? scaleOf(target) * weight : weight;
+        replaced.set(stored.name, { target, values: replaceNumbers(stored, numbersOf(saved), factor) });
       }
-      const stored = tensors.get(`${target.name}.weight`);
-      demand(stored, "LF401", target.name);
-      const turned = target.slot === "embedding" || target.slot === "linear-transposed";
-      const shape = turned ? target.shape.toReversed() : target.shape;
-      demand(String(shape) === String(stored.shape), "LF405", target.name);
+      if (whole) continue;
+      const stored = find(tensors, `${target.name}.weight`, storedShape(target));
       checkFingerprint(target, numbersOf(stored));
-      if (!sums.has(stored.name)) sums.set(stored.name, numbersOf(stored).fill(0));
-      addDelta(target, weight, sums.get(stored.name));
+      addDelta(target, weight, sumOf(sums, stored, target));
+      const bias = target.factors.get("lora_B.bias");
+      if (!bias) continue;
+      const sum = sumOf(sums, find(tensors, `${target.name}.bias`, bias.shape), target);
+      numbersOf(bias).forEach((x, i) => (sum[i] = Math.fround(sum[i] + Math.fround(x * scaleOf(target) * weight))));
     }
   }
   const merged = {};
   for (const [name, tensor] of tensors) {
-    const sum = sums.get(name);
-    demand(!sum || !replaced.has(name), "LF409", name);
-    const bytes = replaced.get(name) ?? (sum ? mergeTensor(tensor, sum, minRetained) : tensor.data);
+    const [added, start] = [sums.get(name), replaced.get(name)];
+    demand(!added || !start || added.targets.every((target) => target === start.target), "LF409", name);
+    const bytes = start || added ? mergeTensor(tensor, start?.values, added?.sum, minRetained) : tensor.data;
     merged[name] = bytes.toString("hex");
   }
   return merged;
 }
 
-function mergeTensor({ name, dtype, data }, sum, minRetained) {
+function find(tensors, name, shape) {
+  const stored = tensors.get(name);
+  demand(stored, "LF401", name);
+  demand(String(shape) === String(stored.shape), "LF405", name);
+  return stored;
+}
+
+/** Return the sum of what is added to a tensor, zeros at first, and note the target that adds to it. */
+function sumOf(sums, stored, target) {
+  if (!sums.has(stored.name)) sums.set(stored.name, { sum: numbersOf(stored).fill(0), targets: [] });
+  sums.get(stored.name).targets.push(target);
+  return sums.get(stored.name).sum;
+}
+
+/** Return the merged bytes of a tensor whose numbers `start` replaces, or not, and to which `sum` is added, or nothing. */
+function mergeTensor({ name, dtype, data }, start, sum, minRetained) {
   const before = numbersOf({ dtype, data });
+  if (!sum) return Buffer.concat(start.map((x) => encodeNumber(x, dtype, name)));
   const total = (x, index) => (dtype === "F64" ? x + sum[index] : Math.fround(x + sum[index]));
-  const bytes = Buffer.concat(before.map((x, index) => encodeNumber(total(x, index), dtype, name)));
+  const bytes = Buffer.concat((start ?? before).map((x, index) => encodeNumber(total(x, index), dtype, name)));
+  if (start) return bytes;
   const after = numbersOf({ dtype, data: bytes });
   const kept = sum.reduce((all, delta, index) => all + delta * (after[index] - before[index]), 0);
   const wanted = sum.reduce((all, delta) => all + delta * delta, 0);

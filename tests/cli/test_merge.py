@@ -60,7 +60,7 @@ def test_the_exact_bytes_of_the_path(run, face, receipt) -> None:
 def test_every_flag_reaches_the_face(run, face, receipt) -> None:
     face.answer("merge", receipt)
     words = "--force --scheme peft --alpha 16 --allow-unmatched lm_* --allow-unmatched *.x --strip-prefix model. "
-    words += "--min-retained 0.25 --allow-zero --durable -j 3 --max-memory 64MiB -o out.onnx"
+    words += "--min-retained 0.25 --allow-zero --untie --new-biases --durable -j 3 --max-memory 64MiB -o out.onnx"
     result = run("merge", "base.onnx", "one:0.5", "two", *words.split())
     assert result.exit_code == 0
     ((_, args, kwargs),) = face.calls
@@ -74,6 +74,8 @@ def test_every_flag_reaches_the_face(run, face, receipt) -> None:
         "strip_prefix": "model.",
         "min_retained": 0.25,
         "allow_zero": True,
+        "untie": True,
+        "new_biases": True,
         "durable": True,
         "jobs": 3,
         "max_memory_bytes": 64 << 20,

@@ -18,6 +18,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from laws.container_laws import ContainerLaws, read_all, rewrite, same_bits
+from laws.writer_laws import WriterLaws
 from loraformat import limits
 from loraformat.containers._strided import StridedTensor
 from loraformat.containers.npz import CONTAINER, describe_images, list_crc_fields, mend_crcs
@@ -86,6 +87,18 @@ class TestNpzLaws(ContainerLaws):
             if not isinstance(found, StridedTensor):
                 assert found.span.end <= found.file.size_bytes
             assert found.read().shape == found.shape
+
+
+class TestWritingNpz(WriterLaws):
+    container = CONTAINER
+    forms = ("float64", "float32", "float16", "int64", "uint8", "bool", "complex64")
+    lacks = "bfloat16"
+
+    def test_numpy_reads_it(self, path: Path) -> None:
+        path.write_bytes(self.write(self.examples()))
+        with np.load(path) as theirs:
+            assert list(theirs) == list(self.examples())
+            assert all(same_bits(theirs[name], array) for name, array in self.examples().items())
 
 
 FORMS = ["f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "c8", "c16", "b1"]

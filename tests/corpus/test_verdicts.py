@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import loraformat
+from builders import write_tensors
 from loraformat import Verdict
 from loraformat.api import validate
 
@@ -50,6 +53,7 @@ class Expected:
 
 
 UNKNOWN = ("LF121", "error")
+UNMERGEABLE = ("LF209", "error")
 IMPOSTOR = ("LF111", "error")
 NO_SCALE = ("LF211", "error")
 
@@ -92,9 +96,10 @@ FILES = (
     ),
     Expected(
         "FaithSang__anime-lora-gnerator/model/pytorch_lora_weights.safetensors",
-        {UNKNOWN: 1},
-        "diffusers' names; alpha stands in lora_adapter_metadata, which only a reader of that scheme may use.",
-        said=("diffusers",),
+        {("LF323", "note"): 1},
+        "diffusers' names without a component; alpha stands in lora_adapter_metadata.",
+        "diffusers",
+        96,
     ),
     Expected(
         "foundation-model-stack__fms-hf-tuning/tests/artifacts/tuned_llama_with_added_tokens",
@@ -125,50 +130,62 @@ FILES = (
     ),
     Expected(
         "microsoft__LoRA/examples/NLU/roberta_base_lora_mnli.bin",
-        {UNKNOWN: 1},
-        "loralib's checkpoint: alpha is nowhere, and its names are not read by this version.",
-        said=("loralib",),
+        {("LF211", "note"): 1},
+        "loralib's checkpoint of query and value in 12 layers, with a head of two layers; alpha is nowhere.",
+        "loralib",
+        26,
+        alpha=16,
     ),
     Expected(
         "cloneofsimo__lora/example_loras/lora_kiriko2.text_encoder.pt",
-        {UNKNOWN: 1},
-        "A list of tensors: their order is their only name.",
-        said=("96 tensors",),
+        {NO_SCALE: 1},
+        "A list of 48 pairs: their order, which CLIP's 12 layers of 4 projections fit, is their only name. Nothing "
+        "says the scale.",
+        "cloneofsimo",
+        48,
     ),
     Expected(
         "cloneofsimo__lora/example_loras/lora_disney.safetensors",
-        {UNKNOWN: 1},
-        "cloneofsimo's names count modules and give no path; alpha is nowhere.",
-        said=("cloneofsimo",),
+        {NO_SCALE: 1, ("LF209", "error"): 2},
+        "Numbered modules of Stable Diffusion 1, attention and GEGLU, which one order fits; two token embeddings, that "
+        "change no weight that a checkpoint has. Nothing says the scale.",
+        "cloneofsimo",
+        194,
+        ("token embedding",),
     ),
     Expected(
         "IBM__text-generation-inference/integration_tests/prompt_prefixes/tinyllama_peft_adapter",
-        {UNKNOWN: 1},
+        {UNMERGEABLE: 1},
         "Virtual tokens: no weight holds them.",
-        said=("prompt tuning, which changes no weight",),
+        said=("tensors such as prompt_embeddings", "virtual tokens", "changes no weight"),
     ),
     Expected(
         "KohakuBlueleaf__LyCORIS/result/smart_falcon_4_lokr.safetensors",
-        {UNKNOWN: 1},
-        "LoKr under kohya's names: neither is read by this version; it must not pass for LoRA.",
-        said=("LoKr",),
+        {("LF214", "warning"): 3, ("LF323", "note"): 2},
+        "LoKr under kohya's names; three modules have a factor of zeros, as its README says.",
+        "kohya",
+        350,
     ),
     Expected(
         "catundchat__stable-diffusion-v1.5-lora/pytorch_lora_weights.safetensors",
-        {UNKNOWN: 1},
-        "the oldest names of diffusers",
-        said=("diffusers",),
+        {("LF321", "note"): 1, ("LF323", "note"): 1},
+        "the oldest names of diffusers, which have no place for a scale: every reader takes 1",
+        "diffusers",
+        128,
     ),
     Expected(
         "wyek1n__MLX-CLI/adapters/0000100_adapters.safetensors",
-        {UNKNOWN: 1},
-        "mlx-lm's names, its factors lying the other way round",
-        said=("mlx-lm",),
+        {("LF211", "note"): 1},
+        "mlx-lm's names, its factors lying the other way round; q and v of 4 layers. Its configuration is missing.",
+        "mlx",
+        8,
+        alpha=16,
     ),
     Expected(
         "debian__onnxruntime-1.21.0/onnxruntime/test/testdata/lora/two_params_lora_model.onnx_adapter",
         {UNKNOWN: 1},
-        "onnxruntime's flatbuffer, a format of its own",
+        "onnxruntime's flatbuffer is read; its tensors have no names of factors, since the graph gives them a sense.",
+        said=("lora_param_a, lora_param_b",),
     ),
 )
 
@@ -232,10 +249,26 @@ def test_a_configuration_beside_the_added_tokens(tmp_path: Path) -> None:
     assert "'v_proj'" in verdict.problems[-1].found
 
 
+def test_rows_of_added_tokens_are_no_table(tmp_path: Path) -> None:
+    """fms-hf-tuning keeps the added rows alone: which rows of the base they follow, the file does not say."""
+    source = CORPUS / "foundation-model-stack__fms-hf-tuning/tests/artifacts/tuned_llama_with_added_tokens"
+    if not source.exists():
+        pytest.skip("no fms-hf-tuning in the corpus")
+    table = np.ones((20, 64), np.float32)
+    names = ("model.embed_tokens", "lm_head", "model.layers.0.self_attn.q_proj")
+    arrays = {f"{name}.weight": np.ones((64, 64), np.float32) if "q_proj" in name else table for name in names}
+    base = write_tensors(tmp_path / "base.safetensors", arrays)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(base, [source], tmp_path / "out.safetensors", alpha=16)
+    assert caught.value.codes == ("LF405", "LF405")
+    assert all("only the rows of added tokens" in problem.advice for problem in caught.value.problems)
+
+
 # --- the 158 configurations ------------------------------------------------------------------------------------------
 
 VIRTUAL_TOKENS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
 ROUTED = {"LILY", "SHADOW"}
+NOT_MERGED = {"FINEGATES", "FROD", "OSF", "PEANUT", "UILINLORA", "UNILORA"}
 OTHER_FORMS = {
     "ADALORA",  # singular values between the factors, pruned
     "BEFT",  # biases
@@ -261,7 +294,6 @@ OTHER_FORMS = {
     "ROAD",
     "SUPERTUNING",
     "TINYLORA",
-    "TRAINABLE_TOKENS",
     "UILINLORA",
     "UNILORA",
     "VBLORA",
@@ -314,9 +346,9 @@ GROUPS = (
         "AdapterHub",
         lambda fields: "peft_type" not in fields and "config" in fields,
         1,
-        "LF121",
+        "LF209",
         "A bottleneck adapter of AdapterHub, with a non-linearity: no weight holds it.",
-        "AdapterHub",
+        "bottleneck adapter",
         {},
     ),
     Group(
@@ -350,15 +382,33 @@ GROUPS = (
         6,
         "LF209",
         "What they do depends on the input.",
-        "router",
+        "which no weight can do",
+    ),
+    Group(
+        "forms that are not merged",
+        lambda fields: (
+            fields["peft_type"] in NOT_MERGED
+            or (fields["peft_type"] == "TINYLORA" and fields.get("weight_tying") != 1)
+            or (fields["peft_type"] == "WAVEFT" and fields.get("use_idwt") is not False)
+        ),
+        19,
+        "LF209",
+        "What they add cannot be told from the file, or is not computed; none is LoRA, and none may be taken for it.",
+        "",
     ),
     Group(
         "other forms",
         lambda fields: fields["peft_type"] in OTHER_FORMS,
-        85,
-        "LF209",
-        "Kinds of their own, some of them mergeable in principle; none is LoRA, and none may be taken for it.",
-        "another form",
+        64,
+        None,
+        "Kinds of their own, each merged by its own formula.",
+    ),
+    Group(
+        "trained tokens",
+        lambda fields: fields["peft_type"] == "TRAINABLE_TOKENS",
+        2,
+        None,
+        "Rows of a table that take the place of the base's.",
     ),
     Group(
         "merged linear",
@@ -380,9 +430,8 @@ GROUPS = (
         "BD-LoRA",
         lambda fields: is_lora(fields) and bool(fields.get("use_bdlora")),
         1,
-        "LF209",
-        "Block-diagonal factors: B·A of the stored ones is another matrix.",
-        "use_bdlora",
+        None,
+        "Block-diagonal factors, which are expanded before B·A is taken.",
     ),
     Group(
         "base changed",
@@ -396,9 +445,8 @@ GROUPS = (
         "DoRA",
         lambda fields: is_lora(fields) and fields.get("use_dora") is True,
         5,
-        "LF209",
-        "The merged weight is renormalised; merged as LoRA it would be wrong.",
-        "'dora' (announced by use_dora)",
+        None,
+        "The merged weight is renormalised: a kind of its own.",
     ),
     Group(
         "saved modules",

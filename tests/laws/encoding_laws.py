@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from loraformat.dtypes import BY_NAME, Dtype
 from loraformat.encodings import ENCODINGS, Encoding
 
-LARGE = (1 << 9, (1 << 10) + 3)
+LARGE = (1 << 10, (1 << 11) + 3)
 """More than a tile, and no multiple of any step."""
 
 

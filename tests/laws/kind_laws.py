@@ -20,10 +20,23 @@ from numpy.typing import NDArray
 
 from builders import MemoryFactor
 from loraformat.adapter import Scaling, ScalingRule, SlotKind, Target
-from loraformat.kinds import KINDS, AdditiveKind, Change, Delta, Kind, MappingKind, Nature, ReplacingKind, WeightMap
+from loraformat.kinds import (
+    KINDS,
+    UNKNOWN,
+    AdditiveKind,
+    Change,
+    Delta,
+    Kind,
+    MappingKind,
+    Nature,
+    ReplacingKind,
+    SizedByBase,
+    WeightMap,
+    fits_shape,
+)
 
 # One law runs for several classes, on purpose.
-_law = settings(suppress_health_check=list(HealthCheck))
+_law = settings(suppress_health_check=list(HealthCheck), max_examples=50)
 
 TINY = 1e-37
 """Below the smallest normal float32, rounding is no longer relative."""
@@ -49,17 +62,21 @@ class Example(Held):
     Attributes:
         dense: the change at scale 1, `(out, in * kernel)` in float64, by other means than the kind's.
         bound: the same from the factors' absolute values: how large the sums on the way can get.
+        terms: how many products such a sum has beyond the rank.
+        shape: the canonical shape that the base has, where the factors do not tell it.
     """
 
     dense: NDArray[np.float64]
     bound: NDArray[np.float64]
+    terms: int = 4
+    shape: tuple[int, ...] = ()
 
     def assert_close(self, found: NDArray[Any], expected: NDArray[Any], scale: float) -> None:
         """Allow for the rounding of sums of `rank` products, and nothing more."""
         eps = float(np.finfo(found.dtype).eps)
         assert found.shape == expected.shape
         bound = self.bound if found.shape == self.bound.shape else self.bound.T
-        slack = eps * (self.target.rank + 4) * abs(scale) * bound + TINY
+        slack = eps * (self.target.rank + self.terms) * abs(scale) * bound + TINY
         assert (np.abs(found.astype(np.float64) - expected) <= slack).all()
 
 
@@ -70,10 +87,24 @@ def whole(delta: Delta, dtype: Any) -> NDArray[Any]:
     return out
 
 
-def main_change(kind: Kind, target: Target, parameter: str = "weight") -> Change:
-    """Return what a target does to its weight, besides replacing it."""
-    changes = [change for change in kind.changes(target) if change.parameter == parameter]
-    return next((change for change in changes if change.nature is not Nature.REPLACEMENT), changes[0])
+def main_change(kind: Kind, target: Target, parameter: str = "weight", shape: tuple[int, ...] = ()) -> Change:
+    """Return what a target does to its weight, besides replacing it, or to the only parameter that it changes.
+
+    `shape` is that of the base, where the factors do not tell it.
+    """
+    found = kind.changes(target)
+    changes = [change for change in found if change.parameter == parameter] or list(found)
+    change = next((change for change in changes if change.nature is not Nature.REPLACEMENT), changes[0])
+    if not shape:
+        assert UNKNOWN not in change.shape
+        return change
+    assert fits_shape(shape, change.shape)
+    return replace(change, shape=shape)
+
+
+def floats(arrays: Mapping[str, NDArray[Any]]) -> Any:
+    """Return the form of the factors that are no indices."""
+    return next(array.dtype for array in arrays.values() if array.dtype.kind == "f")
 
 
 def draw_slices(data: st.DataObject, size: int) -> slice:
@@ -86,6 +117,11 @@ class CommonKindLaws:
     """The laws of kinds of any nature."""
 
     kind: Kind
+
+    def needs(self, target: Target) -> list[str]:
+        """Return the roles without which the target says nothing, or half of it."""
+        roles = next(roles for roles in self.kind.role_sets if target.slot in roles.slots)
+        return list(roles.required)
 
     @abstractmethod
     def examples(self) -> st.SearchStrategy[Held]:
@@ -140,7 +176,9 @@ class CommonKindLaws:
     def test_check_refuses_numbers_that_are_not_floats(self, data: st.DataObject) -> None:
         target = data.draw(self.examples()).target
         role = data.draw(st.sampled_from(sorted(target.factors)))
-        form = data.draw(st.sampled_from([np.int8, np.int64, np.uint8, np.bool_, np.complex64]))
+        whole_numbers = target.factors[role].dtype.family != "float"
+        wrong = [np.float32, np.float16] if whole_numbers else [np.int8, np.int64, np.uint8]
+        form = data.draw(st.sampled_from([*wrong, np.bool_, np.complex64]))
         factor = MemoryFactor(role, np.ones(target.factors[role].shape, form))
         problems = self.kind.check(replace(target, factors={**target.factors, role: factor}))
         assert [problem.code for problem in problems] == ["LF210"]
@@ -159,15 +197,14 @@ class KindLaws(CommonKindLaws):
         arrays = {role: array.copy() for role, array in example.arrays.items()}
         for array in arrays.values():
             array.setflags(write=False)
-        dtype = next(iter(arrays.values())).dtype
-        return self.kind.delta(example.target, main_change(self.kind, example.target), arrays, scale), dtype
+        change = main_change(self.kind, example.target, shape=example.shape)
+        return self.kind.delta(example.target, change, arrays, scale), floats(arrays)
 
     @_law
     @given(data=st.data())
     def test_check_names_a_role_that_is_missing(self, data: st.DataObject) -> None:
         target = data.draw(self.examples()).target
-        roles = next(roles for roles in self.kind.role_sets if target.slot in roles.slots)
-        gone = data.draw(st.sampled_from(roles.required))
+        gone = data.draw(st.sampled_from(self.needs(target)))
         problems = self.kind.check(
             replace(target, factors={role: factor for role, factor in target.factors.items() if role != gone})
         )
@@ -179,16 +216,24 @@ class KindLaws(CommonKindLaws):
     def test_check_compares_the_stated_rank_with_the_factors(self, data: st.DataObject) -> None:
         target = data.draw(self.examples()).target
         assert self.kind.rank(target.factors) == target.rank
-        for wrong in (target.rank + 1, target.rank - 1):
+        for wrong in {target.rank + 1, abs(target.rank - 1)}:
             assert [p.code for p in self.kind.check(replace(target, rank=wrong))] == ["LF205"]
 
     @_law
     @given(data=st.data())
     def test_weight_shape_is_that_of_the_change(self, data: st.DataObject) -> None:
         example = data.draw(self.examples())
-        shape = main_change(self.kind, example.target).shape
+        shape = main_change(self.kind, example.target, shape=example.shape).shape
         delta, _ = self.make_delta(example, 1.0)
         assert (shape[0], int(np.prod(shape[1:]))) == delta.shape == example.dense.shape
+
+    @_law
+    @given(data=st.data())
+    def test_the_shape_that_the_base_has_is_accepted(self, data: st.DataObject) -> None:
+        example = data.draw(self.examples())
+        if example.shape:
+            assert isinstance(self.kind, SizedByBase)
+            assert not self.kind.check_size(example.target, main_change(self.kind, example.target, shape=example.shape))
 
     @_law
     @given(data=st.data(), scale=st.floats(-8, 8))
@@ -246,24 +291,31 @@ class KindLaws(CommonKindLaws):
     @given(data=st.data())
     def test_zero_factors_change_nothing(self, data: st.DataObject) -> None:
         example = data.draw(self.examples())
-        zeros = {role: np.zeros_like(array) for role, array in example.arrays.items()}
-        dtype = next(iter(zeros.values())).dtype
-        change = main_change(self.kind, example.target)
-        assert not whole(self.kind.delta(example.target, change, zeros, 2.0), dtype).any()
-        assert self.kind.norm(example.target, zeros) == 0
+        zeros = {
+            role: np.zeros_like(array) if array.dtype.kind == "f" else array for role, array in example.arrays.items()
+        }
+        change = main_change(self.kind, example.target, shape=example.shape)
+        assert not whole(self.kind.delta(example.target, change, zeros, 2.0), floats(zeros)).any()
+        if not example.shape:
+            assert self.kind.norm(example.target, zeros) == 0
 
     @_law
     @given(data=st.data())
     def test_the_norm_is_that_of_the_dense_change(self, data: st.DataObject) -> None:
         example = data.draw(self.examples())
         arrays = {role: array.astype(np.float64) for role, array in example.arrays.items()}
+        if np.isnan(self.kind.norm(example.target, arrays)):
+            assert example.shape  # Only the base knows over how much the norm goes.
+            return
         expected = abs(example.target.scale) * float(np.linalg.norm(example.dense))
         # The norm comes from squares: where the change cancels to nothing, half of the digits are left.
         slack = 1e-7 * abs(example.target.scale) * float(np.linalg.norm(example.bound))
         assert self.kind.norm(example.target, arrays) == pytest.approx(expected, rel=1e-9, abs=slack)
 
-    def test_each_slot_has_roles_that_it_needs(self) -> None:
-        assert all(roles.required for roles in self.kind.role_sets)
+    @_law
+    @given(data=st.data())
+    def test_each_target_has_roles_that_it_needs(self, data: st.DataObject) -> None:
+        assert self.needs(data.draw(self.examples()).target)
 
 
 class ReplacingKindLaws(CommonKindLaws):
@@ -369,11 +421,13 @@ class MapExample(Held):
         base: W `(out, in * kernel)`, float64.
         mapped: f(W) at the target's own scale, float64, by other means than the kind's.
         slack: how far float32 may be off, absolute.
+        shape: the canonical shape that the base has, where the factors do not tell it.
     """
 
     base: NDArray[np.float64]
     mapped: NDArray[np.float64]
     slack: float
+    shape: tuple[int, ...] = ()
 
 
 def prepare(weight_map: WeightMap, base: NDArray[Any], step: int) -> WeightMap:
@@ -405,7 +459,7 @@ class MappingKindLaws(CommonKindLaws):
         }
         for array in arrays.values():
             array.setflags(write=False)
-        return self.kind.map(example.target, main_change(self.kind, example.target), arrays)
+        return self.kind.map(example.target, main_change(self.kind, example.target, shape=example.shape), arrays)
 
     def run(self, weight_map: WeightMap, base: NDArray[Any], step: int) -> NDArray[Any]:
         """Return f(W), `step` blocks of rows at a time, the last first."""
@@ -447,8 +501,31 @@ class MappingKindLaws(CommonKindLaws):
     @given(data=st.data())
     def test_it_says_beforehand_which_rows_it_must_see_together(self, data: st.DataObject) -> None:
         example = data.draw(self.examples())
-        change = main_change(self.kind, example.target)
+        change = main_change(self.kind, example.target, shape=example.shape)
         weight_map = self.make_map(example, np.float64)
         for turned, found in ((False, weight_map), (True, weight_map.transposed())):
             assert self.kind.count_rows_together(example.target, change, transposed=turned) == found.row_block >= 1
             assert found.shape[0] % found.row_block == 0
+
+    @_law
+    @given(data=st.data())
+    def test_check_names_a_role_that_is_missing(self, data: st.DataObject) -> None:
+        target = data.draw(self.examples()).target
+        gone = data.draw(st.sampled_from(self.needs(target)))
+        left = {role: factor for role, factor in target.factors.items() if role != gone}
+        assert [problem.code for problem in self.kind.check(replace(target, factors=left))] == ["LF201"]
+
+    @_law
+    @given(data=st.data())
+    def test_check_compares_the_stated_rank_with_the_factors(self, data: st.DataObject) -> None:
+        target = data.draw(self.examples()).target
+        assert self.kind.rank(target.factors) == target.rank
+        assert [p.code for p in self.kind.check(replace(target, rank=target.rank + 1))] == ["LF205"]
+
+    @_law
+    @given(data=st.data())
+    def test_the_shape_that_the_base_has_is_accepted(self, data: st.DataObject) -> None:
+        example = data.draw(self.examples())
+        if example.shape:
+            assert isinstance(self.kind, SizedByBase)
+            assert not self.kind.check_size(example.target, main_change(self.kind, example.target, shape=example.shape))

@@ -14,13 +14,16 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import torch
+import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file as load_arrays
-from safetensors.torch import load_file
 
 import loraformat
 from loraformat.receipt import Receipt
+
+torch = pytest.importorskip("torch", reason="the oracle tests need torch")
+peft = pytest.importorskip("peft", reason="the oracle tests need peft")
+transformers = pytest.importorskip("transformers", reason="the oracle tests need transformers")
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -77,8 +80,6 @@ def train(
         seed: of the numbers.
         saving: for `save_pretrained` of the adapter.
     """
-    import peft
-
     model = model.to(form).float()
     base = save_base(model, folder / "base", form)
     prepare(model)
@@ -94,8 +95,6 @@ def train(
 
 def _copy_of(adapted: Any, base: Path, adapter: Path) -> Any:
     """Return a copy of a PEFT model; one whose factors are views of each other is read again from its files."""
-    import peft
-
     try:
         return copy.deepcopy(adapted)
     except RuntimeError:
@@ -122,6 +121,8 @@ def fill(adapted: Any, seed: int) -> None:
 
 def state_of(folder: Path) -> Arrays:
     """Return the tensors of a merged model folder in float64."""
+    from safetensors.torch import load_file
+
     found: Arrays = {}
     for path in sorted(folder.glob("*.safetensors")):
         found |= {name: value.double().numpy() for name, value in load_file(path).items()}
@@ -139,17 +140,34 @@ def merge(trained: Trained, output: Path, **options: Any) -> tuple[Arrays, Recei
     return state_of(output), receipt
 
 
+def write_folder(folder: Path, state: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
+    """Write a model folder of one file, of torch tensors or arrays."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    tensors = {name: torch.as_tensor(value).contiguous().clone() for name, value in state.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(dict(config)))
+    return folder
+
+
 def assert_merged(found: Arrays, trained: Trained, *, form: str = "float32") -> None:
-    """Check every tensor of a merged folder against the float64 reference.
+    """Check every tensor of a merged folder against PEFT's merge in float64."""
+    assert_near(found, trained.merged, state_of(trained.base), form=form)
+
+
+def assert_near(
+    found: Arrays, merged: Mapping[str, NDArray[Any]], before: Mapping[str, NDArray[Any]], *, form: str = "float32"
+) -> None:
+    """Check every tensor against the float64 reference.
 
     float32 within one rounding of the number and one of what is added to it; bfloat16 equal to the reference rounded
     once, but for a hundred-thousandth of the elements.
     """
     assert found
-    before = state_of(trained.base)
     wrong = total = 0
     for name, values in found.items():
-        wanted = trained.merged[name]
+        wanted = merged[name]
         assert values.shape == wanted.shape, name
         if form == "bfloat16":
             wrong += int((values != wanted.astype(ml_dtypes.bfloat16).astype(np.float64)).sum())

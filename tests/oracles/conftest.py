@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lab import Lab
 
 if os.environ.get("LORAFORMAT_REQUIRE_ORACLES"):  # In CI a package that is missing is an error, not a skip.
-    for package in ("torch", "peft", "transformers", "onnxscript", "onnxruntime"):
+    for package in ("torch", "peft", "transformers", "onnxscript", "onnxruntime", "gguf"):
         importlib.import_module(package)
 
 

@@ -205,17 +205,8 @@ REFUSED = [
     ),
     ("Inishpy__lerobot-libero", "LF121", ""),
     ("huggingface__peft/tests/regression/ia3_opt-350m/0.6.1", "LF121", ""),
-    ("microsoft__LoRA/examples/NLU/roberta_base_lora_mnli.bin", "LF121", "loralib"),
-    ("cloneofsimo__lora/example_loras/lora_disney.safetensors", "LF121", "cloneofsimo"),
-    ("KohakuBlueleaf__LyCORIS/result/smart_falcon_4_lokr.safetensors", "LF121", "LoKr"),
-    ("catundchat__stable-diffusion-v1.5-lora/pytorch_lora_weights.safetensors", "LF121", "diffusers"),
-    ("FaithSang__anime-lora-gnerator/model/pytorch_lora_weights.safetensors", "LF121", "diffusers"),
-    ("wyek1n__MLX-CLI/adapters/0000100_adapters.safetensors", "LF121", "mlx"),
-    (
-        "debian__onnxruntime-1.21.0/onnxruntime/test/testdata/lora/two_params_lora_model.onnx_adapter",
-        "LF121",
-        "",
-    ),
+    ("microsoft__LoRA/examples/NLU/roberta_base_lora_mnli.bin", "LF211", "scale"),
+    ("cloneofsimo__lora/example_loras/lora_disney.safetensors", "LF211", "scale"),
 ]
 
 

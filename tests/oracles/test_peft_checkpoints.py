@@ -6,16 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import (
+    assert_merged,
+    changed_names,
+    config_of,
+    merge,
+    peft,
+    state_of,
+    stored_names,
+    torch,
+    train,
+    transformers,
+)
 
 import loraformat
-
-for _package in ("torch", "peft", "transformers"):
-    pytest.importorskip(_package, reason=f"the oracle tests need {_package}")
-
-import torch
-from checkpoints import assert_merged, changed_names, config_of, merge, state_of, stored_names, train
-from peft import LoraConfig, TrainableTokensConfig
-from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.oracle
 
@@ -26,7 +30,7 @@ OLD, NEW = 40, 46
 
 def llama(*, tied: bool = False, biased: bool = False) -> Any:
     torch.manual_seed(3)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=OLD,
         hidden_size=48,
         intermediate_size=80,
@@ -38,7 +42,7 @@ def llama(*, tied: bool = False, biased: bool = False) -> Any:
         mlp_bias=biased,
         initializer_range=0.1,
     )
-    model = LlamaForCausalLM(config)
+    model = transformers.LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data = torch.randn(parameter.shape) * 0.1
@@ -68,7 +72,7 @@ def test_factors(tmp_path: Path, form: str, case: str) -> None:
         "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
         "head": {"target_modules": ["lm_head", "embed_tokens"]},
     }
-    config = LoraConfig(r=4, lora_alpha=8, **fields[case])
+    config = peft.LoraConfig(r=4, lora_alpha=8, **fields[case])
     trained = train(llama(), config, tmp_path, form=FORMS[form])
     found, _ = merge(trained, tmp_path / "merged")
     assert_merged(found, trained, form=form)
@@ -77,7 +81,7 @@ def test_factors(tmp_path: Path, form: str, case: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_bias_of_the_factors(tmp_path: Path, form: str) -> None:
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=LINEAR, lora_bias=True)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=LINEAR, lora_bias=True)
     trained = train(llama(biased=True), config, tmp_path, form=FORMS[form])
     found, receipt = merge(trained, tmp_path / "merged")
     assert_merged(found, trained, form=form)
@@ -90,7 +94,7 @@ def test_a_bias_of_the_factors(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize("lora_bias", [False, True])
 def test_trained_biases(tmp_path: Path, form: str, bias: Any, lora_bias: bool) -> None:
     """A trained bias is the base's own, and what the factors' bias adds comes on top of it."""
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=LINEAR, bias=bias, lora_bias=lora_bias)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=LINEAR, bias=bias, lora_bias=lora_bias)
     trained = train(llama(biased=True), config, tmp_path, form=FORMS[form])
     found, _ = merge(trained, tmp_path / "merged")
     assert_merged(found, trained, form=form)
@@ -100,7 +104,7 @@ def test_trained_biases(tmp_path: Path, form: str, bias: Any, lora_bias: bool) -
 
 
 def test_a_bias_that_the_base_lacks(tmp_path: Path) -> None:
-    """PEFT itself refuses it; the reference is its forward pass of the same factors onto a model with biases of zero."""
+    """PEFT itself refuses it; the reference is its forward pass of the same factors onto biases of zero."""
     biased = llama(biased=True)
     for name, parameter in biased.named_parameters():
         if name.endswith("bias"):
@@ -108,7 +112,7 @@ def test_a_bias_that_the_base_lacks(tmp_path: Path) -> None:
     bare = llama()
     bare.load_state_dict(biased.state_dict(), strict=False)
     bare.save_pretrained(tmp_path / "bare")
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], lora_bias=True)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], lora_bias=True)
     trained = train(biased, config, tmp_path / "biased")
     with pytest.raises(loraformat.LoraformatError) as caught:
         loraformat.merge(tmp_path / "bare", [trained.adapter], tmp_path / "out")
@@ -142,9 +146,9 @@ def test_tables_of_tokens(tmp_path: Path, form: str, case: str, tied: bool) -> N
         },
     }
     if case == "own type":
-        config: Any = TrainableTokensConfig(token_indices=[7, 2, 39])
+        config: Any = peft.TrainableTokensConfig(token_indices=[7, 2, 39])
     else:
-        config = LoraConfig(r=4, lora_alpha=8, **fields[case])
+        config = peft.LoraConfig(r=4, lora_alpha=8, **fields[case])
     apart = tied and case in ("two tables", "resized and adapted", "resized and trained")
     saving = {"save_embedding_layers": True} if resized else {}
     trained = train(
@@ -199,7 +203,7 @@ def layer_weight(module: Any) -> Any:
 
 def load_and_run(folder: Path, trained: Any, form: str) -> bool:
     """Load the merged folder with transformers, and compare its logits with those of the PEFT model, unmerged."""
-    merged = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    merged = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64)
     size = min(merged.config.vocab_size, NEW)
     tokens = torch.arange(size).reshape(1, -1)
     with torch.no_grad():
@@ -230,7 +234,7 @@ def test_one_side_of_tied_tables(tmp_path: Path, case: str) -> None:
         tables = {"lm_head.weight": original, "model.embed_tokens.weight": original}
         return state | tables | {("lm_head.weight" if name == "lm_head" else "model.embed_tokens.weight"): changed}
 
-    config = LoraConfig(r=4, lora_alpha=8, **fields)
+    config = peft.LoraConfig(r=4, lora_alpha=8, **fields)
     trained = train(model, config, tmp_path, reference=reference, save_embedding_layers=False)
     with pytest.raises(loraformat.LoraformatError) as caught:
         merge(trained, tmp_path / "refused")
@@ -254,7 +258,7 @@ def test_factors_of_tied_tables_that_were_trained_as_one(tmp_path: Path) -> None
         }
         return state | {"model.embed_tokens.weight": effective, "lm_head.weight": effective}
 
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "embed_tokens", "lm_head"], ensure_weight_tying=True
     )
     trained = train(model, config, tmp_path, reference=reference)
@@ -267,7 +271,7 @@ def test_factors_of_tied_tables_that_were_trained_as_one(tmp_path: Path) -> None
 
 
 def test_trained_tokens_half_way(tmp_path: Path) -> None:
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], trainable_token_indices=[7, 2])
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], trainable_token_indices=[7, 2])
     trained = train(llama(), config, tmp_path)
     loraformat.merge(trained.base, [(trained.adapter, 0.25)], tmp_path / "merged")
     before, after = state_of(trained.base), state_of(tmp_path / "merged")
@@ -275,3 +279,33 @@ def test_trained_tokens_half_way(tmp_path: Path) -> None:
     expected = before[name] + 0.25 * (trained.merged[name] - before[name])
     np.testing.assert_allclose(after[name], expected, rtol=0, atol=1e-7)
     assert (after[name] != before[name]).any(axis=1).sum() == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_initialisation_that_changed_the_base(tmp_path: Path, init: str) -> None:
+    """Refused as it is; converted by PEFT, it is LoRA of twice the rank on the base as it was."""
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=LINEAR, init_lora_weights=init)
+    adapted = peft.get_peft_model(model, config)
+    adapted.peft_config["default"].init_lora_weights = True
+    adapted.save_pretrained(tmp_path / "initial")
+    adapted.peft_config["default"].init_lora_weights = init
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.01
+    adapted.save_pretrained(tmp_path / "raw")
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(tmp_path / "base", [tmp_path / "raw"], tmp_path / "refused")
+    assert caught.value.codes == ("LF215",)
+    assert "path_initial_model_for_weight_conversion" in caught.value.problems[0].advice
+    adapted.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    loraformat.merge(tmp_path / "base", [tmp_path / "converted"], tmp_path / "merged")
+    found, before = state_of(tmp_path / "merged"), state_of(tmp_path / "base")
+    expected = {name: value.double().numpy() for name, value in adapted.merge_and_unload().state_dict().items()}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert np.abs(expected[name] - before[name]).max() > 1e-3
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=2e-6)

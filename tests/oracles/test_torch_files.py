@@ -395,3 +395,30 @@ def test_a_pointer_is_called_one() -> None:
     with pytest.raises(LoraformatError, match="git lfs pull") as caught:
         CONTAINER.open(corpus("JOSASA__gpt2/adapter_model.bin"))
     assert caught.value.codes == ("LF111",)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("wrapper", ["", "model"])
+def test_torch_reads_what_we_write(tmp_path: Path, wrapper: str, mmap: bool) -> None:
+    import ml_dtypes
+    import torch
+
+    forms = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+    dice = np.random.default_rng(0)
+    arrays = {f"a.{form}": dice.standard_normal((3, 5)).astype(BY_NAME[form].numpy()) for form in forms}
+    arrays |= {"none": np.zeros((0, 7), np.float32), "scalar": np.array(2.5), "Größe": np.ones((2, 1, 3), np.float32)}
+    tensors = [(name, BY_NAME[array.dtype.name], array.shape, array) for name, array in arrays.items()]
+    path = tmp_path / "new.pt"
+    with path.open("wb") as sink:
+        CONTAINER.write(sink, tensors, {"torch.wrapper": wrapper} if wrapper else {})
+    loaded = torch.load(path, weights_only=True, mmap=mmap)
+    assert list(loaded) == ([wrapper] if wrapper else list(arrays))
+    found = loaded[wrapper] if wrapper else loaded
+    assert list(found) == list(arrays)
+    for name, array in arrays.items():
+        tensor = found[name]
+        assert (tuple(tensor.shape), tensor.is_contiguous()) == (array.shape, True)
+        if array.dtype == ml_dtypes.bfloat16:
+            tensor, array = tensor.view(torch.uint16), array.view(np.uint16)
+        assert tensor.numpy().dtype == array.dtype
+        assert tensor.numpy().tobytes() == array.tobytes(), name

@@ -61,9 +61,6 @@ class TestNative(SchemeLaws):
             "beside other metadata": replace(bundle_of(FULL), metadata={**bundle_of(FULL).metadata, "format": "pt"}),
         }
 
-    def write(self, adapter: Adapter) -> Bundle | None:
-        return bundle_of(adapter)
-
 
 def codes_of(adapter_or_bundle: Adapter | Bundle) -> list[str]:
     bundle = adapter_or_bundle

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from loraformat.adapter import Scaling, ScalingRule
 from loraformat.errors import LoraformatError
 from loraformat.problems import Problem
+from loraformat.recognition import UNMERGEABLE
 from loraformat.schemes import NOT_STATED, Bundle, StatedScale
 from loraformat.schemes._peft_config import _OBSTACLES, PeftConfig, read_config
 from loraformat.schemes._peft_patterns import fits
@@ -90,7 +91,7 @@ def test_the_lack_of_a_configuration_is_said() -> None:
             config.scaling_of("m.q", NOT_STATED, PATH)
         assert caught.value.codes == ("LF211",)
         assert found in caught.value.problems[0].found
-    assert read_config(None, PATH).check_type(Bundle(PATH, {})) is None
+    assert read_config(None, PATH).check_type(Bundle(PATH, {})) == "LORA"
 
 
 def test_a_multiplier_is_no_alpha() -> None:
@@ -116,7 +117,8 @@ CODES = {"init_lora_weights": "LF215", "loftq_config": "LF215"}
 
 
 def test_every_obstacle_is_tried() -> None:
-    assert {item.field for item in _OBSTACLES} == set(STANDING)
+    other = {field.path for row in UNMERGEABLE for field in row.fields if "." not in field.path}
+    assert {item.field for item in _OBSTACLES} | other == set(STANDING)
 
 
 @pytest.mark.parametrize(
@@ -270,13 +272,13 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("pattern", "name"), HOSTILE, ids=lambda text: text[:12])
 def test_hostile_patterns_cost_nothing(pattern: str, name: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     problems: tuple[Problem, ...] = ()
     try:
         scale_of(name, alpha_pattern={pattern: 8})
     except LoraformatError as error:
         problems = error.problems
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert all(problem.code == "LF213" for problem in problems)
     assert all("pattern" in problem.found and "alpha_pattern" in problem.where for problem in problems)
 
@@ -293,9 +295,9 @@ def test_a_thousand_names_as_patterns_take_no_time() -> None:
     """AdaLoRA and extracted adapters give every module a rank of its own."""
     names = [f"model.layers.{layer}.self_attn.{part}_proj" for layer in range(250) for part in "qkvo"]
     config = config_of(r=8, rank_pattern={name: index for index, name in enumerate(names)})
-    started = time.perf_counter()
+    started = time.process_time()
     assert [config.rank_of(name, 8) for name in names[::10]] == list(range(0, 1000, 10))
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
 
 
 def test_the_first_pattern_that_fits_counts() -> None:

@@ -51,8 +51,8 @@ _ONLY_MERGING: Final = frozenset(
     default=None,
     help="Accept weights that do not match their target's fingerprint.",
 )
-@click.option("--untie", is_flag=True, help="Let tied tables part where adapters change them apart.")
-@click.option("--new-biases", is_flag=True, help="Give biases to modules that have none.")
+@click.option("--untie", is_flag=True, default=None, help="Let tied tables part where adapters change them apart.")
+@click.option("--new-biases", is_flag=True, default=None, help="Give biases to modules that have none.")
 @click.option(
     "--dtype", metavar="FORM", help="Number form of the output, such as bfloat16; else each tensor keeps its own."
 )

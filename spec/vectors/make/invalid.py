@@ -305,9 +305,9 @@ def _raw(dtype: str, data: bytes) -> bytes:
     return pack(manifest_of({"proj": lora("linear", 2)}), tensors)
 
 
-def _dora() -> bytes:
+def _unknown_kind() -> bytes:
     tensors = {**TENSORS, "proj.lora_magnitude_vector": tensor("F32", [1, 2, 3])}
-    return pack(manifest_of({"proj": TARGET | {"kind": "dora"}}), tensors)
+    return pack(manifest_of({"proj": TARGET | {"kind": "kind-of-another-day"}}), tensors)
 
 
 def _orphan(name: str) -> bytes:
@@ -332,6 +332,14 @@ def _replace(tensors: Mapping[str, Tensor], **changes: Any) -> bytes:
 SAVED = {"weight": tensor("F32", [[1, 2], [3, 4]])}
 BY_RANK = {"rule": "alpha/rank", "alpha": 1}
 
+_BIAS = tensor("F32", [1, 2, 3, 4, 5])
+
+
+def _embedding_with_bias() -> bytes:
+    tensors = shape_factors(Dice(13), "proj", "embedding", (3, 4), 2)
+    return pack(manifest_of({"proj": lora("embedding", 2)}), tensors | {"proj.lora_B.bias": tensor("F32", [1, 2, 3])})
+
+
 MEANINGS: Mapping[str, Files] = {
     "target-without-a-name": vector("R-020", "LF301", _without_name()),
     "no-targets": vector("R-021", "LF212", pack(manifest_of({}), {})),
@@ -340,6 +348,10 @@ MEANINGS: Mapping[str, Files] = {
     "tensor-called-like-the-target": vector("R-022", "LF202", _orphan("proj")),
     "target-without-tensors": vector("R-022", "LF201", _manifest({"targets": {"proj": TARGET, "more": TARGET}})),
     "role-unknown": vector("R-023", "LF202", _orphan("proj.lora_C.weight")),
+    "option-unknown": vector("R-024", "LF120", _target({"options": {"block_size": 4}})),
+    "options-not-an-object": vector("R-024", "LF122", _target({"options": [4]})),
+    "lora-bias-of-another-size": vector("R-045", "LF203", _roles({**TENSORS, "proj.lora_B.bias": _BIAS})),
+    "lora-bias-of-an-embedding": vector("R-045", "LF202", _embedding_with_bias()),
     "role-empty": vector("R-023", "LF202", _orphan("proj.")),
     "role-missing": vector("R-023", "LF201", _roles({DOWN: TENSORS[DOWN]})),
     "roles-of-another-slot": vector(
@@ -347,7 +359,7 @@ MEANINGS: Mapping[str, Files] = {
     ),
     "slot-unknown": vector("R-030", "LF122", _target({"slot": "slice"})),
     "slot-that-the-kind-lacks": vector("R-030", "LF408", _target({"slot": "parameter"})),
-    "kind-unknown": vector("R-040", "LF209", _dora()),
+    "kind-unknown": vector("R-040", "LF209", _unknown_kind()),
     "kind-in-capitals": vector("R-040", "LF209", _target({"kind": "LoRA"})),
     "ranks-of-the-factors-differ": vector("R-041", "LF203", _factors("linear", (2, 4), (3, 3))),
     "factors-transposed": vector("R-041", "LF203", _factors("linear", (4, 2), (2, 3), 4)),

@@ -6,7 +6,7 @@ sum with the delta is exact in binary32 as well, so that one rounding is all the
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import product
 from math import prod, sqrt
@@ -92,6 +92,7 @@ class Change:
         number: the rule's number.
         dtype: of the factors.
         more: further fields of the target.
+        beside: further roles (R-045) and their numbers.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Change:
     number: float = 1
     dtype: str = "F32"
     more: Mapping[str, Any] | None = None
+    beside: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -154,6 +156,7 @@ def write_adapter(adapter: Adapter) -> bytes:
         target = lora(change.slot, change.rank, change.rule, change.number)
         targets[change.name] = target | dict(change.more or {})
         tensors |= factors(change.name, change.slot, change.down, change.up, change.dtype)
+        tensors |= {f"{change.name}.{role}": tensor(change.dtype, values) for role, values in change.beside.items()}
     return pack(manifest_of(targets), tensors)
 
 
@@ -218,6 +221,12 @@ def _steps(shape: Sequence[int], adapters: Sequence[tuple[Adapter, float]], name
         for change in adapter
         if isinstance(change, Change) and f"{change.name}.weight" == name
     ]
+    found += [
+        np.array([[Fraction(float(x)) * change.scale * Fraction(weight)] for x in change.beside["lora_B.bias"]])
+        for adapter, weight in adapters
+        for change in adapter
+        if isinstance(change, Change) and f"{change.name}.bias" == name and "lora_B.bias" in change.beside
+    ]
     joined = np.empty(prod(shape), dtype=object)
     for index in range(prod(shape)):
         joined[index] = [part for terms in found for part in terms[index]]
@@ -233,11 +242,19 @@ def merge_weights(form: str, weights: Weights, adapters: Sequence[tuple[Adapter,
         if isinstance(change, Saved)
         for role, saved in change.values.items()
     }
+    own = {
+        f"{change.name}.{role.removeprefix('base_layer.')}": values
+        for adapter, _ in adapters
+        for change in adapter
+        if isinstance(change, Change)
+        for role, values in change.beside.items()
+        if role.startswith("base_layer.")
+    }
     return {
         name: (
             replaced_bits(FORMS[form], stored, *replaced[name])
             if name in replaced
-            else merged_bits(FORMS[form], stored, _steps(stored.shape, adapters, name))
+            else merged_bits(FORMS[form], own.get(name, stored), _steps(stored.shape, adapters, name))
         ).hex()
         for name, stored in weights.items()
     }
@@ -448,7 +465,23 @@ def _bias_beside_lora() -> Files:
     return vector("R-044 R-080 R-085", _head(128), [([change], 1), ([saved], 0.5)])
 
 
+def _beside_lora() -> Files:
+    """A bias of B, and the base's own weight and bias saved as a whole, to which the changes are added."""
+    dice = Dice(130)
+    linear = _change(131, "linear", "linear", (3, 4), rule="alpha/rank", number=4)
+    linear = replace(linear, beside={"lora_B.bias": dice.numbers((3,), 1 / 64, 60)})
+    table = _change(132, "table", "embedding", (3, 5))
+    table = replace(table, beside={"base_layer.weight": dice.numbers((5, 3), 0.125, 60)})
+    conv = _change(133, "conv", "conv", (3, 2, 3))
+    saved = {"base_layer.weight": dice.numbers((3, 2, 3), 0.125, 60), "base_layer.bias": dice.numbers((3,), 0.125, 60)}
+    conv = replace(conv, beside=saved | {"lora_B.bias": dice.numbers((3,), 1 / 64, 60)})
+    weights = {f"{change.name}.weight": _stored(134, change) for change in (linear, table, conv)}
+    weights |= {f"{name}.bias": dice.numbers((3,), 0.125, 60) for name in ("linear", "conv")}
+    return vector("R-045 R-080 R-085", weights, [([linear, table, conv], 1)])
+
+
 MERGES: Mapping[str, Files] = {
+    "beside-lora": _beside_lora(),
     "linear": _one_slot(100, "linear", (3, 4)),
     "linear-transposed": _one_slot(102, "linear-transposed", (3, 4), "R-030 R-041 R-080"),
     "linear-transposed-square": _one_slot(104, "linear-transposed", (4, 4), "R-030 R-031 R-041"),

@@ -322,7 +322,21 @@ def _replace() -> Files:
     return vector("R-022 R-023 R-042 R-044 R-050", file, expected | {"proj": seen("linear", 2, 1, (3, 4))})
 
 
+def _beside_lora() -> Files:
+    """Further roles of `lora`; empty options are left out of the canonical file."""
+    dice = Dice(14)
+    shapes = {"lora_B.bias": (3,), "base_layer.weight": (3, 4), "base_layer.bias": (3,)}
+    tensors = shape_factors(dice, "proj", "linear", (3, 4), 2) | shape_factors(dice, "table", "embedding", (4, 7), 2)
+    tensors |= {f"proj.{role}": tensor("F16", dice.numbers(shape)) for role, shape in shapes.items()}
+    tensors["table.base_layer.weight"] = tensor("BF16", dice.numbers((7, 4)))
+    plain = {"proj": lora("linear", 2), "table": lora("embedding", 2)}
+    given = {name: target | {"options": {}} for name, target in plain.items()}
+    expected = {"proj": seen("linear", 2, 1, (3, 4)), "table": seen("embedding", 2, 1, (4, 7))}
+    return vector("R-024 R-045", pack(manifest_of(given), tensors), expected, pack(manifest_of(plain), tensors))
+
+
 VECTORS: Mapping[str, Files] = {
+    "beside-lora": _beside_lora(),
     "minimal": _minimal(),
     "slots": _slots(),
     "scaling-rules": _scales(),

@@ -1,0 +1,255 @@
+"""Functions of a weight, each computed some rows at a time."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraformat.kinds import Delta
+
+Tiles = Iterable[tuple[int, NDArray[Any]]]
+"""First row and rows of the base, as `WeightMap.prepare` takes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ElementwiseMap:
+    """W∘(1 + F) + D, number by number.
+
+    Attributes:
+        factor: F.
+        added: D, or None.
+    """
+
+    factor: Delta
+    added: Delta | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(rows, columns)`."""
+        return self.factor.shape
+
+    @property
+    def row_block(self) -> int:
+        """Each number is computed from itself."""
+        return 1
+
+    def transposed(self) -> "ElementwiseMap":
+        """Return the same function of the transposed matrix."""
+        return ElementwiseMap(self.factor.transposed(), self.added.transposed() if self.added else None)
+
+    def prepare(self, tiles: Tiles) -> "ElementwiseMap":
+        """Return the map; it needs no pass."""
+        return self
+
+    def write_rows(self, start: int, stop: int, base: NDArray[Any], out: NDArray[Any]) -> None:
+        """Write rows `start:stop` of f(W) into `out`."""
+        self.factor.write_rows(start, stop, out)
+        np.add(out, 1, out=out)
+        np.multiply(out, base, out=out)
+        if self.added is not None:
+            room = np.empty_like(out)
+            self.added.write_rows(start, stop, room)
+            np.add(out, room, out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleMap:
+    """W with every row, or every column, multiplied by a number of its own.
+
+    Attributes:
+        shape: `(rows, columns)`.
+        numbers: `(rows, 1)` or `(1, columns)`.
+    """
+
+    shape: tuple[int, int]
+    numbers: NDArray[Any]
+
+    @property
+    def row_block(self) -> int:
+        """Each number is computed from itself."""
+        return 1
+
+    def transposed(self) -> "ScaleMap":
+        """Return the same function of the transposed matrix."""
+        return ScaleMap(self.shape[::-1], self.numbers.T)
+
+    def prepare(self, tiles: Tiles) -> "ScaleMap":
+        """Return the map; it needs no pass."""
+        return self
+
+    def write_rows(self, start: int, stop: int, base: NDArray[Any], out: NDArray[Any]) -> None:
+        """Write rows `start:stop` of f(W) into `out`."""
+        np.multiply(base, self.numbers[start:stop] if len(self.numbers) > 1 else self.numbers, out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class NormMap:
+    """V = W + Δ with each row, or each column, brought to the length that its magnitude says: m / (‖V‖ + ε) · V.
+
+    Attributes:
+        delta: Δ.
+        magnitudes: (rows / spread,), or (columns / spread,) where columns have lengths.
+        is_by_rows: whether rows have lengths.
+        epsilon: added to the norm.
+        spread: how many neighbouring rows, or columns, share one length: the places of a kernel.
+        factors: m / (‖V‖ + ε) of all columns, known after a pass.
+    """
+
+    delta: Delta
+    magnitudes: NDArray[Any]
+    is_by_rows: bool = True
+    epsilon: float = 0.0
+    spread: int = 1
+    factors: NDArray[Any] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(rows, columns)`."""
+        return self.delta.shape
+
+    @property
+    def row_block(self) -> int:
+        """Rows of one length; the norms of columns come from a pass before."""
+        return self.spread if self.is_by_rows else 1
+
+    def transposed(self) -> "NormMap":
+        """Return the same function of the transposed matrix."""
+        return replace(self, delta=self.delta.transposed(), is_by_rows=not self.is_by_rows)
+
+    def prepare(self, tiles: Tiles) -> "NormMap":
+        """Return the map with the norms of columns, which take a pass."""
+        if self.is_by_rows:
+            return self
+        squares = np.zeros(self.shape[1], np.float64)
+        for start, base in tiles:
+            values = np.empty(base.shape, base.dtype)
+            self.delta.write_rows(start, start + len(base), values)
+            np.add(values, base, out=values)
+            squares += np.einsum("ij,ij->j", values, values, dtype=np.float64)
+        return replace(self, factors=self._count_factors(squares, self.magnitudes)[None, :])
+
+    def write_rows(self, start: int, stop: int, base: NDArray[Any], out: NDArray[Any]) -> None:
+        """Write rows `start:stop` of f(W) into `out`."""
+        self.delta.write_rows(start, stop, out)
+        np.add(out, base, out=out)
+        factors = self.factors
+        if self.is_by_rows:
+            squares = np.einsum("ij,ij->i", out, out, dtype=np.float64)
+            magnitudes = self.magnitudes[start // self.spread : -(-stop // self.spread)]
+            factors = self._count_factors(squares, magnitudes)[:, None]
+        assert factors is not None, "the map is prepared"
+        np.multiply(out, factors.astype(out.dtype, copy=False), out=out)
+
+    def _count_factors(self, squares: NDArray[np.float64], magnitudes: NDArray[Any]) -> NDArray[np.float64]:
+        lengths = np.sqrt(squares.reshape(-1, self.spread).sum(axis=1)) + self.epsilon
+        factors: NDArray[np.float64] = np.repeat(magnitudes.astype(np.float64) / lengths, self.spread)
+        return factors
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMap:
+    """D·W, or W·D, with a matrix D of square blocks on its diagonal; one block stands for all of them.
+
+    Where the blocks reach beyond the matrix, the last one is cut off.
+
+    Attributes:
+        shape: `(rows, columns)`.
+        blocks: (blocks or 1, b, b).
+        is_on_rows: whether D stands on the left.
+        numbers: what every row `(rows, 1)` or column `(1, columns)` is multiplied by in the end, or None.
+    """
+
+    shape: tuple[int, int]
+    blocks: NDArray[Any]
+    is_on_rows: bool
+    numbers: NDArray[Any] | None = None
+
+    @property
+    def row_block(self) -> int:
+        """A block of rows, where D stands on the left; all rows where the last block is cut off."""
+        size = self.blocks.shape[1]
+        if not self.is_on_rows:
+            return 1
+        return size if self.shape[0] % size == 0 else self.shape[0]
+
+    def transposed(self) -> "BlockMap":
+        """Return the same function of the transposed matrix."""
+        blocks = np.ascontiguousarray(self.blocks.transpose(0, 2, 1))
+        numbers = self.numbers.T if self.numbers is not None else None
+        return BlockMap(self.shape[::-1], blocks, not self.is_on_rows, numbers)
+
+    def prepare(self, tiles: Tiles) -> "BlockMap":
+        """Return the map; it needs no pass."""
+        return self
+
+    def write_rows(self, start: int, stop: int, base: NDArray[Any], out: NDArray[Any]) -> None:
+        """Write rows `start:stop` of f(W) into `out`; a block of rows begins at `start` where D stands on the left."""
+        if self.is_on_rows:
+            out[...] = self._turn(base.T, start).T
+        else:
+            out[...] = self._turn(base, 0)
+        if self.numbers is not None:
+            np.multiply(out, self.numbers[start:stop] if len(self.numbers) > 1 else self.numbers, out=out)
+
+    def _turn(self, rows: NDArray[Any], first: int) -> NDArray[Any]:
+        """Return rows (n, columns), each stretch of b columns times its block; the first column is `first` of W's."""
+        size, width = self.blocks.shape[1], rows.shape[1]
+        count = -(-width // size)
+        padded = rows
+        if count * size != width:
+            padded = np.zeros((len(rows), count * size), rows.dtype)
+            padded[:, :width] = rows
+        blocks = self.blocks if len(self.blocks) == 1 else self.blocks[first // size : first // size + count]
+        if self.is_on_rows:
+            blocks = blocks.transpose(0, 2, 1)
+        parts = padded.reshape(len(rows), count, size).transpose(1, 0, 2)
+        turned = np.matmul(parts, blocks).transpose(1, 0, 2).reshape(len(rows), count * size)
+        return np.asarray(turned[:, :width])
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionMap:
+    """W + W·U·V, or U·V·W + W with the projection on the left.
+
+    Attributes:
+        shape: `(rows, columns)`.
+        left: U (columns, k), or (rows, k) on the left.
+        right: V (k, columns), or (k, rows).
+        is_on_rows: whether U·V stands on the left.
+        projected: V·W (k, columns) on the left, known after a pass.
+    """
+
+    shape: tuple[int, int]
+    left: NDArray[Any]
+    right: NDArray[Any]
+    is_on_rows: bool = False
+    projected: NDArray[Any] | None = None
+
+    @property
+    def row_block(self) -> int:
+        """The projection of all rows comes from a pass before."""
+        return 1
+
+    def transposed(self) -> "ProjectionMap":
+        """Return the same function of the transposed matrix."""
+        return ProjectionMap(self.shape[::-1], self.right.T, self.left.T, not self.is_on_rows)
+
+    def prepare(self, tiles: Tiles) -> "ProjectionMap":
+        """Return the map with the projection of all rows, which takes a pass."""
+        if not self.is_on_rows:
+            return self
+        projected = np.zeros((self.right.shape[0], self.shape[1]), np.float64)
+        for start, base in tiles:
+            projected += self.right[:, start : start + len(base)] @ base
+        return replace(self, projected=projected.astype(self.left.dtype))
+
+    def write_rows(self, start: int, stop: int, base: NDArray[Any], out: NDArray[Any]) -> None:
+        """Write rows `start:stop` of f(W) into `out`."""
+        if self.is_on_rows:
+            assert self.projected is not None, "the map is prepared"
+            np.matmul(self.left[start:stop], self.projected, out=out)
+        else:
+            np.matmul(base @ self.left, self.right, out=out)
+        np.add(out, base, out=out)

@@ -1,0 +1,241 @@
+"""Where a scheme keeps the scale: in a tensor beside each module, in a configuration, or nowhere."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import numpy as np
+
+from loraformat.adapter import Factor, Scaling, ScalingRule, Target
+from loraformat.dtypes import BY_NAME
+from loraformat.errors import refuse
+from loraformat.operations import NewFactor
+from loraformat.problems import Problem
+from loraformat.schemes import Bundle, StatedScale
+from loraformat.strict_json import JsonValue
+
+UNIT: Final = Scaling(ScalingRule.MULTIPLIER, 1.0)
+ALPHA: Final = "alpha"
+"""The role of a tensor beside a module's factors that holds its alpha."""
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """What is stored for one module, before it is a target.
+
+    Attributes:
+        name: the target that it will be.
+        rank: as its factors have it; 0 for a kind without one.
+        sidecars: role to tensor of what is no factor, such as an alpha.
+    """
+
+    name: str
+    rank: int
+    sidecars: Mapping[str, Factor]
+
+
+@dataclass(slots=True)
+class ScalesRead:
+    """What became of the scales.
+
+    Attributes:
+        scalings: target to scaling.
+        problems: what was not stated or odd.
+        remembered: what `write` needs to restore the scheme's own form.
+    """
+
+    scalings: dict[str, Scaling] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    remembered: dict[str, JsonValue] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class ScalesWritten:
+    """Where the scales go.
+
+    Attributes:
+        sidecars: target to role to tensor.
+        metadata: annotations of the file.
+        config: the configuration beside it, or None.
+        problems: scales that would be rounded.
+    """
+
+    sidecars: dict[str, dict[str, Factor]] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: dict[str, JsonValue] | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+
+class ScalePlace(Protocol):
+    """Where a scheme keeps the scale."""
+
+    def read(self, modules: Sequence[Module], bundle: Bundle, stated: StatedScale) -> ScalesRead:
+        """Return the scaling of every module."""
+        ...
+
+    def write(self, targets: Sequence[Target], remembered: Mapping[str, JsonValue]) -> ScalesWritten:
+        """Return what holds the scalings of the targets."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AlphaTensors:
+    """A tensor `alpha` of one number beside each module: s = alpha / rank.
+
+    Without it, or with an alpha of 0, s is 1, as kohya's own loader and its followers have it.
+
+    Attributes:
+        asked: whether a file without any alpha must be told its scale; otherwise it is what every reader takes, 1.
+    """
+
+    asked: bool = False
+
+    def read(self, modules: Sequence[Module], bundle: Bundle, stated: StatedScale) -> ScalesRead:
+        """Return the scalings; alphas that have no effect are remembered."""
+        result = ScalesRead()
+        forms: dict[str, str] = {}
+        idle: dict[str, JsonValue] = {}
+        silent = [module.name for module in modules if ALPHA not in module.sidecars and module.rank]
+        for module in modules:
+            alpha = read_alpha(module)
+            if alpha is not None:
+                tensor = module.sidecars[ALPHA]
+                forms[module.name] = f"{tensor.dtype.name}{list(tensor.shape)}"
+                if not (alpha and module.rank):
+                    idle[module.name] = alpha
+            result.scalings[module.name] = _scale_by(alpha, module.rank) if alpha is not None else UNIT
+        if silent:
+            fallback = self._fall_back(silent, bundle, stated, result)
+            result.scalings |= dict.fromkeys(silent, fallback)
+            result.remembered["silent"] = len(silent) == len(modules) or silent
+        result.remembered |= _remember_forms(forms)
+        if idle:
+            result.remembered["idle_alphas"] = idle
+        return result
+
+    def _fall_back(self, silent: Sequence[str], bundle: Bundle, stated: StatedScale, result: ScalesRead) -> Scaling:
+        """Return the scaling of modules without an alpha tensor."""
+        if stated.multiplier is not None:
+            return Scaling(ScalingRule.MULTIPLIER, stated.multiplier)
+        config = bundle.config or {}
+        alpha = stated.alpha if stated.alpha is not None else config.get("lora_alpha")
+        if isinstance(alpha, int | float) and not isinstance(alpha, bool):
+            rule = ScalingRule.ALPHA_OVER_SQRT_RANK if config.get("use_rslora") else ScalingRule.ALPHA_OVER_RANK
+            return Scaling(rule, float(alpha))
+        found = f"no alpha for {len(silent)} modules, such as {silent[0]}"
+        if self.asked:
+            raise refuse("LF211", bundle.path, found, "the scale of the training run")
+        found += ": taken as 1, as every reader does"
+        result.problems.append(Problem("LF321", str(bundle.path), found, severity="note"))
+        return UNIT
+
+    def write(self, targets: Sequence[Target], remembered: Mapping[str, JsonValue]) -> ScalesWritten:
+        """Return an alpha for each target but those with a multiplier of 1, or that had none and still need none."""
+        result = ScalesWritten()
+        idle = remembered.get("idle_alphas")
+        idle = idle if isinstance(idle, Mapping) else {}
+        silent = remembered.get("silent")
+        for target in targets:
+            was_silent = silent is True or (isinstance(silent, Sequence) and target.name in silent)
+            alpha = _number(idle.get(target.name)) if target.scaling == UNIT else _alpha_of(target)
+            if alpha is None or (was_silent and target.scale == 1.0):
+                continue
+            factor = _make_alpha(target.name, alpha, _recall_form(remembered, target.name))
+            result.sidecars[target.name] = {ALPHA: factor}
+            stored = float(factor.read().astype(np.float64).reshape(-1)[0])
+            if stored != alpha:
+                found = f"alpha {alpha!r} as {factor.dtype.name}, relative error {abs(stored / alpha - 1):.2g}"
+                result.problems.append(Problem("LF320", target.name, found, severity="note"))
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class StatedAlone:
+    """No place at all: the user must say it."""
+
+    def read(self, modules: Sequence[Module], bundle: Bundle, stated: StatedScale) -> ScalesRead:
+        """Return what the user states; raises LF211 where nothing is stated."""
+        if stated.multiplier is not None:
+            scaling = Scaling(ScalingRule.MULTIPLIER, stated.multiplier)
+        elif stated.alpha is not None:
+            scaling = Scaling(ScalingRule.ALPHA_OVER_RANK, stated.alpha)
+        else:
+            raise refuse(
+                "LF211", bundle.path, "a scheme that has no place for a scale", "the scale of the training run"
+            )
+        return ScalesRead({module.name: scaling if module.rank else UNIT for module in modules})
+
+    def write(self, targets: Sequence[Target], remembered: Mapping[str, JsonValue]) -> ScalesWritten:
+        """Return nothing: the targets must have been folded before."""
+        return ScalesWritten()
+
+
+def read_alpha(module: Module) -> float | None:
+    """Return the number of an alpha tensor, None without one.
+
+    Raises:
+        FindingError: LF203 not one number, LF207 not finite.
+    """
+    tensor = module.sidecars.get(ALPHA)
+    if tensor is None:
+        return None
+    where = f"{module.name}: {ALPHA}"
+    if tensor.elements != 1:
+        raise refuse("LF203", where, f"shape {tensor.shape}", "one number")
+    value = float(tensor.read().astype(np.float64).reshape(-1)[0])
+    if not math.isfinite(value):
+        raise refuse("LF207", where, f"{value}", "a finite number")
+    return value
+
+
+def _scale_by(alpha: float, rank: int) -> Scaling:
+    return Scaling(ScalingRule.ALPHA_OVER_RANK, alpha) if alpha and rank else UNIT
+
+
+def _alpha_of(target: Target) -> float | None:
+    """Return the alpha that gives the target's scale when divided by its rank; None where there is nothing to say."""
+    rule, value = target.scaling.rule, target.scaling.value
+    if not target.rank:
+        return None
+    if rule is ScalingRule.ALPHA_OVER_RANK:
+        return value
+    return value * math.sqrt(target.rank) if rule is ScalingRule.ALPHA_OVER_SQRT_RANK else value * target.rank
+
+
+def _number(value: JsonValue) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _make_alpha(name: str, alpha: float, form: tuple[str, tuple[int, ...]]) -> NewFactor:
+    """Return an alpha in its remembered form where that holds the number, else in float32."""
+    dtype, shape = form
+    with np.errstate(over="ignore"):
+        array = np.full(shape, alpha).astype(BY_NAME[dtype].numpy())
+    if float(array.astype(np.float64).reshape(-1)[0]) != alpha:
+        array = np.full(shape, alpha, dtype=np.float32)
+    return NewFactor(f"{name}.{ALPHA}", array)
+
+
+_FLOAT32: Final = ("float32", ())
+
+
+def _remember_forms(forms: Mapping[str, str]) -> dict[str, JsonValue]:
+    """Return the usual form of the alphas, and the targets that have another; nothing where all are as written here."""
+    if not forms:
+        return {}
+    usual = Counter(forms.values()).most_common(1)[0][0]
+    others: dict[str, JsonValue] = {name: form for name, form in forms.items() if form != usual}
+    remembered: dict[str, JsonValue] = {} if usual == "float32[]" else {"alpha_form": usual}
+    return remembered | ({"alpha_forms": others} if others else {})
+
+
+def _recall_form(remembered: Mapping[str, JsonValue], name: str) -> tuple[str, tuple[int, ...]]:
+    others = remembered.get("alpha_forms")
+    text = others.get(name) if isinstance(others, Mapping) else None
+    text = text or remembered.get("alpha_form")
+    dtype, bracket, sizes = text.partition("[") if isinstance(text, str) else ("", "", "")
+    if not bracket or dtype not in BY_NAME or BY_NAME[dtype].family not in ("float", "int"):
+        return _FLOAT32
+    return dtype, (1,) * len([size for size in sizes.removesuffix("]").split(",") if size])

@@ -1,0 +1,150 @@
+"""diffusers' `pytorch_lora_weights.safetensors`: `<component>.<path>.lora_A.weight`, and its older generations.
+
+Scale: in the annotation `lora_adapter_metadata` (fields of LoraConfig for each component), or in tensors `.alpha`, or
+nowhere, in which case every reader takes 1. Source: huggingface/diffusers 0.42, loaders/lora_base.py and
+utils/peft_utils.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from loraformat.adapter import SlotKind, Target
+from loraformat.errors import LoraformatError
+from loraformat.schemes import Bundle, Holds, StatedScale
+from loraformat.schemes._engine import NOISE, Alias, Marks, TableScheme
+from loraformat.schemes._lora_config import describe_lora
+from loraformat.schemes._memory import find_texts
+from loraformat.schemes._naming import COMPONENTS, ComponentNaming, split_component
+from loraformat.schemes._peft_config import PeftConfig
+from loraformat.schemes._peft_writing import says_the_same
+from loraformat.schemes._scales import ALPHA, AlphaTensors, Module, ScalesRead, ScalesWritten
+from loraformat.schemes._table import NameTable, Row
+from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
+
+_METADATA: Final = "lora_adapter_metadata"
+_WHOLE: Final = r"(?:unet|prior|connectors|text_encoder(?:_[23])?)\."
+_TRANSFORMER: Final = (
+    r"transformer(?:_2)?\.(?:base_model\.model\.)?"
+    r"(?:(?:single_|joint_)?transformer_blocks|blocks|layers|noise_refiner|context_refiner|proj_out|norm_out|img_in|txt_in"
+    r"|adaln_single|caption_projection|time_text_embed|condition_embedder|(?:x|context|patch|pos|time|token)_?\w*embed\w*)(?=\.)"
+)
+_BARE: Final = r"(?:down_blocks|up_blocks|mid_block|(?:single_)?transformer_blocks)(?=\.)"
+_TENSOR: Final = r".*(?:[._]lora[._]|\.lora_(?:[AB]\.|linear_layer|magnitude))"
+
+
+@dataclass(frozen=True, slots=True)
+class _AdapterMetadata:
+    """LoraConfig's fields in the file's annotations, else tensors beside the modules."""
+
+    tensors: AlphaTensors
+
+    def read(self, modules: Sequence[Module], bundle: Bundle, stated: StatedScale) -> ScalesRead:
+        """Return the scalings that the annotation states, and else those of the alphas."""
+        configs = _read_configs(bundle)
+        ruled = [
+            module
+            for module in modules
+            if module.rank and ALPHA not in module.sidecars and _component(module.name) in configs
+        ]
+        known = {module.name for module in ruled}
+        result = self.tensors.read([module for module in modules if module.name not in known], bundle, stated)
+        for module in ruled:
+            component, path = split_component(module.name)
+            config = configs[component]
+            result.scalings[module.name] = config.scaling_of(path, stated, bundle.path)
+        return result
+
+    def write(self, targets: Sequence[Target], remembered: Mapping[str, JsonValue]) -> ScalesWritten:
+        """Return the annotation, each component's fields behind its name, or alone in a file without components.
+
+        The annotation that the adapter once had is written as it was where it still says the same.
+        """
+        known = find_texts(remembered, "metadata").get(_METADATA)
+        if known is not None and _says_all(known, targets):
+            return ScalesWritten(metadata={_METADATA: known})
+        bare = remembered.get("bare")
+        fields: dict[str, JsonValue] = {}
+        low_rank = [target for target in targets if target.rank]
+        for component in dict.fromkeys(_component(target.name) for target in low_rank):
+            own = {split_component(each.name)[1]: each for each in low_rank if _component(each.name) == component}
+            prefix = "" if component in (bare, "") else f"{component}."
+            fields |= {f"{prefix}{name}": value for name, value in describe_lora(own).items()}
+        return ScalesWritten(metadata={_METADATA: write_canonical(fields).decode("utf-8")})
+
+
+def _says_all(text: str, targets: Sequence[Target]) -> bool:
+    """Say whether an annotation gives every target the rank and scale that it has."""
+    configs = _read_configs(Bundle(Path(_METADATA), {}, {_METADATA: text}))
+    own: dict[str, dict[str, Target]] = {}
+    for target in targets:
+        component, path = split_component(target.name)
+        own.setdefault(component, {}).update({path: target} if target.rank else {})
+    return all(
+        component in configs and says_the_same(configs[component].fields, each) for component, each in own.items()
+    )
+
+
+def _component(target: str) -> str:
+    return split_component(target)[0]
+
+
+def _read_configs(bundle: Bundle) -> dict[str, PeftConfig]:
+    """Return the fields of every component; those of a file without components hold for all."""
+    text = bundle.metadata.get(_METADATA)
+    if text is None:
+        return {}
+    where = f"{bundle.path}: {_METADATA}"
+    try:
+        fields = parse_json_object(text.encode("utf-8", "surrogatepass"), where)
+    except LoraformatError:
+        return {}
+    parts: dict[str, dict[str, JsonValue]] = {}
+    for name, value in fields.items():
+        component, dot, field = name.rpartition(".")
+        for each in (component,) if dot else COMPONENTS:
+            parts.setdefault(each, {})[field] = value
+    return {component: PeftConfig(each, where, True) for component, each in parts.items()}
+
+
+SCHEME: Final = TableScheme(
+    name="diffusers",
+    title="diffusers: pytorch_lora_weights.safetensors",
+    rows=NameTable(
+        [
+            Row("lora_A.weight", "lora", "lora_A.weight"),
+            Row("lora_B.weight", "lora", "lora_B.weight"),
+            Row("lora_A.{adapter}.weight", "lora", "lora_A.weight"),
+            Row("lora_B.{adapter}.weight", "lora", "lora_B.weight"),
+            Row("lora_linear_layer.down.weight", "lora", "lora_A.weight"),
+            Row("lora_linear_layer.up.weight", "lora", "lora_B.weight"),
+            Row("lora.down.weight", "lora", "lora_A.weight"),
+            Row("lora.up.weight", "lora", "lora_B.weight"),
+            Row("lora_B.bias", "lora", "lora_B.bias"),
+            Row("lora_magnitude_vector", "dora", "lora_magnitude_vector"),
+            Row("weight", "replace", "weight"),  # Norms of BFL's control adapters.
+            Row("bias", "replace", "bias"),
+            Row(ALPHA, "", ALPHA),
+        ]
+    ),
+    naming=ComponentNaming("diffusers", {component: component for component in COMPONENTS}),
+    scale=_AdapterMetadata(AlphaTensors()),
+    marks=Marks(
+        keys=tuple(f"{start}{_TENSOR}" for start in (_WHOLE, _TRANSFORMER, _BARE)),
+        others=(r"base_model\.model\.(?!unet)", r".*\.processor\.(?:qkv|proj)_lora"),
+    ),
+    holds=Holds(
+        kinds=frozenset({"lora", "dora", "replace"}),
+        slots=frozenset({SlotKind.LINEAR, SlotKind.CONV, SlotKind.PARAMETER}),
+    ),
+    names="diffusers",
+    aliases=(
+        *NOISE,
+        Alias(r"^(\w+)\.base_model\.model\.", r"\1."),
+        Alias(r"^(text_encoder\w*\..*)\.to_([qkv])_lora\.(down|up)\.weight$", r"\1.\2_proj.lora.\3.weight"),
+        Alias(r"^(text_encoder\w*\..*)\.to_out_lora\.(down|up)\.weight$", r"\1.out_proj.lora.\2.weight"),
+        Alias(r"^(.*)\.processor\.to_([qkv])_lora\.(down|up)\.weight$", r"\1.to_\2.lora.\3.weight"),
+        Alias(r"^(.*)\.processor\.to_out_lora\.(down|up)\.weight$", r"\1.to_out.0.lora.\2.weight"),
+    ),
+)

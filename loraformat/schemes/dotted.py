@@ -1,0 +1,59 @@
+"""The dotted native scheme of ComfyUI, ai-toolkit, diffusion-pipe and OneTrainer: the original repository's own names.
+
+`diffusion_model.<path>.lora_A.weight`, or the path alone; text encoders behind `text_encoders.<name>.transformer`.
+Every payload of LyCORIS may stand there too. A module without `alpha` acts with scale 1. diffusion-pipe writes it as a
+folder with PEFT's configuration beside it: the keys decide. Source: comfyanonymous/ComfyUI, comfy/lora.py.
+"""
+
+from typing import Final
+
+from loraformat.adapter import SlotKind
+from loraformat.schemes import LORA_SLOTS, Holds
+from loraformat.schemes._engine import NOISE, Alias, Marks, TableScheme
+from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS
+from loraformat.schemes._naming import ComponentNaming
+from loraformat.schemes._scales import AlphaTensors
+from loraformat.schemes._table import NameTable, Row
+
+_PREFIXES: Final = {
+    "diffusion_model": "diffusion_model",
+    "text_encoders.clip_l.transformer": "text_encoder",
+    "text_encoders.clip_g.transformer": "text_encoder_2",
+    "text_encoders.t5xxl.transformer": "text_encoder_3",
+    "": "",
+}
+_TENSOR: Final = r".*\.(?:lora[_.]|hada_|lokr_|diff|oft_|w_norm|b_norm|dora_scale|a1\.|set_weight)"
+_NATIVE: Final = (
+    r"(?:double_blocks|single_blocks|joint_blocks|input_blocks|middle_block|output_blocks|final_layer)(?=\.)"
+)
+
+SCHEME: Final = TableScheme(
+    name="dotted",
+    title="dotted native names: ComfyUI, ai-toolkit, diffusion-pipe, OneTrainer",
+    rows=NameTable(
+        [
+            Row("lora_A.weight", "lora", "lora_A.weight"),
+            Row("lora_B.weight", "lora", "lora_B.weight"),
+            Row("lora_A.{adapter}.weight", "lora", "lora_A.weight"),
+            Row("lora_B.{adapter}.weight", "lora", "lora_B.weight"),
+            Row("lora_down.weight", "lora", "lora_A.weight"),
+            Row("lora_up.weight", "lora", "lora_B.weight"),
+            Row("lora.down.weight", "lora", "lora_A.weight"),
+            Row("lora.up.weight", "lora", "lora_B.weight"),
+            Row("lora_B.bias", "lora", "lora_B.bias"),
+            Row("scale", "replace", "scale"),
+            *LYCORIS_ROWS,
+            Row("magnitude", "dora", "lora_magnitude_vector"),
+        ]
+    ),
+    naming=ComponentNaming("dotted", _PREFIXES),
+    scale=AlphaTensors(),
+    marks=Marks(
+        keys=(rf"(?:diffusion_model|text_encoders\.\w+)\.{_TENSOR}", rf"{_NATIVE}{_TENSOR}"),
+        neutral=(r".+\.alpha$", r".+_norm\.scale$"),
+        others=(r".*\.processor\.(?:qkv|proj)_lora", r"base_model\.model\.", r"lora_(?:unet|te)"),
+    ),
+    holds=Holds(kinds=LYCORIS_KINDS, slots=LORA_SLOTS | {SlotKind.PARAMETER}),
+    names="dotted",
+    aliases=(*NOISE, Alias(r"^(.*)\.lora_([AB])$", r"\1.lora_\2.weight")),
+)

@@ -1,0 +1,36 @@
+"""fal's FLUX adapters: a dump of PEFT's keys over the original names, without PEFT's configuration.
+
+`base_model.model.double_blocks.0.img_attn.qkv.lora_A.weight`. For want of a scale every reader takes 1. With
+a configuration beside it, it is a PEFT folder, and read as one. Source: huggingface/diffusers,
+`_convert_fal_kontext_lora_to_diffusers`.
+"""
+
+from typing import Final
+
+from loraformat.schemes import Bundle
+from loraformat.schemes._engine import NOISE, Alias, Marks, TableReader
+from loraformat.schemes._naming import ComponentNaming
+from loraformat.schemes._scales import ALPHA, AlphaTensors
+from loraformat.schemes._table import NameTable, Row
+
+
+def _is_alone(bundle: Bundle) -> bool:
+    return bundle.config is None
+
+
+SCHEME: Final = TableReader(
+    name="fal",
+    title="fal: PEFT's keys over FLUX's original names, without a configuration",
+    rows=NameTable(
+        [
+            Row("lora_A.weight", "lora", "lora_A.weight"),
+            Row("lora_B.weight", "lora", "lora_B.weight"),
+            Row(ALPHA, "", ALPHA),
+        ]
+    ),
+    naming=ComponentNaming("dotted", {"": "transformer"}),
+    scale=AlphaTensors(),
+    marks=Marks(keys=(r"base_model\.model\.(?:double|single)_blocks\..*\.lora_[AB]\.weight$",), asks=(_is_alone,)),
+    names="dotted",
+    aliases=(*NOISE, Alias(r"^base_model\.model\.", "")),
+)

@@ -1,0 +1,236 @@
+"""The tables of `spec/names/`: how the modules of one architecture are called in each spelling.
+
+A table is about one component (a UNet, a transformer, a text encoder). A row is one module, or one weight that a
+spelling has fused and another in parts. The paths are patterns: `{i}` stands for a number.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Final
+
+from loraformat.strict_json import parse_json_object
+
+_HOLE: Final = re.compile(r"\{(\w+)\}")
+_NUMBER: Final = re.compile(r"(?<![^._])\d+(?![^._])")
+"""A whole part of a path that is a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How the rows of a module are ordered in one spelling, as against the table's first.
+
+    Attributes:
+        rule: a name that the engine knows, such as `halves-swapped` or `rotary-interleaved`.
+        heads: which count of the base says how many heads the rows are of, where the rule asks for it.
+    """
+
+    rule: str
+    heads: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRow:
+    """One row of a table.
+
+    Attributes:
+        paths: spelling to the patterns of its modules: one, or several parts of a weight that is one elsewhere.
+        shares: how the rows of the fused weight are divided among the parts: proportions, or counts of the base.
+        orders: spelling to the order of the rows of each of its modules, where it is another.
+        parameters: what a spelling calls the parameter that is elsewhere `weight`.
+    """
+
+    paths: Mapping[str, tuple[str, ...]]
+    shares: tuple[int | str, ...]
+    orders: Mapping[str, tuple[Order | None, ...]]
+    parameters: Mapping[str, str]
+
+    def order(self, spelling: str | None, part: int) -> Order | None:
+        """Return the order of a part's rows in a spelling, None for that of the table's first."""
+        orders = self.orders.get(spelling or "", ())
+        return orders[part] if part < len(orders) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A module, found in a table.
+
+    Attributes:
+        row: its row.
+        part: which of the row's parts it is.
+        numbers: what stands for the holes.
+    """
+
+    row: ModuleRow
+    part: int
+    numbers: tuple[tuple[str, str], ...]
+
+    def write(self, spelling: str) -> tuple[str, ...]:
+        """Return the paths of the whole row in a spelling."""
+        return tuple(pattern.format(**dict(self.numbers)) for pattern in self.row.paths[spelling])
+
+
+@dataclass(frozen=True, slots=True)
+class SchemeNames:
+    """How a scheme calls the components of a model, and in which spelling it names their modules.
+
+    Attributes:
+        spelling: of this table's own component.
+        prefixes: the scheme's prefix to the component that it stands for, the one to write first.
+    """
+
+    spelling: str
+    prefixes: Mapping[str, str]
+
+
+class SpellingTable:
+    """One table.
+
+    Args:
+        fields: the JSON object of its file.
+
+    Attributes:
+        name: its file name without the suffix.
+        title: for people.
+        components: the components that it may be, the usual one first (`transformer`, `text_encoder_2`).
+        spellings: the first is the one that orders are told against.
+        widths: sizes that only this architecture has among those with the same names.
+        classes: what configurations call it.
+        schemes: how schemes call its components.
+        architectures: model types to what GGUF calls the architecture.
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.name: str = fields["table"]
+        self.title: str = fields["title"]
+        self.components: tuple[str, ...] = tuple(fields["components"])
+        self.spellings: tuple[str, ...] = tuple(fields["spellings"])
+        self.widths: frozenset[int] = frozenset(fields.get("widths", ()))
+        self.classes: frozenset[str] = frozenset(fields.get("classes", ()))
+        self.schemes: Mapping[str, SchemeNames] = {
+            name: SchemeNames(each["spelling"], each.get("prefixes", {}))
+            for name, each in fields.get("schemes", {}).items()
+        }
+        self.architectures: Mapping[str, str] = fields.get("architectures", {})
+        self.rows: tuple[ModuleRow, ...] = tuple(_read_row(row) for row in fields["modules"])
+
+    @cached_property
+    def _index(self) -> Mapping[tuple[str, bool, str], Sequence[tuple[ModuleRow, int, re.Pattern[str]]]]:
+        """Spelling, whether flat, and path with `#` for numbers, to the rows that may fit."""
+        index: dict[tuple[str, bool, str], list[tuple[ModuleRow, int, re.Pattern[str]]]] = {}
+        for row in self.rows:
+            for spelling, patterns in row.paths.items():
+                for part, pattern in enumerate(patterns):
+                    for flat in (False, True):
+                        text = pattern.replace(".", "_") if flat else pattern
+                        skeleton = _NUMBER.sub("#", _HOLE.sub("0", text))
+                        index.setdefault((spelling, flat, skeleton), []).append((row, part, _compile(text)))
+        return index
+
+    def find(self, path: str, spelling: str, *, flat: bool = False) -> list[Place]:
+        """Return the places that a path may mean in a spelling; `flat` takes `_` for every dot."""
+        found = []
+        for row, part, expression in self._index.get((spelling, flat, _NUMBER.sub("#", path)), ()):
+            match = expression.fullmatch(path)
+            if match is not None:
+                found.append(Place(row, part, tuple(sorted(match.groupdict().items()))))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A table in a spelling, as the reading of the names of one component.
+
+    Attributes:
+        table: the table.
+        spelling: which of its spellings.
+        missed: names that it does not know.
+        total: how many there were.
+    """
+
+    table: SpellingTable
+    spelling: str
+    missed: tuple[str, ...]
+    total: int
+
+    def __str__(self) -> str:
+        """Return the evidence in words."""
+        known = self.total - len(self.missed)
+        return f"{known} of {self.total} names are those of {self.table.title} ({self.spelling})"
+
+
+def read_names(paths: Iterable[str], *, flat: bool = False) -> list[Reading]:
+    """Return every table and spelling that knows some of the paths, those that know most first."""
+    listed = sorted(set(paths))
+    readings = []
+    for table in all_tables():
+        for spelling in table.spellings:
+            missed = tuple(path for path in listed if not table.find(path, spelling, flat=flat))
+            if len(missed) < len(listed):
+                readings.append(Reading(table, spelling, missed, len(listed)))
+    return sorted(readings, key=lambda reading: (len(reading.missed), reading.table.name, reading.spelling))
+
+
+@cache
+def all_tables() -> tuple[SpellingTable, ...]:
+    """Return every table, by name."""
+    return tuple(
+        SpellingTable(parse_json_object(entry.read_bytes(), entry.name))
+        for entry in sorted(_folder().iterdir(), key=lambda entry: entry.name)
+        if entry.name.endswith(".json")
+    )
+
+
+def read_order_file(name: str) -> Mapping[str, Any]:
+    """Return one of the files of `spec/names/orders`, for schemes that number modules instead of naming them."""
+    entry = _folder() / "orders" / f"{name}.json"
+    return parse_json_object(entry.read_bytes(), entry.name)
+
+
+def find_table(name: str) -> SpellingTable:
+    """Return the table of a name; raises KeyError."""
+    return {table.name: table for table in all_tables()}[name]
+
+
+def _folder() -> Traversable:
+    """Return the packaged tables, or the checkout's own when the package runs from source."""
+    packaged = files("loraformat") / "_spec" / "names"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "spec" / "names"
+
+
+def _read_row(fields: Mapping[str, Any]) -> ModuleRow:
+    paths = {
+        spelling: (value,) if isinstance(value, str) else tuple(value) for spelling, value in fields["paths"].items()
+    }
+    orders = {
+        spelling: tuple(map(_read_order, each if isinstance(each, list) else [each]))
+        for spelling, each in fields.get("orders", {}).items()
+    }
+    return ModuleRow(paths, tuple(fields.get("shares", ())), orders, fields.get("parameters", {}))
+
+
+def _read_order(fields: Mapping[str, Any] | None) -> Order | None:
+    return Order(fields["rule"], fields.get("heads", "")) if fields else None
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    """Return the expression of a pattern; a hole that stands twice must be the same number."""
+    parts: list[str] = []
+    seen: set[str] = set()
+    end = 0
+    for hole in _HOLE.finditer(pattern):
+        name = hole[1]
+        parts += [re.escape(pattern[end : hole.start()]), rf"(?P={name})" if name in seen else rf"(?P<{name}>\d+)"]
+        seen.add(name)
+        end = hole.end()
+    return re.compile("".join(parts) + re.escape(pattern[end:]))
+
+
+def list_patterns(table: SpellingTable, spelling: str) -> Iterator[str]:
+    """Yield every pattern of a spelling."""
+    for row in table.rows:
+        yield from row.paths.get(spelling, ())

@@ -1,0 +1,157 @@
+"""Writes the tables of language models in this folder; the README says what they mean.
+
+    python spec/names/make_decoder_names.py
+
+Names are facts about others' models: transformers, Meta's llama and mistral-inference, torchtune 0.6, litgpt 0.5,
+llama.cpp (gguf 0.19), Megatron-Bridge 0.3. `tests/oracles` compares them with the tables of gguf, torchtune and litgpt.
+"""
+
+from typing import Any, Final
+
+from make_names import Row, table
+
+Q, K, V = (f"model.layers.{{i}}.self_attn.{name}_proj" for name in "qkv")
+GATE, UP, DOWN = (f"model.layers.{{i}}.mlp.{name}_proj" for name in ("gate", "up", "down"))
+OUT: Final = "model.layers.{i}.self_attn.o_proj"
+
+PARTS: Final = {
+    "transformers": {"q": Q, "k": K, "v": V, "o": OUT, "gate": GATE, "up": UP, "down": DOWN},
+    "meta": {
+        **{letter: f"layers.{{i}}.attention.w{letter}" for letter in "qkvo"},
+        **{role: f"layers.{{i}}.feed_forward.w{n}" for n, role in ((1, "gate"), (2, "down"), (3, "up"))},
+    },
+    "torchtune": {
+        **{letter: f"layers.{{i}}.attn.{letter}_proj" for letter in "qkv"},
+        "o": "layers.{i}.attn.output_proj",
+        **{role: f"layers.{{i}}.mlp.w{n}" for n, role in ((1, "gate"), (2, "down"), (3, "up"))},
+    },
+    "litgpt": {
+        "qkv": "transformer.h.{i}.attn.qkv",
+        "o": "transformer.h.{i}.attn.proj",
+        "gate": "transformer.h.{i}.mlp.fc_1",
+        "up": "transformer.h.{i}.mlp.fc_2",
+        "down": "transformer.h.{i}.mlp.proj",
+    },
+    "gguf": {
+        **{letter: f"blk.{{i}}.attn_{letter}" for letter in "qkv"},
+        "o": "blk.{i}.attn_output",
+        **{role: f"blk.{{i}}.ffn_{role}" for role in ("gate", "up", "down")},
+    },
+    "megatron": {
+        "qkv": "decoder.layers.{i}.self_attention.linear_qkv",
+        "o": "decoder.layers.{i}.self_attention.linear_proj",
+        "gate_up": "decoder.layers.{i}.mlp.linear_fc1",
+        "down": "decoder.layers.{i}.mlp.linear_fc2",
+    },
+    "megatron-canonical": {
+        **{letter: f"decoder.layers.{{i}}.self_attention.linear_qkv.adapter_{letter}" for letter in "qkv"},
+        "o": "decoder.layers.{i}.self_attention.linear_proj",
+        **{role: f"decoder.layers.{{i}}.mlp.linear_fc1.adapter_{role}" for role in ("gate", "up")},
+        "down": "decoder.layers.{i}.mlp.linear_fc2",
+    },
+}
+"""Spelling to role to path; `qkv` and `gate_up` for one weight that is several elsewhere."""
+
+ENDS: Final = {
+    "transformers": ("model.embed_tokens", "lm_head"),
+    "meta": ("tok_embeddings", "output"),
+    "torchtune": ("tok_embeddings", "output"),
+    "litgpt": ("transformer.wte", "lm_head"),
+    "gguf": ("token_embd", "output"),
+    "megatron": ("embedding.word_embeddings", "output_layer"),
+    "megatron-canonical": ("embedding.word_embeddings", "output_layer"),
+}
+SCHEMES: Final = {
+    **dict.fromkeys(("peft", "mlx", "onnx_adapter", "loralib"), "transformers"),
+    "mistral": "meta",
+    "torchtune": "torchtune",
+    "litgpt": "litgpt",
+    "gguf": "gguf",
+    "megatron": "megatron",
+    "megatron_canonical": "megatron-canonical",
+}
+HEADS: Final = ["heads*head_dim", "kv_heads*head_dim", "kv_heads*head_dim"]
+INTERLEAVED: Final = [
+    {"rule": "rotary-interleaved", "heads": "heads"},
+    {"rule": "rotary-interleaved", "heads": "kv_heads"},
+    None,
+]
+GROUPED: Final = {"rule": "grouped-by-kv-heads"}
+
+
+def paths(spellings: list[str], fused: str, roles: list[str]) -> dict[str, Any]:
+    """Return spelling to path, or to the paths of the roles where it has no fused one."""
+    found: dict[str, Any] = {}
+    for spelling in spellings:
+        names = PARTS[spelling]
+        found[spelling] = names[fused] if fused in names else [names[role] for role in roles]
+    return found
+
+
+def decoder(spellings: list[str], interleaved: list[str]) -> list[Row]:
+    """Return the rows of a decoder whose queries, keys and values are three modules in transformers."""
+    orders: dict[str, Any] = {spelling: INTERLEAVED for spelling in spellings if spelling in interleaved}
+    orders |= {"megatron": GROUPED} if "megatron" in spellings else {}
+    rows: list[Row] = [
+        {"paths": paths(spellings, "qkv", ["q", "k", "v"]), "shares": HEADS, **({"orders": orders} if orders else {})},
+        {"paths": paths(spellings, "gate_up", ["gate", "up"]), "shares": [1, 1]},
+        *({"paths": {spelling: PARTS[spelling][role] for spelling in spellings}} for role in ("o", "down")),
+    ]
+    return rows + [{"paths": {spelling: ENDS[spelling][end] for spelling in spellings}} for end in range(2)]
+
+
+def phi3() -> list[Row]:
+    """Return the rows of Phi-3, which is fused in transformers, and in GGUF as well."""
+    spellings = ["transformers", "gguf", "torchtune", "litgpt"]
+    fused = {"transformers": "model.layers.{i}.self_attn.qkv_proj", "gguf": "blk.{i}.attn_qkv"}
+    qkv = fused | paths(["torchtune", "litgpt"], "qkv", ["q", "k", "v"])
+    fused = {"transformers": "model.layers.{i}.mlp.gate_up_proj", "gguf": "blk.{i}.ffn_up"}
+    gate_up = fused | paths(["torchtune", "litgpt"], "gate_up", ["gate", "up"])
+    rows: list[Row] = [{"paths": qkv, "shares": HEADS}, {"paths": gate_up, "shares": [1, 1]}]
+    rows += [{"paths": {spelling: PARTS[spelling][role] for spelling in spellings}} for role in ("o", "down")]
+    return rows + [{"paths": {spelling: ENDS[spelling][end] for spelling in spellings}} for end in range(2)]
+
+
+def gpt2() -> list[Row]:
+    """Return the rows of GPT-2."""
+    inner = (("attn.c_attn", "attn_qkv"), ("attn.c_proj", "attn_output"), ("mlp.c_fc", "ffn_up"))
+    pairs = [
+        *((f"transformer.h.{{i}}.{one}", f"blk.{{i}}.{two}") for one, two in (*inner, ("mlp.c_proj", "ffn_down"))),
+        ("transformer.wte", "token_embd"),
+        ("lm_head", "output"),
+    ]
+    return [{"paths": {"transformers": one, "gguf": two}} for one, two in pairs]
+
+
+def write(name: str, title: str, rows: list[Row], classes: dict[str, str]) -> None:
+    """Write a table; `classes` is model type to the architecture that GGUF has for it."""
+    spellings = {spelling for row in rows for spelling in row["paths"]}
+    schemes = {scheme: {"spelling": spelling} for scheme, spelling in SCHEMES.items() if spelling in spellings}
+    table(
+        name,
+        title,
+        ["language_model"],
+        rows,
+        classes=sorted({*classes, *classes.values()}),
+        architectures=classes,
+        schemes=schemes,
+    )
+
+
+def main() -> None:
+    """Write the tables."""
+    every = list(PARTS)
+    llama = {"llama": "llama", "mistral": "llama", "granite": "granite", "smollm3": "smollm3"}
+    write("llama-decoder", "Llama and Mistral", decoder(every, ["meta", "torchtune", "gguf"]), llama)
+    qwen = {"qwen2": "qwen2", "qwen3": "qwen3", "seed_oss": "seed_oss", "exaone4": "exaone4", "olmo2": "olmo2"}
+    no_meta = [spelling for spelling in every if spelling != "meta"]
+    write("qwen-decoder", "Qwen2 and Qwen3, and others of their layout", decoder(no_meta, []), qwen)
+    gemma = {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"}
+    no_megatron = [spelling for spelling in no_meta if not spelling.startswith("megatron")]
+    write("gemma-decoder", "Gemma", decoder(no_megatron, ["torchtune"]), gemma)
+    write("phi3-decoder", "Phi-3", phi3(), {"phi3": "phi3"})
+    write("gpt2-decoder", "GPT-2", gpt2(), {"gpt2": "gpt2"})
+
+
+if __name__ == "__main__":
+    main()

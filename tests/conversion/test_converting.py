@@ -1,0 +1,258 @@
+"""The face of conversion: files in, files out, every tensor accounted for, and nothing left behind when it fails."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import loraformat
+from builders import write_peft, write_tensors
+from loraformat.adapter import SlotKind
+from loraformat.conversion import SchemeSummary
+from loraformat.errors import LoraformatError
+from loraformat.loading import load_adapter
+from schemes import modules as m
+
+DOWN, UP = "lora_down.weight", "lora_up.weight"
+
+
+def write_file(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> Path:
+    return write_tensors(path, {name: factor.read() for name, factor in tensors.items()}, metadata)
+
+
+@pytest.fixture
+def flux(tmp_path: Path) -> Path:
+    """Return kohya's file of a FLUX adapter."""
+    modules = m.flat("lora_unet", m.FLUX_BFL) | m.flat("lora_te1", m.CLIP)
+    return write_file(tmp_path / "flux.safetensors", m.lora(modules, DOWN, UP, alpha=3.0), {"ss_network_dim": "2"})
+
+
+def codes(call: Any) -> tuple[str, ...]:
+    with pytest.raises(LoraformatError) as caught:
+        call()
+    return caught.value.codes
+
+
+def test_a_file_becomes_a_file(flux: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    done = loraformat.convert(flux, "diffusers", output, verify=True)
+    assert (done.origin, done.scheme, done.output, done.targets) == ("kohya", "diffusers", output, 13)
+    assert (len(done.account.converted), len(done.account.carried), done.account.refused) == (16, 8, ())
+    assert str(done.account) == "16 converted, 8 carried, 0 refused"
+    assert done.proof is not None
+    assert (done.proof.modules, done.proof.relative, done.proof.missing) == (8, 0.0, ())
+    adapter = load_adapter(output)
+    assert {target.scale for target in adapter.targets} == {1.5}
+
+
+def test_the_way_back_gives_the_same_tensors_and_annotations(flux: Path, tmp_path: Path) -> None:
+    loraformat.convert(flux, "diffusers", tmp_path / "a.safetensors")
+    loraformat.convert(tmp_path / "a.safetensors", "dotted", tmp_path / "b.safetensors")
+    loraformat.convert(tmp_path / "b.safetensors", "native", tmp_path / "c.safetensors")
+    loraformat.convert(tmp_path / "c.safetensors", "kohya", tmp_path / "d.safetensors")
+    loraformat.convert(flux, "kohya", tmp_path / "e.safetensors")
+    first, last = (_read(path) for path in (flux, tmp_path / "d.safetensors"))
+    assert first == last
+    assert b"ss_network_dim" in (tmp_path / "d.safetensors").read_bytes()
+
+
+def _read(path: Path) -> dict[str, tuple[object, ...]]:
+    from safetensors.numpy import load_file
+
+    return {name: (each.dtype, each.shape, each.tobytes()) for name, each in load_file(path).items()}
+
+
+def test_the_same_conversion_gives_the_same_bytes(flux: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        loraformat.convert(flux, "dotted", tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_folder_of_peft(flux: Path, tmp_path: Path) -> None:
+    source = tmp_path / "unet.safetensors"
+    write_file(source, m.lora(m.flat("lora_unet", m.SD1_DIFFUSERS), DOWN, UP, alpha=1.0))
+    folder = tmp_path / "peft"
+    loraformat.convert(source, "peft", folder, verify=True)
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 2, 1)
+    again = tmp_path / "again.safetensors"
+    loraformat.convert(folder, "kohya", again, verify=True)
+    assert _read(again) == _read(source)
+    assert codes(lambda: loraformat.convert(source, "peft", folder)) == ("LF601",)
+    loraformat.convert(source, "peft", folder, force=True)
+    assert codes(lambda: loraformat.convert(flux, "peft", tmp_path / "two parts")) == ("LF312",)
+    assert not (tmp_path / "two parts").exists()
+
+
+def test_an_own_configuration_comes_back_as_it_was(tmp_path: Path) -> None:
+    dice = np.random.default_rng(0)
+    factors = {"a.q": (dice.standard_normal((2, 5)), dice.standard_normal((6, 2)))}
+    folder = write_peft(tmp_path / "in", factors, alpha=12, target_modules=["q"], something_of_next_year={"x": 1})
+    loraformat.convert(folder, "native", tmp_path / "n.safetensors")
+    loraformat.convert(tmp_path / "n.safetensors", "peft", tmp_path / "out")
+    config = [json.loads((each / "adapter_config.json").read_text()) for each in (folder, tmp_path / "out")]
+    assert config[0] == config[1]
+    assert _read(folder / "adapter_model.safetensors") == _read(tmp_path / "out" / "adapter_model.safetensors")
+
+
+def test_a_plan_says_how_every_tensor_is_made(flux: Path) -> None:
+    plan = loraformat.plan_conversion(flux, "diffusers")
+    steps = {step.name: step for step in plan.steps}
+    up = steps["transformer.transformer_blocks.0.attn.to_k.lora_B.weight"]
+    assert up.sources == ("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight",)
+    assert up.operations == ("rows 6:12",)
+    assert steps["transformer.norm_out.linear.lora_B.weight"].operations == ("swap halves of rows",)
+    assert steps["transformer.norm_out.linear.lora_A.weight"].operations == ()
+    assert plan.output is None
+    record = json.loads(json.dumps(plan.as_json()))
+    assert record["account"] == {"converted": 16, "carried": list(plan.account.carried), "refused": []}
+
+
+def test_parts_with_one_a_are_joined_and_others_stand_on_a_diagonal(tmp_path: Path) -> None:
+    parts = {f"transformer.transformer_blocks.0.attn.{name}": (6, 5) for name in ("to_q", "to_k", "to_v")}
+    tensors = {name: each.read() for name, each in m.lora(parts, "lora_A.weight", "lora_B.weight").items()}
+    source = write_tensors(tmp_path / "apart.safetensors", tensors)
+    plan = loraformat.plan_conversion(source, "dotted", base=_flux_config(tmp_path))
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    assert {step.name: step.operations for step in plan.steps} == {
+        f"{name}.lora_A.weight": ("concatenate rows",),
+        f"{name}.lora_B.weight": ("block-diagonal",),
+    }
+    shared = tensors | {key: tensors[next(iter(tensors))] for key in tensors if "lora_A" in key}
+    source = write_tensors(tmp_path / "shared.safetensors", shared)
+    plan = loraformat.plan_conversion(source, "dotted", base=_flux_config(tmp_path))
+    assert {step.name: step.operations for step in plan.steps} == {
+        f"{name}.lora_A.weight": (),
+        f"{name}.lora_B.weight": ("concatenate rows",),
+    }
+    assert len(plan.account.carried) == 2
+
+
+def _flux_config(folder: Path) -> Path:
+    path = folder / "config.json"
+    path.write_text('{"_class_name": "FluxTransformer2DModel"}', encoding="utf-8")
+    return path
+
+
+def test_names_of_two_models_are_asked_about(tmp_path: Path) -> None:
+    tensors = m.lora({"transformer.transformer_blocks.0.attn.to_q": (6, 5)}, "lora_A.weight", "lora_B.weight")
+    source = write_file(tmp_path / "a.safetensors", tensors)
+    assert codes(lambda: loraformat.convert(source, "kohya", tmp_path / "b")) == ("LF316",)
+    loraformat.convert(source, "kohya", tmp_path / "b", base=_flux_config(tmp_path), verify=True)
+
+
+def test_parts_of_different_scales(tmp_path: Path) -> None:
+    """A ratio of two is exact; one of three is no power of two, and the tensors are float32 already."""
+    parts = {f"transformer.transformer_blocks.0.attn.{name}": (6, 5) for name in ("to_q", "to_k")}
+    tensors = {name: each.read() for name, each in m.lora(parts, "lora_A.weight", "lora_B.weight", alpha=2.0).items()}
+    key = "transformer.transformer_blocks.0.attn.to_k.alpha"
+    config = _flux_config(tmp_path)
+    for alpha, expected in ((4.0, ()), (6.0, ("LF313",))):
+        tensors[key] = np.array(alpha, np.float32)
+        source = write_tensors(tmp_path / f"{alpha}.safetensors", tensors)
+        found = loraformat.plan_conversion(source, "dotted", base=config).problems
+        assert tuple(each.code for each in found if each.severity == "error") == expected
+    assert codes(lambda: loraformat.convert(source, "dotted", tmp_path / "out", base=config)) == ("LF313",)
+    done = loraformat.convert(source, "dotted", tmp_path / "out", base=config, allow_rounding=True, verify=True)
+    assert [each.severity for each in done.problems if each.code == "LF313"] == ["warning"]
+    assert done.proof is not None
+    assert 0 < done.proof.relative < 1e-6
+
+
+def test_payloads_of_fused_weights(tmp_path: Path) -> None:
+    """Rows of LoHa's first factors are outputs, so it splits; LoKr's are not."""
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    dice = np.random.default_rng(0)
+    loha = {"hada_w1_a": (18, 2), "hada_w1_b": (2, 5), "hada_w2_a": (18, 2), "hada_w2_b": (2, 5)}
+    lokr = {"lokr_w1": (3, 5), "lokr_w2": (6, 1)}
+    for roles, expected in ((loha, {"LF312"}), (lokr, {"LF315"})):
+        arrays = {f"{name}.{role}": dice.standard_normal(shape).astype(np.float32) for role, shape in roles.items()}
+        source = write_tensors(tmp_path / "a.safetensors", arrays)
+        found = loraformat.plan_conversion(source, "diffusers").problems
+        assert {each.code for each in found if each.severity == "error"} == expected
+
+
+def test_a_tensor_that_nothing_knows_stops_it(flux: Path, tmp_path: Path) -> None:
+    more = {"stray": np.ones(3, np.float32)} | {name: _array(flux, name) for name in _read(flux)}
+    source = write_tensors(tmp_path / "more.safetensors", more)
+    assert codes(lambda: loraformat.convert(source, "dotted", tmp_path / "out")) == ("LF202",)
+    assert loraformat.plan_conversion(source, "dotted").account.refused == ("stray",)
+    assert not (tmp_path / "out").exists()
+
+
+def _array(path: Path, name: str) -> Any:
+    from safetensors.numpy import load_file
+
+    return load_file(path)[name]
+
+
+def test_a_conversion_that_changed_something_is_not_kept(
+    flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof reads the file that was written: let the writer write one number wrong."""
+    from loraformat.containers import safetensors
+
+    write = safetensors.write_safetensors
+
+    def spoil(sink: Any, tensors: Any, metadata: Any) -> None:
+        (name, dtype, shape, read), *others = sorted(tensors, key=lambda each: "lora_B" not in each[0])
+        wrong = read()
+        wrong[0, 0] += 1
+        write(sink, [(name, dtype, shape, wrong), *others], metadata)
+
+    monkeypatch.setattr(safetensors, "write_safetensors", spoil)
+    output = tmp_path / "out.safetensors"
+    assert codes(lambda: loraformat.convert(flux, "diffusers", output, verify=True)) == ("LF318",)
+    assert [path.name for path in tmp_path.iterdir()] == [flux.name]
+
+
+def test_outputs_that_would_destroy_something(flux: Path, tmp_path: Path) -> None:
+    assert codes(lambda: loraformat.convert(flux, "dotted", flux, force=True)) == ("LF602",)
+    (tmp_path / "out").write_text("mine")
+    assert codes(lambda: loraformat.convert(flux, "dotted", tmp_path / "out")) == ("LF601",)
+    assert codes(lambda: loraformat.convert(flux, "dotted", tmp_path / "no" / "out")) == ("LF605",)
+    assert codes(lambda: loraformat.convert(flux, "peft", tmp_path / "out")) == ("LF312",)
+
+
+def test_schemes_that_do_not_exist_or_are_only_read(flux: Path, tmp_path: Path) -> None:
+    assert codes(lambda: loraformat.convert(flux, "koyha", tmp_path / "out")) == ("LF305",)
+    assert codes(lambda: loraformat.convert(flux, "xlabs", tmp_path / "out")) == ("LF317",)
+
+
+def test_fingerprints_do_not_outlive_their_names(flux: Path, tmp_path: Path) -> None:
+    from loraformat.base_facts import NO_FACTS
+    from loraformat.conversion._respelling import respell
+    from loraformat.fingerprint import Fingerprint
+
+    adapter = load_adapter(flux)
+    marked = replace(adapter.targets[-1], fingerprint=Fingerprint((6, 5), tuple(map(float, range(16)))))
+    moved, problems = respell(replace(adapter, targets=(*adapter.targets[:-1], marked)), "diffusers", NO_FACTS)
+    assert {target.fingerprint for target in moved.targets} == {None}
+    assert [problem.code for problem in problems] == ["LF319"]
+    same, problems = respell(replace(adapter, targets=(marked,)), "dotted", NO_FACTS)
+    assert (same.targets, problems) == ((marked,), [])
+
+
+def test_every_scheme_is_listed_with_what_it_holds() -> None:
+    listed = {each.name: each for each in loraformat.list_schemes()}
+    assert {"native", "peft", "kohya", "diffusers", "dotted"} <= {name for name, each in listed.items() if each.writes}
+    assert listed["xlabs"] == SchemeSummary("xlabs", listed["xlabs"].title, writes=False)
+    assert listed["native"].kinds == ()
+    assert "loha" in listed["kohya"].kinds
+    assert SlotKind.EMBEDDING.value not in listed["diffusers"].slots
+    for each in listed.values():
+        assert json.loads(json.dumps(each.as_json()))["name"] == each.name
+
+
+def test_the_documentation_names_every_scheme() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "conversion.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    for each in loraformat.list_schemes():
+        (row,) = [line for line in rows if f"`{each.name}`" in line]
+        cells = [cell.strip() for cell in row.split("|")]
+        assert (cells[4] != "") == each.writes, row

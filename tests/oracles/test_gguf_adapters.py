@@ -1,0 +1,124 @@
+"""GGUF adapters against llama.cpp's own converter, tensor by tensor, and our tables against the gguf package's.
+
+The converter comes in the sdist of llama-cpp-python (vendor/llama.cpp); LORAFORMAT_LLAMA_CPP names that folder.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import loraformat
+from loraformat.containers.gguf import CONTAINER
+from loraformat.spellings import all_tables
+
+gguf = pytest.importorskip("gguf", reason="needs gguf")
+pytestmark = [
+    pytest.mark.oracle,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # peft asks transformers for it.
+]
+
+LLAMA_CPP = Path(os.environ.get("LORAFORMAT_LLAMA_CPP", "/nowhere")) / "convert_lora_to_gguf.py"
+TABLES = [table for table in all_tables() if "gguf" in table.spellings]
+
+
+def test_there_are_tables_to_look_at() -> None:
+    assert len(TABLES) > 3
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_names_are_those_of_the_gguf_package(table: Any) -> None:
+    numbers = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    for architecture in set(table.architectures.values()):
+        names = gguf.get_tensor_name_map(numbers[architecture], 12)
+        for row in table.rows:
+            if "gguf" not in row.paths or row.paths["transformers"] == ("lm_head",):  # Tied where the map has none.
+                continue
+            for ours, theirs in zip(row.paths["transformers"], row.paths["gguf"], strict=True):
+                found = names.get_name(ours.format(i=7))
+                assert found == theirs.format(i=7), (architecture, ours)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "granite": {},
+    "smollm3": {"pad_token_id": 0},
+    "qwen2": {"head_dim": None, "hidden_size": 40},
+    "qwen3": {},
+    "seed_oss": {},
+    "exaone4": {"layer_types": ["full_attention"] * 2},
+    "olmo2": {"head_dim": None, "hidden_size": 40},
+    "gemma": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "phi3": {"head_dim": None, "hidden_size": 40, "pad_token_id": 0, "partial_rotary_factor": 1.0},
+}
+
+
+def convert_theirs(folder: Path, base: Path, output: Path) -> None:
+    command = [sys.executable, str(LLAMA_CPP), "--base", str(base), "--outfile", str(output), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.skipif(not LLAMA_CPP.exists(), reason="LORAFORMAT_LLAMA_CPP names no folder with convert_lora_to_gguf.py")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_are_those_of_llama_cpps_converter(tmp_path: Path, family: str) -> None:
+    pytest.importorskip("peft", reason="needs peft")
+    import decoder_zoo as zoo
+
+    model = zoo.make_model(family, **FAMILIES[family])
+    modules = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"] if family == "phi3" else zoo.LINEAR
+    zoo.make_adapter(model, tmp_path / "peft", target_modules=modules)
+    config = zoo.save_config(model, tmp_path / "base")
+    loraformat.convert(tmp_path / "peft", "gguf", tmp_path / "ours.gguf", base=config, verify=True)
+    convert_theirs(tmp_path / "peft", tmp_path / "base", tmp_path / "theirs.gguf")
+    ours, theirs = (CONTAINER.open(tmp_path / f"{name}.gguf") for name in ("ours", "theirs"))
+    assert set(ours.tensors) == set(theirs.tensors)
+    for name, tensor in theirs.tensors.items():
+        assert tensor.shape == ours.tensors[name].shape, name
+        assert np.array_equal(tensor.read(), ours.tensors[name].read()), name
+    for key in ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"):
+        assert ours.metadata[key] == theirs.metadata[key]
+    loraformat.convert(tmp_path / "theirs.gguf", "peft", tmp_path / "back", base=config, verify=True)
+    one, other = (loraformat.load(tmp_path / name) for name in ("peft", "back"))
+    for before, after in zip(one.targets, other.targets, strict=True):
+        assert (before.name, before.rank, before.scale) == (after.name, after.rank, after.scale)
+        assert all(np.array_equal(before.factors[role].read(), after.factors[role].read()) for role in before.factors)
+
+
+@pytest.mark.skipif(not LLAMA_CPP.exists(), reason="LORAFORMAT_LLAMA_CPP names no folder with convert_lora_to_gguf.py")
+def test_where_llama_cpps_converter_loses_a_scale_and_we_do_not(tmp_path: Path) -> None:
+    """It ignores use_rslora and alpha_pattern: its file then acts with another strength than PEFT."""
+    pytest.importorskip("peft", reason="needs peft")
+    import decoder_zoo as zoo
+
+    model = zoo.make_model("llama")
+    zoo.make_adapter(model, tmp_path / "peft", use_rslora=True, r=4, lora_alpha=12)
+    config = zoo.save_config(model, tmp_path / "base")
+    loraformat.convert(tmp_path / "peft", "gguf", tmp_path / "ours.gguf", base=config, verify=True)
+    convert_theirs(tmp_path / "peft", tmp_path / "base", tmp_path / "theirs.gguf")
+    right = loraformat.load(tmp_path / "peft").targets[0].scale
+    assert loraformat.load(tmp_path / "ours.gguf").targets[0].scale == right == 6.0
+    assert loraformat.load(tmp_path / "theirs.gguf").targets[0].scale == 3.0
+
+
+@pytest.mark.skipif(not LLAMA_CPP.exists(), reason="LORAFORMAT_LLAMA_CPP names no folder with convert_lora_to_gguf.py")
+def test_the_embedding_lies_as_llama_cpp_wants_it(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="needs peft")
+    import decoder_zoo as zoo
+
+    model = zoo.make_model("llama")
+    zoo.make_adapter(model, tmp_path / "peft", target_modules=["embed_tokens", "q_proj"])
+    config = zoo.save_config(model, tmp_path / "base")
+    loraformat.convert(tmp_path / "peft", "gguf", tmp_path / "ours.gguf", base=config, verify=True)
+    convert_theirs(tmp_path / "peft", tmp_path / "base", tmp_path / "theirs.gguf")
+    ours, theirs = (CONTAINER.open(tmp_path / f"{name}.gguf").tensors for name in ("ours", "theirs"))
+    for name in ("token_embd.weight.lora_a", "token_embd.weight.lora_b"):
+        assert np.array_equal(ours[name].read(), theirs[name].read()), name

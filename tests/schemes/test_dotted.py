@@ -1,0 +1,94 @@
+"""Dotted native names: with and without prefix, with every payload, and PEFT's configuration beside them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from laws.scheme_laws import SchemeLaws
+from loraformat.base_facts import NO_FACTS
+from loraformat.loading import choose_scheme
+from loraformat.schemes import NOT_STATED, Bundle
+from loraformat.schemes.dotted import SCHEME
+from schemes import modules as m
+
+A, B = "lora_A.weight", "lora_B.weight"
+BEHIND = "diffusion_model."
+
+
+def bundle_of(tensors: Mapping[str, object], **metadata: str) -> Bundle:
+    return Bundle(Path("a.safetensors"), dict(tensors), metadata)  # type: ignore[arg-type]
+
+
+def control() -> dict[str, object]:
+    """Return BFL's control adapter in small: biases of B, and whole norms."""
+    more = {f"{name}.lora_B.bias": np.ones(shape[0], np.float32) for name, shape in m.FLUX_BFL.items()}
+    more["double_blocks.0.img_attn.norm.query_norm.scale"] = np.ones(4, np.float32)
+    more["single_blocks.11.norm.key_norm.scale"] = np.ones(4, np.float32)
+    return dict(m.lora(m.FLUX_BFL, A, B)) | dict(m.tensors(more))
+
+
+class TestDotted(SchemeLaws):
+    scheme = SCHEME
+
+    def examples(self) -> Mapping[str, Bundle]:
+        texts = m.behind("text_encoders.clip_l.transformer.", m.CLIP)
+        t5 = m.behind("text_encoders.t5xxl.transformer.", m.T5)
+        flux = m.behind(BEHIND, m.FLUX_BFL)
+        lokr = {
+            f"{BEHIND}double_blocks.0.img_attn.qkv.{role}": np.ones(shape)
+            for role, shape in (("lokr_w1", (3, 2)), ("lokr_w2", (6, 4)), ("alpha", ()))
+        }
+        return {
+            "ComfyUI": bundle_of(m.lora(flux | texts | t5, "lora_down.weight", "lora_up.weight", alpha=3.0)),
+            "ai-toolkit": bundle_of(m.lora(flux, A, B, dtype=m.BFLOAT16), software='{"name":"ai-toolkit"}'),
+            "SDXL": bundle_of(m.lora(m.behind(BEHIND, m.SDXL_SGM), A, B)),
+            "Wan": bundle_of(m.lora(m.behind(BEHIND, m.WAN_NATIVE), A, B)),
+            "a model that no table has": bundle_of(m.lora({f"{BEHIND}blocks.0.mlp.layer1": (6, 5)}, A, B)),
+            "LoKr": bundle_of(m.tensors(lokr)),
+            "diffusion-pipe": replace(
+                bundle_of(m.lora(flux, A, B)), config={"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+            ),
+        }
+
+    def test_written_again_it_is_the_same_file(self) -> None:
+        """But for diffusion-pipe's configuration, which becomes alphas."""
+        for name, bundle, _, converted in self.write_examples():
+            alphas = {key for key in converted.written.tensors if key.endswith(".alpha")} if bundle.config else set()
+            assert set(converted.written.tensors) - alphas == set(bundle.tensors), name
+
+
+class TestDottedBare(TestDotted):
+    unmergeable = frozenset({"LF209", "LF202"})  # A norm's `scale` is a parameter that no kind replaces yet.
+
+    def examples(self) -> Mapping[str, Bundle]:
+        return {
+            "BFL control": bundle_of(control()),
+            "original names": bundle_of(m.lora(m.SD3_MMDIT, "lora_down.weight", "lora_up.weight", alpha=1.0)),
+        }
+
+
+def test_a_configuration_of_peft_does_not_make_it_peft() -> None:
+    bundle = self_made = TestDotted().examples()["diffusion-pipe"]
+    scheme, evidence = choose_scheme(bundle, None)
+    assert scheme is SCHEME
+    assert "diffusion_model." in evidence
+    assert {target.scale for target in SCHEME.read(self_made, NOT_STATED).targets} == {1.0}
+
+
+def test_control_adapters_keep_their_biases_and_norms() -> None:
+    adapter = SCHEME.read(bundle_of(control()), NOT_STATED)
+    kinds = {target.name: (target.kind, sorted(target.factors)) for target in adapter.targets}
+    assert kinds["transformer.double_blocks.0.img_attn.norm.query_norm"] == ("replace", ["scale"])
+    assert kinds["transformer.single_blocks.11.linear2"] == (
+        "lora",
+        ["lora_A.weight", "lora_B.bias", "lora_B.weight"],
+    )
+
+
+def test_a_model_that_no_table_has_keeps_its_names() -> None:
+    bundle = bundle_of(m.lora({f"{BEHIND}blocks.0.mlp.layer1": (6, 5)}, A, B))
+    adapter = SCHEME.read(bundle, NOT_STATED)
+    assert [target.name for target in adapter.targets] == ["diffusion_model.blocks.0.mlp.layer1"]
+    assert set(SCHEME.write(adapter, NO_FACTS).tensors) == set(bundle.tensors)

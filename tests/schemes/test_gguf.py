@@ -1,0 +1,168 @@
+"""GGUF adapters: llama.cpp's names, one alpha, q and k in the order of the architecture."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from builders import MemoryFactor
+from laws.scheme_laws import SchemeLaws, find_against
+from loraformat.adapter import Scaling, ScalingRule, SlotKind
+from loraformat.base_facts import NO_FACTS, BaseFacts
+from loraformat.conversion import convert
+from loraformat.loading import load_adapter
+from loraformat.schemes import NOT_STATED, Bundle, WrittenBundle
+from loraformat.schemes.gguf import SCHEME
+from loraformat.schemes.peft import SCHEME as PEFT
+from schemes import decoders as d
+
+A, B = ".weight.lora_a", ".weight.lora_b"
+NAMES = {
+    **{letter: f"blk.{{i}}.attn_{letter}" for letter in "qkv"},
+    "o": "blk.{i}.attn_output",
+    **{role: f"blk.{{i}}.ffn_{role}" for role in ("gate", "up", "down")},
+}
+VALUES = {
+    "general.architecture": '"llama"',
+    "general.type": '"adapter"',
+    "adapter.type": '"lora"',
+    "adapter.lora.alpha": "16.0",
+    "general.name": '"Größe"',
+    "adapter.alora.invocation_tokens": '{"array": "uint32", "items": [1, 2]}',
+}
+
+
+def bundle_of(tensors: Mapping[str, Any], values: Mapping[str, str] = VALUES) -> Bundle:
+    return Bundle(Path("adapter.gguf"), dict(tensors), dict(values))
+
+
+class TestGguf(SchemeLaws):
+    scheme = SCHEME
+    facts = d.LLAMA
+
+    def examples(self) -> Mapping[str, Bundle]:
+        plain = d.factors(d.blocks(NAMES), A, B)
+        table = {"token_embd.weight.lora_a": (d.VOCABULARY, 3), "token_embd.weight.lora_b": (d.HIDDEN, 3)}
+        tables = d.tensors({name: np.ones(shape, np.float32) for name, shape in table.items()})
+        ranks = d.factors(d.blocks(NAMES, (0,)), A, B) | d.factors(d.blocks(NAMES, (1,)), A, B, rank=5)
+        return {
+            "blocks": bundle_of(plain),
+            "float16": bundle_of(d.factors(d.blocks(NAMES), A, B, dtype=np.float16)),
+            "table": bundle_of(plain | tables),
+            "ranks differ": bundle_of(ranks),
+            "alpha 0": bundle_of(plain, VALUES | {"adapter.lora.alpha": "0.0"}),
+        }
+
+    def is_restored(self, example: str) -> bool:
+        return example != "alpha 0"
+
+    def reopen(self, written: WrittenBundle, path: Path) -> Bundle:
+        texts = {name: json.dumps(value, ensure_ascii=False) for name, value in written.metadata.items()}
+        stored = {name: MemoryFactor(name, factor.read()) for name, factor in written.tensors.items()}
+        return Bundle(path, stored, texts, None, self.facts)
+
+
+def test_one_alpha_over_each_rank_and_0_is_a_scale_of_1() -> None:
+    tensors = d.factors(d.blocks(NAMES, (0,)), A, B) | d.factors(d.blocks(NAMES, (1,)), A, B, rank=4)
+    scales = {target.name: target.scale for target in SCHEME.read(bundle_of(tensors), NOT_STATED).targets}
+    assert (scales["blk.0.attn_q"], scales["blk.1.attn_q"]) == (16 / 3, 4.0)
+    for text in ("0.0", None):
+        values = {key: value for key, value in VALUES.items() if key != "adapter.lora.alpha"}
+        values |= {"adapter.lora.alpha": text} if text else {}
+        assert {target.scale for target in SCHEME.read(bundle_of(tensors, values), NOT_STATED).targets} == {1.0}
+
+
+def peft(scaling: Mapping[str, Any], dtype: Any = np.float32) -> Bundle:
+    tensors = d.factors(d.blocks(d.TRANSFORMERS), ".lora_A.weight", ".lora_B.weight", dtype=dtype)
+    named = {f"base_model.model.{name}": MemoryFactor(name, each.read()) for name, each in tensors.items()}
+    return Bundle(Path("peft"), dict(named), {}, {"peft_type": "LORA", "r": 3, **scaling})
+
+
+def convert_peft(facts: BaseFacts, **scaling: Any) -> Any:
+    from loraformat.conversion._engine import Rounding, Source, convert_source
+
+    bundle = replace(peft(scaling), facts=facts)
+    return convert_source(Source(bundle.path, bundle, PEFT.read(bundle, NOT_STATED), ""), SCHEME, facts, Rounding())
+
+
+def interleave(rows: Any, heads: int) -> Any:
+    """Return the rows as llama.cpp's converter permutes them: `LlamaModel.permute`."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+@pytest.mark.parametrize(("facts", "permutes"), [(d.LLAMA, True), (d.QWEN, False)])
+def test_q_and_k_are_permuted_where_the_architecture_wants_it(facts: BaseFacts, permutes: bool) -> None:
+    converted = convert_peft(facts, lora_alpha=6)
+    assert not find_against(converted)
+    source = peft({}).tensors
+    for letter, heads in (("q", d.HEADS), ("k", d.KV_HEADS), ("v", 0)):
+        stored = source[f"base_model.model.model.layers.11.self_attn.{letter}_proj.lora_B.weight"].read()
+        expected = interleave(stored, heads) if permutes and heads else stored
+        assert np.array_equal(converted.written.tensors[f"blk.11.attn_{letter}.weight.lora_b"].read(), expected)
+        down = converted.written.tensors[f"blk.11.attn_{letter}.weight.lora_a"].read()
+        assert np.array_equal(
+            down, source[f"base_model.model.model.layers.11.self_attn.{letter}_proj.lora_A.weight"].read()
+        )
+    assert converted.written.metadata["general.architecture"] == ("llama" if permutes else "qwen2")
+
+
+def test_the_family_and_the_heads_are_asked_for() -> None:
+    codes = {problem.code for problem in find_against(convert_peft(NO_FACTS, lora_alpha=6))}
+    assert codes == {"LF311", "LF316", "LF341"}
+    headless = BaseFacts("config.json", architecture="llama")
+    assert {problem.code for problem in find_against(convert_peft(headless, lora_alpha=6))} == {"LF311"}
+
+
+def test_rslora_becomes_an_alpha_and_different_scales_are_folded_or_refused() -> None:
+    converted = convert_peft(d.QWEN, lora_alpha=6, use_rslora=True)
+    assert not find_against(converted)
+    assert converted.written.metadata["adapter.lora.alpha"] == float(str(np.float32(6 * np.sqrt(3))))
+    folded = convert_peft(d.QWEN, lora_alpha=6, alpha_pattern={"q_proj": 12})
+    assert not find_against(folded)
+    steps = {step.name: step.operations for step in folded.steps}
+    assert steps["blk.0.attn_q.weight.lora_b"] == ("scale by 2 as float32",)
+    assert steps["blk.0.attn_k.weight.lora_b"] == ()
+    refused = convert_peft(d.QWEN, lora_alpha=6, alpha_pattern={"q_proj": 9})
+    assert {problem.code for problem in find_against(refused)} == {"LF313"}
+
+
+def test_values_are_those_of_an_adapter(tmp_path: Path) -> None:
+    from builders import write_config, write_tensors
+    from loraformat.containers.gguf import CONTAINER
+
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    write_tensors(folder / "adapter_model.safetensors", {name: each.read() for name, each in peft({}).tensors.items()})
+    write_config(folder, {"r": 3, "lora_alpha": 6})
+    config = tmp_path / "config.json"
+    heads = {"num_attention_heads": d.HEADS, "num_key_value_heads": d.KV_HEADS, "head_dim": d.HEAD_DIM}
+    config.write_text(json.dumps({"model_type": "mistral", "hidden_size": d.HIDDEN, **heads}))
+    done = convert(folder, "gguf", tmp_path / "a.gguf", base=config, verify=True)
+    assert done.proof is not None
+    assert done.proof.relative == 0
+    opened = CONTAINER.open(tmp_path / "a.gguf")
+    assert list(opened.metadata.items())[:4] == [
+        ("general.architecture", '"llama"'),
+        ("general.type", '"adapter"'),
+        ("adapter.type", '"lora"'),
+        ("adapter.lora.alpha", "6.0"),
+    ]
+    convert(tmp_path / "a.gguf", "peft", tmp_path / "back", base=config, verify=True)
+    one, other = (load_adapter(path) for path in (folder, tmp_path / "back"))
+    assert [target.name for target in one.targets] == [target.name for target in other.targets]
+    for before, after in zip(one.targets, other.targets, strict=True):
+        assert after.scaling == Scaling(ScalingRule.ALPHA_OVER_RANK, 6.0)
+        for role, factor in before.factors.items():
+            assert np.array_equal(factor.read(), after.factors[role].read())
+
+
+def test_norms_and_packed_experts_are_named_for_what_they_are() -> None:
+    packed = {"blk.0.ffn_up_exps.weight.lora_a": (5, 3, 10), "blk.0.ffn_up_exps.weight.lora_b": (5, 14, 3)}
+    norm = {"blk.0.attn_norm.weight": (10,)}
+    tensors = d.tensors({name: np.zeros(shape, np.float32) for name, shape in (packed | norm).items()})
+    experts, norms = sorted(SCHEME.read(bundle_of(tensors), NOT_STATED).targets, key=lambda target: target.kind)
+    assert (experts.kind, norms.kind, norms.slot) == ("packed experts", "replace", SlotKind.PARAMETER)

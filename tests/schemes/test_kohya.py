@@ -1,0 +1,203 @@
+"""kohya's flat scheme: alphas in their own forms, LyCORIS payloads, and names that only tables or the base can read."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from builders import MemoryFactor
+from laws.scheme_laws import SchemeLaws, store
+from loraformat.adapter import Scaling, ScalingRule, SlotKind
+from loraformat.base_facts import NO_FACTS, BaseFacts
+from loraformat.problems import Problem
+from loraformat.schemes import NOT_STATED, Bundle, StatedScale
+from loraformat.schemes.kohya import SCHEME
+from schemes import modules as m
+
+DOWN, UP = "lora_down.weight", "lora_up.weight"
+PATH = Path("a.safetensors")
+
+
+def bundle_of(tensors: Mapping[str, object], **metadata: str) -> Bundle:
+    return Bundle(PATH, dict(tensors), metadata)  # type: ignore[arg-type]
+
+
+def one(module: str, shape: tuple[int, ...] = (6, 5), **more: object) -> Bundle:
+    return bundle_of(m.lora({module: shape}, DOWN, UP, **more))  # type: ignore[arg-type]
+
+
+def payload(prefix: str, roles: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
+    dice = np.random.default_rng(5)
+    arrays = {role: dice.standard_normal(shape).astype(np.float32) for role, shape in roles.items()}
+    return dict(m.tensors({f"{prefix}.{role}": array for role, array in arrays.items()}))
+
+
+TO_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+TO_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+LOHA = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 5), "hada_w2_a": (8, 2), "hada_w2_b": (2, 5), "alpha": ()}
+LOKR = {"lokr_w1": (2, 5), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 3), "alpha": ()}
+
+
+class TestKohya(SchemeLaws):
+    scheme = SCHEME
+
+    def examples(self) -> Mapping[str, Bundle]:
+        sd1 = m.flat("lora_unet", m.SD1_DIFFUSERS) | m.flat("lora_te", m.CLIP)
+        sdxl = m.flat("lora_unet", m.SDXL_SGM) | m.flat("lora_te1", m.CLIP) | m.flat("lora_te2", m.CLIP)
+        flux = m.flat("lora_unet", m.FLUX_BFL) | m.flat("lora_te1", m.CLIP) | m.flat("lora_te3", m.T5)
+        dora = payload(TO_Q, {DOWN: (2, 5), UP: (8, 2), "dora_scale": (8, 1), "alpha": ()})
+        return {
+            "Stable Diffusion 1.5": bundle_of(m.lora(sd1, DOWN, UP, alpha=1.0), ss_network_dim="2"),
+            "Stable Diffusion XL": bundle_of(m.lora(sdxl, DOWN, UP, alpha=4, dtype=np.float16)),
+            "FLUX.1, bfloat16": bundle_of(m.lora(flux, DOWN, UP, alpha=10.67, dtype=m.BFLOAT16)),
+            "FLUX.1, ranks differ": bundle_of(m.lora(flux, DOWN, UP, alpha=2.0, ranks=(1, 2, 4))),
+            "Stable Diffusion 3": bundle_of(m.lora(m.flat("lora_unet", m.SD3_MMDIT), DOWN, UP, alpha=2.0)),
+            "Wan": bundle_of(m.lora(m.flat("lora_unet", m.WAN_NATIVE), DOWN, UP, alpha=2.0)),
+            "Qwen-Image": bundle_of(m.lora(m.flat("lora_unet", m.QWEN), DOWN, UP, alpha=2.0)),
+            "without alphas": bundle_of(m.lora(sd1, DOWN, UP)),
+            "alphas with an axis": bundle_of(_with_axis(m.lora(sd1, DOWN, UP, alpha=3.0))),
+            "LoHa and LoKr": bundle_of(payload(TO_Q, LOHA) | payload(TO_K, LOKR)),
+            "DoRA of outputs": bundle_of(dora),
+            "DoRA of inputs": bundle_of(payload(TO_Q, {DOWN: (2, 5), UP: (8, 2), "dora_scale": (1, 5)})),
+            "differences and norms": bundle_of(
+                payload(TO_Q, {"diff": (8, 5)}) | payload("lora_te_text_model_final_layer_norm", {"w_norm": (5,)})
+            ),
+            "double underscore": bundle_of(m.lora({"lora_unet__blocks_0_self_attn_q": (6, 5)}, DOWN, UP, alpha=1.0)),
+        }
+
+
+def _with_axis(tensors: Mapping[str, object]) -> dict[str, object]:
+    """Give every alpha an axis, as some trainers do."""
+    return {
+        name: MemoryFactor(name, each.array.reshape(1)) if name.endswith("alpha") else each  # type: ignore[attr-defined]
+        for name, each in tensors.items()
+    }
+
+
+def find(bundle: Bundle, code: str) -> list[Problem]:
+    return [problem for problem in SCHEME.read(bundle, NOT_STATED).problems if problem.code == code]
+
+
+def test_names_are_read_by_the_models_table() -> None:
+    names = {
+        f"{TO_Q}": "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+        "lora_unet_up_blocks_1_attentions_2_transformer_blocks_0_attn1_to_out_0": (
+            "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn1.to_out.0"
+        ),
+        "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q": (
+            "unet.input_blocks.4.1.transformer_blocks.1.attn1.to_q"
+        ),
+        "lora_unet_double_blocks_0_img_attn_qkv": "transformer.double_blocks.0.img_attn.qkv",
+        "lora_unet_joint_blocks_0_x_block_attn_qkv": "transformer.joint_blocks.0.x_block.attn.qkv",
+        "lora_unet_blocks_0_ffn_0": "transformer.blocks.0.ffn.0",
+        "lora_transformer_single_transformer_blocks_3_attn_to_k": ("transformer.single_transformer_blocks.3.attn.to_k"),
+        "lycoris_single_transformer_blocks_3_norm_linear": "transformer.single_transformer_blocks.3.norm.linear",
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj": (
+            "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+        ),
+    }
+    for module, target in names.items():
+        (read,) = SCHEME.read(one(module), NOT_STATED).targets
+        assert read.name == target
+
+
+def test_the_third_text_encoders_prefix_depends_on_the_model() -> None:
+    t5 = {"lora_te3_encoder_block_0_layer_0_SelfAttention_q": (6, 5)}
+    for denoiser, component in (
+        ("lora_unet_double_blocks_0_img_attn_qkv", "text_encoder_2"),
+        ("lora_unet_joint_blocks_0_x_block_attn_qkv", "text_encoder_3"),
+    ):
+        adapter = SCHEME.read(bundle_of(m.lora({denoiser: (18, 5), **t5}, DOWN, UP)), NOT_STATED)
+        assert [each.name.partition(".")[0] for each in adapter.targets] == [component, "transformer"]
+
+
+def test_a_name_that_no_table_has_is_refused_and_never_guessed() -> None:
+    problems = find(one("lora_unet_my_new_block_0_to_q"), "LF314")
+    assert [problem.where for problem in problems] == ["lora_unet_my_new_block_0_to_q"]
+
+
+def test_the_base_tells_a_name_that_no_table_has() -> None:
+    facts = BaseFacts("model", frozenset({"my_new.block.0.to_q", "my_new.block.0.to_k"}))
+    bundle = replace(one("lora_unet_my_new_block_0_to_q"), facts=facts)
+    (target,) = SCHEME.read(bundle, NOT_STATED).targets
+    assert target.name == "unet.my_new.block.0.to_q"
+    written = SCHEME.write(SCHEME.read(bundle, NOT_STATED), facts)
+    assert store(written.tensors) == store(bundle.tensors)
+
+
+def test_a_base_in_which_a_name_may_be_two_modules_is_asked_about() -> None:
+    facts = BaseFacts("model", frozenset({"a_b.c", "a.b_c"}))
+    (problem,) = find(replace(one("lora_unet_a_b_c"), facts=facts), "LF314")
+    assert "a.b_c or a_b.c" in problem.found
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (0.0, 1.0), (2.0, 1.0), (3.0, 1.5)])
+def test_scales(alpha: float | None, scale: float) -> None:
+    (target,) = SCHEME.read(one(TO_Q, alpha=alpha), NOT_STATED).targets
+    assert target.scale == scale
+
+
+def test_an_alpha_is_kept_as_it_was_stored() -> None:
+    """10.67 is 10.6875 in bfloat16: the number that every reader sees, and the tensor goes back as it was."""
+    bundle = one(TO_Q, alpha=10.67, dtype=m.BFLOAT16)
+    adapter = SCHEME.read(bundle, NOT_STATED)
+    assert adapter.targets[0].scaling == Scaling(ScalingRule.ALPHA_OVER_RANK, 10.6875)
+    assert SCHEME.write(adapter, NO_FACTS).tensors[f"{TO_Q}.alpha"].dtype.name == "bfloat16"
+
+
+def test_a_scale_by_the_root_of_the_rank_becomes_an_alpha() -> None:
+    """alpha / sqrt(rank) = (alpha * sqrt(rank)) / rank, which float32 holds or rounds."""
+    adapter = SCHEME.read(one(TO_Q, rank=4), NOT_STATED)
+    (target,) = adapter.targets
+    rooted = replace(target, scaling=Scaling(ScalingRule.ALPHA_OVER_SQRT_RANK, 3.0))
+    written = SCHEME.write(replace(adapter, targets=(rooted,)), NO_FACTS)
+    assert float(written.tensors[f"{TO_Q}.alpha"].read()) == 6.0
+    odd = replace(target, rank=2, scaling=Scaling(ScalingRule.ALPHA_OVER_SQRT_RANK, 3.0))
+    (problem,) = SCHEME.write(replace(adapter, targets=(odd,)), NO_FACTS).problems
+    assert (problem.code, problem.severity) == ("LF320", "note")
+
+
+def test_a_stated_scale_holds_where_no_alpha_is() -> None:
+    (target,) = SCHEME.read(one(TO_Q), StatedScale(alpha=6.0)).targets
+    assert target.scaling == Scaling(ScalingRule.ALPHA_OVER_RANK, 6.0)
+
+
+@pytest.mark.parametrize("text", ['{"split_qkv": "True", "train_blocks": "all"}', '["split_qkv=True"]'])
+def test_parts_that_were_trained_apart_and_saved_fused_are_pointed_out(text: str) -> None:
+    tensors = m.lora(m.flat("lora_unet", m.FLUX_BFL), DOWN, UP, alpha=2.0)
+    (problem,) = find(bundle_of(tensors, ss_network_args=text), "LF324")
+    assert problem.severity == "warning"
+    assert not find(bundle_of(tensors, ss_network_args='{"split_qkv": "False"}'), "LF324")
+
+
+def test_alphas_that_are_no_number() -> None:
+    bundle = bundle_of(dict(one(TO_Q).tensors) | m.tensors({f"{TO_Q}.alpha": np.ones((2,))}))
+    with pytest.raises(Exception, match="LF203"):
+        SCHEME.read(bundle, NOT_STATED)
+
+
+def test_kinds_and_slots_of_payloads() -> None:
+    bundle = bundle_of(payload(TO_Q, LOHA) | payload(TO_K, LOKR))
+    kinds = {
+        target.name.rpartition(".")[2]: (target.kind, target.slot, target.rank)
+        for target in SCHEME.read(bundle, NOT_STATED).targets
+    }
+    assert kinds == {"to_q": ("loha", SlotKind.LINEAR, 2), "to_k": ("lokr", SlotKind.LINEAR, 2)}
+
+
+def test_a_magnitude_of_outputs_is_that_of_dora_and_one_of_inputs_is_not() -> None:
+    for shape, role, stored, kind in (
+        ((8, 1), "lora_magnitude_vector", (8,), "dora"),
+        ((1, 5), "dora_scale", (1, 5), "dora of inputs"),
+    ):
+        bundle = bundle_of(payload(TO_Q, {DOWN: (2, 5), UP: (8, 2), "dora_scale": shape}))
+        (target,) = SCHEME.read(bundle, NOT_STATED).targets
+        assert target.kind == kind
+        assert target.factors[role].shape == stored
+
+
+def test_an_alpha_alone_is_an_orphan() -> None:
+    bundle = bundle_of(dict(one(TO_Q).tensors) | m.tensors({f"{TO_K}.alpha": np.ones(())}))
+    assert [problem.where.rpartition(".")[2] for problem in find(bundle, "LF201")] == ["to_k"]

@@ -1,0 +1,217 @@
+"""PEFT's packed parameters, blocks, attention and buffers: from keys and shapes to targets; numbers against einsum."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from builders import MemoryFactor, find_errors
+from loraformat.adapter import Adapter, SlotKind
+from loraformat.schemes import NOT_STATED, Bundle
+from loraformat.schemes._derived import DerivedFactor, LastRead
+from loraformat.schemes.peft import SCHEME
+from schemes.test_peft import CONFIG, LINEAR, make_bundle
+
+E, R, OUT, IN = 3, 2, 7, 5
+X = "model.layers.0.mlp.experts"
+PACKED = {"lora_A.weight": (E * R, IN), "lora_B.weight": (OUT, R * E)}
+OTHER = {"lora_A.weight": (E * R, OUT), "lora_B.weight": (IN, R * E)}
+NAMED = {**CONFIG, "peft_version": "0.21.2"}
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def read(shapes: Mapping[str, Any], **fields: Any) -> Adapter:
+    return SCHEME.read(make_bundle(shapes, {**NAMED, **fields}), NOT_STATED)
+
+
+def codes(shapes: Mapping[str, Any], **fields: Any) -> list[str]:
+    bundle = make_bundle(shapes, {**NAMED, **fields})
+    return [problem.code for problem in find_errors(lambda: SCHEME.read(bundle, NOT_STATED))]
+
+
+def test_each_expert_is_a_target_of_its_own() -> None:
+    """As PEFT's own einsum has it: A3 = A.reshape(E, r, in), B3 = B.reshape(out, r, E)."""
+    bundle = make_bundle({X: PACKED}, {**NAMED, "target_parameters": BOTH[1:]})
+    adapter = SCHEME.read(bundle, NOT_STATED)
+    stored = {name.rpartition("lora_")[2][0]: factor.read() for name, factor in bundle.tensors.items()}
+    expected = np.einsum("ore,eri->eoi", stored["B"].reshape(OUT, R, E), stored["A"].reshape(E, R, IN))
+    assert [target.name for target in adapter.targets] == [f"{X}.{expert}.down_proj" for expert in range(E)]
+    for expert, target in enumerate(adapter.targets):
+        assert (target.kind, target.slot, target.rank, target.scale) == ("lora", SlotKind.LINEAR, R, 4.0)
+        down, up = (target.factors[role] for role in ("lora_A.weight", "lora_B.weight"))
+        assert (down.shape, up.shape) == ((R, IN), (OUT, R)) == (down.read().shape, up.read().shape)
+        np.testing.assert_allclose(up.read() @ down.read(), expected[expert], rtol=1e-5, atol=1e-6)
+    assert not codes({X: PACKED}, target_parameters=BOTH[1:])
+
+
+def test_the_inner_pair_is_of_the_parameter_that_the_model_defines_first() -> None:
+    adapter = read({X: OTHER, f"{X}.base_layer": PACKED}, target_parameters=BOTH[::-1])
+    found = {target.name: target.factors["lora_B.weight"].shape[0] for target in adapter.targets}
+    assert found[f"{X}.0.gate_up_proj"] == OUT
+    assert found[f"{X}.2.down_proj"] == IN
+    assert len(found) == 2 * E
+
+
+def test_parameters_whose_order_is_not_known_are_told_apart_by_their_shapes_or_not_at_all() -> None:
+    names = ["experts.first", "experts.second"]
+    assert len(read({X: OTHER, f"{X}.base_layer": PACKED}, target_parameters=names).targets) == 2 * E
+    assert "LF225" in codes({X: PACKED, f"{X}.base_layer": PACKED}, target_parameters=names)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "fields"),
+    [
+        ({X: PACKED}, {"target_parameters": BOTH}),
+        ({X: PACKED, f"{X}.base_layer": PACKED}, {"target_parameters": BOTH[:1]}),
+        ({X: PACKED, f"{X}.base_layer.base_layer": PACKED}, {"target_parameters": BOTH}),
+        ({X: PACKED}, {"target_parameters": BOTH[1:], "r": 4}),
+        ({X: PACKED}, {"target_parameters": BOTH[1:], "r": None}),
+        ({X: {"lora_A.weight": (9000, 2), "lora_B.weight": (3, 9000)}}, {"target_parameters": BOTH[1:], "r": 1}),
+    ],
+    ids=["a pair too few", "a pair too many", "a level without a pair", "no multiple", "no rank", "too many experts"],
+)
+def test_what_nothing_tells_apart(shapes: Mapping[str, Any], fields: dict[str, Any]) -> None:
+    assert set(codes(shapes, **fields)) == {"LF225"}
+
+
+def test_halves_of_a_pair() -> None:
+    half = {"lora_A.weight": (E * R, IN)}
+    assert codes({X: half}, target_parameters=BOTH[1:]) == ["LF203"]
+    assert codes({X: {**half, "lora_B.weight": (OUT, 4)}}, target_parameters=BOTH[1:]) == ["LF203"]
+
+
+@pytest.mark.parametrize(
+    ("version", "right"), [("0.19.1", True), ("0.21.0.dev0", True), ("0.19.0", False), (None, False)]
+)
+def test_square_matrices_of_a_peft_that_took_sides_by_their_places(version: str | None, right: bool) -> None:
+    square = {"lora_A.weight": (E * R, IN), "lora_B.weight": (IN, R * E)}
+    assert codes({X: square}, target_parameters=BOTH[1:], peft_version=version) == ([] if right else ["LF225"])
+    assert codes({X: PACKED}, target_parameters=BOTH[1:], peft_version=version) == []
+
+
+def test_the_rank_of_one_expert_may_stand_in_a_pattern() -> None:
+    adapter = read({X: PACKED}, target_parameters=BOTH[1:], r=9, rank_pattern={"experts.down_proj": R})
+    assert {target.rank for target in adapter.targets} == {R}
+
+
+def test_a_parameter_that_is_not_packed() -> None:
+    shapes = {"model.layers.0.mlp.gate": LINEAR, "model.layers.0.sinks": LINEAR}
+    adapter = read(shapes, target_parameters=["mlp.gate.weight", "sinks.table"])
+    assert [target.name for target in adapter.targets] == ["model.layers.0.mlp.gate", "model.layers.0.sinks.table"]
+
+
+def test_a_bare_name_means_no_module_that_is_targeted_by_its_own() -> None:
+    shapes = {X: PACKED, "model.layers.0.q_proj": LINEAR}
+    adapter = read(shapes, target_parameters=["down_proj"], target_modules=["q_proj"])
+    assert {target.name for target in adapter.targets} >= {"model.layers.0.q_proj", f"{X}.0.down_proj"}
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def block_diagonal(compact: NDArray[Any], count: int) -> NDArray[Any]:
+    rows, columns = compact.shape[0] // count, compact.shape[1]
+    found = np.zeros((rows * count, columns * count), compact.dtype)
+    for row in range(rows * count):
+        start = row // rows * columns
+        found[row, start : start + columns] = compact[row]
+    return found
+
+
+def test_the_compact_factor_is_put_in_blocks() -> None:
+    blocks = {"nblocks": 2, "target_modules_bd_a": ["o_proj"], "target_modules_bd_b": ["q_proj"]}
+    shapes = {
+        "m.o_proj": {"lora_A.weight": (4, 3), "lora_B.weight": (7, 4)},
+        "m.q_proj": {"lora_A.weight": (4, 6), "lora_B.weight": (8, 2)},
+        "m.v_proj": {"lora_A.weight": (4, 6), "lora_B.weight": (8, 4)},
+    }
+    bundle = make_bundle(shapes, {**NAMED, "r": 4, "use_bdlora": blocks})
+    targets = {target.name: target.factors for target in SCHEME.read(bundle, NOT_STATED).targets}
+    for name, role in (("m.o_proj", "lora_A.weight"), ("m.q_proj", "lora_B.weight")):
+        stored = bundle.tensors[f"base_model.model.{name}.{role}"].read()
+        np.testing.assert_array_equal(targets[name][role].read(), block_diagonal(stored, 2))
+        assert targets[name][role].shape == block_diagonal(stored, 2).shape
+    assert {role: factor.shape for role, factor in targets["m.v_proj"].items()} == shapes["m.v_proj"]
+
+
+@pytest.mark.parametrize("stated", [True, {}, {"nblocks": 0}, {"nblocks": "2"}, {"nblocks": True}], ids=str)
+def test_blocks_that_are_not_stated(stated: Any) -> None:
+    expected = [] if stated == {} else ["LF213"]
+    assert codes({"m.q": LINEAR}, use_bdlora=stated) == expected
+
+
+def test_rows_that_do_not_divide_into_the_blocks() -> None:
+    assert codes({"m.q": LINEAR}, use_bdlora={"nblocks": 3, "target_modules_bd_a": ["q"]}) == ["LF203"]
+
+
+# --- attention, buffers, added rows ----------------------------------------------------------------------------------
+
+ATTENTION = {
+    "m.attn": {"lora_A.weight": (2, 6), "lora_B.weight": (18, 2)},
+    "m.attn.base_layer.out_proj": {"lora_A.weight": (2, 6), "lora_B.weight": (6, 2)},
+}
+
+
+@pytest.mark.parametrize(("version", "times"), [("0.21.2", 2), (None, 2), ("0.15.0", 2), ("0.22.0", 1), ("1.0", 1)])
+def test_the_output_projection_of_attention(version: str | None, times: int) -> None:
+    adapter = read(ATTENTION, peft_version=version)
+    assert {target.name: target.scale for target in adapter.targets} == {"m.attn": 4.0, "m.attn.out_proj": 4.0 * times}
+    assert [problem.code for problem in adapter.problems] == ["LF224"] * (times - 1)
+
+
+def test_an_output_projection_without_its_attention_keeps_its_name() -> None:
+    adapter = read({"m.attn.base_layer.out_proj": LINEAR})
+    assert [(target.name, target.scale) for target in adapter.targets] == [("m.attn.base_layer.out_proj", 4.0)]
+
+
+def test_buffers_of_the_training_run_are_left_out_and_said() -> None:
+    extra = {
+        "lora_velora_embed": (3,),
+        "lora_monteclora_sampler.std": (2, 2),
+        "lora_monteclora_sampler.default.x": (2,),
+    }
+    adapter = read({"m.q": {**LINEAR, **extra}})
+    assert set(adapter.targets[0].factors) == set(LINEAR)
+    ((code, severity, where),) = [(p.code, p.severity, p.where) for p in adapter.problems]
+    assert (code, severity) == ("LF226", "note")
+    assert "lora_velora_embed" in where
+
+
+def test_the_file_of_added_rows_beside_an_adapter(tmp_path: Any) -> None:
+    bundle = replace(make_bundle({"m.q": LINEAR}), path=tmp_path)
+    assert not find_errors(lambda: SCHEME.read(bundle, NOT_STATED))
+    (tmp_path / "new_embeddings.safetensors").write_bytes(b"")
+    assert [problem.code for problem in find_errors(lambda: SCHEME.read(bundle, NOT_STATED))] == ["LF228"]
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    beside = Bundle(tmp_path / "adapter_model.safetensors", bundle.tensors, bundle.metadata, bundle.config)
+    assert [problem.code for problem in find_errors(lambda: SCHEME.read(beside, NOT_STATED))] == ["LF228"]
+
+
+# --- derived factors -------------------------------------------------------------------------------------------------
+
+
+def test_slices_of_one_tensor_are_cut_from_one_reading() -> None:
+    counted = []
+
+    class Counted(MemoryFactor):
+        def read(self) -> NDArray[Any]:
+            counted.append(self.name)
+            return super().read()
+
+    sources = [Counted(name, np.arange(12.0).reshape(4, 3)) for name in "abc"]
+    last = LastRead()
+    factors = [
+        DerivedFactor(f"{source.name}{row}", (3,), source, lambda array, row=row: array[row].copy(), last)
+        for source in sources[:2]
+        for row in range(4)
+    ]
+    for first, second in zip(factors[:4], factors[4:], strict=True):
+        np.testing.assert_array_equal(first.read(), second.read())
+    assert counted == ["a", "b"]
+    DerivedFactor("c", (3,), sources[2], lambda array: array[0].copy(), last).read()
+    factors[0].read()
+    assert counted == ["a", "b", "c", "a"]
+    assert (factors[0].elements, factors[0].dtype.name, factors[0].file) == (3, "float64", None)

@@ -1,0 +1,239 @@
+"""PEFT's types other than LORA: what becomes of their keys, fields and versions."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from builders import MemoryFactor, find_errors
+from loraformat.adapter import Adapter, Scaling, ScalingRule, SlotKind
+from loraformat.errors import LoraformatError
+from loraformat.kinds import KINDS
+from loraformat.schemes import NOT_STATED, Bundle
+from loraformat.schemes._peft_types import TYPES
+from loraformat.schemes.peft import SCHEME
+
+PREFIX = "base_model.model."
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def make_bundle(peft_type: str, shapes: Shapes, whole: tuple[str, ...] = (), **fields: Any) -> Bundle:
+    tensors = {
+        key if key.startswith("base_model.") else PREFIX + key: MemoryFactor(
+            key, np.ones(shape, np.int32 if key in whole else np.float32)
+        )
+        for key, shape in shapes.items()
+    }
+    return Bundle(Path("adapter"), tensors, config={"peft_type": peft_type, **fields})
+
+
+def read(bundle: Bundle) -> Adapter:
+    return SCHEME.read(bundle, NOT_STATED)
+
+
+def errors(bundle: Bundle) -> list[str]:
+    return [problem.code for problem in find_errors(lambda: read(bundle))]
+
+
+LOHA = {"m.q.hada_w1_a": (6, 2), "m.q.hada_w1_b": (2, 5), "m.q.hada_w2_a": (6, 2), "m.q.hada_w2_b": (2, 5)}
+
+
+def test_every_type_is_of_a_kind_that_there_is_with_roles_that_it_has() -> None:
+    for name, row in TYPES.items():
+        kind = KINDS.find(row.kind)
+        assert kind is not None, name
+        known = {role for roles in kind.role_sets for role in (*roles.required, *roles.optional)}
+        assert set(row.roles.values()) <= known, name
+
+
+def test_alpha_and_rank_by_pattern() -> None:
+    shapes = {**LOHA, **{key.replace("m.q", "m.v").replace("2", "2"): shape for key, shape in LOHA.items()}}
+    adapter = read(make_bundle("LOHA", shapes, r=2, alpha=8, alpha_pattern={"v": 3}))
+    assert [target.scale for target in adapter.targets] == [4.0, 1.5]
+    assert not errors(make_bundle("LOHA", shapes, r=2, alpha=8))
+
+
+@pytest.mark.parametrize("alpha", [None, "8", True, float("nan")])
+def test_an_alpha_that_is_no_number(alpha: Any) -> None:
+    assert errors(make_bundle("LOHA", LOHA, alpha=alpha)) == ["LF213"]
+
+
+def test_the_scale_of_two_whole_factors_is_alpha_over_the_stated_rank() -> None:
+    """LyCORIS takes 1 there, PEFT does not; the factors have no rank."""
+    shapes = {"m.q.lokr_w1": (2, 3), "m.q.lokr_w2": (4, 5)}
+    (target,) = read(make_bundle("LOKR", shapes, r=16, alpha=8)).targets
+    assert (target.rank, target.scaling) == (0, Scaling(ScalingRule.MULTIPLIER, 0.5))
+    (target,) = read(make_bundle("LOKR", shapes, r=16, alpha=8, rank_pattern={"q": 4})).targets
+    assert target.scale == 2.0
+    assert errors(make_bundle("LOKR", shapes, alpha=8)) == ["LF213"]
+
+
+def test_a_line_of_lokr_is_counted_as_peft_does() -> None:
+    shapes = {"m.q.lokr_w1": (2, 3), "m.q.lokr_w2": (4, 5, 3)}
+    (target,) = read(make_bundle("LOKR", shapes, r=16, alpha=8)).targets
+    assert (target.slot, target.options) == (SlotKind.CONV, {"kron_axes": "leading"})
+
+
+@pytest.mark.parametrize(
+    ("modules", "forward"),
+    [
+        (["v"], False),
+        (["q"], True),
+        (["m.q"], True),
+        (["l.m.q"], False),
+        (r".*\.q", True),
+        (r"q", False),
+        (None, False),
+    ],
+    ids=str,
+)
+def test_the_feed_forward_modules_of_ia3(modules: Any, forward: bool) -> None:
+    (target,) = read(make_bundle("IA3", {"m.q.ia3_l": (6, 1)}, feedforward_modules=modules)).targets
+    assert target.options == {"is_feedforward": forward}
+
+
+def test_factors_that_all_share() -> None:
+    lambdas = {
+        "m.q.vera_lambda_b": (6,),
+        "m.q.vera_lambda_d": (2,),
+        "m.v.vera_lambda_b": (4,),
+        "m.v.vera_lambda_d": (2,),
+    }
+    shared = {"base_model.vera_A": (2, 9), "base_model.vera_B": (7, 2)}
+    adapter = read(make_bundle("VERA", {**lambdas, **shared}))
+    assert [target.name for target in adapter.targets] == ["m.q", "m.v"]
+    assert len({id(target.factors["vera_A"]) for target in adapter.targets}) == 1
+    assert not errors(make_bundle("VERA", {**lambdas, **shared}))
+    codes = errors(make_bundle("VERA", lambdas, save_projection=False))
+    assert set(codes) == {"LF201", "LF232"}
+
+
+def test_a_target_s_own_copy_comes_first() -> None:
+    own = {"m.q.randlora_A": (2, 1, 9), "m.q.randlora_B": (9, 2, 2)}
+    shapes = {**own, "m.q.randlora_lambda": (2, 2), "m.q.randlora_gamma": (2, 4), "base_model.randlora_A": (2, 1, 5)}
+    (target,) = read(make_bundle("RANDLORA", shapes, randlora_alpha=6)).targets
+    assert (target.factors["randlora_A"].shape, target.scale) == ((2, 1, 9), 3.0)
+
+
+@pytest.mark.parametrize(("version", "options"), [("0.17.1", 2), ("0.16.0", 2), ("0.18.0", None), (None, None)])
+def test_the_series_of_oft_follows_the_version(version: str | None, options: int | None) -> None:
+    fields = {"peft_version": version} if version else {}
+    (target,) = read(make_bundle("OFT", {"m.q.oft_R.weight": (3, 6)}, **fields)).targets
+    assert target.options.get("last_neumann_coefficient") == options
+
+
+def test_the_older_generations_of_oft() -> None:
+    assert not errors(make_bundle("OFT", {"m.q.oft_r": (3, 4, 4)}))
+    assert not errors(make_bundle("OFT", {"m.q.oft_r": (3, 4, 4), "m.q.oft_s": (5, 1)}))
+
+
+def test_adalora_divides_by_the_rank_that_it_began_with() -> None:
+    shapes = {"m.q.lora_A": (2, 5), "m.q.lora_B": (6, 2), "m.q.lora_E": (2, 1)}
+    (target,) = read(make_bundle("ADALORA", shapes, init_r=12, lora_alpha=32, rank_pattern={"m.q": [True]})).targets
+    assert (target.rank, target.scale) == (2, pytest.approx(32 / 12.00001))
+    (target,) = read(make_bundle("ADALORA", shapes, init_r=12, lora_alpha=0)).targets
+    assert target.scale == pytest.approx(1, rel=1e-5)
+
+
+def test_a_target_of_adalora_that_was_left_without_a_rank() -> None:
+    left = {"m.q.lora_A": (2, 5), "m.q.lora_B": (6, 2), "m.q.lora_E": (2, 1)}
+    gone = {"m.v.lora_A": (0, 5), "m.v.lora_B": (6, 0), "m.v.lora_E": (0, 1)}
+    adapter = read(make_bundle("ADALORA", {**left, **gone}, init_r=4, lora_alpha=8))
+    assert [target.name for target in adapter.targets] == ["m.q"]
+    assert [(p.code, p.where, p.severity) for p in adapter.problems] == [("LF233", "m.v", "note")]
+
+
+def test_the_variants_of_miss_and_bone() -> None:
+    kinds = {}
+    for peft_type, key, shape, variant in (
+        ("MISS", "miss_block", (3, 6), True),
+        ("MISS", "miss_block", (3, 2), "mini"),
+        ("MISS", "miss_block", (2, 3, 3), "bat"),
+        ("BONE", "bone_block", (3, 6), True),
+        ("BONE", "bone_block", (2, 3, 3), "bat"),
+    ):
+        bundle = make_bundle(peft_type, {f"m.q.{key}": shape}, init_weights=variant)
+        assert not errors(bundle)
+        (target,) = read(bundle).targets
+        kinds[peft_type, variant] = (target.kind, target.rank, dict(target.options))
+    assert kinds == {
+        ("MISS", True): ("miss", 3, {}),
+        ("MISS", "mini"): ("miss", 3, {"is_repeated_along_outputs": True}),
+        ("MISS", "bat"): ("miss_bat", 3, {}),
+        ("BONE", True): ("miss", 3, {}),
+        ("BONE", "bat"): ("miss_bat", 3, {}),
+    }
+
+
+def test_norms_that_were_trained_replace_the_base_s() -> None:
+    shapes = {"m.norm.ln_tuning_layers.weight": (6,), "m.norm.ln_tuning_layers.bias": (6,)}
+    (target,) = read(make_bundle("LN_TUNING", shapes)).targets
+    assert (target.kind, target.slot, sorted(target.factors)) == ("replace", SlotKind.PARAMETER, ["bias", "weight"])
+
+
+def test_wavelets_are_refused_by_name() -> None:
+    for fields in ({}, {"use_idwt": True}):
+        bundle = make_bundle("WAVEFT", {"m.q.waveft_spectrum": (9,)}, scaling=25, **fields)
+        problems = find_errors(partial(read, bundle))
+        assert "LF209" in [problem.code for problem in problems]
+        assert "wavelet" in str(problems[0].found)
+    assert not errors(make_bundle("WAVEFT", {"m.q.waveft_spectrum": (9,)}, scaling=25, use_idwt=False))
+
+
+def test_vectors_of_tinylora_without_an_order() -> None:
+    shapes = {
+        "m.q.tinylora_A": (2, 5),
+        "m.q.tinylora_B": (6, 2),
+        "m.q.tinylora_P": (3, 2, 2),
+        "base_model.tinylora_v.0": (3,),
+    }
+    assert errors(make_bundle("TINYLORA", shapes)) == ["LF209"]
+    assert not errors(make_bundle("TINYLORA", shapes, weight_tying=1.0))
+
+
+def test_indices_that_were_not_saved() -> None:
+    codes = errors(make_bundle("SUPERTUNING", {"m.q.supertuning_values": (9,)}, save_precomputed_indices=False))
+    assert set(codes) == {"LF201", "LF232"}
+
+
+def test_names_of_a_raw_state_dict() -> None:
+    bundle = make_bundle("OFT", {"m.q.oft_R.default.weight": (3, 6)})
+    assert list(read(bundle).targets[0].factors) == ["oft_R.weight"]
+    bundle = make_bundle("C3A", {"m.q.c3a_kernel.default": (3, 2, 4)})
+    assert list(read(bundle).targets[0].factors) == ["c3a_kernel"]
+
+
+def test_a_head_that_was_saved_whole_beside_it() -> None:
+    adapter = read(make_bundle("IA3", {"m.q.ia3_l": (6, 1), "score.weight": (2, 6)}))
+    assert [(target.name, target.kind) for target in adapter.targets] == [("m.q", "ia3"), ("score", "replace")]
+
+
+def test_a_tensor_of_another_type_is_not_dropped() -> None:
+    assert errors(make_bundle("IA3", {"m.q.ia3_l": (6, 1), "m.q.oft_r": (3, 6, 6)})) == ["LF202"]
+
+
+@pytest.mark.parametrize(
+    "peft_type", ["OSF", "PSOFT", "FROD", "ADAMSS", "UNILORA", "PEANUT", "DEFT", "XLORA", "CPT", "new"]
+)
+def test_types_that_are_not_merged_say_why(peft_type: str) -> None:
+    with pytest.raises(LoraformatError) as caught:
+        read(make_bundle(peft_type, {"m.q.a": (2, 3)}))
+    assert caught.value.codes == ("LF209",)
+    assert repr(peft_type) in caught.value.problems[0].found
+    assert "LORA" in caught.value.problems[0].expected
+
+
+def test_a_configuration_alone_names_the_kind() -> None:
+    bundle = Bundle(Path("adapter_config.json"), {}, config={"peft_type": "WAVEFT"})
+    reading = SCHEME.check_config(bundle)
+    assert list(reading.kinds) == ["waveft"]
+    assert [problem.code for problem in reading.problems] == ["LF209"]
+
+
+def test_tables_of_other_types_mean_other_things() -> None:
+    shapes = {"m.q.lora_A": (2, 5), "m.q.lora_B": (6, 2), "m.q.lora_E": (2, 1)}
+    bundle = make_bundle("ADALORA", shapes, rank_pattern={"m.q": [True, False]}, target_modules=["q", "k"])
+    assert SCHEME.check(bundle) == []
