@@ -43,12 +43,10 @@ class HintOptions(TypedDict, total=False):
         map: a file that says which weight a target is, as `resolve --json` prints it.
         base_checkpoint: the torch checkpoint that an ONNX base was exported from: its numbers find weights without
             names, verify those found by names, and tell what exporters folded into them.
-        resolve: `structure` lets targets be found by what their weights do in the graph, where nothing else does.
     """
 
     map: StrPath | None
     base_checkpoint: StrPath | None
-    resolve: str | None
 
 
 class PlanOptions(AdapterOptions, HintOptions, total=False):
@@ -73,6 +71,14 @@ class PlanOptions(AdapterOptions, HintOptions, total=False):
     new_biases: bool
     dtype: str | None
     to: str | None
+
+
+class ResolveOptions(AdapterOptions, HintOptions, total=False):
+    """What `resolve_targets` depends on besides base and adapter: as in `PlanOptions`."""
+
+    allow_unmatched: Sequence[str]
+    strip_prefix: str | None
+    ignore_fingerprints: bool
 
 
 class EffortOptions(TypedDict, total=False):
@@ -151,12 +157,9 @@ def wants_anew(to: str | None) -> bool:
 
 def read_hints(options: HintOptions) -> Hints:
     """Return what targets may be found by, the files read that the options name."""
-    manner = options.get("resolve")
-    if manner not in (None, "structure"):
-        raise refuse("LF422", "--resolve", str(manner), "structure")
     path, checkpoint = options.get("map"), options.get("base_checkpoint")
     mapped = read_map(Path(path)) if path is not None else {}
-    return Hints(mapped, open_base(Path(checkpoint)) if checkpoint is not None else None, manner is not None)
+    return Hints(mapped, open_base(Path(checkpoint)) if checkpoint is not None else None)
 
 
 def make_effort(**options: Unpack[EffortOptions]) -> Effort:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Final, Unpack, cast
 
 from loraformat.apply import Work, apply_plan, apply_plans
 from loraformat.arguments import (
@@ -14,6 +14,7 @@ from loraformat.arguments import (
     HintOptions,
     MergeOptions,
     PlanOptions,
+    ResolveOptions,
     StrPath,
     VerifyOptions,
     WorkOptions,
@@ -34,9 +35,12 @@ from loraformat.outputs import check_apart, output_errors
 from loraformat.plan import Plan, WeightedAdapter
 from loraformat.planning import build_plan, default_output
 from loraformat.receipt import Receipt, Statement, read_statement
+from loraformat.resolving import Resolved, resolve_one
 from loraformat.side_receipt import find_receipt
 from loraformat.unmerging import Undone, take_back, undo_merge
 from loraformat.verification import Verification, verify_merge
+
+_RESOLVING: Final = ("allow_unmatched", "strip_prefix", "ignore_fingerprints")
 
 
 def plan_merge(
@@ -140,6 +144,22 @@ def merge_into(base: StrPath, adapters: Sequence[AdapterArgument], **options: Un
     weighted = weigh_adapters(adapters, options)
     plan = _plan(opened, weighted, opened.path, options)
     return merge_in_place(opened, Order(plan, weighted), _make_work(options))
+
+
+def resolve_targets(base: StrPath, adapter: AdapterArgument, **options: Unpack[ResolveOptions]) -> Resolved:
+    """Say which weight of a base each target of an adapter is, and how that is known; nothing is merged.
+
+    Args:
+        base: as in `merge`.
+        adapter: path or loaded adapter.
+        options: `arguments.ResolveOptions` says what there is.
+
+    Returns:
+        The targets with their weights, and problems of those without; what does not resolve is returned, never raised.
+    """
+    (item,) = weigh_adapters([adapter], options)
+    given: dict[str, Any] = {name: options[name] for name in _RESOLVING if name in options}
+    return resolve_one(_open(base), item, read_hints(cast(HintOptions, options)), given)
 
 
 def verify(

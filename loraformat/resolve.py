@@ -131,7 +131,7 @@ def locate_reference(
 def gather_clues(adapter: Adapter, hints: Hints, *, strip_prefix: str | None = None) -> Clues:
     """Return what there is to find the targets of an adapter by, besides names."""
     reference = locate_reference(adapter, hints.checkpoint, strip_prefix=strip_prefix) if hints.checkpoint else {}
-    return Clues(hints.mapped, reference, hints.structure)
+    return Clues(hints.mapped, reference)
 
 
 def _match_all(lookup: Lookup, *, ignore_fingerprints: bool) -> tuple[list[Match], list[Want], list[Problem]]:
@@ -158,6 +158,10 @@ def _match_verified(
     want: Want, candidates: Sequence[Candidate], usual: str | None, lookup: Lookup
 ) -> list[Match] | Problem:
     """Return the weight that candidates lead to, once its numbers are those of the checkpoint; nothing for none."""
+    mapped = lookup.clues.mapped.get((want.target.name, want.parameter))
+    if mapped is not None and not (candidates and candidates[0].strategy == "map"):
+        found = f"the map's weight {mapped.weight!r}, which no site of the base reads as a {want.change.slot} slot"
+        return Problem("LF420", want.name, found, "a weight of the base")
     verified = verify_values(want, candidates, lookup)
     if isinstance(verified, Problem):
         return verified

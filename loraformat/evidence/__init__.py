@@ -25,11 +25,13 @@ class MappedWeight:
         weight: name of the stored tensor.
         sites: ids of the sites that are meant; empty for all that read it.
         rows: start and stop of the target's rows in the weight's canonical matrix `(out, in)`; None for all.
+        folded: whether it was multiplied by numbers before it was stored, which only the torch checkpoint tells.
     """
 
     weight: str
     sites: tuple[str, ...] = ()
     rows: tuple[int, int] | None = None
+    folded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,10 @@ class Clues:
     Attributes:
         mapped: weights by target and parameter.
         reference: where the torch checkpoint of the base has each target's parameter.
-        structure: whether targets may be found by what their weights do in the graph.
     """
 
     mapped: Mapping[tuple[str, str], MappedWeight] = field(default_factory=dict)
     reference: Mapping[tuple[str, str], Sequence[Match]] = field(default_factory=dict)
-    structure: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,10 @@ class Hints:
     Attributes:
         mapped: weights by target and parameter.
         checkpoint: the torch checkpoint that the base was exported from.
-        structure: whether targets may be found by what their weights do in the graph.
     """
 
     mapped: Mapping[tuple[str, str], MappedWeight] = field(default_factory=dict)
     checkpoint: BaseModel | None = None
-    structure: bool = False
 
 
 class Lookup:

@@ -9,6 +9,7 @@ from loraformat.bases import Site
 from loraformat.errors import refuse
 from loraformat.evidence import Lookup, MappedWeight
 from loraformat.matching import Want, count_rows, cut_rows
+from loraformat.problems import Problem
 from loraformat.site_index import Candidate
 from loraformat.spans import read_small
 from loraformat.strict_json import JsonValue, parse_json_object
@@ -27,8 +28,15 @@ class ExplicitMap:
             return []
         sites = {site.id: site for site in lookup.sites if _is_meant(want, site, mapped)}
         cut = (cut_rows(site, want.change.slot, mapped.rows) for site in sites.values())
-        # The user's word stands for the module that the site is of.
-        return [Candidate(replace(site, module=want.target.name), self.name, self.name) for site in cut]
+        # The user's word stands for the module that the site is of, not for what was folded into its numbers.
+        named = (replace(site, module=want.target.name, obstacle=_find_obstacle(want, site, mapped)) for site in cut)
+        return [Candidate(site, self.name, self.name) for site in named]
+
+
+def _find_obstacle(want: Want, site: Site, mapped: MappedWeight) -> Problem | None:
+    if mapped.folded:
+        return Problem("LF407", want.name, "multiplied by numbers, as the map says", "--base-checkpoint beside --map")
+    return site.obstacle if site.obstacle is not None and site.obstacle.code == "LF407" else None
 
 
 def _is_meant(want: Want, site: Site, mapped: MappedWeight) -> bool:
@@ -66,11 +74,13 @@ def _read_entry(entry: JsonValue, where: str) -> tuple[tuple[str, str], MappedWe
     if not (isinstance(sites, list) and all(isinstance(site, str) for site in sites)):
         raise refuse("LF422", where, "`sites` that are none", "a list of strings")
     if rows is None:
-        return (target, parameter), MappedWeight(weight, tuple(map(str, sites)))
+        return (target, parameter), MappedWeight(weight, tuple(map(str, sites)), None, found.get("folded") is True)
     numbers = [number for number in rows if isinstance(number, int)] if isinstance(rows, list) else []
     if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
         raise refuse("LF422", where, f"the rows {rows}", "start and stop")
-    return (target, parameter), MappedWeight(weight, tuple(map(str, sites)), (numbers[0], numbers[1]))
+    return (target, parameter), MappedWeight(
+        weight, tuple(map(str, sites)), (numbers[0], numbers[1]), found.get("folded") is True
+    )
 
 
 STRATEGY: Final = ExplicitMap()

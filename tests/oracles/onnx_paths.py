@@ -126,7 +126,7 @@ def _rename_graph(graph: onnx.GraphProto, outer: Mapping[str, str]) -> None:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
         for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.HasField("g") else attribute.graphs):
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
                 _rename_graph(inner, names)
     del graph.value_info[:]
     del graph.metadata_props[:]
