@@ -8,8 +8,10 @@ from typing import Final, TypeAlias, TypedDict, Unpack
 from loraformat.adapter import Adapter
 from loraformat.engine import Effort, Progress, count_workers
 from loraformat.errors import refuse
+from loraformat.evidence import Hints
+from loraformat.evidence.explicit_map import read_map
 from loraformat.limits import DEFAULT_MEMORY_BYTES
-from loraformat.loading import FACTORS_NAMES, load_adapter
+from loraformat.loading import FACTORS_NAMES, load_adapter, open_base
 from loraformat.plan import WeightedAdapter
 from loraformat.schemes import StatedScale
 
@@ -34,7 +36,20 @@ class AdapterOptions(TypedDict, total=False):
     scale: float | None
 
 
-class PlanOptions(AdapterOptions, total=False):
+class HintOptions(TypedDict, total=False):
+    """What targets may be found by, besides names.
+
+    Attributes:
+        map: a file that says which weight a target is, as `resolve --json` prints it.
+        base_checkpoint: the torch checkpoint that an ONNX base was exported from: its numbers find weights without
+            names, verify those found by names, and tell what exporters folded into them.
+    """
+
+    map: StrPath | None
+    base_checkpoint: StrPath | None
+
+
+class PlanOptions(AdapterOptions, HintOptions, total=False):
     """What a plan depends on besides base, adapters and output.
 
     Attributes:
@@ -56,6 +71,14 @@ class PlanOptions(AdapterOptions, total=False):
     new_biases: bool
     dtype: str | None
     to: str | None
+
+
+class ResolveOptions(AdapterOptions, HintOptions, total=False):
+    """What `resolve_targets` depends on besides base and adapter: as in `PlanOptions`."""
+
+    allow_unmatched: Sequence[str]
+    strip_prefix: str | None
+    ignore_fingerprints: bool
 
 
 class EffortOptions(TypedDict, total=False):
@@ -95,7 +118,7 @@ class WorkOptions(EffortOptions, total=False):
     keep_undo: bool
 
 
-class VerifyOptions(AdapterOptions, EffortOptions, total=False):
+class VerifyOptions(AdapterOptions, HintOptions, EffortOptions, total=False):
     """What a verification depends on besides models and adapters."""
 
 
@@ -130,6 +153,13 @@ def wants_anew(to: str | None) -> bool:
     if to not in (None, "safetensors"):
         raise refuse("LF610", "--to", str(to), "safetensors")
     return to is not None
+
+
+def read_hints(options: HintOptions) -> Hints:
+    """Return what targets may be found by, the files read that the options name."""
+    path, checkpoint = options.get("map"), options.get("base_checkpoint")
+    mapped = read_map(Path(path)) if path is not None else {}
+    return Hints(mapped, open_base(Path(checkpoint)) if checkpoint is not None else None)
 
 
 def make_effort(**options: Unpack[EffortOptions]) -> Effort:
