@@ -44,6 +44,8 @@ class PlanOptions(AdapterOptions, total=False):
         ignore_fingerprints: accept weights that do not match the fingerprint of their target.
         untie: let tables part that `config.json` ties, where adapters change them apart.
         new_biases: give biases to modules that have none, where adapters change them.
+        keep_scales: leave the scales of quantised weights as they are.
+        accept_ranges: accept activation ranges of a quantised model that were measured on the base.
         dtype: number form of the output's floating-point tensors, such as `bfloat16`; else each keeps its own.
         to: `safetensors` writes the output anew in this format; else it keeps the base's own.
     """
@@ -54,6 +56,8 @@ class PlanOptions(AdapterOptions, total=False):
     ignore_fingerprints: bool
     untie: bool
     new_biases: bool
+    keep_scales: bool
+    accept_ranges: bool
     dtype: str | None
     to: str | None
 

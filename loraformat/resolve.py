@@ -166,6 +166,7 @@ def find_by_fingerprint(want: Want, sites: Sequence[Site]) -> list[Candidate]:
         for site in sites
         if want.change.slot in site.transposed
         and site.weight is not None
+        and site.weight.coding is None
         and site.part is None
         and site.section is None
         and fits_site(want, site)
@@ -175,9 +176,10 @@ def find_by_fingerprint(want: Want, sites: Sequence[Site]) -> list[Candidate]:
 
 def _check_fingerprint(want: Want, matches: list[Match]) -> list[Match] | Problem:
     fingerprint = want.target.fingerprint
-    if fingerprint is None or not want.is_main:
-        return matches
     sites = [site for match in matches for site in match.sites]
+    is_coded = any(site.weight is not None and site.weight.coding is not None for site in sites)
+    if fingerprint is None or not want.is_main or is_coded:  # Of numbers that were rounded to a few codes, none tells.
+        return matches
     samples, shape = sample_sites(want, sites), settle_shape(want, sites)
     if fingerprint.shape == shape and fingerprint.matches(samples):
         return matches

@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 from loraformat.bases import BaseModel
 from loraformat.engine import Assignment, Effort, carry_out, index_tensors, locate_weight
 from loraformat.images import Copy, FileImage
-from loraformat.output_forms import Order, describe_output, list_touched
+from loraformat.output_forms import Order, describe_output, index_weights, list_touched, list_written
 from loraformat.plan import Plan
 from loraformat.problems import Problem
 from loraformat.receipt import Statement, read_statement
@@ -215,7 +215,7 @@ class _Regions:
     """Which tensor, or what else, lies at an offset of an output file."""
 
     def __init__(self, image: FileImage, plan: Plan, base: BaseModel) -> None:
-        tensors = index_tensors(base)
+        tensors, weights = index_tensors(base), index_weights(base)
         self._found: list[tuple[int, int, str, str]] = []
         for weight in plan.weights:
             try:
@@ -224,6 +224,10 @@ class _Regions:
                 continue
             length = weight.nbytes if weight.new is None else -1
             self._found.append((offset, length, "LF802", weight.name))
+            for role, tensor in list_written(weight, weights[weight.key]).items() if weight.is_coded else ():
+                place = image.locate(tensor.span)
+                if role and place is not None:
+                    self._found.append((place, tensor.span.length, "LF802", tensor.name))
         touched = {name for *_, name in self._found}
         for tensor in base.list_tensors():
             place = image.locate(tensor.span) if tensor.is_contiguous else None

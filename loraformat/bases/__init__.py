@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 
 from loraformat.adapter import SlotKind
 from loraformat.bases._travelling import list_tokenizer_files
+from loraformat.encodings import Coding
 from loraformat.images import FileImage, OutputTensor
 from loraformat.problems import Problem
 from loraformat.registry import Registry
@@ -37,12 +38,14 @@ class Weight:
         tensor: where its bytes are.
         consumers: ids of everything that reads it, sites among them; words for what has no site, such as a tensor
             whose bytes overlap its own.
+        coding: how its codes are read, where it is quantised.
     """
 
     key: str
     name: str
     tensor: StoredTensor
     consumers: frozenset[str]
+    coding: Coding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class Site:
         weight: the weight, or None when there is an obstacle.
         divisor: the site multiplies its weight by this number, so a delta is divided by it (`alpha` of Gemm).
         obstacle: why nothing can be merged here.
+        caveat: what the user must accept before something is.
         parameter: which of the module's parameters it is: `weight`, `bias` ...
         part: where in the stored tensor it is; None for all of it.
         section: first and last row, the latter excluded, of the module's canonical matrix `(out, in)` that are stored
@@ -80,6 +84,7 @@ class Site:
     grows: bool = False
     tied: str = ""
     free_bias: str = ""
+    caveat: Problem | None = None
 
     def stored_shape(self) -> tuple[int, ...]:
         """Return the shape of what the site applies, as it is stored; empty where there is nothing."""

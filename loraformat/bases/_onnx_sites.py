@@ -49,8 +49,8 @@ def _use_matmul(node: "onnx.NodeProto", position: int) -> Use:
 
 
 def _use_gemm(node: "onnx.NodeProto", position: int) -> Use:
-    flag = _attribute(node, "transB" if position == 1 else "transA", 0)
-    alpha = float(_attribute(node, "alpha", 1.0))
+    flag = read_attribute(node, "transB" if position == 1 else "transA", 0)
+    alpha = float(read_attribute(node, "alpha", 1.0))
     refusal = "" if alpha else "the operator multiplies the product by zero"
     orientations = _linear(transposed=(position == 1) != bool(flag))
     if orientations[SlotKind.LINEAR]:  # A Linear, or GPT-2's Conv1D, whose own parameter is the other way round.
@@ -59,7 +59,7 @@ def _use_gemm(node: "onnx.NodeProto", position: int) -> Use:
 
 
 def _use_addend(node: "onnx.NodeProto", position: int) -> Use:
-    beta = float(_attribute(node, "beta", 1.0))
+    beta = float(read_attribute(node, "beta", 1.0))
     return Use(_AS_IT_IS, refusal="" if beta == 1 else f"the operator multiplies its bias by {beta:g}")
 
 
@@ -68,12 +68,12 @@ def _use_as_it_is(node: "onnx.NodeProto", position: int) -> Use:
 
 
 def _use_conv(node: "onnx.NodeProto", position: int) -> Use:
-    group = _attribute(node, "group", 1)
+    group = read_attribute(node, "group", 1)
     return Use({SlotKind.CONV: False, **_AS_IT_IS}, refusal="" if group == 1 else f"a convolution of {group} groups")
 
 
 def _use_gather(node: "onnx.NodeProto", position: int) -> Use:
-    axis = _attribute(node, "axis", 0)
+    axis = read_attribute(node, "axis", 0)
     return Use({SlotKind.EMBEDDING: True, **_AS_IT_IS}, refusal="" if axis == 0 else f"a lookup along axis {axis}")
 
 
@@ -83,6 +83,20 @@ def _read_use(visit: Visit, position: int, read: "_UseReader") -> Use:
     if borrowed is not None:
         return Use(_ANY, refusal=f"the caller of a function sets the attribute {borrowed!r} of {visit.op}")
     return read(visit.node, position)
+
+
+def _use_right_factor(node: "onnx.NodeProto", position: int) -> Use:
+    """Y = X·W, W `(in, out)` at whatever input."""
+    return Use(_linear(transposed=True))
+
+
+def _use_quantised_gemm(node: "onnx.NodeProto", position: int) -> Use:
+    return _use_gemm(node, 1)
+
+
+def _use_nbits(node: "onnx.NodeProto", position: int) -> Use:
+    """Y = X·Wᵀ: rows of the codes are those of `(out, in)`."""
+    return Use(_linear(transposed=False))
 
 
 def _refuse_use(node: "onnx.NodeProto", position: int) -> Use:
@@ -97,21 +111,22 @@ _USES: Final[Mapping[str, tuple[tuple[int, ...], _UseReader]]] = {
     "Conv": ((1,), _use_conv),
     "Gather": ((0,), _use_gather),
     "ConvTranspose": ((1,), _refuse_use),
-    "MatMulInteger": ((1,), _refuse_use),
-    "ConvInteger": ((1,), _refuse_use),
-    "QLinearMatMul": ((3,), _refuse_use),
-    "QLinearConv": ((3,), _refuse_use),
+    "MatMulInteger": ((1,), _use_matmul),
+    "ConvInteger": ((1,), _use_conv),
+    "QLinearMatMul": ((3,), _use_right_factor),
+    "QLinearConv": ((3,), _use_conv),
     "com.microsoft.Attention": ((1,), _refuse_use),
-    "com.microsoft.DynamicQuantizeMatMul": ((1,), _refuse_use),
+    "com.microsoft.DynamicQuantizeMatMul": ((1,), _use_right_factor),
     "com.microsoft.EmbedLayerNormalization": ((2,), _refuse_use),
     "com.microsoft.FusedConv": ((1,), _refuse_use),
     "com.microsoft.FusedGemm": ((1,), _refuse_use),
     "com.microsoft.FusedMatMul": ((1,), _refuse_use),
     "com.microsoft.GatherBlockQuantized": ((0,), _refuse_use),
-    "com.microsoft.MatMulNBits": ((1,), _refuse_use),
+    "com.microsoft.MatMulIntegerToFloat": ((1,), _use_right_factor),
+    "com.microsoft.MatMulNBits": ((1,), _use_nbits),
     "com.microsoft.NhwcConv": ((1,), _refuse_use),
     "com.microsoft.QAttention": ((1,), _refuse_use),
-    "com.microsoft.QGemm": ((3,), _refuse_use),
+    "com.microsoft.QGemm": ((3,), _use_quantised_gemm),
     "com.microsoft.nchwc.Conv": ((1,), _refuse_use),
 }
 """Operator to the inputs that may hold a weight, and how they use it. MatMul may have it on either side."""
@@ -240,7 +255,7 @@ def _name_site(visit: Visit, position: int, trace: Trace, use: Use) -> Iterator[
     yield RawSite(visit, position, trace, use, module, evidence, folded)
 
 
-def _attribute(node: "onnx.NodeProto", name: str, default: Any) -> Any:
+def read_attribute(node: "onnx.NodeProto", name: str, default: Any) -> Any:
     """Return the number that an attribute holds."""
     for attribute in node.attribute:
         if attribute.name == name:

@@ -3,10 +3,12 @@
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from loraformat.bases import BaseModel, Site, Weight
+from loraformat.bases._onnx_coded import find_coded_part, find_coding, find_ranges
 from loraformat.bases._onnx_scopes import GraphIndex, list_readers
 from loraformat.bases._onnx_sites import RawSite, find_sites
 from loraformat.containers.onnx_file import CONTAINER, OnnxFile, open_onnx
@@ -28,7 +30,9 @@ class OnnxGraph:
         self.path = self._opened.path
         self._tensors = _list_tensors(self._opened)
         index = GraphIndex(self._opened.model, self.path)
-        self.sites: Sequence[Site] = _list_sites(self._opened, list(find_sites(index.visits)))
+        self.sites: Sequence[Site] = _list_sites(
+            self._opened, list(find_sites(index.visits)), find_ranges(index.visits)
+        )
         self.structure_sha256: str = self._opened.structure_sha256
         self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
 
@@ -78,7 +82,7 @@ def _list_tensors(opened: OnnxFile) -> list[StoredTensor]:
     return [tensor for tensor in stored if isinstance(tensor, StoredTensor)]
 
 
-def _list_sites(opened: OnnxFile, found: Sequence[RawSite]) -> list[Site]:
+def _list_sites(opened: OnnxFile, found: Sequence[RawSite], caveat: Problem | None) -> list[Site]:
     """Return the sites.
 
     A tensor held by a function is read at every call: its readers are those of all places where it was found.
@@ -86,7 +90,8 @@ def _list_sites(opened: OnnxFile, found: Sequence[RawSite]) -> list[Site]:
     readers: dict[int, set[str]] = defaultdict(set)
     for raw in found:
         readers[id(raw.trace.tensor)].update(list_readers(raw.trace))
-    return [_make_site(opened, raw, frozenset(readers[id(raw.trace.tensor)])) for raw in found]
+    sites = [_make_site(opened, raw, frozenset(readers[id(raw.trace.tensor)])) for raw in found]
+    return [replace(site, caveat=caveat) for site in sites] if caveat is not None else sites
 
 
 def _make_site(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> Site:
@@ -100,6 +105,7 @@ def _make_site(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> Site:
         parameter=raw.parameter,
         divisor=raw.use.divisor,
         obstacle=obstacle,
+        part=find_coded_part(weight.coding, raw) if weight is not None else None,
     )
 
 
@@ -110,13 +116,16 @@ def _find_weight(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> tup
     if isinstance(stored, Problem):
         return None, stored
     name = stored.name or raw.trace.name
-    if stored.dtype.family != "float":
+    coding = find_coding(opened, raw, stored)
+    if isinstance(coding, Problem):
+        return None, coding
+    if coding is None and stored.dtype.family != "float":
         return None, Problem("LF403", name, f"numbers stored as {stored.dtype.name}", "a floating-point form")
     if not stored.elements:
         return None, Problem("LF403", name, f"no numbers: its shape is {stored.shape}", "a matrix or a kernel")
     overlapping = (f"the tensor {other!r}, whose bytes overlap its own" for other in opened.overlaps(stored))
     file = os.path.relpath(stored.span.path, opened.path.parent)
-    return Weight(f"{file}@{stored.span.offset}", name, stored, readers.union(overlapping)), None
+    return Weight(f"{file}@{stored.span.offset}", name, stored, readers.union(overlapping), coding), None
 
 
 class OnnxFormat:

@@ -25,7 +25,7 @@ from loraformat.images import Blank, Edit, FileImage, Literal, edit_file
 from loraformat.limits import MAX_DIMS
 from loraformat.problems import Problem
 from loraformat.receipt import RECEIPT_KEY
-from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.spans import HeldTensor, InputFile, Span, StoredTensor
 from loraformat.strict_json import JsonValue, parse_json_object
 
 if TYPE_CHECKING:
@@ -125,6 +125,19 @@ class OnnxFile:
             return Problem("LF403", where, "numbers both in the model and in a data file", "one of the two")
         file, span = self._external(proto, needed, where)
         return StoredTensor(proto.name, dtype, shape, span, file)
+
+    def held_tensor(self, proto: "onnx.TensorProto") -> HeldTensor | None:
+        """Return a tensor whose numbers stand in the graph one by one, such as zero points; None for any other."""
+        from onnx import numpy_helper
+
+        dtype = BY_ONNX.get(proto.data_type)
+        typed = proto.data_location != _EXTERNAL and not proto.HasField("segment") and proto.int32_data
+        if dtype is None or not typed or dtype.bits < 8:
+            return None
+        if len(proto.int32_data) != math.prod(proto.dims):
+            where = f"{self.path}: tensor {proto.name!r}"
+            raise refuse("LF116", where, f"{len(proto.int32_data)} numbers", f"those of {list(proto.dims)[:MAX_DIMS]}")
+        return HeldTensor(proto.name, dtype, numpy_helper.to_array(proto))
 
     def _inline(
         self, proto: "onnx.TensorProto", dtype: Dtype, shape: tuple[int, ...], needed: int, where: str
