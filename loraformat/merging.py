@@ -16,6 +16,7 @@ from loraformat.arguments import (
     StrPath,
     VerifyOptions,
     WorkOptions,
+    check_sharing,
     make_effort,
     wants_anew,
     weigh_adapters,
@@ -241,7 +242,11 @@ def _plan(
     """Plan a merge; what the options do not say is as `build_plan` has it."""
     own = PlanOptions.__annotations__.keys() - AdapterOptions.__annotations__.keys() - {"to"}
     given: dict[str, Any] = {name: value for name, value in options.items() if name in own}
-    return build_plan(base, weighted, output, anew=wants_anew(options.get("to")), **given)
+    if given.get("external_data") == "copy":
+        del given["external_data"]
+    plan = build_plan(base, weighted, output, anew=wants_anew(options.get("to")), **given)
+    check_sharing(plan, base, options)
+    return plan
 
 
 def _place(

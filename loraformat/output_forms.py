@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraformat.bases import BaseModel, Rewriter, Weight, list_tokenizer_files
+from loraformat.bases import BaseModel, Rewriter, SharedBase, Weight, list_tokenizer_files
 from loraformat.dtypes import BY_NAME
 from loraformat.errors import refuse
 from loraformat.images import FileImage, OutputTensor
@@ -29,6 +29,13 @@ def require_rewriter(base: BaseModel) -> Rewriter:
     return base.rewriter
 
 
+def require_shared(base: BaseModel) -> SharedBase:
+    """Return a base whose data files a model beside it may refer to; LF444 for one without."""
+    if not isinstance(base, SharedBase) or not base.list_shared():
+        raise refuse("LF444", base.path, f"{base.format}, all weights in one file", "an ONNX model with external data")
+    return base
+
+
 def choose_form(plan: Plan, base: BaseModel) -> BaseModel | Rewriter:
     """Return what describes the output."""
     return require_rewriter(base) if plan.rewritten else base
@@ -46,6 +53,11 @@ def describe_output(
         is_taken: says whether the path of a data file is another file's.
     """
     plan = order.plan
+    if plan.is_sharing:
+        touched = list_touched(plan, base)
+        return require_shared(base).describe_sharing_images(
+            plan.output, blank_bytes, plan.sha256[:8], touched, is_taken
+        )
     if not plan.rewritten:
         return base.describe_images(plan.output, blank_bytes, plan.sha256[:8], is_taken)
     rewriter = require_rewriter(base)

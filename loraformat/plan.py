@@ -16,6 +16,7 @@ from loraformat.problems import Problem
 from loraformat.spans import Part
 from loraformat.strict_json import JsonValue, write_canonical
 
+SHARE: Final = "share"
 _FLOAT32_BYTES: Final = 4
 
 
@@ -218,6 +219,11 @@ class Plan:
     config_changes: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
     rewritten: bool = False
     options: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def is_sharing(self) -> bool:
+        """Whether the output refers to the base's data files for what does not change."""
+        return self.options.get("external_data") == SHARE
 
     @cached_property
     def sha256(self) -> str:

@@ -94,6 +94,7 @@ def build_plan(
     new_biases: bool = False,
     keep_scales: bool = False,
     accept_ranges: bool = False,
+    external_data: str | None = None,
     dtype: str | None = None,
     anew: bool = False,
 ) -> Plan:
@@ -111,6 +112,7 @@ def build_plan(
         new_biases: give biases to modules that have none, where adapters change them.
         keep_scales: leave the scales of quantised weights as they are.
         accept_ranges: accept activation ranges that were measured on the base.
+        external_data: `share` has the output refer to the base's data files for what does not change.
         dtype: number form of the output's floating-point tensors; None keeps each one's own.
         anew: write the output anew, as safetensors.
 
@@ -126,6 +128,7 @@ def build_plan(
         new_biases=new_biases,
         keep_scales=keep_scales,
         accept_ranges=accept_ranges,
+        external_data=external_data,
         dtype=dtype,
         anew=anew,
     )

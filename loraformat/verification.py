@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 from loraformat.bases import BaseModel
 from loraformat.engine import Assignment, Effort, carry_out, index_tensors, locate_weight
 from loraformat.images import Copy, FileImage
-from loraformat.output_forms import Order, describe_output, index_weights, list_touched, list_written
+from loraformat.output_forms import Order, describe_output, index_weights, list_touched, list_written, require_shared
 from loraformat.plan import Plan
 from loraformat.problems import Problem
 from loraformat.receipt import Statement, read_statement
@@ -94,8 +94,20 @@ def _describe(merged: BaseModel, base: BaseModel, order: Order, room_bytes: int)
     own = {file.path for file in merged.files}
     images = describe_output(order, base, room_bytes, lambda path: path.absolute() not in own)
     beside = name_side_receipt(merged.path)
+    if order.plan.is_sharing:
+        return [*_describe_shared(merged, base), *images]
     in_place = beside.is_file() and beside.absolute() not in {image.path.absolute() for image in images}
     return _describe_patched(merged, base) if in_place else images
+
+
+def _describe_shared(merged: BaseModel, base: BaseModel) -> list[FileImage]:
+    """Return the data files that a model shares with its base: as they are there, if it was moved away from them."""
+    folder = merged.path.absolute().parent
+    shared = require_shared(base).list_shared()
+    return [
+        FileImage(folder / location, [Copy(file, 0, file.size_bytes)], is_kept=True)
+        for location, file in shared.items()
+    ]
 
 
 def _describe_patched(merged: BaseModel, base: BaseModel) -> list[FileImage]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from loraformat.adapter import SlotKind
 from loraformat.bases._travelling import list_tokenizer_files
@@ -228,6 +228,34 @@ class BaseModel(Protocol):
 
     def list_stale(self, output: Path) -> list[Path]:
         """Return the files that only the model at `output`, about to be replaced, still needs."""
+        ...
+
+
+@runtime_checkable
+class SharedBase(Protocol):
+    """A base beside which another model can stand that refers to its data files, where most of its numbers are."""
+
+    def describe_sharing_images(
+        self,
+        output: Path,
+        blank_bytes: int,
+        fresh: str,
+        touched: Sequence[Span],
+        is_taken: Callable[[Path], bool] = os.path.lexists,
+    ) -> list[FileImage]:
+        """Return the files that such a model adds, the one with the receipt last.
+
+        Args:
+            output: where the model will stand, in the folder of this one.
+            blank_bytes: as in `BaseModel.describe_images`, like `fresh` and `is_taken`.
+            fresh: the same.
+            touched: the bytes that differ, those of whole tensors.
+            is_taken: the same.
+        """
+        ...
+
+    def list_shared(self) -> Mapping[str, InputFile]:
+        """Return the data files by their paths from the model's folder; none for a base without."""
         ...
 
 

@@ -56,6 +56,21 @@ class OnnxGraph:
         """Return the data files and, last, the model: the same bytes and a metadata entry for the receipt."""
         return self._opened.images(output, blank_bytes, fresh, is_taken)
 
+    def describe_sharing_images(
+        self,
+        output: Path,
+        blank_bytes: int,
+        fresh: str,
+        touched: Sequence[Span],
+        is_taken: Callable[[Path], bool] = os.path.lexists,
+    ) -> list[FileImage]:
+        """Return a data file with the tensors that differ, and the model, which refers to the base's files too."""
+        return self._opened.sharing_images(output, blank_bytes, fresh, touched, is_taken)
+
+    def list_shared(self) -> Mapping[str, InputFile]:
+        """Return the data files that a model beside this one may refer to, by their paths from its folder."""
+        return self._opened.data_files()
+
     def compute_checksums(
         self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
     ) -> Mapping[int, bytes]:

@@ -61,6 +61,11 @@ _ONLY_MERGING: Final = frozenset(
     help="Accept activation ranges that a quantised model has of its base.",
 )
 @click.option(
+    "--external-data",
+    type=click.Choice(["copy", "share"]),
+    help="share: a small model beside an ONNX base, which refers to the base's data for what does not change.",
+)
+@click.option(
     "--dtype", metavar="FORM", help="Number form of the output, such as bfloat16; else each tensor keeps its own."
 )
 @click.option("--to", type=click.Choice(["safetensors"]), help="Write the output anew in this format.")
