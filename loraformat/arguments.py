@@ -48,8 +48,8 @@ class PlanOptions(AdapterOptions, total=False):
         new_biases: give biases to modules that have none, where adapters change them.
         keep_scales: leave the scales of quantised weights as they are.
         accept_ranges: accept activation ranges of a quantised model that were measured on the base.
-        external_data: `share` writes, beside an ONNX base, a small model and a data file with what differs, which refers
-            to the base's data files for the rest; otherwise these are copied.
+        external_data: `share` writes, beside an ONNX base, a small model that refers to the base's data files, and to
+            one of its own for what differs; otherwise all are copied.
         dtype: number form of the output's floating-point tensors, such as `bfloat16`; else each keeps its own.
         to: `safetensors` writes the output anew in this format; else it keeps the base's own.
     """

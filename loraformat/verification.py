@@ -6,7 +6,7 @@ The output is described and computed once more, and every byte is compared inste
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -76,7 +76,8 @@ def verify_merge(merged: BaseModel, base: BaseModel, order: Order, effort: Effor
     statement = read_statement(record, merged.path) if record is not None else None
     images = _describe(merged, base, order, statement.room_bytes if statement else 0)
     sinks = [_open_sink(image) for image in images]
-    problems = [*_list_missing(images, sinks), *_list_added(merged, images)]
+    shared = {file.identity for file in base.files} if order.plan.is_sharing else set()
+    problems = [*_list_missing(images, sinks), *_list_added(merged, images, shared)]
     present = [(image, sink) for image, sink in zip(images, sinks, strict=True) if sink is not None]
     sums: Sequence[TileSums] = ()
     if len(present) == len(images):
@@ -101,13 +102,10 @@ def _describe(merged: BaseModel, base: BaseModel, order: Order, room_bytes: int)
 
 
 def _describe_shared(merged: BaseModel, base: BaseModel) -> list[FileImage]:
-    """Return the data files that a model shares with its base: as they are there, if it was moved away from them."""
-    folder = merged.path.absolute().parent
-    shared = require_shared(base).list_shared()
-    return [
-        FileImage(folder / location, [Copy(file, 0, file.size_bytes)], is_kept=True)
-        for location, file in shared.items()
-    ]
+    """Return the data files that a model shares with its base, as the base has them; the very same need no look."""
+    folder, same = merged.path.absolute().parent, {file.identity for file in merged.files}
+    apart = {name: file for name, file in require_shared(base).list_shared().items() if file.identity not in same}
+    return [FileImage(folder / name, [Copy(file, 0, file.size_bytes)], is_kept=True) for name, file in apart.items()]
 
 
 def _describe_patched(merged: BaseModel, base: BaseModel) -> list[FileImage]:
@@ -188,9 +186,9 @@ def _list_missing(images: Sequence[FileImage], sinks: Sequence[CompareSink | Non
     return [Problem("LF804", str(path), "no such file", "a file of the merged model") for path in missing]
 
 
-def _list_added(merged: BaseModel, images: Sequence[FileImage]) -> list[Problem]:
+def _list_added(merged: BaseModel, images: Sequence[FileImage], shared: Set[tuple[int, int]]) -> list[Problem]:
     expected = {image.path.absolute() for image in images}
-    added = [file.path for file in merged.files if file.path not in expected]
+    added = [file.path for file in merged.files if file.path not in expected and file.identity not in shared]
     return [Problem("LF804", str(path), "a file that the merge does not write", "no such file") for path in added]
 
 
