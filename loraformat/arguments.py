@@ -105,7 +105,15 @@ class WorkOptions(EffortOptions, total=False):
 
 
 class VerifyOptions(AdapterOptions, EffortOptions, total=False):
-    """What a verification depends on besides models and adapters."""
+    """What a verification depends on besides models and adapters.
+
+    Attributes:
+        run: have onnxruntime run merged model and base, and compare outputs too; for ONNX models.
+        sizes: for that, sizes of symbolic dimensions of the inputs, by name; others get small ones.
+    """
+
+    run: bool
+    sizes: Mapping[str, int]
 
 
 class MergeOptions(PlanOptions, WorkOptions, total=False):

@@ -86,7 +86,7 @@ def requantise(work: CodedWork, buffers: TileBuffers, places: Mapping[str, Place
     with np.errstate(over="ignore", invalid="ignore"):
         coder = _fit(work, buffers) if len(places) > 1 else work.coder
         sums = TileSums()
-        for rows in _list_tiles(work.weight):
+        for rows in list_tiles(work.weight):
             sums += _encode_tile(work, coder, buffers, rows, places[""])
     for role, values in coder.tensors().items():
         if role in places:
@@ -94,14 +94,15 @@ def requantise(work: CodedWork, buffers: TileBuffers, places: Mapping[str, Place
     return sums
 
 
-def _list_tiles(weight: PlannedWeight) -> list[range]:
+def list_tiles(weight: PlannedWeight) -> list[range]:
+    """Return the rows of each tile of a weight."""
     starts = range(0, weight.matrix[0], weight.tile_rows)
     return [range(start, min(start + weight.tile_rows, weight.matrix[0])) for start in starts]
 
 
 def _fit(work: CodedWork, buffers: TileBuffers) -> Coder:
     fit = work.coder.start_fit()
-    for rows in _list_tiles(work.weight):
+    for rows in list_tiles(work.weight):
         _, merged, delta = change_tile(work, buffers, rows)
         fit.see(_room(work, buffers, rows), rows, merged, delta)
     return fit.finish()

@@ -35,7 +35,7 @@ from loraformat.planning import build_plan, default_output
 from loraformat.receipt import Receipt, Statement, read_statement
 from loraformat.side_receipt import find_receipt
 from loraformat.unmerging import Undone, take_back, undo_merge
-from loraformat.verification import Verification, verify_merge
+from loraformat.verification import Verification, add_runs, verify_merge
 
 
 def plan_merge(
@@ -163,7 +163,9 @@ def verify(
     statement = read_statement(record, proof.path) if record is not None else None
     weighted = weigh_adapters(_take_weights(adapters, statement), options)
     plan = build_plan(opened, weighted, proof.path, **(statement.options if statement else {}))
-    return verify_merge(proof, opened, Order(plan, weighted), _make_effort(options))
+    order = Order(plan, weighted)
+    found = verify_merge(proof, opened, order, _make_effort(options))
+    return add_runs(found, proof, opened, order, options.get("sizes", {})) if options.get("run") else found
 
 
 def _take_weights(adapters: Sequence[AdapterArgument], statement: Statement | None) -> list[AdapterArgument]:

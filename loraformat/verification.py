@@ -6,18 +6,20 @@ The output is described and computed once more, and every byte is compared inste
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
 from loraformat.bases import BaseModel
 from loraformat.engine import Assignment, Effort, carry_out, index_tensors, locate_weight
+from loraformat.errors import refuse
 from loraformat.images import Copy, FileImage
 from loraformat.output_forms import Order, describe_output, index_weights, list_touched, list_written, require_shared
 from loraformat.plan import Plan
 from loraformat.problems import Problem
 from loraformat.receipt import Statement, read_statement
+from loraformat.running import RunResult, compare_runs, list_changes
 from loraformat.side_receipt import find_receipt, name_side_receipt
 from loraformat.sinks import CompareSink, Difference
 from loraformat.spans import InputFile
@@ -37,12 +39,14 @@ class Verification:
         weights: number of merged weights that were computed once more.
         compared_bytes: bytes that were compared.
         problems: what differs, and where; none for a model that is proven.
+        runs: what outputs were compared, where the models were run.
     """
 
     merged: Path
     weights: int
     compared_bytes: int
     problems: tuple[Problem, ...]
+    runs: tuple[RunResult, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -57,7 +61,7 @@ class Verification:
             "weights": self.weights,
             "compared_bytes": self.compared_bytes,
             "problems": [dict(problem.as_json()) for problem in self.problems],
-        }
+        } | ({"runs": [run.as_json() for run in self.runs]} if self.runs else {})
 
 
 def verify_merge(merged: BaseModel, base: BaseModel, order: Order, effort: Effort) -> Verification:
@@ -88,6 +92,20 @@ def verify_merge(merged: BaseModel, base: BaseModel, order: Order, effort: Effor
     problems = [*check_receipt(statement, order.plan, sums), *problems]
     compared = sum(image.size_bytes for image, _ in present)
     return Verification(order.plan.output, sum(bool(w.changes) for w in order.plan.weights), compared, tuple(problems))
+
+
+def add_runs(
+    found: Verification, merged: BaseModel, base: BaseModel, order: Order, sizes: Mapping[str, int]
+) -> Verification:
+    """Return the verification with what onnxruntime computes from both models; `sizes` are of symbolic dimensions.
+
+    Raises:
+        RefusedError: LF446 no ONNX model, no onnxruntime, or a model that it cannot run.
+    """
+    if base.format != "onnx":
+        raise refuse("LF446", base.path, f"a base of the format {base.format!r}", "an ONNX model")
+    runs, problems = compare_runs(base.path, merged.path, list_changes(order.plan, base, order.adapters), sizes)
+    return replace(found, runs=tuple(runs), problems=(*found.problems, *problems))
 
 
 def _describe(merged: BaseModel, base: BaseModel, order: Order, room_bytes: int) -> list[FileImage]:

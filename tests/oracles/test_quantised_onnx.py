@@ -240,6 +240,17 @@ def test_measured_ranges_are_refused_until_accepted(case: Case, tmp_path: Path, 
     assert kept.where == "fc3.weight_quantized"
 
 
+@pytest.mark.parametrize("path", FLOATS_BETWEEN)
+def test_run_it_gives_the_base_and_the_change_apart(case: Case, tmp_path: Path, path: str) -> None:
+    base, merged = quantise(case, path, case.float_base), tmp_path / "merged.onnx"
+    loraformat.merge(base, [case.adapter], merged)
+    found = loraformat.verify(merged, base, [case.adapter], run=True)
+    assert found.holds
+    (run,) = found.runs
+    assert abs(run.kept - 1) < 0.06
+    assert run.difference < run.effect / 3
+
+
 def test_four_bits_are_refused(case: Case, tmp_path: Path) -> None:
     nbits(4, block_size=32, is_symmetric=True)(case.float_base, tmp_path / "q4.onnx")
     with pytest.raises(loraformat.LoraformatError) as caught:
