@@ -9,8 +9,10 @@ from loraformat.adapter import Adapter
 from loraformat.bases import BaseModel
 from loraformat.engine import Effort, Progress, count_workers
 from loraformat.errors import refuse
+from loraformat.evidence import Hints
+from loraformat.evidence.explicit_map import read_map
 from loraformat.limits import DEFAULT_MEMORY_BYTES
-from loraformat.loading import FACTORS_NAMES, load_adapter
+from loraformat.loading import FACTORS_NAMES, load_adapter, open_base
 from loraformat.output_forms import require_shared
 from loraformat.plan import SHARE, Plan, WeightedAdapter
 from loraformat.schemes import StatedScale
@@ -36,7 +38,20 @@ class AdapterOptions(TypedDict, total=False):
     scale: float | None
 
 
-class PlanOptions(AdapterOptions, total=False):
+class HintOptions(TypedDict, total=False):
+    """What targets may be found by, besides names.
+
+    Attributes:
+        map: a file that says which weight a target is, as `resolve --json` prints it.
+        base_checkpoint: the torch checkpoint that an ONNX base was exported from: its numbers find weights without
+            names, verify those found by names, and tell what exporters folded into them.
+    """
+
+    map: StrPath | None
+    base_checkpoint: StrPath | None
+
+
+class PlanOptions(AdapterOptions, HintOptions, total=False):
     """What a plan depends on besides base, adapters and output.
 
     Attributes:
@@ -65,6 +80,14 @@ class PlanOptions(AdapterOptions, total=False):
     external_data: str | None
     dtype: str | None
     to: str | None
+
+
+class ResolveOptions(AdapterOptions, HintOptions, total=False):
+    """What `resolve_targets` depends on besides base and adapter: as in `PlanOptions`."""
+
+    allow_unmatched: Sequence[str]
+    strip_prefix: str | None
+    ignore_fingerprints: bool
 
 
 class EffortOptions(TypedDict, total=False):
@@ -104,7 +127,7 @@ class WorkOptions(EffortOptions, total=False):
     keep_undo: bool
 
 
-class VerifyOptions(AdapterOptions, EffortOptions, total=False):
+class VerifyOptions(AdapterOptions, HintOptions, EffortOptions, total=False):
     """What a verification depends on besides models and adapters.
 
     Attributes:
@@ -164,6 +187,13 @@ def check_sharing(plan: Plan, base: BaseModel, options: Mapping[str, object]) ->
         raise refuse("LF444", plan.output, f"an output outside {own}", "one beside the base, whose data it refers to")
     if os.path.lexists(plan.output) and os.path.samefile(plan.output, base.path):
         raise refuse("LF444", plan.output, "the base itself", "another name beside it")
+
+
+def read_hints(options: HintOptions) -> Hints:
+    """Return what targets may be found by, the files read that the options name."""
+    path, checkpoint = options.get("map"), options.get("base_checkpoint")
+    mapped = read_map(Path(path)) if path is not None else {}
+    return Hints(mapped, open_base(Path(checkpoint)) if checkpoint is not None else None)
 
 
 def make_effort(**options: Unpack[EffortOptions]) -> Effort:

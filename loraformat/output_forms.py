@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraformat.bases import BaseModel, Rewriter, SharedBase, Weight, list_tokenizer_files
@@ -73,8 +73,15 @@ def _edit_tensors(tensors: Sequence[OutputTensor], plan: Plan) -> list[OutputTen
         for weight in plan.weights
         if weight.new is not None
     }
-    kept = [computed.pop(tensor.name, tensor) for tensor in tensors]
+    form = plan.options.get("dtype")
+    kept = [computed.pop(tensor.name, _take_form(tensor, form)) for tensor in tensors]
     return [*kept, *computed.values()]
+
+
+def _take_form(tensor: OutputTensor, form: object) -> OutputTensor:
+    """Return a tensor without numbers in the form that was asked for: nothing of it is to be computed."""
+    is_empty_float = tensor.dtype.family == "float" and not tensor.nbytes
+    return replace(tensor, dtype=BY_NAME[form]) if isinstance(form, str) and is_empty_float else tensor
 
 
 def _find_tokenizer(order: Order) -> dict[str, InputFile]:

@@ -62,6 +62,8 @@ class PlannedChange:
         transposed: whether the stored matrix is the transpose of the canonical `(out, in * kernel)`.
         section: first and last canonical row, the latter excluded, that this weight holds; None for all.
         part: the rows and columns of the stored matrix that it changes; None for all.
+        row_factors: what each canonical row of the module's weight was multiplied by before it was stored, and its
+            change with it; empty for nothing.
         shape: canonical shape of the parameter, `(out, in, *kernel)` of a weight; empty where the factors tell it.
     """
 
@@ -76,6 +78,7 @@ class PlannedChange:
     transposed: bool
     section: tuple[int, int] | None = None
     part: Part | None = None
+    row_factors: tuple[float, ...] = ()
     shape: tuple[int, ...] = ()
 
 

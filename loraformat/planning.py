@@ -14,17 +14,19 @@ from typing import Any, Final
 
 from loraformat.bases import BaseModel
 from loraformat.errors import error_for
+from loraformat.evidence import Hints
 from loraformat.kinds import KINDS, Nature
 from loraformat.matching import Match, NewBias
 from loraformat.new_sizes import follow_weights
 from loraformat.plan import Plan, PlannedAdapter, PlannedChange, PlannedWeight, WeightedAdapter
 from loraformat.problems import Problem, Severity
-from loraformat.resolve import Resolution, resolve
+from loraformat.resolve import Resolution, gather_clues, resolve
 from loraformat.rewriting import plan_rewriting
 from loraformat.rules import check_adapter
 from loraformat.strict_json import JsonValue
 from loraformat.weight_plans import WeightChange, check_codes, part_tables, plan_bias, plan_weight
 
+_NO_HINTS: Final = Hints()
 _FLOAT32_MAX: Final = (2.0 - 2.0**-23) * 2.0**127
 
 
@@ -97,6 +99,7 @@ def build_plan(
     external_data: str | None = None,
     dtype: str | None = None,
     anew: bool = False,
+    hints: Hints = _NO_HINTS,
 ) -> Plan:
     """Plan the merge of `adapters` into `base`.
 
@@ -115,6 +118,7 @@ def build_plan(
         external_data: `share` has the output refer to the base's data files for what does not change.
         dtype: number form of the output's floating-point tensors; None keeps each one's own.
         anew: write the output anew, as safetensors.
+        hints: what there is to find targets by, besides names.
 
     Raises:
         LoraformatError: with every problem that was found, not only the first.
@@ -147,6 +151,7 @@ def build_plan(
             ignore_fingerprints=ignore_fingerprints,
             untie=untie,
             new_biases=new_biases,
+            clues=gather_clues(item.adapter, hints, strip_prefix=strip_prefix),
         )
         found.add(position, item, resolution)
     found.check_sites(accept_ranges=accept_ranges)
@@ -218,6 +223,7 @@ def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedC
         transposed=match.transposed,
         section=match.section,
         part=match.part,
+        row_factors=match.row_factors,
         shape=change.shape if change.shape != match.want.shape else (),
     )
 

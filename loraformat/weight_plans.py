@@ -192,6 +192,9 @@ def check_composition(group: Sequence[WeightChange]) -> list[Problem]:
     if special[0].match.divisor != 1:
         found = f"the graph multiplies {name!r} by {special[0].match.divisor:g}"
         return [Problem("LF403", where, found, "a weight that is used as it is stored")]
+    if special[0].match.row_factors:
+        found = f"each row of {name!r} was multiplied by a number of its own"
+        return [Problem("LF403", where, found, "a weight that is used as it is stored")]
     return [problem for entry in special for problem in _check_whole(entry)]
 
 

@@ -14,6 +14,7 @@ from loraformat.encodings import ENCODINGS, Encoding
 from loraformat.kinds import KINDS, AdditiveKind, Change, Delta, MappingKind, Nature, ReplacingKind, WeightMap
 from loraformat.limits import STREAM_BYTES
 from loraformat.plan import PlannedChange, PlannedWeight
+from loraformat.scaled_rows import ScaledRows
 from loraformat.spans import StoredTensor
 
 _FORM_BYTES: Final = 4
@@ -151,6 +152,8 @@ class WeightWork:
             values = cast(ReplacingKind, kind).value(target, change, factors)
         else:
             values = cast(AdditiveKind, kind).delta(target, change, factors, planned.scale)
+        if planned.row_factors:
+            values = ScaledRows(values, np.array(planned.row_factors))
         return values.part(slice(*planned.section, 1), slice(0, values.shape[1], 1)) if planned.section else values
 
     def _read_factor(self, target: Target, role: str, change: Change) -> Any:
@@ -204,4 +207,6 @@ def _count_base_rows(weight: PlannedWeight) -> int:
     """Return how many rows of the output's matrix the base has numbers for."""
     if weight.new is None:
         return weight.matrix[0]
-    return weight.shape[0] * (weight.matrix[0] // weight.new.shape[0]) if weight.new.has_base else 0
+    if not weight.new.has_base:
+        return 0
+    return weight.shape[0] * (weight.matrix[0] // weight.new.shape[0]) if weight.shape else 1

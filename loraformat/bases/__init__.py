@@ -58,7 +58,7 @@ class Site:
         evidence: how the path is known: `name scopes`, `node name`, `initializer name` ...
         transposed: for each kind of slot that the site can be, whether the stored matrix is the transpose of the
             canonical `(out, in * kernel)`.
-        weight: the weight, or None when there is an obstacle.
+        weight: the weight; None where there is none to change, whoever vouches for it.
         divisor: the site multiplies its weight by this number, so a delta is divided by it (`alpha` of Gemm).
         obstacle: why nothing can be merged here.
         caveat: what the user must accept before something is.
@@ -68,6 +68,8 @@ class Site:
             here, where the base splits the module; None for all of them. The sections of a module follow one another.
         grows: whether a replacement may have more rows than are stored: a table of tokens.
         tied: for a table that the configuration ties to others, the name that its tensor has, or would have untied.
+        row_factors: what each row of the module's canonical matrix was multiplied by before it was stored; empty for
+            nothing. Only the torch checkpoint tells (`evidence/values.py`).
         free_bias: the name that a bias of the module would have; empty where it has one or can have none.
     """
 
@@ -85,6 +87,7 @@ class Site:
     tied: str = ""
     free_bias: str = ""
     caveat: Problem | None = None
+    row_factors: tuple[float, ...] = ()
 
     def stored_shape(self) -> tuple[int, ...]:
         """Return the shape of what the site applies, as it is stored; empty where there is nothing."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
-from loraformat.bases._onnx_sites import RawSite, read_attribute
+from loraformat.bases._onnx_sites import RawSite
+from loraformat.bases._onnx_uses import read_attribute
 from loraformat.containers.onnx_file import OnnxFile
 from loraformat.encodings import Coding
 from loraformat.problems import Problem

@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from loraformat.adapter import SlotKind
 from loraformat.bases import BaseModel, Site, Weight
 from loraformat.bases._onnx_coded import find_coded_part, find_coding, find_ranges
-from loraformat.bases._onnx_scopes import GraphIndex, list_readers
+from loraformat.bases._onnx_packed import expand_packed
+from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite, find_sites
 from loraformat.containers.onnx_file import CONTAINER, OnnxFile, open_onnx
 from loraformat.images import FileImage
 from loraformat.problems import Problem
-from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.spans import InputFile, Part, Span, StoredTensor
 
 
 class OnnxGraph:
@@ -29,12 +31,14 @@ class OnnxGraph:
         self._opened: OnnxFile = open_onnx(path)
         self.path = self._opened.path
         self._tensors = _list_tensors(self._opened)
-        index = GraphIndex(self._opened.model, self.path)
-        self.sites: Sequence[Site] = _list_sites(
-            self._opened, list(find_sites(index.visits)), find_ranges(index.visits)
-        )
+        visits = GraphIndex(self._opened.model, self.path).visits
+        caveat = find_ranges(visits)
+        self.sites: Sequence[Site] = _list_sites(self._opened, self._find_sites(visits), caveat)
         self.structure_sha256: str = self._opened.structure_sha256
         self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
+
+    def _find_sites(self, visits: Sequence[Visit]) -> list[RawSite]:
+        return expand_packed(find_sites(visits), self._opened.model.producer_name)
 
     @property
     def files(self) -> Sequence[InputFile]:
@@ -111,21 +115,37 @@ def _list_sites(opened: OnnxFile, found: Sequence[RawSite], caveat: Problem | No
 
 def _make_site(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> Site:
     weight, obstacle = _find_weight(opened, raw, readers)
+    transposed = {kind: turned ^ raw.trace.flipped for kind, turned in raw.use.orientations.items()}
     return Site(
         id=raw.visit.describe(raw.position),
         module=raw.module,
         evidence=raw.evidence,
-        transposed={kind: turned ^ raw.trace.flipped for kind, turned in raw.use.orientations.items()},
+        transposed=transposed,
         weight=weight,
         parameter=raw.parameter,
         divisor=raw.use.divisor,
         obstacle=obstacle,
-        part=find_coded_part(weight.coding, raw) if weight is not None else None,
+        part=_find_part(weight, raw, transposed) if weight is not None else None,
+        section=raw.section,
     )
 
 
+def _find_part(weight: Weight, raw: RawSite, transposed: Mapping[SlotKind, bool]) -> Part | None:
+    """Return the rows or columns of the stored matrix that the site's module has; None for all."""
+    whole = find_coded_part(weight.coding, raw)
+    if raw.rows is None:
+        return whole
+    if whole is not None:
+        return replace(whole, rows=(*raw.rows, 1))
+    rows, columns = weight.tensor.shape
+    own = (*raw.rows, 1)
+    if transposed[SlotKind.LINEAR]:
+        return Part((rows, columns), (0, rows, 1), own)
+    return Part((rows, columns), own, (0, columns, 1))
+
+
 def _find_weight(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> tuple[Weight | None, Problem | None]:
-    if raw.obstacle is not None or raw.trace.tensor is None:
+    if raw.trace.tensor is None or raw.use.refusal or raw.trace.blocked:
         return None, raw.obstacle
     stored = opened.stored_tensor(raw.trace.tensor)
     if isinstance(stored, Problem):
@@ -140,7 +160,7 @@ def _find_weight(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> tup
         return None, Problem("LF403", name, f"no numbers: its shape is {stored.shape}", "a matrix or a kernel")
     overlapping = (f"the tensor {other!r}, whose bytes overlap its own" for other in opened.overlaps(stored))
     file = os.path.relpath(stored.span.path, opened.path.parent)
-    return Weight(f"{file}@{stored.span.offset}", name, stored, readers.union(overlapping), coding), None
+    return Weight(f"{file}@{stored.span.offset}", name, stored, readers.union(overlapping), coding), raw.obstacle
 
 
 class OnnxFormat:

@@ -116,7 +116,8 @@ def test_a_bias_that_the_base_lacks(tmp_path: Path) -> None:
     trained = train(biased, config, tmp_path / "biased")
     with pytest.raises(loraformat.LoraformatError) as caught:
         loraformat.merge(tmp_path / "bare", [trained.adapter], tmp_path / "out")
-    assert set(caught.value.codes) == {"LF415"}
+    assert set(caught.value.codes) == {"LF401"}
+    assert "--new-biases" in caught.value.problems[0].advice
     receipt = loraformat.merge(tmp_path / "bare", [trained.adapter], tmp_path / "out", new_biases=True)
     assert [problem.code for problem in receipt.problems] == ["LF415"]
     found = state_of(tmp_path / "out")

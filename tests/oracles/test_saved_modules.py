@@ -138,15 +138,17 @@ def test_half_of_a_classifier(lab: "Lab", tmp_path: Path, classifier: "Trained")
 
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_a_bias_beside_factors_is_refused(lab: "Lab", tmp_path: Path, bias: str) -> None:
-    """PEFT 0.21 saves the bias of an adapted module as `base_layer.bias`; one target cannot be of two kinds here."""
-    trained = train(tmp_path / "adapter", ATTENTION, bias=bias)
-    with pytest.raises(loraformat.LoraformatError) as caught:
-        loraformat.merge(lab.exported("bert", "ts"), [trained.folder], tmp_path / "merged.onnx")
-    assert caught.value.codes == ("LF209",) * 4
-    assert "bias" in caught.value.problems[0].found
-    assert "merge_and_unload" in caught.value.problems[0].advice
-    assert not (tmp_path / "merged.onnx").exists()
+def test_a_bias_beside_factors_is_merged_with_them(lab: "Lab", tmp_path: Path, bias: str) -> None:
+    """PEFT 0.21 saves the bias of an adapted module as `base_layer.bias`."""
+    from lab import ABSOLUTE_TOLERANCE, assert_same_graph, difference
+    from zoo import run_onnx
+
+    trained, base = train(tmp_path / "adapter", ATTENTION, bias=bias), lab.exported("bert", "ts")
+    loraformat.merge(base, [trained.folder], tmp_path / "merged.onnx")
+    assert_same_graph(base, tmp_path / "merged.onnx")
+    found = run_onnx(tmp_path / "merged.onnx", trained.feeds, trained.specimen.outputs)
+    assert difference(found, trained.unmerged) <= ABSOLUTE_TOLERANCE
+    assert trained.effect > 100 * ABSOLUTE_TOLERANCE
 
 
 @pytest.mark.parametrize("exporter", ["ts", "ts_nofold", "dynamo", "dynamo_noopt"])

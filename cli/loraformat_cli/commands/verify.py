@@ -6,7 +6,7 @@ from typing import Any, Final
 import click
 
 from loraformat.limits import DEFAULT_MEMORY_BYTES
-from loraformat_cli.options import adapter_options, check_stated, common_options, json_option
+from loraformat_cli.options import adapter_options, check_stated, common_options, hint_options, json_option
 from loraformat_cli.params import ByteSize, NamedNumber, WeightedAdapter
 from loraformat_cli.screen import Screen
 
@@ -36,6 +36,7 @@ _FILE: Final = click.Path(path_type=Path)
 )
 @json_option
 @adapter_options
+@hint_options
 @click.option("-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: by the machine]")
 @click.option(
     "--max-memory",
