@@ -63,20 +63,20 @@ def test_with_the_checkpoint(lab: "Lab", tmp_path: Path, model: str, exporter: s
     assert difference(merged, trained.unmerged) <= allowed
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """A merge was refused for one of the reasons that were expected."""
 
 
 @contextmanager
 def _refusals(codes: set[str]) -> Iterator[None]:
-    """Turn a refusal for one of `codes` into `_Refused`; let any other through."""
+    """Turn a refusal for one of `codes` into `_RefusedError`; let any other through."""
     import loraformat
 
     try:
         yield
     except loraformat.LoraformatError as error:
         if {problem.code for problem in error.problems if problem.severity == "error"} <= codes:
-            raise _Refused from error
+            raise _RefusedError from error
         raise
 
 
@@ -90,7 +90,7 @@ def test_by_names(lab: "Lab", tmp_path: Path, model: str, exporter: str, tool: s
 
     base, trained = _make(make, lab, model, exporter, tool), lab.trained(model)
     if (model, exporter, tool) not in BY_NAMES:
-        with suppress(_Refused), _refusals({"LF401", "LF404", "LF407"}):
+        with suppress(_RefusedError), _refusals({"LF401", "LF404", "LF407"}):
             loraformat.merge(base, [trained.folder], tmp_path / "merged.onnx")
         if not (tmp_path / "merged.onnx").exists():
             return
