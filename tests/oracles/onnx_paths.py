@@ -136,7 +136,7 @@ def _half(specimen: zoo.Specimen, source: Path, path: Path) -> Path:
     return zoo.to_float16(source, path)
 
 
-def _external(one_file: bool) -> Tool:  # noqa: FBT001 - one of two tools
+def _external(one_file: bool) -> Tool:
     return lambda specimen, source, path: zoo.to_external(source, path, one_file=one_file)
 
 
