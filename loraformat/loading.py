@@ -104,7 +104,7 @@ def open_bundle(path: Path) -> tuple[Bundle, InputFile]:
 
 
 def _refuse_by_config(path: Path, factors: Path) -> None:
-    """Raise LF209 where the configuration beside a file that cannot be read names an adapter that no weight can hold."""
+    """Raise LF209 where the configuration beside an unreadable file names an adapter that no weight can hold."""
     unmergeable = recognise_config(_read_config(factors) or {})
     if unmergeable is not None:
         raise error_for([unmergeable.as_problem(path)])
