@@ -100,8 +100,9 @@ def stamp(
     Raises:
         LoraformatError: a target that the base lacks, or a weight whose sampled numbers are not finite.
     """
-    item = weigh_adapter(adapter, scheme, StatedScale(alpha, scale))
-    return stamp_adapter(item.adapter, open_base(Path(base)), strip_prefix=strip_prefix)
+    opened = open_base(Path(base))
+    item = weigh_adapter(adapter, scheme, StatedScale(alpha, scale), opened)
+    return stamp_adapter(item.adapter, opened, strip_prefix=strip_prefix)
 
 
 def validate(

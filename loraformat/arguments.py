@@ -12,7 +12,7 @@ from loraformat.errors import refuse
 from loraformat.evidence import Hints
 from loraformat.evidence.explicit_map import read_map
 from loraformat.limits import DEFAULT_MEMORY_BYTES
-from loraformat.loading import FACTORS_NAMES, load_adapter, open_base
+from loraformat.loading import FACTORS_NAMES, load_for_base, open_base
 from loraformat.output_forms import require_shared
 from loraformat.plan import SHARE, Plan, WeightedAdapter
 from loraformat.schemes import StatedScale
@@ -143,18 +143,23 @@ class MergeOptions(PlanOptions, WorkOptions, total=False):
     """All options of a merge."""
 
 
-def weigh_adapter(argument: AdapterArgument, scheme: str | None, stated: StatedScale) -> WeightedAdapter:
+def weigh_adapter(
+    argument: AdapterArgument, scheme: str | None, stated: StatedScale, base: BaseModel
+) -> WeightedAdapter:
     """Return an adapter, read if need be, with its weight and its name."""
     source, weight = argument if isinstance(argument, tuple) else (argument, 1.0)
     if isinstance(source, Adapter):
         return WeightedAdapter(source, weight, name_adapter(Path(source.source or "adapter")))
-    return WeightedAdapter(load_adapter(Path(source), scheme, stated), weight, name_adapter(Path(source)))
+    adapter = load_for_base(Path(source), scheme, stated, base)
+    return WeightedAdapter(adapter, weight, name_adapter(Path(source)))
 
 
-def weigh_adapters(adapters: Sequence[AdapterArgument], options: AdapterOptions) -> list[WeightedAdapter]:
-    """Return adapters with their weights and names."""
+def weigh_adapters(
+    adapters: Sequence[AdapterArgument], options: AdapterOptions, base: BaseModel
+) -> list[WeightedAdapter]:
+    """Return adapters for a base, with their weights and names."""
     stated = StatedScale(options.get("alpha"), options.get("scale"))
-    return [weigh_adapter(argument, options.get("scheme"), stated) for argument in adapters]
+    return [weigh_adapter(argument, options.get("scheme"), stated, base) for argument in adapters]
 
 
 def name_adapter(path: Path) -> str:

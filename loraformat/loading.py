@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import Adapter
+from loraformat.base_facts import NO_FACTS, BaseFacts, read_facts
 from loraformat.bases import BASES, BaseFormat, BaseModel
 from loraformat.containers import CONTAINERS, Container
 from loraformat.errors import LoraformatError, error_for, refuse
@@ -25,6 +26,9 @@ from loraformat.strict_json import JsonValue, parse_json_object
 
 FACTORS_NAME: Final = "adapter_model.safetensors"
 CONFIG_NAME: Final = "adapter_config.json"
+_BASE_CONFIG: Final = "config.json"
+_NEED_BASE: Final = frozenset({"LF311", "LF314"})
+"""Problems that a base can solve: counts that are not known, and flat names."""
 _YAML: Final = (".yaml", ".yml")
 _DIGEST_STEP_BYTES: Final = 1 << 22
 FACTORS_NAMES: Final = (FACTORS_NAME, "adapter_model.bin", "adapter_model.pt")
@@ -58,9 +62,29 @@ def load_adapter(path: Path, scheme: str | None = None, stated: StatedScale = NO
     return read_adapter(path, scheme, stated)[0]
 
 
-def read_adapter(path: Path, scheme: str | None, stated: StatedScale) -> tuple[Adapter, str, InputFile]:
+def load_for_base(path: Path, scheme: str | None, stated: StatedScale, base: BaseModel) -> Adapter:
+    """Read an adapter as `load_adapter` does; one that cannot be read without its base is read with what `base` says.
+
+    Raises:
+        LoraformatError: as `load_adapter`.
+    """
+    try:
+        adapter = load_adapter(path, scheme, stated)
+    except LoraformatError as error:
+        if not _NEED_BASE.intersection(error.codes):
+            raise
+    else:
+        if not _NEED_BASE.intersection(problem.code for problem in adapter.problems):
+            return adapter
+    return read_adapter(path, scheme, stated, find_facts(base))[0]
+
+
+def read_adapter(
+    path: Path, scheme: str | None, stated: StatedScale, facts: BaseFacts = NO_FACTS
+) -> tuple[Adapter, str, InputFile]:
     """Return the adapter as `load_adapter` does, the evidence for its scheme, and the file that holds its tensors."""
     bundle, file = open_bundle(path)
+    bundle = replace(bundle, facts=facts)
     reader, evidence = choose_scheme(bundle, scheme)
     adapter = read_bundle(reader, bundle, stated)
     problems = (*adapter.problems, *_find_unused(adapter, stated))
@@ -169,6 +193,14 @@ def _refuse_or_open(path: Path, head: bytes, by_suffix: list[BaseFormat]) -> Bas
     if described is None and by_suffix:
         return by_suffix[0].open(path)
     raise _unreadable(path, head, "a model as .onnx, .safetensors, .bin, .pt or .npz")
+
+
+def find_facts(base: BaseModel) -> BaseFacts:
+    """Return the names of a base's modules, and what the configuration beside it counts."""
+    path = base.path
+    config = path / _BASE_CONFIG if isdir(path) else path.with_name(_BASE_CONFIG)
+    fields: Mapping[str, JsonValue] = parse_json_object(read_small(config), config) if config.exists() else {}
+    return read_facts(fields, str(path), frozenset(site.module for site in base.sites if site.module))
 
 
 def is_base(path: Path) -> bool:

@@ -52,7 +52,7 @@ def plan_merge(
 ) -> Plan:
     """Return what `merge` would do with the same arguments; reads no weight of the base and writes nothing."""
     opened = _open(base)
-    weighted = weigh_adapters(adapters, options)
+    weighted = weigh_adapters(adapters, options, opened)
     return _plan(opened, weighted, _place(opened, weighted, output, options), options)
 
 
@@ -78,7 +78,7 @@ def merge(
         LoraformatError: with every problem that was found; the output is what it was before.
     """
     opened = _open(base)
-    weighted = weigh_adapters(adapters, options)
+    weighted = weigh_adapters(adapters, options, opened)
     plan = _plan(opened, weighted, _place(opened, weighted, output, options), options)
     _check_apart(plan.output, weighted)
     return apply_plan(plan, opened, weighted, _make_work(options))
@@ -102,7 +102,7 @@ def merge_each(
         LoraformatError: nothing of any output remains then.
     """
     opened = _open(base)
-    weighted = weigh_adapters(adapters, options)
+    weighted = weigh_adapters(adapters, options, opened)
     suffix = _form_suffix(opened, options)
     names = [f"{item.name}{suffix}" for item in weighted]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -142,7 +142,7 @@ def merge_into(base: StrPath, adapters: Sequence[AdapterArgument], **options: Un
         options: as in `merge`; `keep_undo` keeps the overwritten bytes, so that `unmerge` is exact.
     """
     opened = _open(base)
-    weighted = weigh_adapters(adapters, options)
+    weighted = weigh_adapters(adapters, options, opened)
     plan = _plan(opened, weighted, opened.path, options)
     return merge_in_place(opened, Order(plan, weighted), _make_work(options))
 
@@ -158,9 +158,10 @@ def resolve_targets(base: StrPath, adapter: AdapterArgument, **options: Unpack[R
     Returns:
         The targets with their weights, and problems of those without; what does not resolve is returned, never raised.
     """
-    (item,) = weigh_adapters([adapter], options)
+    opened = _open(base)
+    (item,) = weigh_adapters([adapter], options, opened)
     given: dict[str, Any] = {name: options[name] for name in _RESOLVING if name in options}
-    return resolve_one(_open(base), item, read_hints(cast(HintOptions, options)), given)
+    return resolve_one(opened, item, read_hints(cast(HintOptions, options)), given)
 
 
 def verify(
@@ -183,7 +184,7 @@ def verify(
     opened, proof = _open(base), _open(merged)
     record = find_receipt(proof)
     statement = read_statement(record, proof.path) if record is not None else None
-    weighted = weigh_adapters(_take_weights(adapters, statement), options)
+    weighted = weigh_adapters(_take_weights(adapters, statement), options, opened)
     hints = read_hints(cast(HintOptions, options))
     plan = build_plan(opened, weighted, proof.path, hints=hints, **(statement.options if statement else {}))
     order = Order(plan, weighted)
@@ -229,7 +230,7 @@ def unmerge(
         raise refuse("LF622", str(model), "no journal, no kept bytes and no adapters", "one of them")
     record = find_receipt(opened)
     statement = read_statement(record, opened.path) if record is not None and "undone" not in record else None
-    weighted = weigh_adapters(_take_weights(adapters, statement), options)
+    weighted = weigh_adapters(_take_weights(adapters, statement), options, opened)
     if statement is not None:
         _check_stated(statement, weighted, opened.path)
     negated = [replace(item, weight=-item.weight) for item in weighted]

@@ -7,7 +7,7 @@ from typing import Final
 
 from loraformat.base_facts import NO_FACTS, BaseFacts, read_facts
 from loraformat.containers import CONTAINERS
-from loraformat.loading import open_base
+from loraformat.loading import find_facts, open_base
 from loraformat.spans import read_small
 from loraformat.strict_json import JsonValue, parse_json, parse_json_object
 
@@ -44,8 +44,7 @@ def read_base_facts(path: Path | None) -> BaseFacts:
     fields: Mapping[str, JsonValue] = parse_json_object(read_small(config), config) if config.exists() else {}
     if isdir(path) and fields and not any(path.glob("*.safetensors")):
         return read_facts(fields, str(config))
-    modules = frozenset(site.module for site in open_base(path).sites if site.module)
-    return read_facts(fields, str(path), modules)
+    return find_facts(open_base(path))
 
 
 def _read_gguf(path: Path) -> BaseFacts:
