@@ -70,15 +70,14 @@ def test_by_names(lab: "Lab", tmp_path: Path, model: str, exporter: str, tool: s
     import loraformat
 
     base, trained = _make(make, lab, model, exporter, tool), lab.trained(model)
+    codes: set[str] = set()
     try:
         loraformat.merge(base, [trained.folder], tmp_path / "merged.onnx")
     except loraformat.LoraformatError as error:
-        assert (model, exporter, tool) not in BY_NAMES
-        assert {problem.code for problem in error.problems if problem.severity == "error"} <= {
-            "LF401",
-            "LF404",
-            "LF407",
-        }
+        codes = set(error.codes)
+    assert codes <= {"LF401", "LF404", "LF407"}
+    assert not (codes and (model, exporter, tool) in BY_NAMES)
+    if codes:
         return
     merged = run_onnx(tmp_path / "merged.onnx", trained.feeds, trained.specimen.outputs)
     assert difference(merged, trained.unmerged) <= COARSE.get(tool, ABSOLUTE_TOLERANCE)
