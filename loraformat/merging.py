@@ -18,6 +18,7 @@ from loraformat.arguments import (
     StrPath,
     VerifyOptions,
     WorkOptions,
+    check_sharing,
     make_effort,
     read_hints,
     wants_anew,
@@ -38,7 +39,7 @@ from loraformat.receipt import Receipt, Statement, read_statement
 from loraformat.resolving import Resolved, resolve_one
 from loraformat.side_receipt import find_receipt
 from loraformat.unmerging import Undone, take_back, undo_merge
-from loraformat.verification import Verification, verify_merge
+from loraformat.verification import Verification, add_runs, verify_merge
 
 _RESOLVING: Final = ("allow_unmatched", "strip_prefix", "ignore_fingerprints")
 
@@ -185,7 +186,9 @@ def verify(
     weighted = weigh_adapters(_take_weights(adapters, statement), options)
     hints = read_hints(cast(HintOptions, options))
     plan = build_plan(opened, weighted, proof.path, hints=hints, **(statement.options if statement else {}))
-    return verify_merge(proof, opened, Order(plan, weighted), _make_effort(options))
+    order = Order(plan, weighted)
+    found = verify_merge(proof, opened, order, _make_effort(options))
+    return add_runs(found, proof, opened, order, options.get("sizes", {})) if options.get("run") else found
 
 
 def _take_weights(adapters: Sequence[AdapterArgument], statement: Statement | None) -> list[AdapterArgument]:
@@ -266,7 +269,11 @@ def _plan(
     own = PlanOptions.__annotations__.keys() - others
     given: dict[str, Any] = {name: value for name, value in options.items() if name in own}
     hints = read_hints(cast(HintOptions, options))
-    return build_plan(base, weighted, output, anew=wants_anew(options.get("to")), hints=hints, **given)
+    if given.get("external_data") == "copy":
+        del given["external_data"]
+    plan = build_plan(base, weighted, output, anew=wants_anew(options.get("to")), hints=hints, **given)
+    check_sharing(plan, base, options)
+    return plan
 
 
 def _place(

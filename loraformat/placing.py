@@ -11,7 +11,7 @@ from loraformat.disk_space import check_space, count_held_bytes
 from loraformat.errors import refuse
 from loraformat.images import FileImage
 from loraformat.output_folders import PendingFolder, check_output_folder
-from loraformat.outputs import PendingOutput, check_output, name_part, output_errors
+from loraformat.outputs import PendingOutput, check_output, name_part, output_errors, remove
 from loraformat.side_receipt import name_side_receipt
 from loraformat.undo import name_undo
 
@@ -91,11 +91,24 @@ def open_place(place: Place) -> Iterator[PendingOutput | PendingFolder]:
             check_output(image.path, inputs, force=place.force)
         stale = _list_stale(place) if place.force else []
         paths = [image.path for image in place.images]
+        _remove_orphans(place)
         with PendingOutput(paths, force=place.force, durable=place.durable, resume=place.resume) as files:
             yield files
     for path in stale:
         with suppress(OSError):
             path.unlink()
+
+
+def _remove_orphans(place: Place) -> None:
+    """Remove parts of a killed run whose data files had other names: it had moved one into place already."""
+    if place.resume is None:
+        return
+    own = {name_part(image.path.absolute(), place.resume) for image in place.images}
+    end = name_part(Path("/x"), place.resume).name.removeprefix(".x")
+    for image in place.images:
+        for entry in list(image.path.absolute().parent.iterdir()):
+            if entry.name.startswith(f".{place.output.stem}") and entry.name.endswith(end) and entry not in own:
+                remove(entry)
 
 
 @contextmanager

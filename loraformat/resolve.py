@@ -195,9 +195,10 @@ def _report_biases(lacking: Sequence[NewBias], *, wanted: bool) -> list[Problem]
 
 def _check_fingerprint(want: Want, matches: list[Match]) -> list[Match] | Problem:
     fingerprint = want.target.fingerprint
-    if fingerprint is None or not want.is_main:
-        return matches
     sites = [site for match in matches for site in match.sites]
+    is_coded = any(site.weight is not None and site.weight.coding is not None for site in sites)
+    if fingerprint is None or not want.is_main or is_coded:  # Of numbers that were rounded to a few codes, none tells.
+        return matches
     samples, shape = sample_sites(want, sites), settle_shape(want, sites)
     if fingerprint.shape == shape and fingerprint.matches(samples):
         return [replace(match, verified=(*match.verified, "fingerprint")) for match in matches]

@@ -69,6 +69,16 @@ class WeightWork:
         self._targets = tuple(targets)
         self._lock = threading.Lock()
         self._placed: tuple[Placed, ...] | None = None
+        self._choose_forms()
+        self.base_rows = _count_base_rows(weight)
+        self.is_plain_sum = all(
+            change.nature is Nature.ADDITIVE and change.part is None for change in weight.changes
+        ) and bool(weight.changes)
+        self.runs_left = 0
+
+    def _choose_forms(self) -> None:
+        """Set how numbers are stored and worked with."""
+        weight = self.weight
         self.encoding = _find_encoding(weight.encoding)
         self.written_encoding = _find_encoding(weight.new.encoding) if weight.new else self.encoding
         self.stored_form = BY_NAME[weight.dtype].numpy()
@@ -76,11 +86,6 @@ class WeightWork:
         wide = {self.encoding.work_dtype(BY_NAME[weight.dtype])}
         wide.add(self.written_encoding.work_dtype(BY_NAME[weight.written_dtype]))
         self.work_form: np.dtype[Any] = max(wide, key=lambda form: form.itemsize)
-        self.base_rows = _count_base_rows(weight)
-        self.is_plain_sum = all(
-            change.nature is Nature.ADDITIVE and change.part is None for change in weight.changes
-        ) and bool(weight.changes)
-        self.runs_left = 0
 
     def placed(self) -> tuple[Placed, ...]:
         """Return the changes: replacements first, then functions of the base, then what is added."""
@@ -202,4 +207,6 @@ def _count_base_rows(weight: PlannedWeight) -> int:
     """Return how many rows of the output's matrix the base has numbers for."""
     if weight.new is None:
         return weight.matrix[0]
-    return weight.shape[0] * (weight.matrix[0] // weight.new.shape[0]) if weight.new.has_base else 0
+    if not weight.new.has_base:
+        return 0
+    return weight.shape[0] * (weight.matrix[0] // weight.new.shape[0]) if weight.shape else 1

@@ -278,7 +278,7 @@ RESUMED = [
 ]
 
 
-@pytest.mark.parametrize(("form", "options"), RESUMED, ids=lambda value: "+".join(value) if value else "")
+@pytest.mark.parametrize(("form", "options"), RESUMED, ids=[f"{form}-{'+'.join(more)}" for form, more in RESUMED])
 def test_a_resumed_run_gives_the_same_bytes(
     tmp_path: Path, forker: Forker, form: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

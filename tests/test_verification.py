@@ -1,5 +1,6 @@
 """Proof after the fact: it holds for every form and manner, and names what was damaged."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,149 @@ def test_progress_adds_up(tmp_path: Path, adapter: Path, form: str) -> None:
     counted = Counted()
     loraformat.verify(out, base, [adapter], progress=counted)
     assert counted.done == counted.total > 0
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def _flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def _find(folder: Path, data: bytes) -> tuple[Path, int]:
+    """Return the file below a folder that holds `data`, and where."""
+    found = [(path, path.read_bytes().find(data)) for path in folder.rglob("*") if path.is_file()]
+    return next((path, place) for path, place in found if place >= 0)
+
+
+def _verify(out: Path, base: Path, adapter: Path) -> set[str]:
+    """Return the codes of what is found or of why the model cannot be read."""
+    try:
+        found = loraformat.verify(out, base, [adapter])
+    except loraformat.LoraformatError as error:
+        return set(error.codes)
+    assert not found.holds
+    return codes(found)
+
+
+@pytest.fixture(params=FORMS)
+def merged(request: pytest.FixtureRequest, tmp_path: Path, adapter: Path) -> tuple[Path, Path]:
+    base = write_base(tmp_path / "in", request.param)
+    out = tmp_path / "out" / f"merged{base.suffix}"
+    out.parent.mkdir()
+    loraformat.merge(base, [adapter], out)
+    return out, base
+
+
+@pytest.mark.parametrize(("touched", "code"), [(True, "LF802"), (False, "LF801")])
+def test_a_flipped_bit_is_named(merged: tuple[Path, Path], adapter: Path, touched: bool, code: str) -> None:
+    out, base = merged
+    new, old = read_model(out), read_model(base)
+    name = next(name for name in new if (new[name] != old[name]) == touched and len(new[name][2]) > 60)
+    path, place = _find(out.parent, new[name][2])
+    _flip(path, place + 17)
+    found = loraformat.verify(out, base, [adapter])
+    assert not found.holds
+    named = [problem for problem in found.problems if problem.code == code]
+    assert [problem.where.rpartition(": ")[2] for problem in named] == [name]
+    assert str(place + 17) in named[0].found
+
+
+def test_every_file_is_compared_to_its_last_byte(merged: tuple[Path, Path], adapter: Path) -> None:
+    """Sixteen places of each file: none but the receipt's blank may hold anything else unnoticed."""
+    out, base = merged
+    for path in [path for path in out.parent.rglob("*") if path.is_file()]:
+        whole = path.read_bytes()
+        blank = (whole.find(b'{"adapters"'), whole.rfind(b"  "))
+        escaped = (whole.find(b'{\\"adapters'), whole.rfind(b"  "))
+        for place in {*range(0, len(whole), max(1, len(whole) // 16)), len(whole) - 1}:
+            if blank[0] <= place <= blank[1] or 0 <= escaped[0] <= place <= escaped[1]:
+                continue
+            _flip(path, place)
+            assert _verify(out, base, adapter), (path.name, place)
+            path.write_bytes(whole)
+    assert loraformat.verify(out, base, [adapter]).holds
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter", "missing"])
+def test_files_of_another_length_are_told(merged: tuple[Path, Path], adapter: Path, change: str) -> None:
+    out, base = merged
+    for path in [path for path in out.parent.rglob("*") if path.is_file()]:
+        whole = path.read_bytes()
+        if change == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(whole + b"x" if change == "longer" else whole[:-1])
+        assert _verify(out, base, adapter), path.name
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("form", FOLDERS)
+def test_a_file_more_is_told(tmp_path: Path, adapter: Path, form: str) -> None:
+    base, out = write_base(tmp_path / "in", form), tmp_path / "merged"
+    loraformat.merge(base, [adapter], out)
+    (out / "more.json").write_text("{}")
+    (problem,) = loraformat.verify(out, base, [adapter]).problems
+    assert (problem.code, Path(problem.where).name) == ("LF804", "more.json")
+
+
+def test_another_base_or_adapter_is_told(merged: tuple[Path, Path], adapter: Path, tmp_path: Path) -> None:
+    out, base = merged
+    assert "LF803" in _verify(out, base, write_adapter(tmp_path / "other", 2))
+    other = copy_base(base, tmp_path / "copy")
+    name, tensor = next((name, tensor) for name, tensor in read_model(other).items() if len(tensor[2]) == 480)
+    path, place = _find(other.parent, tensor[2])
+    _flip(path, place + 3)
+    assert _verify(out, other, adapter) & {"LF801", "LF802", "LF902"}, name
+
+
+# --- receipts --------------------------------------------------------------------------------------------------------
+
+HOSTILE: dict[str, Any] = {
+    "base": [None, 3, [], {}, {"structure_sha256": 3}],
+    "plan_sha256": [None, 3, {}],
+    "adapters": [None, {}, [3], [{}], [{"name": "x", "sha256": "y", "weight": "z"}], [{"name": 1}]],
+    "weights": [None, {}, [3], [{}], []],
+    "room_bytes": [None, -1, "3", 1e300, True, 10**18],
+    "options": [[], {"output": "x"}, {"dtype": 3}, {"allow_unmatched": "x"}, {"anew": 1}],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, listed in HOSTILE.items() for value in listed])
+def test_a_receipt_with_other_types_is_a_problem(tmp_path: Path, adapter: Path, field: str, value: Any) -> None:
+    base, out = write_base(tmp_path / "in", "torch"), tmp_path / "merged.pt"
+    loraformat.merge(base, [adapter], out)
+    receipt = tmp_path / "merged.pt.merge_receipt.json"
+    record = json.loads(receipt.read_text())
+    receipt.write_text(json.dumps(record | {field: value}))
+    assert "LF803" in _verify(out, base, adapter)
+    del record[field]
+    receipt.write_text(json.dumps(record))
+    assert "LF803" in _verify(out, base, adapter) or field == "options"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}"])
+def test_a_receipt_that_is_none_is_a_problem(tmp_path: Path, adapter: Path, text: str) -> None:
+    base, out = write_base(tmp_path / "in", "npz"), tmp_path / "merged.npz"
+    loraformat.merge(base, [adapter], out)
+    (tmp_path / "merged.npz.merge_receipt.json").write_text(text)
+    assert _verify(out, base, adapter) <= {"LF803", "LF804", "LF102", "LF103", "LF104", "LF105"}
+
+
+def test_edited_numbers_of_a_receipt_are_told(tmp_path: Path, adapter: Path) -> None:
+    base, out = write_base(tmp_path / "in", "torch"), tmp_path / "merged.pt"
+    loraformat.merge(base, [adapter], out)
+    receipt = tmp_path / "merged.pt.merge_receipt.json"
+    whole = json.loads(receipt.read_text())
+    for field, value in {"retained": 0.5, "relative": None, "error": 0.1, "targets": [], "scales": [3.0]}.items():
+        record = json.loads(json.dumps(whole))
+        record["weights"][0][field] = value
+        receipt.write_text(json.dumps(record).ljust(whole["room_bytes"]) + "\n")
+        (problem,) = loraformat.verify(out, base, [adapter]).problems
+        assert problem.code == "LF803"
+        assert problem.where.endswith(field)
+    receipt.write_text(json.dumps(whole | {"plan_sha256": "0" * 64}).ljust(whole["room_bytes"]) + "\n")
+    (problem,) = loraformat.verify(out, base, [adapter]).problems
+    assert problem.where.endswith("plan_sha256")

@@ -92,6 +92,20 @@ def _use_gather(node: "onnx.NodeProto", position: int) -> Use:
     return Use({SlotKind.EMBEDDING: True, **_AS_IT_IS}, refusal="" if axis == 0 else f"a lookup along axis {axis}")
 
 
+def _use_right_factor(node: "onnx.NodeProto", position: int) -> Use:
+    """Y = X·W, W `(in, out)` at whatever input."""
+    return Use(_linear(transposed=True))
+
+
+def _use_quantised_gemm(node: "onnx.NodeProto", position: int) -> Use:
+    return _use_gemm(node, 1)
+
+
+def _use_nbits(node: "onnx.NodeProto", position: int) -> Use:
+    """Y = X·Wᵀ: rows of the codes are those of `(out, in)`."""
+    return Use(_linear(transposed=False))
+
+
 def read_use(visit: Visit, position: int, read: "UseReader") -> Use:
     """Return the operator's use of its weight; an attribute that the caller of its function sets is not followed."""
     borrowed = next((attribute.name for attribute in visit.node.attribute if attribute.ref_attr_name), None)
@@ -113,21 +127,22 @@ USES: Final[Mapping[str, tuple[tuple[int, ...], UseReader]]] = {
     "Conv": ((1,), _use_conv),
     "Gather": ((0,), _use_gather),
     "ConvTranspose": ((1,), refuse_use),
-    "MatMulInteger": ((1,), refuse_use),
-    "ConvInteger": ((1,), refuse_use),
-    "QLinearMatMul": ((3,), refuse_use),
-    "QLinearConv": ((3,), refuse_use),
+    "MatMulInteger": ((1,), _use_matmul),
+    "ConvInteger": ((1,), _use_conv),
+    "QLinearMatMul": ((3,), _use_right_factor),
+    "QLinearConv": ((3,), _use_conv),
     "com.microsoft.Attention": ((1,), _use_packed),
-    "com.microsoft.DynamicQuantizeMatMul": ((1,), refuse_use),
+    "com.microsoft.DynamicQuantizeMatMul": ((1,), _use_right_factor),
     "com.microsoft.EmbedLayerNormalization": ((2,), _use_table),
     "com.microsoft.FusedConv": ((1,), _use_conv),
     "com.microsoft.FusedGemm": ((1, 0), _use_gemm),
     "com.microsoft.FusedMatMul": ((1, 0), _use_fused_matmul),
     "com.microsoft.GatherBlockQuantized": ((0,), refuse_use),
-    "com.microsoft.MatMulNBits": ((1,), refuse_use),
+    "com.microsoft.MatMulIntegerToFloat": ((1,), _use_right_factor),
+    "com.microsoft.MatMulNBits": ((1,), _use_nbits),
     "com.microsoft.NhwcConv": ((1,), refuse_use),
     "com.microsoft.QAttention": ((1,), refuse_use),
-    "com.microsoft.QGemm": ((3,), refuse_use),
+    "com.microsoft.QGemm": ((3,), _use_quantised_gemm),
     "com.microsoft.nchwc.Conv": ((1,), refuse_use),
 }
 """Operator to the inputs that may hold a weight, and how they use it. MatMul may have it on either side."""

@@ -20,6 +20,7 @@ def is_comparable(want: Want, site: Site) -> bool:
     weight = site.weight
     if (
         weight is None
+        or weight.coding is not None
         or site.part
         or site.section
         or want.change.slot not in site.transposed

@@ -30,11 +30,10 @@ class PatternedNaming:
 
     def write(self, targets: Sequence[str], facts: BaseFacts, remembered: Mapping[str, JsonValue]) -> NamesWritten:
         """Return the names with the prefix; LF341 for one that the scheme does not have."""
-        result = NamesWritten()
-        for target in targets:
-            if re.fullmatch(self.expression, target):
-                result.modules[target] = f"{self.prefix}{target}"
-            else:
-                expected = f"a name that {self.what} has, by the tables of spec/names"
-                result.problems.append(Problem("LF341", target, "a module that has no name there", expected))
-        return result
+        named = {target: f"{self.prefix}{target}" for target in targets if re.fullmatch(self.expression, target)}
+        nameless = sorted(set(targets) - set(named))
+        if not nameless:
+            return NamesWritten(named)
+        found = f"{len(nameless)} modules that have no name there, such as {nameless[0]}"
+        expected = f"names that {self.what} has, by the tables of spec/names"
+        return NamesWritten(named, [Problem("LF341", nameless[0], found, expected)])

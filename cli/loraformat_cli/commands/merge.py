@@ -54,6 +54,18 @@ _ONLY_MERGING: Final = frozenset(
 )
 @click.option("--untie", is_flag=True, default=None, help="Let tied tables part where adapters change them apart.")
 @click.option("--new-biases", is_flag=True, default=None, help="Give biases to modules that have none.")
+@click.option("--keep-scales", is_flag=True, default=None, help="Leave the scales of quantised weights as they are.")
+@click.option(
+    "--accept-ranges",
+    is_flag=True,
+    default=None,
+    help="Accept activation ranges that a quantised model has of its base.",
+)
+@click.option(
+    "--external-data",
+    type=click.Choice(["copy", "share"]),
+    help="share: a small model beside an ONNX base, which refers to the base's data for what does not change.",
+)
 @click.option(
     "--dtype", metavar="FORM", help="Number form of the output, such as bfloat16; else each tensor keeps its own."
 )
