@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from loraformat.bases import BaseModel
-from loraformat.engine import Assignment, Effort, carry_out, index_tensors, locate_weight
+from loraformat.engine import Assignment, Effort, carry_out
 from loraformat.images import Copy, FileImage
+from loraformat.locating import index_tensors, locate_weight
 from loraformat.output_forms import Order, describe_output, list_touched
 from loraformat.plan import Plan
 from loraformat.problems import Problem
