@@ -1,4 +1,4 @@
-"""What a merge leaves when it is killed, interrupted, or runs out of disk; and how much memory it takes.
+"""What a merge leaves when it is killed, interrupted, or runs out of disk.
 
 A child process merges once, so that all is imported, and forks for each attempt; the fork kills itself at the n-th
 call of a function that writes or moves, for every n until the merge completes.
@@ -430,66 +430,3 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, form: str, old: 
     assert done.returncode == 5, done.stderr
     assert "LF604" in done.stderr
     assert files_below(out) == before
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-MEASURED = """
-import sys
-from pathlib import Path
-import loraformat
-
-receipt = loraformat.merge(sys.argv[1], [sys.argv[2]], sys.argv[3], jobs=4)
-assert len(receipt.weights) == 3, receipt
-peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-print(peak.split()[1])
-"""
-"""Not ru_maxrss: Linux lets a new process begin with the peak of the one that started it."""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """300 MB of weights, two thirds of it rewritten, in a process that stays below 200 MB with all its imports."""
-    rng = np.random.default_rng(62)
-    rows, columns = 4096, 4096
-    nbytes = rows * columns * 4
-    names = [f"layers.{index}.fc" for index in range(4)]
-    small = {name: np.zeros((1, columns), np.float32) for name in names}
-    path = write_model(tmp_path / "base.onnx", linear_net(small, "named").model(), "one")
-    _enlarge(path, rows, nbytes)
-    assert (tmp_path / "base.onnx.data").stat().st_size == 4 * nbytes > 250_000_000
-    factors = {
-        name: (rng.standard_normal((8, columns)).astype(np.float32), rng.standard_normal((rows, 8)).astype(np.float32))
-        for name in names[:3]
-    }
-    adapter = write_peft(tmp_path / "style", factors)
-    output = tmp_path / "merged.onnx"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURED, path, adapter, output], capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        assert int(done.stdout) * 1024 < 200_000_000
-        with (tmp_path / "merged.onnx.data").open("rb") as data:
-            first = np.frombuffer(data.read(4 * columns), np.float32)
-            data.seek(3 * nbytes)
-            assert not any(data.read(1 << 20))
-        down, up = factors[names[0]]
-        np.testing.assert_allclose(first, 2 * up[0].astype(np.float64) @ down, rtol=1e-4, atol=1e-4)
-    finally:
-        for name in ("base.onnx.data", "merged.onnx.data"):
-            (tmp_path / name).unlink(missing_ok=True)
-
-
-def _enlarge(path: Path, rows: int, nbytes: int) -> None:
-    """Give every weight `rows` rows of zeros, in a data file full of holes."""
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
-    for index, tensor in enumerate(model.graph.initializer):
-        tensor.dims[0] = rows
-        for entry in tensor.external_data:
-            if entry.key in {"offset", "length"}:
-                entry.value = str(index * nbytes if entry.key == "offset" else nbytes)
-    path.write_bytes(model.SerializeToString())
-    os.truncate(f"{path}.data", len(model.graph.initializer) * nbytes)
