@@ -9,20 +9,19 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple, Protocol
 
 from loraformat.adapter import Target
-from loraformat.bases import BaseModel, Weight
+from loraformat.bases import BaseModel
 from loraformat.coded_work import CodedWork, Place, requantise
 from loraformat.errors import refuse
 from loraformat.images import Copy, FileImage, Literal
-from loraformat.limits import COPY_CHUNK_BYTES
+from loraformat.locating import index_tensors, list_copies, locate_span, locate_weight
 from loraformat.output_forms import index_weights, list_written
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
 from loraformat.sinks import Sink
-from loraformat.spans import Span, StoredTensor
 from loraformat.tiles import TileBuffers, TileSums, merge_rows
 from loraformat.weight_work import WeightWork, count_held
 
@@ -270,37 +269,9 @@ def _need_bytes(assignment: Assignment) -> int:
     return most
 
 
-def index_tensors(base: BaseModel) -> Mapping[str, StoredTensor]:
-    """Return the tensors of a base by the keys of its weights, which in a state dict are their names."""
-    named = {tensor.name: tensor for tensor in base.list_tensors()} if base.rewriter is not None else {}
-    return named | {site.weight.key: site.weight.tensor for site in base.sites if site.weight is not None}
-
-
 def index_targets(adapters: Sequence[WeightedAdapter]) -> list[Mapping[str, Target]]:
     """Return each adapter's targets by name."""
     return [{target.name: target for target in item.adapter.targets} for item in adapters]
-
-
-def locate_weight(images: Sequence[FileImage], weight: PlannedWeight, tensor: StoredTensor | None) -> tuple[int, int]:
-    """Return which image holds the merged weight, and where."""
-    for index, image in enumerate(images):
-        offset = None
-        if weight.new is not None:
-            offset = image.locate_fresh(weight.new.name)
-        elif tensor is not None:
-            offset = image.locate(tensor.span)
-        if offset is not None:
-            return index, offset
-    raise ValueError(f"{weight.name} is in no output file")
-
-
-def locate_span(images: Sequence[FileImage], span: Span) -> tuple[int, int]:
-    """Return which image holds a span of the base, and where."""
-    for index, image in enumerate(images):
-        offset = image.locate(span)
-        if offset is not None:
-            return index, offset
-    raise ValueError(f"{span} is in no output file")
 
 
 def _split_runs(weight: PlannedWeight, itemsize: int) -> Iterator[range]:
@@ -309,43 +280,6 @@ def _split_runs(weight: PlannedWeight, itemsize: int) -> Iterator[range]:
     step = weight.tile_rows * max(1, _RUN_BYTES // (weight.tile_rows * columns * itemsize))
     for start in range(0, rows, step):
         yield range(start, min(start + step, rows))
-
-
-def list_copies(
-    images: Sequence[FileImage], plan: Plan, tensors: Mapping[str, StoredTensor], weights: Mapping[str, Weight]
-) -> Iterator[tuple[int, Copy | Literal, int]]:
-    """Yield what is to be copied: image, piece, and its offset there; touched spans are left out."""
-    touched = [
-        (*locate_weight(images, weight, tensors.get(weight.key)), weight.nbytes)
-        for weight in plan.weights
-        if weight.new is None
-    ]
-    touched += [
-        (*locate_span(images, tensor.span), tensor.span.length)
-        for weight in plan.weights
-        if weight.is_coded
-        for role, tensor in list_written(weight, weights[weight.key]).items()
-        if role
-    ]
-    touched.sort()
-    for index, image in enumerate(images):
-        holes = [(offset, offset + length) for where, offset, length in touched if where == index]
-        for offset, piece in image.placed():
-            if isinstance(piece, Literal):
-                yield index, piece, offset
-            elif isinstance(piece, Copy):
-                yield from ((index, part, start) for start, part in _cut(offset, piece, holes))
-
-
-def _cut(offset: int, piece: Copy, holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Copy]]:
-    """Yield the parts of `piece`, which lands at `offset`, outside `holes` and at most a chunk long."""
-    position, end = offset, offset + piece.length
-    for start, stop in [*(hole for hole in holes if offset <= hole[0] < end), (end, end)]:
-        while position < start:
-            length = min(COPY_CHUNK_BYTES, start - position)
-            yield position, replace(piece, offset=piece.offset + position - offset, length=length)
-            position += length
-        position = max(position, stop)
 
 
 def _await(futures: "Sequence[Future[TileSums]]") -> None:

@@ -27,6 +27,7 @@ JOURNAL: Final = ".loraformat-journal"
 """As long as a merge in place is not complete, what it overwrites is in a file of this name, or that ends so."""
 
 _PART: Final = re.compile(r"^\..+\.loraformat-(?P<pid>\d+)-[0-9a-f]{8}\.part$")
+_LEFT: Final = re.compile(r"^\..+\.loraformat-[^/]+\.(?:part|log)$")
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -160,6 +161,11 @@ def name_part(final: Path, resume: str | None = None) -> Path:
 def name_log(final: Path, resume: str) -> Path:
     """Return where a run that may be resumed notes what it has done."""
     return final.with_name(f".{final.name}.loraformat-resume-{resume}.log")
+
+
+def is_unfinished(name: str) -> bool:
+    """Say whether a file or folder of this name is what a run of ours is making, or has left when it was killed."""
+    return _LEFT.match(name) is not None or name.endswith(JOURNAL)
 
 
 def may_resume(error: BaseException | None) -> bool:

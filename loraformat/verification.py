@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from loraformat.bases import BaseModel
-from loraformat.engine import Assignment, Effort, carry_out, index_tensors, locate_weight
+from loraformat.engine import Assignment, Effort, carry_out
 from loraformat.errors import refuse
 from loraformat.images import Copy, FileImage
+from loraformat.locating import index_tensors, locate_weight
 from loraformat.output_forms import Order, describe_output, index_weights, list_touched, list_written, require_shared
 from loraformat.plan import Plan
 from loraformat.problems import Problem

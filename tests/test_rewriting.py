@@ -10,6 +10,7 @@ import loraformat
 from graphs import FORMS as NUMBER_FORMS
 from graphs import dyadic, product, read_state, round_once, same_bits, write_state
 from models import IN, MODULES, OUT, files_below, make_factors, write_adapter, write_base
+from torch_zips import write_torch
 
 NAMES = ("float64", "float32", "float16", "bfloat16")
 
@@ -41,6 +42,39 @@ def test_every_number_is_rounded_once(tmp_path: Path, own: str, wanted: str) -> 
         rounded = round_once(np.asarray(expected, np.float64).reshape(-1), NUMBER_FORMS[wanted]).reshape(array.shape)
         assert same_bits(found[name], rounded), name
     assert loraformat.verify(out, base, [adapter]).problems == ()
+
+
+@pytest.mark.parametrize("wanted", [None, "bfloat16", "float64"])
+def test_views_of_a_torch_file_are_written_out(tmp_path: Path, wanted: str | None) -> None:
+    """Turned, stepped and expanded tensors become whole ones of their own; into such none can be merged before."""
+    rng = np.random.default_rng(9)
+    held = {f"{MODULES[0]}.weight": dyadic(rng, OUT, IN), "held.weight": dyadic(rng, IN, OUT), "row": dyadic(rng, 4)}
+    views = {
+        f"{MODULES[1]}.weight": ("held.weight", (OUT, IN), (1, OUT)),
+        "stepped.weight": ("held.weight", (3, 5), (2 * OUT, 2)),
+        "expanded.weight": ("row", (3, 4), (0, 1)),
+    }
+    base, out = write_torch(tmp_path / "base.pt", held, views), tmp_path / "out.safetensors"
+    adapter = write_adapter(tmp_path / "style", 1, MODULES[:1])
+    options = {"dtype": wanted} if wanted else {}
+    loraformat.merge(base, [adapter], out, to="safetensors", **options)
+    form = NUMBER_FORMS[wanted or "float32"]
+    expected = {
+        **held,
+        f"{MODULES[0]}.weight": held[f"{MODULES[0]}.weight"] + product(make_factors(1, MODULES[:1])[MODULES[0]]),
+        f"{MODULES[1]}.weight": held["held.weight"].T,
+        "stepped.weight": held["held.weight"][:5:2, :10:2],
+        "expanded.weight": np.stack([held["row"]] * 3),
+    }
+    found = read_state(out)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        rounded = round_once(np.ascontiguousarray(array, np.float64).reshape(-1), form).reshape(array.shape)
+        assert same_bits(found[name], rounded), name
+    assert loraformat.verify(out, base, [adapter]).problems == ()
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(base, [write_adapter(tmp_path / "both")], tmp_path / "no.safetensors", to="safetensors")
+    assert caught.value.codes == ("LF150",)
 
 
 def test_an_overflow_leaves_nothing(tmp_path: Path) -> None:

@@ -257,6 +257,18 @@ def test_retained_and_relative_are_what_they_say(tmp_path: Path, form: str) -> N
     assert receipt.weights[0].relative == pytest.approx(ratio, rel=0.2 if sampled else 1e-3)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_error_is_the_largest_rounding_error_beside_the_largest_number(tmp_path: Path, form: str) -> None:
+    """Of one tile; the sum of dyadic numbers is exact, so that all of the error is that of the last rounding."""
+    rng, scale = np.random.default_rng(71), 1 + 2.0**-9
+    stored, factors = (dyadic(rng, 30, 20, reach=64) / 8).astype(FORMS[form]), dyadic_factors(rng, 30, 20, 2)
+    merged, receipt = merge_state(tmp_path, stored, adapter_of(factors, scale))
+    exact = wide(stored) + product(factors, scale)
+    error = np.abs(wide(merged) - exact).max() / np.abs(exact).max()
+    assert receipt.weights[0].error == pytest.approx(error, rel=1e-5)
+    assert (error > 0) == (form in NARROW)
+
+
 @pytest.mark.parametrize("form", ["float32", "float64"])
 def test_tiles_without_sums_are_merged_and_looked_at_all_the_same(tmp_path: Path, form: str) -> None:
     stored, factors, exact = random_case(form, (1100, 700), 0.02)
@@ -302,6 +314,21 @@ def test_between_the_two_thresholds_it_warns(tmp_path: Path) -> None:
     merge_state(tmp_path, weight, adapter, min_retained=kept - 0.01)
     with pytest.raises(loraformat.FindingError) as caught:
         merge_state(tmp_path, weight, adapter, min_retained=kept + 0.01)
+    assert caught.value.codes == ("LF504",)
+
+
+def test_the_threshold_of_the_warning_is_an_option(tmp_path: Path) -> None:
+    """It may lie below the share, at it or above; a refusal comes before a warning."""
+    stored, factors, _ = random_case("bfloat16", (100, 50), 0.02)
+    adapter = adapter_of(factors)
+    _, receipt = merge_state(tmp_path, stored, adapter, warn_retained=0.0)
+    kept = receipt.weights[0].retained
+    assert receipt.problems == ()
+    for threshold, codes in ((kept - 1e-3, []), (kept + 1e-3, [("LF504", "warning")])):
+        _, receipt = merge_state(tmp_path, stored, adapter, warn_retained=threshold)
+        assert [(problem.code, problem.severity) for problem in receipt.problems] == codes
+    with pytest.raises(loraformat.FindingError) as caught:
+        merge_state(tmp_path, stored, adapter, warn_retained=0.0, min_retained=kept + 1e-3)
     assert caught.value.codes == ("LF504",)
 
 

@@ -19,7 +19,7 @@ from loraformat.bases._state_dict import digest_structure, list_sites, read_mode
 from loraformat.bases._travelling import find_travelling
 from loraformat.containers import Container, TensorFile
 from loraformat.images import Copy, FileImage
-from loraformat.outputs import FOLDER_UNDO, JOURNAL
+from loraformat.outputs import FOLDER_UNDO
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Span, StoredTensor
 
@@ -35,7 +35,7 @@ class StateDictFolder:
         self.format = form.name
         self._form = form
         self._shards = open_shards(entry, form.container)
-        own = {*self._shards.files, *([entry.name] if self._shards.index else []), RECEIPT_NAME, FOLDER_UNDO, JOURNAL}
+        own = {*self._shards.files, *([entry.name] if self._shards.index else []), RECEIPT_NAME, FOLDER_UNDO}
         self._travelling, left_out = find_travelling(entry, own)
         self._config = read_model_config(self.path)
         self.sites: Sequence[Site] = list_sites(self.list_tensors(), self._config)

@@ -46,7 +46,7 @@ def _open_attention(site: RawSite) -> Iterator[RawSite]:
     path = next(filter(None, (read_node_path(name) for name in site.visit.node.output)), "")
     columns = _count_columns(site)
     sizes = next((list(a.ints) for a in site.visit.node.attribute if a.name == "qkv_hidden_sizes"), [columns // 3] * 3)
-    if not path or len(sizes) != 3 or sum(sizes) != columns:
+    if not path or len(sizes) != 3 or sum(sizes) != columns or min(sizes) <= 0:
         return
     for names in _MEMBERS:
         modules = [f"{path}.{name}" for name in names]
@@ -59,7 +59,7 @@ def _open_built(sites: Sequence[RawSite]) -> Iterator[RawSite]:
     yield from (site for site in named if _BUILT.search(site.module) is None and "self_attn" in site.module)
     for site in named:
         module, _, last = site.module.rpartition(".")
-        sizes = _read_heads(site) if last == "qkv_proj" else []
+        sizes = _read_heads(site) if last == "qkv_proj" and site.parameter == "weight" else []
         if sizes:
             yield from _cut(site, [f"{module}.{name}" for name in _MEMBERS[1]], sizes)
     yield from _join(named, "gate_up_proj", ("gate_proj", "up_proj"))

@@ -8,6 +8,7 @@ from typing import Final
 from loraformat.errors import LoraformatError
 from loraformat.files import resolve_inside
 from loraformat.limits import MAX_FOLDER_DEPTH, MAX_TRAVELLING_FILES
+from loraformat.outputs import is_unfinished
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, read_small
 from loraformat.strict_json import parse_json
@@ -83,6 +84,8 @@ def find_travelling(entry: Path, own: Collection[str]) -> tuple[dict[str, InputF
 def _find_reason(entry: Path, name: str, modules: Collection[str]) -> str:
     """Return why a file or folder stays behind, or nothing."""
     item, relative = entry.parent / name, PurePosixPath(name)
+    if is_unfinished(relative.name):
+        return "what a merge is making, or a killed one has left"
     if item.is_dir():
         return _find_folder_reason(item, relative)
     is_weight = PurePosixPath(name.removesuffix(_INDEX_SUFFIX)).suffix in _WEIGHT_SUFFIXES

@@ -18,6 +18,8 @@ from loraformat.images import FileImage
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Part, Span, StoredTensor
 
+_BRANCHES: Final = frozenset({"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
+
 
 class OnnxGraph:
     """An opened ONNX model; the attributes are those of `BaseModel`."""
@@ -47,8 +49,8 @@ class OnnxGraph:
 
     @property
     def problems(self) -> Sequence[Problem]:
-        """What is odd about the files."""
-        return self._opened.problems
+        """What is odd about the files, and what stands against any merge."""
+        return [*self._opened.problems, *_find_branches(self.sites)]
 
     def list_tensors(self) -> Sequence[StoredTensor]:
         """Return every stored tensor, in graphs, attributes and functions."""
@@ -93,6 +95,14 @@ class OnnxGraph:
         if not output.is_file():
             return []
         return [path for path in self._opened.stale_data(output) if not path.name[len(output.stem)].isalnum()]
+
+
+def _find_branches(sites: Sequence[Site]) -> list[Problem]:
+    """Return a problem when the graph was exported with an adapter beside its weights."""
+    module = next((site.module for site in sites if not _BRANCHES.isdisjoint(site.module.split("."))), None)
+    if module is None:
+        return []
+    return [Problem("LF423", module, "a graph that already holds an adapter's branches", "the base model alone")]
 
 
 def _list_tensors(opened: OnnxFile) -> list[StoredTensor]:

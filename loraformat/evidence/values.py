@@ -69,9 +69,7 @@ def verify_values(want: Want, candidates: Sequence[Candidate], lookup: Lookup) -
     What cannot be compared passes as it is. A site that has only an end of its name in common with the target, and
     other numbers, is dropped: it is another module's.
     """
-    able = [
-        c for c in candidates if want.change.slot in c.site.transposed and c.site.weight and fits_site(want, c.site)
-    ]
+    able = [candidate for candidate in candidates if _is_able(want, candidate.site)]
     if not able or not _has_reference(want, lookup):
         return list(candidates)
     verified = [c for candidate in able if (c := _verify(want, candidate, lookup)) is not None]
@@ -86,6 +84,13 @@ def verify_values(want: Want, candidates: Sequence[Candidate], lookup: Lookup) -
     assert site.weight is not None, "chosen so"
     found = f"the weight {site.weight.name!r}, found by {site.evidence or able[0].strategy}, has other numbers"
     return Problem("LF421", want.name, found, "the numbers of the base checkpoint")
+
+
+def _is_able(want: Want, site: Site) -> bool:
+    """Say whether the numbers at a site can be compared: floats, in the target's shape."""
+    if site.weight is None or site.weight.coding is not None or want.change.slot not in site.transposed:
+        return False
+    return fits_site(want, site)
 
 
 def _verify(want: Want, candidate: Candidate, lookup: Lookup) -> Candidate | None:

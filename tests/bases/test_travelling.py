@@ -43,6 +43,15 @@ def test_weights_of_other_formats_stay_behind(tmp_path: Path) -> None:
     assert left_out.keys() == {*weights, *indexes}
 
 
+def test_what_killed_runs_leave_stays_behind(tmp_path: Path) -> None:
+    """A part of ours in the base's folder is none of its files."""
+    parts = [".x.json.loraformat-12-0123abcd.part", "sub/.y.loraformat-resume-0123.log", ".loraformat-journal"]
+    put(tmp_path, ENTRY, "config.json", ".x.part", *parts)
+    files, left_out = travel(tmp_path)
+    assert files == [".x.part", "config.json"]
+    assert left_out.keys() == set(parts)
+
+
 def test_weights_of_modules_beside_the_model_travel(tmp_path: Path) -> None:
     """sentence-transformers: the dense layer is part of the model, and `modules.json` says so."""
     put(tmp_path, ENTRY, "2_Dense/model.safetensors", "2_Dense/config.json", "3_Other/model.safetensors")

@@ -82,6 +82,72 @@ def test_every_flag_reaches_the_face(run, face, receipt) -> None:
     }
 
 
+def test_the_flags_of_other_outputs_reach_the_face(run, face, receipt) -> None:
+    face.answer("merge", receipt)
+    words = "--warn-retained 0.5 --ignore-fingerprints --dtype bfloat16 --to safetensors --resume --link --keep-undo"
+    assert run("merge", "base.onnx", "one", *words.split()).exit_code == 0
+    asked = face.calls[0][2]
+    assert asked == {
+        "progress": None,
+        "force": False,
+        "durable": False,
+        "allow_unmatched": (),
+        "allow_zero": False,
+        "warn_retained": 0.5,
+        "ignore_fingerprints": True,
+        "dtype": "bfloat16",
+        "to": "safetensors",
+        "resume": True,
+        "link": True,
+        "keep_undo": True,
+    }
+
+
+def test_each_is_a_model_for_each_adapter(run, face, receipt) -> None:
+    from dataclasses import replace
+
+    face.answer("merge_each", [receipt, replace(receipt, output="/models/other.onnx")])
+    result = run("merge", "base.onnx", "--each", "one", "two:0.5", "-o", "models", "--resume")
+    assert (result.exit_code, result.stdout) == (0, "/models/merged.onnx\n/models/other.onnx\n")
+    ((name, args, kwargs),) = face.calls
+    assert (name, args) == ("merge_each", (Path("base.onnx"), [Path("one"), (Path("two"), 0.5)], Path("models")))
+    assert kwargs["resume"] is True
+    printed = json.loads(run("merge", "base.onnx", "--each", "one", "two", "-o", "models", "--json").stdout)
+    assert [each["output"] for each in printed["receipts"]] == ["/models/merged.onnx", "/models/other.onnx"]
+
+
+def test_in_place_has_no_output(run, face, receipt) -> None:
+    face.answer("merge_into", receipt)
+    assert run("merge", "base.onnx", "one", "--in-place", "--keep-undo").exit_code == 0
+    ((name, args, kwargs),) = face.calls
+    assert (name, args) == ("merge_into", (Path("base.onnx"), [Path("one")]))
+    assert kwargs["keep_undo"] is True
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--each",
+        "--each -o out --in-place",
+        "--each -o out --dry-run",
+        "--in-place -o out",
+        "--to onnx",
+        "--warn-retained 2",
+    ],
+)
+def test_flags_that_do_not_go_together(run, face, receipt, words) -> None:
+    for name in ("merge", "merge_each", "merge_into", "plan_merge"):
+        face.answer(name, receipt)
+    assert run("merge", "base.onnx", "one", *words.split()).exit_code == 2
+    assert face.calls == []
+
+
+def test_a_plan_is_asked_for_what_it_knows(run, face, plan) -> None:
+    face.answer("plan_merge", plan)
+    run("merge", "base.onnx", "one", "--dry-run", "--resume", "--link", "--keep-undo", "--dtype", "float16", "--untie")
+    assert face.calls[0][2] == {"allow_unmatched": (), "allow_zero": False, "dtype": "float16", "untie": True}
+
+
 def test_what_is_not_given_is_left_to_the_face(run, face, receipt) -> None:
     face.answer("merge", receipt)
     run("merge", "base.onnx", "one")

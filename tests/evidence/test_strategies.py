@@ -17,7 +17,6 @@ from builders import write_peft, write_tensors
 from graphs import Array, Net, dyadic, dyadic_factors, product, torchscript_name, write_model
 
 TARGET = "model.layers.0.fc"
-OTHER = "model.layers.1.fc"
 OUT, IN, RANK = 12, 10, 2
 
 
@@ -30,15 +29,11 @@ def random(rng: np.random.Generator, *shape: int) -> Array:
     return np.asarray(rng.standard_normal(shape), np.float32)
 
 
-def write_case(
-    folder: Path, net: Net, rng: np.random.Generator, w: Array, others: dict[str, Array] | None = None
-) -> Any:
+def write_case(folder: Path, net: Net, rng: np.random.Generator, w: Array) -> Any:
     """Write base, adapter and checkpoint; return their paths and the adapter's delta of one target."""
-    if others is None:
-        others = {}
     factors = dyadic_factors(rng, OUT, IN, RANK)
     adapter = write_peft(folder / "adapter", {TARGET: factors}, alpha=4.0)
-    checkpoint = write_tensors(folder / "model.safetensors", {f"{TARGET}.weight": w} | others)
+    checkpoint = write_tensors(folder / "model.safetensors", {f"{TARGET}.weight": w})
     return write_model(folder / "base.onnx", net.model()), adapter, checkpoint, product(factors, 2.0)
 
 
@@ -199,3 +194,15 @@ def test_folded_convolutions_are_known_by_what_tools_leave(tmp_path: Path, net: 
     with pytest.raises(loraformat.LoraformatError) as caught:
         loraformat.merge(base, [adapter], tmp_path / "merged.onnx")
     assert caught.value.codes == ("LF407",)
+
+
+@pytest.mark.parametrize("module", [f"{TARGET}.lora_A.default", f"{TARGET}.base_layer"])
+def test_graphs_that_already_hold_branches_of_an_adapter_are_refused(
+    tmp_path: Path, rng: np.random.Generator, module: str
+) -> None:
+    w = random(rng, OUT, IN)
+    names = (torchscript_name(TARGET, "MatMul"), torchscript_name(module, "MatMul"))
+    base, adapter, _, _ = write_case(tmp_path, matmuls(w.T, random(rng, IN, RANK), names=names), rng, w)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(base, [adapter], tmp_path / "merged.onnx")
+    assert caught.value.codes == ("LF423",)

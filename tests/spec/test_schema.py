@@ -25,7 +25,7 @@ from spec.schemas import FOLDER, NAMES, errors, schema, validator
 
 
 def test_the_schemas_are_schemas() -> None:
-    assert len(NAMES) >= 9
+    assert len(NAMES) >= 11
     for name in NAMES:
         Draft202012Validator.check_schema(schema(name))
         assert schema(name)["$id"] == f"urn:loraformat:1.0:{name}"
@@ -165,6 +165,22 @@ def test_plans_receipts_and_inspections(base: str, model: dict[str, Path], run: 
     again = loraformat.merge(output, [model["adapter"]], tmp_path / f"again{model[base].suffix}")
     check("receipt", json.loads(again.embedded_text()))
     check("receipt", json.loads(again.embedded_text())["parent"])
+
+
+def test_verifications_and_undone_merges(model: dict[str, Path], run: Any, tmp_path: Path) -> None:
+    output, asked = tmp_path / "merged.safetensors", ("--base", model["base"], "--adapter", model["adapter"])
+    run("merge", model["base"], model["adapter"], "-o", output, "--json")
+    code, found = run("verify", output, *asked, "--json")
+    assert (code, found["holds"], found["weights"]) == (0, True, 2)
+    check("verification", found)
+    code, undone = run("unmerge", output, "--adapter", model["adapter"], "-o", tmp_path / "near.safetensors", "--json")
+    assert (code, undone["exact"]) == (0, False)
+    check("undone", undone)
+    output.write_bytes(output.read_bytes()[:-1] + b"\x7e")
+    code, found = run("verify", output, *asked, "--json")
+    assert (code, found["holds"]) == (1, False)
+    assert found["problems"]
+    check("verification", found)
 
 
 def test_a_state_dict_carries_its_receipt(model: dict[str, Path], tmp_path: Path) -> None:
