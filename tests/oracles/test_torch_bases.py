@@ -97,7 +97,7 @@ def test_tied_and_sliced_tensors_are_known_to_be_so(tmp_path: Path) -> None:
     fused = torch.arange(48.0).reshape(12, 4)
     state = {**Network().state_dict(), "qkv.weight": fused, "q.weight": fused[:4], "turned.weight": fused.T}
     torch.save(state, tmp_path / "m.bin")
-    sites = {site.id: site for site in open_base(tmp_path / "m.bin").sites}
+    sites = {f"{site.module}.{site.parameter}": site for site in open_base(tmp_path / "m.bin").sites}
     shared = {name: set(site.weight.consumers) for name, site in sites.items() if site.weight is not None}
     assert shared["embed.weight"] == shared["head.weight"] == {"embed.weight", "head.weight"}
     assert len(shared["qkv.weight"]) == 3
