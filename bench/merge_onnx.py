@@ -3,12 +3,14 @@
     python bench/merge_onnx.py            # 1 GB
     python bench/merge_onnx.py --gb 4
     python bench/merge_onnx.py --inline   # weights inside the .onnx file
+    python bench/merge_onnx.py --export   # also PEFT merge and torch export again, on a smaller model; needs torch
 
 The model is Llama-shaped: an embedding of 32,000 tokens, layers (MatMul only) as the size asks for, and a head, of
 random numbers. The adapter has rank 16 on every matrix of the layers. Files lie in the page cache. `cp` and the merge
-take turns; printed are medians and ratios, for the whole process and for the call of `loraformat.merge` inside it, and
-the peak memory of the process as Linux accounts for it (VmHWM; ru_maxrss would hold this script's own), interpreter
-included.
+take turns, and so does the merge that shares the base's data file (`--external-data share`), beside `cp` of as many
+bytes as it writes. Printed are medians and ratios, for the whole process and for the call of `loraformat.merge` inside
+it, and the peak memory of the process as Linux accounts for it (VmHWM; ru_maxrss would hold this script's own),
+interpreter included.
 """
 
 import argparse
@@ -45,7 +47,7 @@ MERGE = """
 import re, sys, time
 import loraformat.api, onnx
 start = time.perf_counter()
-loraformat.merge(sys.argv[1], [sys.argv[2]], sys.argv[3], jobs={jobs})
+loraformat.merge(sys.argv[1], [sys.argv[2]], sys.argv[3], jobs={jobs}, external_data={data!r})
 seconds = time.perf_counter() - start
 print(seconds, re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """
@@ -143,15 +145,31 @@ def time_cp(base: Path, folder: Path) -> float:
     return seconds
 
 
-def time_merge(base: Path, adapter: Path, folder: Path, jobs: int | None) -> tuple[float, float, int]:
+def time_touched(touched: int, folder: Path) -> float:
+    """Return the seconds that `cp` takes for as many bytes as a merge touches."""
+    source, target = folder / "touched", folder / "touched-copy"
+    if not source.exists():
+        write_numbers(source, [touched])
+    start = time.perf_counter()
+    subprocess.run(["cp", str(source), str(target)], check=True)
+    seconds = time.perf_counter() - start
+    target.unlink()
+    return seconds
+
+
+def time_merge(
+    base: Path, adapter: Path, folder: Path, jobs: int | None, data: str = "copy"
+) -> tuple[float, float, int]:
     """Return the seconds of a merge's whole process, those of the call inside it, and its peak memory in bytes."""
-    target = folder / "merged"
-    target.mkdir()
-    command = [sys.executable, "-c", MERGE.format(jobs=jobs), str(base), str(adapter), str(target / "merged.onnx")]
+    target = folder / "merged" if data == "copy" else base.parent
+    target.mkdir(exist_ok=True)
+    output = target / "merged.onnx"
+    command = [sys.executable, "-c", MERGE.format(jobs=jobs, data=data), str(base), str(adapter), str(output)]
     start = time.perf_counter()
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - start
-    shutil.rmtree(target)
+    for path in target.glob("merged.onnx*"):
+        path.unlink()
     inside, peak = result.stdout.split()
     return seconds, float(inside), int(peak) * 1024
 
@@ -162,6 +180,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=1.0, help="size of the model (default 1)")
     parser.add_argument("--form", choices=sorted(FORMS), default="float32")
     parser.add_argument("--inline", action="store_true", help="weights inside the .onnx file (below 2 GB)")
+    parser.add_argument("--export", action="store_true", help="also merge in torch and export again (export_again.py)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=None)
     parser.add_argument("--folder", type=Path, default=None, help="where to work (default: the system's)")
@@ -175,15 +194,30 @@ def main() -> None:
         size = sum(path.stat().st_size for path in base.parent.iterdir())
         itemsize = FORMS[arguments.form][1]
         touched = itemsize * sum(rows * columns for _, (rows, columns) in list_weights(total_bytes, itemsize))
-        time_cp(base, folder)
-        copies, merges, calls, peak = [], [], [], 0
-        for _ in range(arguments.rounds):
-            copies.append(time_cp(base, folder))
-            seconds, inside, memory = time_merge(base, adapter, folder, arguments.jobs)
-            merges.append(seconds)
-            calls.append(inside)
-            peak = max(peak, memory)
-    report(arguments, size, touched, {"cp": copies, "merge, call": calls, "merge, process": merges}, peak)
+        seconds, peak = take_turns(base, adapter, folder, touched, arguments)
+    report(arguments, size, touched, seconds, peak)
+    if arguments.export:
+        subprocess.run([sys.executable, str(Path(__file__).with_name("export_again.py"))], check=True)
+
+
+def take_turns(
+    base: Path, adapter: Path, folder: Path, touched: int, arguments: argparse.Namespace
+) -> tuple[dict[str, list[float]], int]:
+    """Return the seconds of each round by name, and the merge's peak memory in bytes."""
+    time_cp(base, folder)
+    names = ("cp", "merge, call", "merge, process", *(() if arguments.inline else ("cp, touched", "sharing, call")))
+    found: dict[str, list[float]] = {name: [] for name in names}
+    peak = 0
+    for _ in range(arguments.rounds):
+        found["cp"].append(time_cp(base, folder))
+        process, call, memory = time_merge(base, adapter, folder, arguments.jobs)
+        found["merge, process"].append(process)
+        found["merge, call"].append(call)
+        peak = max(peak, memory)
+        if not arguments.inline:
+            found["cp, touched"].append(time_touched(touched, folder))
+            found["sharing, call"].append(time_merge(base, adapter, folder, arguments.jobs, "share")[1])
+    return found, peak
 
 
 def report(arguments: argparse.Namespace, size: int, touched: int, seconds: dict[str, list[float]], peak: int) -> None:
@@ -192,9 +226,10 @@ def report(arguments: argparse.Namespace, size: int, touched: int, seconds: dict
     print(f"model            {size / 1e9:.2f} GB, {arguments.form}, {place}; {touched / size:.0%} of it rewritten")
     print(f"machine          {os.cpu_count()} processors")
     for name, rounds in seconds.items():
-        ratio = statistics.median(s / c for s, c in zip(rounds, seconds["cp"], strict=True))
+        beside = "cp, touched" if name == "sharing, call" else "cp"
+        ratio = statistics.median(s / c for s, c in zip(rounds, seconds[beside], strict=True))
         times = f"{statistics.median(rounds):.2f} s  ({min(rounds):.2f} to {max(rounds):.2f})"
-        print(f"{name:16} {times}  {ratio:.2f} x cp, median of {len(rounds)} pairs")
+        print(f"{name:16} {times}  {ratio:.2f} x {beside}, median of {len(rounds)} pairs")
     print(f"peak memory      {peak / 1e6:.0f} MB")
 
 

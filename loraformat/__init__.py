@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from loraformat.conversion import Conversion, SchemeSummary, convert, list_schemes, plan_conversion
     from loraformat.errors import FindingError, InputError, LoraformatError, OutputError, RefusedError
     from loraformat.inspection import AdapterInspection, BaseInspection
-    from loraformat.merging import merge, merge_each, merge_into, plan_merge, unmerge, verify
+    from loraformat.merging import merge, merge_each, merge_into, plan_merge, resolve_targets, unmerge, verify
     from loraformat.plan import Plan
     from loraformat.problems import Problem
     from loraformat.receipt import Receipt
@@ -70,6 +70,7 @@ __all__ = [
     "plan_conversion",
     "plan_merge",
     "resize",
+    "resolve_targets",
     "save",
     "save_page",
     "scale",
@@ -92,7 +93,7 @@ _HOMES = {
     "loraformat.conversion": ("Conversion", "SchemeSummary", "convert", "list_schemes", "plan_conversion"),
     "loraformat.errors": ("FindingError", "InputError", "LoraformatError", "OutputError", "RefusedError"),
     "loraformat.inspection": ("AdapterInspection", "BaseInspection"),
-    "loraformat.merging": ("merge", "merge_each", "merge_into", "plan_merge", "unmerge", "verify"),
+    "loraformat.merging": ("merge", "merge_each", "merge_into", "plan_merge", "resolve_targets", "unmerge", "verify"),
     "loraformat.plan": ("Plan",),
     "loraformat.problems": ("Problem",),
     "loraformat.receipt": ("Receipt",),

@@ -1,16 +1,20 @@
 """What callers of the public face may hand over, and what becomes of it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias, TypedDict, Unpack
 
 from loraformat.adapter import Adapter
+from loraformat.bases import BaseModel
 from loraformat.engine import Effort, Progress, count_workers
 from loraformat.errors import refuse
+from loraformat.evidence import Hints
+from loraformat.evidence.explicit_map import read_map
 from loraformat.limits import DEFAULT_MEMORY_BYTES
-from loraformat.loading import FACTORS_NAMES, load_adapter
-from loraformat.plan import WeightedAdapter
+from loraformat.loading import FACTORS_NAMES, load_adapter, open_base
+from loraformat.output_forms import require_shared
+from loraformat.plan import SHARE, Plan, WeightedAdapter
 from loraformat.schemes import StatedScale
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -34,7 +38,20 @@ class AdapterOptions(TypedDict, total=False):
     scale: float | None
 
 
-class PlanOptions(AdapterOptions, total=False):
+class HintOptions(TypedDict, total=False):
+    """What targets may be found by, besides names.
+
+    Attributes:
+        map: a file that says which weight a target is, as `resolve --json` prints it.
+        base_checkpoint: the torch checkpoint that an ONNX base was exported from: its numbers find weights without
+            names, verify those found by names, and tell what exporters folded into them.
+    """
+
+    map: StrPath | None
+    base_checkpoint: StrPath | None
+
+
+class PlanOptions(AdapterOptions, HintOptions, total=False):
     """What a plan depends on besides base, adapters and output.
 
     Attributes:
@@ -44,6 +61,10 @@ class PlanOptions(AdapterOptions, total=False):
         ignore_fingerprints: accept weights that do not match the fingerprint of their target.
         untie: let tables part that `config.json` ties, where adapters change them apart.
         new_biases: give biases to modules that have none, where adapters change them.
+        keep_scales: leave the scales of quantised weights as they are.
+        accept_ranges: accept activation ranges of a quantised model that were measured on the base.
+        external_data: `share` writes, beside an ONNX base, a small model that refers to the base's data files, and to
+            one of its own for what differs; otherwise all are copied.
         dtype: number form of the output's floating-point tensors, such as `bfloat16`; else each keeps its own.
         to: `safetensors` writes the output anew in this format; else it keeps the base's own.
     """
@@ -54,8 +75,19 @@ class PlanOptions(AdapterOptions, total=False):
     ignore_fingerprints: bool
     untie: bool
     new_biases: bool
+    keep_scales: bool
+    accept_ranges: bool
+    external_data: str | None
     dtype: str | None
     to: str | None
+
+
+class ResolveOptions(AdapterOptions, HintOptions, total=False):
+    """What `resolve_targets` depends on besides base and adapter: as in `PlanOptions`."""
+
+    allow_unmatched: Sequence[str]
+    strip_prefix: str | None
+    ignore_fingerprints: bool
 
 
 class EffortOptions(TypedDict, total=False):
@@ -95,8 +127,16 @@ class WorkOptions(EffortOptions, total=False):
     keep_undo: bool
 
 
-class VerifyOptions(AdapterOptions, EffortOptions, total=False):
-    """What a verification depends on besides models and adapters."""
+class VerifyOptions(AdapterOptions, HintOptions, EffortOptions, total=False):
+    """What a verification depends on besides models and adapters.
+
+    Attributes:
+        run: have onnxruntime run merged model and base, and compare outputs too; for ONNX models.
+        sizes: for that, sizes of symbolic dimensions of the inputs, by name; others get small ones.
+    """
+
+    run: bool
+    sizes: Mapping[str, int]
 
 
 class MergeOptions(PlanOptions, WorkOptions, total=False):
@@ -130,6 +170,30 @@ def wants_anew(to: str | None) -> bool:
     if to not in (None, "safetensors"):
         raise refuse("LF610", "--to", str(to), "safetensors")
     return to is not None
+
+
+def check_sharing(plan: Plan, base: BaseModel, options: Mapping[str, object]) -> None:
+    """Refuse what does not go with an output that shares the base's data files (LF444)."""
+    asked = options.get("external_data")
+    if asked not in (None, "copy", SHARE):
+        raise refuse("LF444", "--external-data", str(asked), f"copy or {SHARE}")
+    if not plan.is_sharing:
+        return
+    require_shared(base)
+    if plan.rewritten or options.get("keep_undo"):
+        raise refuse("LF444", plan.output, "--external-data share with --dtype, --to or --keep-undo", "one of the two")
+    folder, own = plan.output.absolute().parent, base.path.absolute().parent
+    if not (folder.is_dir() and os.path.samefile(folder, own)):
+        raise refuse("LF444", plan.output, f"an output outside {own}", "one beside the base, whose data it refers to")
+    if os.path.lexists(plan.output) and os.path.samefile(plan.output, base.path):
+        raise refuse("LF444", plan.output, "the base itself", "another name beside it")
+
+
+def read_hints(options: HintOptions) -> Hints:
+    """Return what targets may be found by, the files read that the options name."""
+    path, checkpoint = options.get("map"), options.get("base_checkpoint")
+    mapped = read_map(Path(path)) if path is not None else {}
+    return Hints(mapped, open_base(Path(checkpoint)) if checkpoint is not None else None)
 
 
 def make_effort(**options: Unpack[EffortOptions]) -> Effort:

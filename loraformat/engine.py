@@ -15,9 +15,11 @@ from typing import Final, NamedTuple, Protocol
 
 from loraformat.adapter import Target
 from loraformat.bases import BaseModel
+from loraformat.coded_work import CodedWork, Place, requantise
 from loraformat.errors import refuse
 from loraformat.images import Copy, FileImage, Literal
-from loraformat.locating import index_tensors, list_copies, locate_weight
+from loraformat.locating import index_tensors, list_copies, locate_span, locate_weight
+from loraformat.output_forms import index_weights, list_written
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
 from loraformat.sinks import Sink
 from loraformat.tiles import TileBuffers, TileSums, merge_rows
@@ -25,6 +27,8 @@ from loraformat.weight_work import WeightWork, count_held
 
 _RUN_BYTES: Final = 8 << 20
 _BUFFERS_PER_WORKER: Final = 5
+_CODED_BUFFERS: Final = 9
+"""A quantised weight needs some for scales and zero points beside each number, and for codes before they are bytes."""
 _FACTOR_COPIES: Final = 3
 
 
@@ -168,19 +172,25 @@ class _Bench:
         self.assignment = assignment
         self._buffers = buffers
         self._tensors = index_tensors(assignment.base)
+        self._weights = index_weights(assignment.base)
         self._targets = index_targets(assignment.adapters)
 
     def list_jobs(self) -> Iterator[_Job]:
         for number, weight in enumerate(self.assignment.plan.weights):
             yield from self._list_runs(number, weight)
         sinks = self.assignment.sinks
-        for image, piece, offset in list_copies(self.assignment.images, self.assignment.plan, self._tensors):
+        for image, piece, offset in list_copies(
+            self.assignment.images, self.assignment.plan, self._tensors, self._weights
+        ):
             sink = sinks[image]
             if sink is not None:
                 yield self._list_copy(image, sink, piece, offset)
 
     def _list_runs(self, number: int, weight: PlannedWeight) -> Iterator[_Job]:
         targets = [self._targets[change.adapter][change.target] for change in weight.changes]
+        if weight.is_coded:
+            yield self._list_coded(number, weight, CodedWork(weight, self._weights[weight.key], targets))
+            return
         tensor = self._tensors.get(weight.key)
         work = WeightWork(weight, tensor, targets)
         image, offset = locate_weight(self.assignment.images, weight, tensor)
@@ -195,6 +205,20 @@ class _Bench:
             carry = partial(_merge_run, work, self._buffers, run, sink, offset)
             yield _Job(order, f"{image}@{offset}:{run.start}", number, len(run) * row_bytes, carry)
 
+    def _list_coded(self, number: int, weight: PlannedWeight, work: CodedWork) -> _Job:
+        """Return the one job of a quantised weight, whose scales hang on all its numbers."""
+        places: dict[str, Place] = {}
+        for role, tensor in list_written(weight, self._weights[weight.key]).items():
+            image, offset = locate_span(self.assignment.images, tensor.span)
+            sink = self.assignment.sinks[image]
+            assert sink is not None, "a file with a touched weight is written"
+            places[role] = Place(sink, offset)
+        work.runs_left = 1
+        span = self._weights[weight.key].tensor.span
+        carry = partial(_merge_coded, work, self._buffers, places)
+        key = f"coded {span.path.name}@{span.offset}"
+        return _Job((str(span.path), span.offset), key, number, weight.nbytes, carry)
+
     def _list_copy(self, image: int, sink: Sink, piece: Copy | Literal, offset: int) -> _Job:
         order = (str(piece.file.path), piece.offset) if isinstance(piece, Copy) else ("", 0)
         return _Job(order, f"{image}@{offset}", -1, piece.length, partial(_copy, sink, piece, offset))
@@ -203,6 +227,12 @@ class _Bench:
 def _merge_run(work: WeightWork, buffers: TileBuffers, run: range, sink: Sink, offset: int) -> TileSums:
     """Merge the stored rows `run`, and let go of what they needed if they were the last."""
     sums = merge_rows(work, buffers, run, sink, offset)
+    work.finish_run()
+    return sums
+
+
+def _merge_coded(work: CodedWork, buffers: TileBuffers, places: Mapping[str, Place]) -> TileSums:
+    sums = requantise(work, buffers, places)
     work.finish_run()
     return sums
 
@@ -230,11 +260,12 @@ def _need_bytes(assignment: Assignment) -> int:
     targets = index_targets(assignment.adapters)
     most = 0
     for weight in assignment.plan.weights:
+        buffers = _CODED_BUFFERS if weight.is_coded else _BUFFERS_PER_WORKER
         widest = 8 if "float64" in (weight.dtype, weight.written_dtype) else 4
         tile = widest * weight.tile_rows * weight.matrix[1]
         changes = ((targets[change.adapter][change.target], change) for change in weight.changes)
         factors = sum(widest * count_held(target, change) for target, change in changes)
-        most = max(most, _BUFFERS_PER_WORKER * tile + _FACTOR_COPIES * factors)
+        most = max(most, buffers * tile + _FACTOR_COPIES * factors)
     return most
 
 

@@ -84,6 +84,9 @@ MAX_GRAPH_VISITS: Final = 5_000_000
 KEEP_INLINE_BYTES: Final = 4096
 """Tensor payloads up to this size stay in an ONNX skeleton: shapes and axes, which graphs are read by."""
 
+KEEP_CODES_BYTES: Final = 1 << 18
+"""The same for zero points that are written one by one: some bytes for each of a weight's channels."""
+
 MAX_EVIDENCE_BYTES: Final = 100_000
 """One node's name-scope metadata, which is parsed as a Python literal."""
 

@@ -95,8 +95,19 @@ def open_bundle(path: Path) -> tuple[Bundle, InputFile]:
     """Return the named tensors at `path` with what lies beside them, and the file that holds them."""
     factors = _find_factors(path) if isdir(path) else path
     head, size = _read_head(factors)
-    opened = _choose_container(factors, head, size).open(factors)
+    try:
+        opened = _choose_container(factors, head, size).open(factors)
+    except LoraformatError:
+        _refuse_by_config(path, factors)
+        raise
     return Bundle(path, opened.tensors, opened.metadata, _read_config(factors)), opened.file
+
+
+def _refuse_by_config(path: Path, factors: Path) -> None:
+    """Raise LF209 where the configuration beside an unreadable file names an adapter that no weight can hold."""
+    unmergeable = recognise_config(_read_config(factors) or {})
+    if unmergeable is not None:
+        raise error_for([unmergeable.as_problem(path)])
 
 
 def digest_file(file: InputFile) -> str:

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from loraformat.bases import BaseModel
+from loraformat.bases import BaseModel, Weight
 from loraformat.images import Copy, FileImage, Literal
 from loraformat.limits import COPY_CHUNK_BYTES
+from loraformat.output_forms import list_written
 from loraformat.plan import Plan, PlannedWeight
-from loraformat.spans import StoredTensor
+from loraformat.spans import Span, StoredTensor
 
 
 def index_tensors(base: BaseModel) -> Mapping[str, StoredTensor]:
@@ -29,15 +30,32 @@ def locate_weight(images: Sequence[FileImage], weight: PlannedWeight, tensor: St
     raise ValueError(f"{weight.name} is in no output file")
 
 
+def locate_span(images: Sequence[FileImage], span: Span) -> tuple[int, int]:
+    """Return which image holds a span of the base, and where."""
+    for index, image in enumerate(images):
+        offset = image.locate(span)
+        if offset is not None:
+            return index, offset
+    raise ValueError(f"{span} is in no output file")
+
+
 def list_copies(
-    images: Sequence[FileImage], plan: Plan, tensors: Mapping[str, StoredTensor]
+    images: Sequence[FileImage], plan: Plan, tensors: Mapping[str, StoredTensor], weights: Mapping[str, Weight]
 ) -> Iterator[tuple[int, Copy | Literal, int]]:
     """Yield what is to be copied: image, piece, and its offset there; touched spans are left out."""
-    touched = sorted(
+    touched = [
         (*locate_weight(images, weight, tensors.get(weight.key)), weight.nbytes)
         for weight in plan.weights
         if weight.new is None
-    )
+    ]
+    touched += [
+        (*locate_span(images, tensor.span), tensor.span.length)
+        for weight in plan.weights
+        if weight.is_coded
+        for role, tensor in list_written(weight, weights[weight.key]).items()
+        if role
+    ]
+    touched.sort()
     for index, image in enumerate(images):
         holes = [(offset, offset + length) for where, offset, length in touched if where == index]
         for offset, piece in image.placed():

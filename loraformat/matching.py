@@ -60,6 +60,8 @@ class Match:
             library changed it to, `fingerprint`.
         apart: of a table that others are tied to and that this parts from them, the name of its own; else empty.
         also: names of other targets that say the same of the weight, for which this stands.
+        strategy: the strategy that found it.
+        verified: what of its numbers was compared, and agrees.
     """
 
     want: Want
@@ -71,6 +73,13 @@ class Match:
     relation: str
     apart: str = ""
     also: tuple[str, ...] = ()
+    strategy: str = "names"
+    verified: tuple[str, ...] = ()
+
+    @property
+    def row_factors(self) -> tuple[float, ...]:
+        """What each row of the module's weight was multiplied by before it was stored; empty for nothing."""
+        return self.sites[0].row_factors
 
     @property
     def change(self) -> Change:
@@ -118,6 +127,25 @@ class NewBias:
     def as_match(self) -> Match:
         """Return the match that it would be if the base had it."""
         return replace(self.beside, want=self.want, transposed=False, divisor=1.0)
+
+
+def count_rows(site: Site, slot: SlotKind) -> int:
+    """Return the rows of the canonical matrix `(out, in * kernel)` that a site applies."""
+    shape = site.stored_shape()
+    return shape[-1] if site.transposed[slot] else shape[0]
+
+
+def cut_rows(site: Site, slot: SlotKind, rows: tuple[int, int] | None) -> Site:
+    """Return a site of some rows of the canonical matrix `(out, in)` that another applies whole."""
+    assert site.weight is not None, "chosen so"
+    if rows is None:
+        return site
+    shape = site.weight.tensor.shape
+    matrix = (shape[0], math.prod(shape[1:]))
+    turned = site.transposed[slot]
+    everything = (0, matrix[0] if turned else matrix[1], 1)
+    part = Part(matrix, everything, (*rows, 1)) if turned else Part(matrix, (*rows, 1), everything)
+    return replace(site, part=part)
 
 
 def list_wants(target: Target) -> list[Want]:
@@ -202,4 +230,5 @@ def _read_sample(shape: tuple[int, ...], want: Want, sites: Sequence[Site], row:
     turned = site.transposed[want.change.slot]
     place = (column, row - first) if turned else (row - first, column)
     index = site.part.index(*place) if site.part else place[0] * (rows if turned else columns) + place[1]
-    return read_number(site.weight.tensor, index) * site.divisor
+    factor = site.row_factors[row - first] if site.row_factors else 1.0
+    return read_number(site.weight.tensor, index) * site.divisor / factor

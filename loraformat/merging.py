@@ -4,19 +4,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Final, Unpack, cast
 
 from loraformat.apply import Work, apply_plan, apply_plans
 from loraformat.arguments import (
     AdapterArgument,
     AdapterOptions,
     EffortOptions,
+    HintOptions,
     MergeOptions,
     PlanOptions,
+    ResolveOptions,
     StrPath,
     VerifyOptions,
     WorkOptions,
+    check_sharing,
     make_effort,
+    read_hints,
     wants_anew,
     weigh_adapters,
 )
@@ -32,9 +36,12 @@ from loraformat.outputs import check_apart, output_errors
 from loraformat.plan import Plan, WeightedAdapter
 from loraformat.planning import build_plan, default_output
 from loraformat.receipt import Receipt, Statement, read_statement
+from loraformat.resolving import Resolved, resolve_one
 from loraformat.side_receipt import find_receipt
 from loraformat.unmerging import Undone, take_back, undo_merge
-from loraformat.verification import Verification, verify_merge
+from loraformat.verification import Verification, add_runs, verify_merge
+
+_RESOLVING: Final = ("allow_unmatched", "strip_prefix", "ignore_fingerprints")
 
 
 def plan_merge(
@@ -140,6 +147,22 @@ def merge_into(base: StrPath, adapters: Sequence[AdapterArgument], **options: Un
     return merge_in_place(opened, Order(plan, weighted), _make_work(options))
 
 
+def resolve_targets(base: StrPath, adapter: AdapterArgument, **options: Unpack[ResolveOptions]) -> Resolved:
+    """Say which weight of a base each target of an adapter is, and how that is known; nothing is merged.
+
+    Args:
+        base: as in `merge`.
+        adapter: path or loaded adapter.
+        options: `arguments.ResolveOptions` says what there is.
+
+    Returns:
+        The targets with their weights, and problems of those without; what does not resolve is returned, never raised.
+    """
+    (item,) = weigh_adapters([adapter], options)
+    given: dict[str, Any] = {name: options[name] for name in _RESOLVING if name in options}
+    return resolve_one(_open(base), item, read_hints(cast(HintOptions, options)), given)
+
+
 def verify(
     merged: StrPath,
     base: StrPath,
@@ -161,8 +184,11 @@ def verify(
     record = find_receipt(proof)
     statement = read_statement(record, proof.path) if record is not None else None
     weighted = weigh_adapters(_take_weights(adapters, statement), options)
-    plan = build_plan(opened, weighted, proof.path, **(statement.options if statement else {}))
-    return verify_merge(proof, opened, Order(plan, weighted), _make_effort(options))
+    hints = read_hints(cast(HintOptions, options))
+    plan = build_plan(opened, weighted, proof.path, hints=hints, **(statement.options if statement else {}))
+    order = Order(plan, weighted)
+    found = verify_merge(proof, opened, order, _make_effort(options))
+    return add_runs(found, proof, opened, order, options.get("sizes", {})) if options.get("run") else found
 
 
 def _take_weights(adapters: Sequence[AdapterArgument], statement: Statement | None) -> list[AdapterArgument]:
@@ -239,9 +265,15 @@ def _plan(
     base: BaseModel, weighted: Sequence[WeightedAdapter], output: Path, options: PlanOptions | MergeOptions
 ) -> Plan:
     """Plan a merge; what the options do not say is as `build_plan` has it."""
-    own = PlanOptions.__annotations__.keys() - AdapterOptions.__annotations__.keys() - {"to"}
+    others = AdapterOptions.__annotations__.keys() | HintOptions.__annotations__.keys() | {"to"}
+    own = PlanOptions.__annotations__.keys() - others
     given: dict[str, Any] = {name: value for name, value in options.items() if name in own}
-    return build_plan(base, weighted, output, anew=wants_anew(options.get("to")), **given)
+    hints = read_hints(cast(HintOptions, options))
+    if given.get("external_data") == "copy":
+        del given["external_data"]
+    plan = build_plan(base, weighted, output, anew=wants_anew(options.get("to")), hints=hints, **given)
+    check_sharing(plan, base, options)
+    return plan
 
 
 def _place(

@@ -1,17 +1,17 @@
 """What a plan's output is: a copy of the base with spans rewritten, or new files with its tensors."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loraformat.bases import BaseModel, Rewriter, list_tokenizer_files
+from loraformat.bases import BaseModel, Rewriter, SharedBase, Weight, list_tokenizer_files
 from loraformat.dtypes import BY_NAME
 from loraformat.errors import refuse
 from loraformat.images import FileImage, OutputTensor
 from loraformat.loading import list_files
-from loraformat.plan import Plan, WeightedAdapter
-from loraformat.spans import InputFile, Span
+from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
+from loraformat.spans import InputFile, Span, StoredTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,13 @@ def require_rewriter(base: BaseModel) -> Rewriter:
     if base.rewriter is None:
         raise refuse("LF620", base.path, f"a base of the format {base.format!r}", "one that can be written anew")
     return base.rewriter
+
+
+def require_shared(base: BaseModel) -> SharedBase:
+    """Return a base whose data files a model beside it may refer to; LF444 for one without."""
+    if not isinstance(base, SharedBase) or not base.list_shared():
+        raise refuse("LF444", base.path, f"{base.format}, all weights in one file", "an ONNX model with external data")
+    return base
 
 
 def choose_form(plan: Plan, base: BaseModel) -> BaseModel | Rewriter:
@@ -46,6 +53,11 @@ def describe_output(
         is_taken: says whether the path of a data file is another file's.
     """
     plan = order.plan
+    if plan.is_sharing:
+        touched = list_touched(plan, base)
+        return require_shared(base).describe_sharing_images(
+            plan.output, blank_bytes, plan.sha256[:8], touched, is_taken
+        )
     if not plan.rewritten:
         return base.describe_images(plan.output, blank_bytes, plan.sha256[:8], is_taken)
     rewriter = require_rewriter(base)
@@ -84,8 +96,23 @@ def _find_tokenizer(order: Order) -> dict[str, InputFile]:
 
 def list_touched(plan: Plan, base: BaseModel) -> list[Span]:
     """Return the spans of the base that a plan rewrites in place."""
-    tensors = {site.weight.key: site.weight.tensor for site in base.sites if site.weight is not None}
-    return [tensors[weight.key].span for weight in plan.weights if weight.new is None]
+    weights = index_weights(base)
+    in_place = (weight for weight in plan.weights if weight.new is None)
+    return [tensor.span for weight in in_place for tensor in list_written(weight, weights[weight.key]).values()]
+
+
+def index_weights(base: BaseModel) -> Mapping[str, Weight]:
+    """Return the weights that sites of a base use, by their keys."""
+    return {site.weight.key: site.weight for site in base.sites if site.weight is not None}
+
+
+def list_written(weight: PlannedWeight, source: Weight) -> Mapping[str, StoredTensor]:
+    """Return the tensors of the base that change in place: under no role the weight's own, by role its companions."""
+    written = {each.role for each in weight.companions if each.is_written}
+    beside = source.coding.companions if source.coding is not None else {}
+    return {"": source.tensor} | {
+        role: tensor for role, tensor in beside.items() if role in written and isinstance(tensor, StoredTensor)
+    }
 
 
 def list_inputs(base: BaseModel, orders: Sequence[Order]) -> list[InputFile]:

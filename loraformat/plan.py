@@ -16,6 +16,7 @@ from loraformat.problems import Problem
 from loraformat.spans import Part
 from loraformat.strict_json import JsonValue, write_canonical
 
+SHARE: Final = "share"
 _FLOAT32_BYTES: Final = 4
 
 
@@ -61,6 +62,8 @@ class PlannedChange:
         transposed: whether the stored matrix is the transpose of the canonical `(out, in * kernel)`.
         section: first and last canonical row, the latter excluded, that this weight holds; None for all.
         part: the rows and columns of the stored matrix that it changes; None for all.
+        row_factors: what each canonical row of the module's weight was multiplied by before it was stored, and its
+            change with it; empty for nothing.
         shape: canonical shape of the parameter, `(out, in, *kernel)` of a weight; empty where the factors tell it.
     """
 
@@ -75,6 +78,7 @@ class PlannedChange:
     transposed: bool
     section: tuple[int, int] | None = None
     part: Part | None = None
+    row_factors: tuple[float, ...] = ()
     shape: tuple[int, ...] = ()
 
 
@@ -98,6 +102,25 @@ class NewForm:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedCompanion:
+    """A tensor without which the codes of a quantised weight mean nothing.
+
+    Attributes:
+        role: `scales` or `zero_points`.
+        name: its name, for people.
+        dtype: number form.
+        nbytes: bytes.
+        is_written: whether it changes with the codes.
+    """
+
+    role: str
+    name: str
+    dtype: str
+    nbytes: int
+    is_written: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedWeight:
     """One weight that will be rewritten.
 
@@ -116,6 +139,8 @@ class PlannedWeight:
         changes: what is added, in the order of the adapters.
         evidence: how it was found.
         new: how it stands in the output, where not as in the base.
+        companions: scales and zero points of a quantised weight.
+        block: rows and columns of it that share a scale.
     """
 
     key: str
@@ -131,6 +156,13 @@ class PlannedWeight:
     changes: tuple[PlannedChange, ...]
     evidence: str
     new: NewForm | None = None
+    companions: tuple[PlannedCompanion, ...] = ()
+    block: tuple[int, int] = (0, 0)
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether it is quantised."""
+        return bool(self.companions)
 
     @property
     def written_dtype(self) -> str:
@@ -190,6 +222,11 @@ class Plan:
     config_changes: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
     rewritten: bool = False
     options: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def is_sharing(self) -> bool:
+        """Whether the output refers to the base's data files for what does not change."""
+        return self.options.get("external_data") == SHARE
 
     @cached_property
     def sha256(self) -> str:

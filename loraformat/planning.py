@@ -8,22 +8,25 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from loraformat.bases import BaseModel
 from loraformat.errors import error_for
+from loraformat.evidence import Hints
 from loraformat.kinds import KINDS, Nature
 from loraformat.matching import Match, NewBias
 from loraformat.new_sizes import follow_weights
 from loraformat.plan import Plan, PlannedAdapter, PlannedChange, PlannedWeight, WeightedAdapter
-from loraformat.problems import Problem
-from loraformat.resolve import Resolution, resolve
+from loraformat.problems import Problem, Severity
+from loraformat.resolve import Resolution, gather_clues, resolve
 from loraformat.rewriting import plan_rewriting
 from loraformat.rules import check_adapter
 from loraformat.strict_json import JsonValue
-from loraformat.weight_plans import WeightChange, part_tables, plan_bias, plan_weight
+from loraformat.weight_plans import WeightChange, check_codes, part_tables, plan_bias, plan_weight
 
+_NO_HINTS: Final = Hints()
 _FLOAT32_MAX: Final = (2.0 - 2.0**-23) * 2.0**127
 
 
@@ -61,10 +64,18 @@ class _Found:
             self.problems += _check_scale(change)
             self.biases[bias.name].append((bias, change))
 
-    def plan_weights(self) -> tuple[PlannedWeight, ...]:
+    def check_sites(self, *, accept_ranges: bool) -> None:
+        """Note what the user must accept of the weights that change, and the weights that nothing can be added to."""
+        entries = [entry for group in self.changes.values() for entry in group]
+        caveats = {site.caveat for entry in entries for site in entry.match.sites if site.caveat is not None}
+        severity: Severity = "warning" if accept_ranges else "error"
+        self.problems += [replace(each, severity=severity) for each in sorted(caveats, key=lambda each: each.where)]
+        self.problems += check_codes(entries)
+
+    def plan_weights(self, *, keep_scales: bool) -> tuple[PlannedWeight, ...]:
         """Return the weights of the plan, sorted; problems are kept."""
         planned = [
-            plan_weight(name, group[0].weight, own, self.problems)
+            plan_weight(name, group[0].weight, own, self.problems, keep_scales=keep_scales)
             for group in self.changes.values()
             for name, own in part_tables(group[0].weight, group, self._sites)
         ]
@@ -83,8 +94,12 @@ def build_plan(
     ignore_fingerprints: bool = False,
     untie: bool = False,
     new_biases: bool = False,
+    keep_scales: bool = False,
+    accept_ranges: bool = False,
+    external_data: str | None = None,
     dtype: str | None = None,
     anew: bool = False,
+    hints: Hints = _NO_HINTS,
 ) -> Plan:
     """Plan the merge of `adapters` into `base`.
 
@@ -98,8 +113,12 @@ def build_plan(
         ignore_fingerprints: accept weights that do not match the fingerprint of their target.
         untie: let tables part that the configuration ties, where adapters change them apart.
         new_biases: give biases to modules that have none, where adapters change them.
+        keep_scales: leave the scales of quantised weights as they are.
+        accept_ranges: accept activation ranges that were measured on the base.
+        external_data: `share` has the output refer to the base's data files for what does not change.
         dtype: number form of the output's floating-point tensors; None keeps each one's own.
         anew: write the output anew, as safetensors.
+        hints: what there is to find targets by, besides names.
 
     Raises:
         LoraformatError: with every problem that was found, not only the first.
@@ -111,6 +130,9 @@ def build_plan(
         ignore_fingerprints=ignore_fingerprints,
         untie=untie,
         new_biases=new_biases,
+        keep_scales=keep_scales,
+        accept_ranges=accept_ranges,
+        external_data=external_data,
         dtype=dtype,
         anew=anew,
     )
@@ -129,9 +151,11 @@ def build_plan(
             ignore_fingerprints=ignore_fingerprints,
             untie=untie,
             new_biases=new_biases,
+            clues=gather_clues(item.adapter, hints, strip_prefix=strip_prefix),
         )
         found.add(position, item, resolution)
-    planned = found.plan_weights()
+    found.check_sites(accept_ranges=accept_ranges)
+    planned = found.plan_weights(keep_scales=keep_scales)
     config_changes, followed = follow_weights(planned, base.sites, untied=found.untied)
     problems = found.problems + followed
     if any(problem.severity == "error" for problem in problems):
@@ -199,6 +223,7 @@ def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedC
         transposed=match.transposed,
         section=match.section,
         part=match.part,
+        row_factors=match.row_factors,
         shape=change.shape if change.shape != match.want.shape else (),
     )
 

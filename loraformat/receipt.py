@@ -176,6 +176,11 @@ _OPTIONS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "strip_prefix": lambda value: isinstance(value, str),
     "allow_zero": lambda value: value is True,
     "ignore_fingerprints": lambda value: value is True,
+    "untie": lambda value: value is True,
+    "new_biases": lambda value: value is True,
+    "keep_scales": lambda value: value is True,
+    "accept_ranges": lambda value: value is True,
+    "external_data": lambda value: value == "share",
     "dtype": lambda value: isinstance(value, str),
     "anew": lambda value: value is True,
 }

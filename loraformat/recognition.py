@@ -123,7 +123,7 @@ UNMERGEABLE: Final = (
         _BOTTLENECK,
         f"{_LOAD_ADAPTERS} To have something that merges, train LoRA there instead.",
         keys=(
-            r"(?:^|\.)adapter_(?:down|up)\.",
+            r"(?:^|\.)adapter_(?:down|up)\.(?!linear_(?:in|out)\.)",
             r"(?:^|\.)(?:attention|output|cross_attention)_adapters\.",
             r"(?:^|\.)invertible_adapters\.",
             r"(?:^|\.)phm_rule",

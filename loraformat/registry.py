@@ -26,7 +26,7 @@ class Registry(Generic[Member]):
     def __init__(self, package: str, attribute: str) -> None:
         self._package = package
         self._attribute = attribute
-        self._found: dict[str, Member] = {}
+        self._found: dict[str, Member | None] = {}
 
     @cached_property
     def _locations(self) -> dict[str, str]:
@@ -45,13 +45,13 @@ class Registry(Generic[Member]):
         return tuple(self._locations)
 
     def find(self, name: str) -> Member | None:
-        """Return the member called `name`, importing it, or None."""
+        """Return the member called `name`, importing it, or None: one of the room's modules may hold another sort."""
         location = self._locations.get(name)
         if location is None:
             return None
         if name not in self._found:
             module, _, attribute = location.partition(":")
-            self._found[name] = cast(Member, getattr(import_module(module), attribute))
+            self._found[name] = cast(Member | None, getattr(import_module(module), attribute, None))
         return self._found[name]
 
     def __iter__(self) -> Iterator[tuple[str, Member]]:

@@ -10,12 +10,15 @@ near.
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final
 
 from loraformat.adapter import Adapter
-from loraformat.bases import TENSOR_NAME, Site, Weight
+from loraformat.bases import TENSOR_NAME, BaseModel, Site, Weight
+from loraformat.evidence import Clues, Hints, Lookup, find_candidates
+from loraformat.evidence.values import STRATEGY as VALUES
+from loraformat.evidence.values import verify_values
 from loraformat.kinds import UNKNOWN
 from loraformat.matching import (
     Match,
@@ -40,9 +43,10 @@ from loraformat.mismatches import (
 )
 from loraformat.problems import Problem
 from loraformat.sharing import settle_sharing
-from loraformat.site_index import Candidate, SiteIndex
+from loraformat.site_index import Candidate
 
-BY_FINGERPRINT: Final = "fingerprint"
+_NO_CLUES: Final = Clues()
+_NAMES: Final = "names"
 _NEW_BIASES: Final = (
     "Merge with --new-biases (new_biases=True), and check that the architecture loads biases there. Or leave them out, "
     "which changes what the adapter does: --allow-unmatched PATTERN."
@@ -75,6 +79,7 @@ def resolve(
     ignore_fingerprints: bool = False,
     untie: bool = False,
     new_biases: bool = False,
+    clues: Clues = _NO_CLUES,
 ) -> Resolution:
     """Match every target of `adapter` with a weight.
 
@@ -86,12 +91,12 @@ def resolve(
         ignore_fingerprints: accept weights that do not match the fingerprint of their target.
         untie: let tables part that the configuration ties, where the adapter changes them apart.
         new_biases: give biases to modules that have none, where the adapter changes them.
+        clues: what else the user has handed over.
     """
     wants = [want for target in adapter.targets for want in list_wants(target)]
-    indexes = {parameter: SiteIndex(sites, parameter) for parameter in {want.parameter for want in wants}}
     names = {want.target.name: _strip(want.target.name, strip_prefix) for want in wants}
-    found = {want: indexes[want.parameter].find(names[want.target.name]) for want in wants}
-    matches, missing, problems = _match_all(found, sites, ignore_fingerprints=ignore_fingerprints)
+    lookup = Lookup(sites, wants, names, clues)
+    matches, missing, problems = _match_all(lookup, ignore_fingerprints=ignore_fingerprints)
     matches, displaced = _prefer_exact(matches)
     matches, shared = settle_sharing(matches, sites, untie=untie)
     missing += displaced
@@ -101,7 +106,7 @@ def resolve(
     allowed = [want for want in allowed if want not in made]
     spoken = {each.want for each in lacking} | set(allowed)
     unspoken = [want for want in missing if want not in spoken]
-    lost = [(want.name, names[want.target.name], indexes[want.parameter]) for want in unspoken]
+    lost = [(want.name, names[want.target.name], lookup.indexes[want.parameter]) for want in unspoken]
     lacking = [each for each in lacking if each.want not in allowed]
     problems += report_missing(lost) + shared + report_collisions(matches)
     problems += report_dropped(matches) + report_renamed(matches) + _report_biases(lacking, wanted=new_biases)
@@ -109,28 +114,60 @@ def resolve(
     return Resolution(tuple(matches), left_out, tuple(problems), tuple(lacking if new_biases else ()))
 
 
-def _match_all(
-    found: Mapping[Want, Sequence[Candidate]], sites: Sequence[Site], *, ignore_fingerprints: bool
-) -> tuple[list[Match], list[Want], list[Problem]]:
+def locate_reference(
+    adapter: Adapter, checkpoint: BaseModel, *, strip_prefix: str | None = None
+) -> Mapping[tuple[str, str], Sequence[Match]]:
+    """Return where a torch checkpoint has the parameters that an adapter changes; those that it lacks are left out."""
+    plain = replace(adapter, targets=tuple(replace(target, fingerprint=None) for target in adapter.targets))
+    found: dict[tuple[str, str], list[Match]] = defaultdict(list)
+    wants = [want for target in plain.targets for want in list_wants(target)]
+    names = {want.target.name: _strip(want.target.name, strip_prefix) for want in wants}
+    lookup = Lookup(checkpoint.sites, wants, names, _NO_CLUES)
+    for match in _match_all(lookup, ignore_fingerprints=True)[0]:
+        found[match.target.name, match.want.parameter].append(match)
+    return found
+
+
+def gather_clues(adapter: Adapter, hints: Hints, *, strip_prefix: str | None = None) -> Clues:
+    """Return what there is to find the targets of an adapter by, besides names."""
+    reference = locate_reference(adapter, hints.checkpoint, strip_prefix=strip_prefix) if hints.checkpoint else {}
+    return Clues(hints.mapped, reference)
+
+
+def _match_all(lookup: Lookup, *, ignore_fingerprints: bool) -> tuple[list[Match], list[Want], list[Problem]]:
+    found = {want: find_candidates(want, lookup) for want in lookup.wants}
     usual = _usual_relation(found)
     matches: list[Match] = []
     missing: list[Want] = []
     problems: list[Problem] = []
-    for want, named in found.items():
-        candidates = named or find_by_fingerprint(want, sites)
-        if not candidates:
-            if not (want.change.is_optional and _lists_all(sites)):
-                missing.append(want)
-            continue
-        opened = open_slot(want, [candidate.site for candidate in candidates])
-        outcome = _match(opened, candidates, usual)
-        if not isinstance(outcome, Problem) and not ignore_fingerprints:
+    for want, candidates in found.items():
+        opened = open_slot(want, [candidate.site for candidate in candidates]) if candidates else want
+        outcome = _match_verified(opened, candidates, usual, lookup)
+        if outcome and not isinstance(outcome, Problem) and not ignore_fingerprints:
             outcome = _check_fingerprint(opened, outcome)
         if isinstance(outcome, Problem):
             problems.append(outcome)
-        else:
+        elif outcome:
             matches += outcome
+        elif not (want.change.is_optional and _lists_all(lookup.sites)):
+            missing.append(want)
     return matches, missing, problems
+
+
+def _match_verified(
+    want: Want, candidates: Sequence[Candidate], usual: str | None, lookup: Lookup
+) -> list[Match] | Problem:
+    """Return the weight that candidates lead to, once its numbers are those of the checkpoint; nothing for none."""
+    mapped = lookup.clues.mapped.get((want.target.name, want.parameter))
+    if mapped is not None and not (candidates and candidates[0].strategy == "map"):
+        found = f"the map's weight {mapped.weight!r}, which no site of the base reads as a {want.change.slot} slot"
+        return Problem("LF420", want.name, found, "a weight of the base")
+    verified = verify_values(want, candidates, lookup)
+    if isinstance(verified, Problem):
+        return verified
+    if not verified and candidates:
+        verified = VALUES.find(want, lookup)
+    return _match(want, verified, usual) if verified else []
 
 
 def _lists_all(sites: Sequence[Site]) -> bool:
@@ -156,31 +193,15 @@ def _report_biases(lacking: Sequence[NewBias], *, wanted: bool) -> list[Problem]
     return [Problem("LF401", where, found, "biases in the base", _NEW_BIASES)]
 
 
-def find_by_fingerprint(want: Want, sites: Sequence[Site]) -> list[Candidate]:
-    """Return the sites whose weights have the numbers that the target's fingerprint says, whatever their names."""
-    fingerprint = want.target.fingerprint
-    if fingerprint is None or not fingerprint.is_telling or not want.is_main:
-        return []
-    return [
-        Candidate(site, BY_FINGERPRINT)
-        for site in sites
-        if want.change.slot in site.transposed
-        and site.weight is not None
-        and site.part is None
-        and site.section is None
-        and fits_site(want, site)
-        and fingerprint.matches(sample_sites(want, [site]))
-    ]
-
-
 def _check_fingerprint(want: Want, matches: list[Match]) -> list[Match] | Problem:
     fingerprint = want.target.fingerprint
-    if fingerprint is None or not want.is_main:
-        return matches
     sites = [site for match in matches for site in match.sites]
+    is_coded = any(site.weight is not None and site.weight.coding is not None for site in sites)
+    if fingerprint is None or not want.is_main or is_coded:  # Of numbers that were rounded to a few codes, none tells.
+        return matches
     samples, shape = sample_sites(want, sites), settle_shape(want, sites)
     if fingerprint.shape == shape and fingerprint.matches(samples):
-        return matches
+        return [replace(match, verified=(*match.verified, "fingerprint")) for match in matches]
     near = sum(abs(a - b) <= abs(a) / 16 for a, b in zip(fingerprint.samples, samples, strict=True))
     names = ", ".join(repr(match.weight.name) for match in matches)
     found = f"the weight {names}, with {near} of {len(samples)} sampled numbers near the expected ones"
@@ -195,7 +216,7 @@ def _usual_relation(found: Mapping[Want, Sequence[Candidate]]) -> str | None:
     """Return how names differ between adapter and base, as the targets without a second reading show it."""
     relations: Counter[str] = Counter()
     for candidates in found.values():
-        distinct = {candidate.relation for candidate in candidates}
+        distinct = {candidate.relation for candidate in candidates if candidate.strategy == _NAMES}
         if len(distinct) == 1:
             relations.update(distinct)
     return relations.most_common(1)[0][0] if relations else None
@@ -224,7 +245,7 @@ def _match(want: Want, candidates: Sequence[Candidate], usual: str | None) -> li
     if not _are_whole(want, sections):
         found = f"{len(sections)} parts of it, rows {', '.join(str(section) for section in sections[:LISTED])}"
         return Problem("LF405", want.name, found, f"all of {want.shape[0]} rows")
-    outcomes = [_match_weight(want, group, candidates[0].relation) for group in groups]
+    outcomes = [_match_weight(want, group, candidates[0]) for group in groups]
     problems = [outcome for outcome in outcomes if isinstance(outcome, Problem)]
     return problems[0] if problems else [outcome for outcome in outcomes if isinstance(outcome, Match)]
 
@@ -253,20 +274,22 @@ def _are_whole(want: Want, sections: Sequence[tuple[int, int] | None]) -> bool:
     return reached == want.shape[0]
 
 
-def _match_weight(want: Want, sites: Sequence[Site], relation: str) -> Match | Problem:
+def _match_weight(want: Want, sites: Sequence[Site], candidate: Candidate) -> Match | Problem:
     by_key = {site.weight.key: site.weight for site in sites if site.weight is not None}
     weights = tuple(by_key.values())
-    manners = {(site.transposed[want.change.slot], site.divisor, site.part) for site in sites}
-    nameless = relation == BY_FINGERPRINT and len(sites) > 1 and not _are_of_one_module(sites)
+    manners = {(site.transposed[want.change.slot], site.divisor, site.part, site.row_factors) for site in sites}
+    nameless = candidate.strategy != _NAMES and len(sites) > 1 and not _are_of_one_module(sites)
     if nameless or len(manners) != 1 or (len(weights) != 1 and not _are_copies(sites, weights)):
         listed = "; ".join(f"{site.module} ({site.evidence}) reads {name_weight(site)}" for site in sites[:LISTED])
         return Problem("LF404", want.name, f"several weights or several ways to read one: {listed}", "one weight")
     misfit = check_size(want, sites)
     if misfit is not None:
         return misfit
-    transposed, divisor, _ = manners.pop()
-    evidence = BY_FINGERPRINT if relation == BY_FINGERPRINT else sites[0].evidence
-    return Match(want, weights, tuple(sites), transposed, divisor, evidence, relation)
+    transposed, divisor, *_ = manners.pop()
+    evidence = sites[0].evidence if candidate.strategy == _NAMES else candidate.strategy
+    found = Match(want, weights, tuple(sites), transposed, divisor, evidence, candidate.relation)
+    verified = (candidate.verified,) if candidate.verified else ()
+    return replace(found, strategy=candidate.strategy, verified=verified)
 
 
 def _are_copies(sites: Sequence[Site], weights: Sequence[Weight]) -> bool:

@@ -22,10 +22,19 @@ RENAMED: Final = "~"
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A site whose path fits, and what had to be added to or dropped from the target's name."""
+    """A site that may be a target's.
+
+    Attributes:
+        site: the site.
+        relation: what had to be added to or dropped from the target's name.
+        strategy: how it was found.
+        verified: what of its numbers was compared, and agrees; empty for nothing.
+    """
 
     site: Site
     relation: str
+    strategy: str = "names"
+    verified: str = ""
 
 
 class SiteIndex:

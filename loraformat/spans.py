@@ -203,6 +203,35 @@ class StoredTensor:
         return held[:, :: columns.step]
 
 
+@dataclass(frozen=True, slots=True)
+class HeldTensor:
+    """A small tensor whose numbers its file has in no run of bytes; they were read with the file's structure.
+
+    Attributes:
+        name: its name in the file.
+        dtype: its number form.
+        values: the numbers.
+    """
+
+    name: str
+    dtype: Dtype
+    values: NDArray[Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        return self.values.shape
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        return self.values.size
+
+    def read(self) -> NDArray[Any]:
+        """Return the numbers."""
+        return self.values
+
+
 def read_small(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> bytes:
     """Return the contents of a small file such as a configuration; LF110 above `limit_bytes`."""
     file = InputFile(path)

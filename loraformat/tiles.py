@@ -128,19 +128,23 @@ def _merge_quickly(work: WeightWork, buffers: TileBuffers, rows: range, sink: Si
 
 def _merge_and_sum(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, offset: int) -> TileSums:
     """Merge a tile and compare what was written with what was wanted."""
+    base, merged, delta = change_tile(work, buffers, rows)
+    written = _round_and_write(work, buffers, merged, sink, offset)
+    found = merged
+    if written is not merged:
+        found = buffers.take("scratch", cast(tuple[int, int], merged.shape), work.work_form)
+        work.written_encoding.decode(written, found)
+    return sum_up(base, delta, merged, found)
+
+
+def change_tile(work: WeightWork, buffers: TileBuffers, rows: range) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return the rows of the base, what becomes of them before rounding, and the difference; in the buffers."""
     shape = (len(rows), work.weight.matrix[1])
     base = _read_base(work, buffers, rows, shape)
     if work.is_plain_sum:
         delta = _sum_deltas(work, buffers, rows, shape)
-        merged = np.add(base, delta, out=buffers.take("merged", shape, base.dtype))
-    else:
-        merged, delta = _compose(work, buffers, rows, base)
-    written = _round_and_write(work, buffers, merged, sink, offset)
-    found = merged
-    if written is not merged:
-        found = buffers.take("scratch", shape, work.work_form)
-        work.written_encoding.decode(written, found)
-    return _sum_up(base, delta, merged, found)
+        return base, np.add(base, delta, out=buffers.take("merged", shape, base.dtype)), delta
+    return base, *_compose(work, buffers, rows, base)
 
 
 def _count_step(work: WeightWork) -> int:
@@ -235,7 +239,7 @@ def _round_and_write(
     return written
 
 
-def _sum_up(base: NDArray[Any], delta: NDArray[Any], merged: NDArray[Any], found: NDArray[Any]) -> TileSums:
+def sum_up(base: NDArray[Any], delta: NDArray[Any], merged: NDArray[Any], found: NDArray[Any]) -> TileSums:
     """Return the sums of a tile; `merged` and `found` are overwritten.
 
     A number that overflowed makes the sums infinite or NaN, as does one of the base that was so before: only then is

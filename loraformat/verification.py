@@ -6,19 +6,21 @@ The output is described and computed once more, and every byte is compared inste
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
 from loraformat.bases import BaseModel
 from loraformat.engine import Assignment, Effort, carry_out
+from loraformat.errors import refuse
 from loraformat.images import Copy, FileImage
 from loraformat.locating import index_tensors, locate_weight
-from loraformat.output_forms import Order, describe_output, list_touched
+from loraformat.output_forms import Order, describe_output, index_weights, list_touched, list_written, require_shared
 from loraformat.plan import Plan
 from loraformat.problems import Problem
 from loraformat.receipt import Statement, read_statement
+from loraformat.running import RunResult, compare_runs, list_changes
 from loraformat.side_receipt import find_receipt, name_side_receipt
 from loraformat.sinks import CompareSink, Difference
 from loraformat.spans import InputFile
@@ -38,12 +40,14 @@ class Verification:
         weights: number of merged weights that were computed once more.
         compared_bytes: bytes that were compared.
         problems: what differs, and where; none for a model that is proven.
+        runs: what outputs were compared, where the models were run.
     """
 
     merged: Path
     weights: int
     compared_bytes: int
     problems: tuple[Problem, ...]
+    runs: tuple[RunResult, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -58,7 +62,7 @@ class Verification:
             "weights": self.weights,
             "compared_bytes": self.compared_bytes,
             "problems": [dict(problem.as_json()) for problem in self.problems],
-        }
+        } | ({"runs": [run.as_json() for run in self.runs]} if self.runs else {})
 
 
 def verify_merge(merged: BaseModel, base: BaseModel, order: Order, effort: Effort) -> Verification:
@@ -77,7 +81,8 @@ def verify_merge(merged: BaseModel, base: BaseModel, order: Order, effort: Effor
     statement = read_statement(record, merged.path) if record is not None else None
     images = _describe(merged, base, order, statement.room_bytes if statement else 0)
     sinks = [_open_sink(image) for image in images]
-    problems = [*_list_missing(images, sinks), *_list_added(merged, images)]
+    shared = {file.identity for file in base.files} if order.plan.is_sharing else set()
+    problems = [*_list_missing(images, sinks), *_list_added(merged, images, shared)]
     present = [(image, sink) for image, sink in zip(images, sinks, strict=True) if sink is not None]
     sums: Sequence[TileSums] = ()
     if len(present) == len(images):
@@ -90,13 +95,36 @@ def verify_merge(merged: BaseModel, base: BaseModel, order: Order, effort: Effor
     return Verification(order.plan.output, sum(bool(w.changes) for w in order.plan.weights), compared, tuple(problems))
 
 
+def add_runs(
+    found: Verification, merged: BaseModel, base: BaseModel, order: Order, sizes: Mapping[str, int]
+) -> Verification:
+    """Return the verification with what onnxruntime computes from both models; `sizes` are of symbolic dimensions.
+
+    Raises:
+        RefusedError: LF446 no ONNX model, no onnxruntime, or a model that it cannot run.
+    """
+    if base.format != "onnx":
+        raise refuse("LF446", base.path, f"a base of the format {base.format!r}", "an ONNX model")
+    runs, problems = compare_runs(base.path, merged.path, list_changes(order.plan, base, order.adapters), sizes)
+    return replace(found, runs=tuple(runs), problems=(*found.problems, *problems))
+
+
 def _describe(merged: BaseModel, base: BaseModel, order: Order, room_bytes: int) -> list[FileImage]:
     """Return the files that the merged model should have: with a receipt in them, or beside them."""
     own = {file.path for file in merged.files}
     images = describe_output(order, base, room_bytes, lambda path: path.absolute() not in own)
     beside = name_side_receipt(merged.path)
+    if order.plan.is_sharing:
+        return [*_describe_shared(merged, base), *images]
     in_place = beside.is_file() and beside.absolute() not in {image.path.absolute() for image in images}
     return _describe_patched(merged, base) if in_place else images
+
+
+def _describe_shared(merged: BaseModel, base: BaseModel) -> list[FileImage]:
+    """Return the data files that a model shares with its base, as the base has them; the very same need no look."""
+    folder, same = merged.path.absolute().parent, {file.identity for file in merged.files}
+    apart = {name: file for name, file in require_shared(base).list_shared().items() if file.identity not in same}
+    return [FileImage(folder / name, [Copy(file, 0, file.size_bytes)], is_kept=True) for name, file in apart.items()]
 
 
 def _describe_patched(merged: BaseModel, base: BaseModel) -> list[FileImage]:
@@ -177,9 +205,9 @@ def _list_missing(images: Sequence[FileImage], sinks: Sequence[CompareSink | Non
     return [Problem("LF804", str(path), "no such file", "a file of the merged model") for path in missing]
 
 
-def _list_added(merged: BaseModel, images: Sequence[FileImage]) -> list[Problem]:
+def _list_added(merged: BaseModel, images: Sequence[FileImage], shared: Set[tuple[int, int]]) -> list[Problem]:
     expected = {image.path.absolute() for image in images}
-    added = [file.path for file in merged.files if file.path not in expected]
+    added = [file.path for file in merged.files if file.path not in expected and file.identity not in shared]
     return [Problem("LF804", str(path), "a file that the merge does not write", "no such file") for path in added]
 
 
@@ -216,7 +244,7 @@ class _Regions:
     """Which tensor, or what else, lies at an offset of an output file."""
 
     def __init__(self, image: FileImage, plan: Plan, base: BaseModel) -> None:
-        tensors = index_tensors(base)
+        tensors, weights = index_tensors(base), index_weights(base)
         self._found: list[tuple[int, int, str, str]] = []
         for weight in plan.weights:
             try:
@@ -225,6 +253,10 @@ class _Regions:
                 continue
             length = weight.nbytes if weight.new is None else -1
             self._found.append((offset, length, "LF802", weight.name))
+            for role, tensor in list_written(weight, weights[weight.key]).items() if weight.is_coded else ():
+                place = image.locate(tensor.span)
+                if role and place is not None:
+                    self._found.append((place, tensor.span.length, "LF802", tensor.name))
         touched = {name for *_, name in self._found}
         for tensor in base.list_tensors():
             place = image.locate(tensor.span) if tensor.is_contiguous else None

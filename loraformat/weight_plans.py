@@ -1,18 +1,19 @@
 """One weight of a plan: its changes, whether they compose, and how it stands in the output."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple, cast
 
 from loraformat.bases import Site, Weight
-from loraformat.encodings import ENCODINGS
+from loraformat.encodings import CODED, ENCODINGS
 from loraformat.kinds import KINDS, MappingKind, Nature
 from loraformat.matching import Match, NewBias, shape_at
-from loraformat.plan import NewForm, PlannedChange, PlannedWeight, as_matrix, count_tile_rows
+from loraformat.plan import NewForm, PlannedChange, PlannedCompanion, PlannedWeight, as_matrix, count_tile_rows
 from loraformat.problems import Problem
 from loraformat.spans import Part
 
+_ENOUGH_BITS: Final = 8
 _ORDER: Final = {Nature.REPLACEMENT: 0, Nature.FUNCTION_OF_BASE: 1, Nature.ADDITIVE: 2}
 """What replaces the base's values comes first, then what is a function of them, then what is added."""
 
@@ -46,7 +47,7 @@ def part_tables(
 
 
 def plan_weight(
-    name: str, weight: Weight, group: Sequence[WeightChange], problems: list[Problem]
+    name: str, weight: Weight, group: Sequence[WeightChange], problems: list[Problem], *, keep_scales: bool = False
 ) -> PlannedWeight | None:
     """Return the plan of one tensor of the output, None where something stands against it.
 
@@ -55,9 +56,12 @@ def plan_weight(
         weight: the base's.
         group: its changes; none for a table that only parts from another.
         problems: takes what was found.
+        keep_scales: leave the scales of quantised weights as they are.
     """
     tensor = weight.tensor
     encoding = next((name for name, encoding in ENCODINGS if encoding.accepts(tensor.dtype)), None)
+    if weight.coding is not None:
+        encoding = weight.coding.encoding
     conflicts = check_composition(group)
     if encoding is None:
         found = f"the weight {tensor.name!r} is stored as {tensor.dtype.name}"
@@ -67,6 +71,7 @@ def plan_weight(
         return None
     shape = (_count_rows(weight, group), *tensor.shape[1:])
     matrix = next((entry.change.part.matrix for entry in group if entry.change.part), as_matrix(shape))
+    matrix = weight.coding.matrix if weight.coding is not None else matrix
     changes = [_place(entry, matrix) for entry in sorted(group, key=lambda entry: _ORDER[entry.change.nature])]
     apart = name != weight.key
     return PlannedWeight(
@@ -83,6 +88,39 @@ def plan_weight(
         changes=tuple(changes),
         evidence=group[0].match.evidence if group else "tie_word_embeddings",
         new=NewForm(name, tensor.dtype.name, shape, encoding) if apart or shape != tensor.shape else None,
+        companions=list_companions(weight, problems, keep_scales=keep_scales),
+        block=weight.coding.block if weight.coding is not None else (0, 0),
+    )
+
+
+def check_codes(changes: Iterable[WeightChange]) -> Iterator[Problem]:
+    """Yield a problem for every change of a weight whose codes are too few to hold a small one."""
+    for match, weight, _ in changes:
+        bits = _count_bits(weight.coding.encoding) if weight.coding is not None else _ENOUGH_BITS
+        if bits < _ENOUGH_BITS:
+            found = f"{weight.name!r} is stored in codes of {bits} bits"
+            yield Problem("LF440", match.want.name, found, "8 bits or more")
+
+
+def _count_bits(name: str) -> int:
+    encoding = CODED.find(name)
+    assert encoding is not None, "the base names it"
+    return encoding.bits
+
+
+def list_companions(weight: Weight, problems: list[Problem], *, keep_scales: bool) -> tuple[PlannedCompanion, ...]:
+    """Return what goes with the codes of a quantised weight; a warning where scales cannot follow."""
+    coding = weight.coding
+    if coding is None:
+        return ()
+    if coding.fixed and not keep_scales:
+        problems.append(Problem("LF442", weight.name, coding.fixed, "scales of its own", severity="warning"))
+    follows = not coding.fixed and not keep_scales
+    return tuple(
+        PlannedCompanion(
+            role, each.name, each.dtype.name, each.dtype.count_bytes(each.elements), follows and role == "scales"
+        )
+        for role, each in coding.companions.items()
     )
 
 
@@ -153,6 +191,9 @@ def check_composition(group: Sequence[WeightChange]) -> list[Problem]:
         return [Problem("LF409", where, f"{name!r} is changed by {others} as well", "one change of it")]
     if special[0].match.divisor != 1:
         found = f"the graph multiplies {name!r} by {special[0].match.divisor:g}"
+        return [Problem("LF403", where, found, "a weight that is used as it is stored")]
+    if special[0].match.row_factors:
+        found = f"each row of {name!r} was multiplied by a number of its own"
         return [Problem("LF403", where, found, "a weight that is used as it is stored")]
     return [problem for entry in special for problem in _check_whole(entry)]
 

@@ -14,6 +14,7 @@ from loraformat.encodings import ENCODINGS, Encoding
 from loraformat.kinds import KINDS, AdditiveKind, Change, Delta, MappingKind, Nature, ReplacingKind, WeightMap
 from loraformat.limits import STREAM_BYTES
 from loraformat.plan import PlannedChange, PlannedWeight
+from loraformat.scaled_rows import ScaledRows
 from loraformat.spans import StoredTensor
 
 _FORM_BYTES: Final = 4
@@ -68,6 +69,16 @@ class WeightWork:
         self._targets = tuple(targets)
         self._lock = threading.Lock()
         self._placed: tuple[Placed, ...] | None = None
+        self._choose_forms()
+        self.base_rows = _count_base_rows(weight)
+        self.is_plain_sum = all(
+            change.nature is Nature.ADDITIVE and change.part is None for change in weight.changes
+        ) and bool(weight.changes)
+        self.runs_left = 0
+
+    def _choose_forms(self) -> None:
+        """Set how numbers are stored and worked with."""
+        weight = self.weight
         self.encoding = _find_encoding(weight.encoding)
         self.written_encoding = _find_encoding(weight.new.encoding) if weight.new else self.encoding
         self.stored_form = BY_NAME[weight.dtype].numpy()
@@ -75,11 +86,6 @@ class WeightWork:
         wide = {self.encoding.work_dtype(BY_NAME[weight.dtype])}
         wide.add(self.written_encoding.work_dtype(BY_NAME[weight.written_dtype]))
         self.work_form: np.dtype[Any] = max(wide, key=lambda form: form.itemsize)
-        self.base_rows = _count_base_rows(weight)
-        self.is_plain_sum = all(
-            change.nature is Nature.ADDITIVE and change.part is None for change in weight.changes
-        ) and bool(weight.changes)
-        self.runs_left = 0
 
     def placed(self) -> tuple[Placed, ...]:
         """Return the changes: replacements first, then functions of the base, then what is added."""
@@ -146,6 +152,8 @@ class WeightWork:
             values = cast(ReplacingKind, kind).value(target, change, factors)
         else:
             values = cast(AdditiveKind, kind).delta(target, change, factors, planned.scale)
+        if planned.row_factors:
+            values = ScaledRows(values, np.array(planned.row_factors))
         return values.part(slice(*planned.section, 1), slice(0, values.shape[1], 1)) if planned.section else values
 
     def _read_factor(self, target: Target, role: str, change: Change) -> Any:

@@ -256,7 +256,7 @@ def test_a_gguf_file_is_an_adapters_container_and_no_base(tmp_path: Path) -> Non
 # --- schemes ---------------------------------------------------------------------------------------------------------
 
 FOREIGN = {
-    "prompt_embeddings": "prompt tuning",
+    "m.hada_w1_a": "LyCORIS LoHa",
 }
 
 

@@ -97,6 +97,7 @@ MERGEABLE = [
     "unet.mid_block.attentions.0.projection.lora_A.weight",
     "base_model.model.base_model.embed_tokens.token_adapter.trainable_tokens_delta",
     "transformer.h.0.attn.qkv.adapter_scale",
+    "decoder.layers.0.mlp.linear_fc1.adapter_up.linear_in.weight",
     "base_model.model.classifier.weight",
 ]
 

@@ -75,7 +75,7 @@ def _reader_may_leave() -> Iterator[None]:
 @common_options
 @click.version_option(package_name="loraformat", message="%(prog)s %(version)s", allow_from_autoenv=False)
 def root() -> None:
-    r"""Merge LoRA adapters into ONNX models and safetensors checkpoints, without torch.
+    r"""Merge LoRA adapters into ONNX models and PyTorch checkpoints, without torch.
 
     Results go to stdout, everything else to stderr. Every option has an environment variable:
     LORAFORMAT_MERGE_JOBS is `merge --jobs`.

@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -51,6 +52,25 @@ def adapter_options(function: Decorated) -> Decorated:
             "--alpha", type=Finite(), metavar="X", help="lora_alpha of the training run, where it is not stated."
         ),
         click.option("--scheme", metavar="NAME", help="Naming scheme of the adapter, where it cannot be told."),
+    ):
+        function = add(function)
+    return function
+
+
+def hint_options(function: Decorated) -> Decorated:
+    """Add what targets may be found by, besides names."""
+    path = click.Path(path_type=Path)
+    for add in (
+        click.option(
+            "--base-checkpoint",
+            type=path,
+            metavar="PATH",
+            help="The torch checkpoint that an ONNX base was exported from: finds weights by their numbers, verifies "
+            "those found by names, and tells what was folded into them.",
+        ),
+        click.option(
+            "--map", type=path, metavar="FILE", help="Which weight a target is, as `loraformat resolve --json` has it."
+        ),
     ):
         function = add(function)
     return function

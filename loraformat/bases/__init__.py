@@ -11,10 +11,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from loraformat.adapter import SlotKind
 from loraformat.bases._travelling import list_tokenizer_files
+from loraformat.encodings import Coding
 from loraformat.images import FileImage, OutputTensor
 from loraformat.problems import Problem
 from loraformat.registry import Registry
@@ -37,12 +38,14 @@ class Weight:
         tensor: where its bytes are.
         consumers: ids of everything that reads it, sites among them; words for what has no site, such as a tensor
             whose bytes overlap its own.
+        coding: how its codes are read, where it is quantised.
     """
 
     key: str
     name: str
     tensor: StoredTensor
     consumers: frozenset[str]
+    coding: Coding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +58,18 @@ class Site:
         evidence: how the path is known: `name scopes`, `node name`, `initializer name` ...
         transposed: for each kind of slot that the site can be, whether the stored matrix is the transpose of the
             canonical `(out, in * kernel)`.
-        weight: the weight, or None when there is an obstacle.
+        weight: the weight; None where there is none to change, whoever vouches for it.
         divisor: the site multiplies its weight by this number, so a delta is divided by it (`alpha` of Gemm).
         obstacle: why nothing can be merged here.
+        caveat: what the user must accept before something is.
         parameter: which of the module's parameters it is: `weight`, `bias` ...
         part: where in the stored tensor it is; None for all of it.
         section: first and last row, the latter excluded, of the module's canonical matrix `(out, in)` that are stored
             here, where the base splits the module; None for all of them. The sections of a module follow one another.
         grows: whether a replacement may have more rows than are stored: a table of tokens.
         tied: for a table that the configuration ties to others, the name that its tensor has, or would have untied.
+        row_factors: what each row of the module's canonical matrix was multiplied by before it was stored; empty for
+            nothing. Only the torch checkpoint tells (`evidence/values.py`).
         free_bias: the name that a bias of the module would have; empty where it has one or can have none.
     """
 
@@ -80,6 +86,8 @@ class Site:
     grows: bool = False
     tied: str = ""
     free_bias: str = ""
+    caveat: Problem | None = None
+    row_factors: tuple[float, ...] = ()
 
     def stored_shape(self) -> tuple[int, ...]:
         """Return the shape of what the site applies, as it is stored; empty where there is nothing."""
@@ -223,6 +231,34 @@ class BaseModel(Protocol):
 
     def list_stale(self, output: Path) -> list[Path]:
         """Return the files that only the model at `output`, about to be replaced, still needs."""
+        ...
+
+
+@runtime_checkable
+class SharedBase(Protocol):
+    """A base beside which another model can stand that refers to its data files, where most of its numbers are."""
+
+    def describe_sharing_images(
+        self,
+        output: Path,
+        blank_bytes: int,
+        fresh: str,
+        touched: Sequence[Span],
+        is_taken: Callable[[Path], bool] = os.path.lexists,
+    ) -> list[FileImage]:
+        """Return the files that such a model adds, the one with the receipt last.
+
+        Args:
+            output: where the model will stand, in the folder of this one.
+            blank_bytes: as in `BaseModel.describe_images`, like `fresh` and `is_taken`.
+            fresh: the same.
+            touched: the bytes that differ, those of whole tensors.
+            is_taken: the same.
+        """
+        ...
+
+    def list_shared(self) -> Mapping[str, InputFile]:
+        """Return the data files by their paths from the model's folder; none for a base without."""
         ...
 
 

@@ -13,10 +13,20 @@ from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
 from loraformat.limits import MAX_EVIDENCE_BYTES
 
 NODE_NAME: Final = "node name"
+OUTPUT_NAME: Final = "output name"
+_WITH_BIAS: Final = frozenset({"Gemm", "Conv", "com.microsoft.FusedGemm", "com.microsoft.FusedConv"})
+_ADDENDS: Final = {
+    "com.microsoft.BiasGelu": 1,
+    "com.microsoft.FastGelu": 1,
+    "com.microsoft.SkipLayerNormalization": 4,
+    "com.microsoft.SkipSimplifiedLayerNormalization": 3,
+}
+"""The input at which an operator takes the bias of the layer whose product it reads first."""
 _SCOPES_KEY: Final = "pkg.torch.onnx.name_scopes"
 _CLASSES_KEY: Final = "pkg.torch.onnx.class_hierarchy"
 _RULE_KEY: Final = "pkg.onnxscript.rewriter.rule_name"
-_ANONYMOUS_CONV: Final = re.compile(r"^onnx::Conv_\d+$")
+_MARKS: Final = ("BatchNormalization", "ConvBnFusion", "ConvMulFusion")
+_CONVS: Final = frozenset({"Conv", "com.microsoft.FusedConv"})
 _REPEATED: Final = re.compile(r"\.\d")
 _NUMBER: Final = re.compile(r"_\d+$")
 
@@ -30,9 +40,31 @@ def find_folding(visit: Visit, trace: Trace) -> str:
     classes = _read_list(metadata.get(_CLASSES_KEY, ""))
     if len(classes) > 1 and "batchnorm" in classes[-2].lower():
         return f"BatchNorm was folded into it (its class is {classes[-2]})"
-    if visit.op == "Conv" and _ANONYMOUS_CONV.match(trace.name):
-        return f"BatchNorm was folded into it (the exporter renamed the weight to {trace.name})"
+    return _find_folded_conv(visit, trace) if visit.op in _CONVS and not trace.blocked else ""
+
+
+def _find_folded_conv(visit: Visit, trace: Trace) -> str:
+    """Return what shows it of a convolution whose node says nothing: its weight, its bias or its output has a new name.
+
+    No exporter renames a convolution's weight unless it has computed another; tools that fold BatchNorm afterwards name
+    weight, bias or output after it.
+    """
+    weights = (visit.node.input[1], *(step.node.input[0] for step in trace.steps), trace.name)
+    bias, output = next(iter(visit.node.input[2:3]), ""), next(iter(visit.node.output), "")
+    if not any(name.endswith(".weight") for name in weights):
+        return (
+            f"BatchNorm was folded into it (the weight was renamed to {trace.name})" if not _is_anonymous(visit) else ""
+        )
+    if any(bias == f"{name}_bias" for name in weights):
+        return f"BatchNorm was folded into it (it was given the bias {bias})"
+    if any(mark in name.rpartition("/")[2] for mark in _MARKS for name in (*weights, bias, output)):
+        return f"BatchNorm was folded into it (it makes {output} of {trace.name} and {bias})"
     return ""
+
+
+def _is_anonymous(visit: Visit) -> bool:
+    """Say whether nothing at a node tells its module, so that its weight's name tells nothing either."""
+    return not (_read_scopes(_metadata(visit).get(_SCOPES_KEY, "")) or read_node_path(visit.node.name))
 
 
 def module_of_node(visit: Visit, position: int, trace: Trace, parameter: str = "weight") -> tuple[str, str]:
@@ -98,20 +130,31 @@ def module_of_tensor(visit: Visit, trace: Trace) -> tuple[str, str]:
     for name in _bias_names(visit):
         if name.endswith(".bias"):
             return name.removesuffix(".bias"), "bias name"
-    return "", ""
+    # Tools that rename nodes keep the names of values; a fused node has that of its last operator.
+    path = next(filter(None, (read_node_path(name) for name in visit.node.output)), "")
+    return path, OUTPUT_NAME if path else ""
 
 
 def _bias_names(visit: Visit) -> Iterator[str]:
     """Yield the names by which the node reads what it adds, or by which the one addition after it does."""
-    if visit.op in {"Gemm", "Conv"}:
+    if visit.op in _WITH_BIAS:
         yield from visit.node.input[2:3]
         return
     for reader, position in visit.scope.readers.get(next(iter(visit.node.output), ""), ()):
-        if reader.op == "Add" and len(reader.node.input) == 2:
-            other = reader.node.input[1 - position]
+        other = _find_addend(reader, position)
+        if other:
             trace = trace_constant(reader.scope, other)
             if trace is not None and trace.tensor is not None and len(trace.tensor.dims) == 1:
                 yield from (other, trace.tensor.name)
+
+
+def _find_addend(reader: Visit, position: int) -> str:
+    """Return the name of what an operator adds to the value that it reads at `position`; empty for nothing."""
+    inputs = list(reader.node.input)
+    if reader.op == "Add" and len(inputs) == 2:
+        return str(inputs[1 - position])
+    place = _ADDENDS.get(reader.op, 0) if position == 0 else 0
+    return str(inputs[place]) if 0 < place < len(inputs) else ""
 
 
 def read_node_path(name: str) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import onnx
 
 _STEPS: Final = 32
-_PASSING: Final = frozenset({"Identity", "Cast", "Transpose"})
+_PASSING: Final = frozenset({"Identity", "Cast", "Transpose", "DequantizeLinear"})
 _SHAPE_ONLY: Final = frozenset({"Shape", "Size"})
 _DEFAULT_DOMAINS: Final = frozenset({"", "ai.onnx"})
 
@@ -176,7 +176,7 @@ class GraphIndex:
 
 
 def trace_constant(scope: Scope, name: str) -> Trace | None:
-    """Follow a value back through Identity, Cast and matrix Transpose; None when it is not a constant."""
+    """Follow a value back through Identity, Cast, matrix Transpose and DequantizeLinear; None if it is no constant."""
     steps: list[Visit] = []
     flipped = False
     for _ in range(_STEPS):
@@ -240,7 +240,7 @@ def _is_constant(visit: Visit) -> bool:
 
 
 def list_readers(trace: Trace) -> Iterator[str]:
-    """Yield words for everything that reads the traced tensor, through Identity, Cast and Transpose.
+    """Yield words for everything that reads the traced tensor, through what `trace_constant` follows.
 
     What asks only for its shape does not count.
     """
@@ -253,7 +253,7 @@ def list_readers(trace: Trace) -> Iterator[str]:
         if name in scope.outputs:
             yield f"output {name!r} of the {scope.label}"
         for visit, position in scope.readers.get(name, ()):
-            if visit.op in _PASSING:
+            if visit.op in _PASSING and position == 0:
                 pending += [visit.scope.find(output) for output in visit.node.output]
             elif visit.op not in _SHAPE_ONLY:
                 yield visit.describe(position)

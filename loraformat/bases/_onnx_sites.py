@@ -1,129 +1,24 @@
 """Where an ONNX graph applies weights: which inputs of which operators, and how they are oriented."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases._onnx_names import NODE_NAME, find_folding, find_repeated, module_of_node, module_of_tensor
+from loraformat.bases._onnx_names import (
+    NODE_NAME,
+    OUTPUT_NAME,
+    find_folding,
+    find_repeated,
+    module_of_node,
+    module_of_tensor,
+)
 from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
+from loraformat.bases._onnx_uses import USES, VECTORS, Use, UseReader, read_use, refuse_use
 from loraformat.problems import Problem
 
-if TYPE_CHECKING:
-    import onnx
-
+_OF_NODES: Final = frozenset({NODE_NAME, OUTPUT_NAME})
 _EXPORT_AGAIN: Final = "Export with dynamo=True, or with do_constant_folding=False, which keeps the weights' names."
-
-Orientations: TypeAlias = Mapping[SlotKind, bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """How an operator uses its weight.
-
-    Attributes:
-        orientations: kinds of slot that it is, each with whether the operator's view of the matrix is the transpose of
-            the canonical `(out, in * kernel)`.
-        divisor: what the operator multiplies the product by.
-        refusal: why nothing can be merged here; empty when it can.
-    """
-
-    orientations: Orientations
-    divisor: float = 1.0
-    refusal: str = ""
-
-
-def _linear(*, transposed: bool) -> Orientations:
-    return {SlotKind.LINEAR: transposed, SlotKind.LINEAR_TRANSPOSED: transposed, SlotKind.PARAMETER: transposed}
-
-
-_AS_IT_IS: Final[Orientations] = {SlotKind.PARAMETER: False}
-
-
-_ANY: Final[Orientations] = dict.fromkeys(SlotKind, False)
-
-
-def _use_matmul(node: "onnx.NodeProto", position: int) -> Use:
-    """Y = X·W: as the second input W is `(in, out)`; as the first, W·X, it is `(out, in)`."""
-    return Use(_linear(transposed=position == 1))
-
-
-def _use_gemm(node: "onnx.NodeProto", position: int) -> Use:
-    flag = _attribute(node, "transB" if position == 1 else "transA", 0)
-    alpha = float(_attribute(node, "alpha", 1.0))
-    refusal = "" if alpha else "the operator multiplies the product by zero"
-    orientations = _linear(transposed=(position == 1) != bool(flag))
-    if orientations[SlotKind.LINEAR]:  # A Linear, or GPT-2's Conv1D, whose own parameter is the other way round.
-        orientations = {kind: turned for kind, turned in orientations.items() if kind is not SlotKind.PARAMETER}
-    return Use(orientations, alpha or 1.0, refusal)
-
-
-def _use_addend(node: "onnx.NodeProto", position: int) -> Use:
-    beta = float(_attribute(node, "beta", 1.0))
-    return Use(_AS_IT_IS, refusal="" if beta == 1 else f"the operator multiplies its bias by {beta:g}")
-
-
-def _use_as_it_is(node: "onnx.NodeProto", position: int) -> Use:
-    return Use(_AS_IT_IS)
-
-
-def _use_conv(node: "onnx.NodeProto", position: int) -> Use:
-    group = _attribute(node, "group", 1)
-    return Use({SlotKind.CONV: False, **_AS_IT_IS}, refusal="" if group == 1 else f"a convolution of {group} groups")
-
-
-def _use_gather(node: "onnx.NodeProto", position: int) -> Use:
-    axis = _attribute(node, "axis", 0)
-    return Use({SlotKind.EMBEDDING: True, **_AS_IT_IS}, refusal="" if axis == 0 else f"a lookup along axis {axis}")
-
-
-def _read_use(visit: Visit, position: int, read: "_UseReader") -> Use:
-    """Return the operator's use of its weight; an attribute that the caller of its function sets is not followed."""
-    borrowed = next((attribute.name for attribute in visit.node.attribute if attribute.ref_attr_name), None)
-    if borrowed is not None:
-        return Use(_ANY, refusal=f"the caller of a function sets the attribute {borrowed!r} of {visit.op}")
-    return read(visit.node, position)
-
-
-def _refuse_use(node: "onnx.NodeProto", position: int) -> Use:
-    return Use(_ANY, refusal=f"the operator {node.op_type} holds its weight in a form of its own")
-
-
-_UseReader: TypeAlias = "Callable[[onnx.NodeProto, int], Use]"
-
-_USES: Final[Mapping[str, tuple[tuple[int, ...], _UseReader]]] = {
-    "MatMul": ((1, 0), _use_matmul),
-    "Gemm": ((1, 0), _use_gemm),
-    "Conv": ((1,), _use_conv),
-    "Gather": ((0,), _use_gather),
-    "ConvTranspose": ((1,), _refuse_use),
-    "MatMulInteger": ((1,), _refuse_use),
-    "ConvInteger": ((1,), _refuse_use),
-    "QLinearMatMul": ((3,), _refuse_use),
-    "QLinearConv": ((3,), _refuse_use),
-    "com.microsoft.Attention": ((1,), _refuse_use),
-    "com.microsoft.DynamicQuantizeMatMul": ((1,), _refuse_use),
-    "com.microsoft.EmbedLayerNormalization": ((2,), _refuse_use),
-    "com.microsoft.FusedConv": ((1,), _refuse_use),
-    "com.microsoft.FusedGemm": ((1,), _refuse_use),
-    "com.microsoft.FusedMatMul": ((1,), _refuse_use),
-    "com.microsoft.GatherBlockQuantized": ((0,), _refuse_use),
-    "com.microsoft.MatMulNBits": ((1,), _refuse_use),
-    "com.microsoft.NhwcConv": ((1,), _refuse_use),
-    "com.microsoft.QAttention": ((1,), _refuse_use),
-    "com.microsoft.QGemm": ((3,), _refuse_use),
-    "com.microsoft.nchwc.Conv": ((1,), _refuse_use),
-}
-"""Operator to the inputs that may hold a weight, and how they use it. MatMul may have it on either side."""
-
-_VECTORS: Final[Mapping[str, tuple[tuple[tuple[int, ...], str, _UseReader], ...]]] = {
-    "Add": (((1, 0), "bias", _use_as_it_is),),
-    "Gemm": (((2,), "bias", _use_addend),),
-    "Conv": (((2,), "bias", _use_as_it_is),),
-    "LayerNormalization": (((1,), "weight", _use_as_it_is), ((2,), "bias", _use_as_it_is)),
-    "Mul": (((1, 0), "weight", _use_as_it_is),),
-}
-"""Operator to the inputs that may hold one of a module's vectors: what a Linear adds, what a norm multiplies by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +35,8 @@ class RawSite:
         folded: why the stored values are not the module's own weight; empty when they are.
         parameter: which of the module's parameters it is.
         repeated: whether the exporter may have given this path to another module of the same name.
+        rows: start and stop of the module's rows in the canonical matrix `(out, in)` that is read; None for all.
+        section: as in `Site`.
     """
 
     visit: Visit
@@ -151,6 +48,8 @@ class RawSite:
     folded: str = ""
     parameter: str = "weight"
     repeated: bool = False
+    rows: tuple[int, int] | None = None
+    section: tuple[int, int] | None = None
 
     @property
     def obstacle(self) -> Problem | None:
@@ -171,19 +70,19 @@ class RawSite:
 def find_sites(visits: Iterable[Visit]) -> list[RawSite]:
     """Return every site; one whose module is unknown has an empty path."""
     sites = [site for visit in visits for site in _find_at(visit)]
-    repeated = find_repeated(site.module for site in sites if site.evidence == NODE_NAME)
-    return [replace(site, repeated=site.evidence == NODE_NAME and site.module in repeated) for site in sites]
+    repeated = find_repeated(site.module for site in sites if site.evidence in _OF_NODES)
+    return [replace(site, repeated=site.evidence in _OF_NODES and site.module in repeated) for site in sites]
 
 
 def _find_at(visit: Visit) -> Iterator[RawSite]:
-    positions, read_use = _USES.get(visit.op, ((), _refuse_use))
+    positions, reader = USES.get(visit.op, ((), refuse_use))
     for position in positions:
         trace = _trace_input(visit, position)
         if trace is not None:
-            use = _read_use(visit, position, read_use)
+            use = read_use(visit, position, reader)
             yield from _name_site(visit, position, trace, _without_doubt(visit, position, trace, use))
             break
-    for positions, parameter, read_vector in _VECTORS.get(visit.op, ()):
+    for positions, parameter, read_vector in VECTORS.get(visit.op, ()):
         yield from _find_vector(visit, positions, parameter, read_vector)
 
 
@@ -201,7 +100,7 @@ def _without_doubt(visit: Visit, position: int, trace: Trace, use: Use) -> Use:
     return use
 
 
-def _find_vector(visit: Visit, positions: Iterable[int], parameter: str, read: _UseReader) -> Iterator[RawSite]:
+def _find_vector(visit: Visit, positions: Iterable[int], parameter: str, read: UseReader) -> Iterator[RawSite]:
     """Yield the site of a vector among the inputs at `positions`; two constants together are no module's parameter.
 
     A vector keeps its name on every way into a graph but one: a nameless one was computed from the parameter, as
@@ -218,7 +117,7 @@ def _find_vector(visit: Visit, positions: Iterable[int], parameter: str, read: _
         return
     module, evidence = module_of_node(visit, position, trace, parameter)
     if module:
-        use = _read_use(visit, position, read)
+        use = read_use(visit, position, read)
         yield RawSite(visit, position, trace, use, module, evidence, find_folding(visit, trace), parameter)
 
 
@@ -238,11 +137,3 @@ def _name_site(visit: Visit, position: int, trace: Trace, use: Use) -> Iterator[
             if not module:
                 return
     yield RawSite(visit, position, trace, use, module, evidence, folded)
-
-
-def _attribute(node: "onnx.NodeProto", name: str, default: Any) -> Any:
-    """Return the number that an attribute holds."""
-    for attribute in node.attribute:
-        if attribute.name == name:
-            return attribute.f if isinstance(default, float) else attribute.i
-    return default

@@ -3,16 +3,22 @@
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from loraformat.adapter import SlotKind
 from loraformat.bases import BaseModel, Site, Weight
-from loraformat.bases._onnx_scopes import GraphIndex, list_readers
+from loraformat.bases._onnx_coded import find_coded_part, find_coding, find_ranges
+from loraformat.bases._onnx_packed import expand_packed
+from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite, find_sites
 from loraformat.containers.onnx_file import CONTAINER, OnnxFile, open_onnx
 from loraformat.images import FileImage
 from loraformat.problems import Problem
-from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.spans import InputFile, Part, Span, StoredTensor
+
+_BRANCHES: Final = frozenset({"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 
 
 class OnnxGraph:
@@ -27,10 +33,14 @@ class OnnxGraph:
         self._opened: OnnxFile = open_onnx(path)
         self.path = self._opened.path
         self._tensors = _list_tensors(self._opened)
-        index = GraphIndex(self._opened.model, self.path)
-        self.sites: Sequence[Site] = _list_sites(self._opened, list(find_sites(index.visits)))
+        visits = GraphIndex(self._opened.model, self.path).visits
+        caveat = find_ranges(visits)
+        self.sites: Sequence[Site] = _list_sites(self._opened, self._find_sites(visits), caveat)
         self.structure_sha256: str = self._opened.structure_sha256
         self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
+
+    def _find_sites(self, visits: Sequence[Visit]) -> list[RawSite]:
+        return expand_packed(find_sites(visits), self._opened.model.producer_name)
 
     @property
     def files(self) -> Sequence[InputFile]:
@@ -39,8 +49,8 @@ class OnnxGraph:
 
     @property
     def problems(self) -> Sequence[Problem]:
-        """What is odd about the files."""
-        return self._opened.problems
+        """What is odd about the files, and what stands against any merge."""
+        return [*self._opened.problems, *_find_branches(self.sites)]
 
     def list_tensors(self) -> Sequence[StoredTensor]:
         """Return every stored tensor, in graphs, attributes and functions."""
@@ -51,6 +61,21 @@ class OnnxGraph:
     ) -> list[FileImage]:
         """Return the data files and, last, the model: the same bytes and a metadata entry for the receipt."""
         return self._opened.images(output, blank_bytes, fresh, is_taken)
+
+    def describe_sharing_images(
+        self,
+        output: Path,
+        blank_bytes: int,
+        fresh: str,
+        touched: Sequence[Span],
+        is_taken: Callable[[Path], bool] = os.path.lexists,
+    ) -> list[FileImage]:
+        """Return a data file with the tensors that differ, and the model, which refers to the base's files too."""
+        return self._opened.sharing_images(output, blank_bytes, fresh, touched, is_taken)
+
+    def list_shared(self) -> Mapping[str, InputFile]:
+        """Return the data files that a model beside this one may refer to, by their paths from its folder."""
+        return self._opened.data_files()
 
     def compute_checksums(
         self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
@@ -72,13 +97,21 @@ class OnnxGraph:
         return [path for path in self._opened.stale_data(output) if not path.name[len(output.stem)].isalnum()]
 
 
+def _find_branches(sites: Sequence[Site]) -> list[Problem]:
+    """Return a problem when the graph was exported with an adapter beside its weights."""
+    module = next((site.module for site in sites if not _BRANCHES.isdisjoint(site.module.split("."))), None)
+    if module is None:
+        return []
+    return [Problem("LF423", module, "a graph that already holds an adapter's branches", "the base model alone")]
+
+
 def _list_tensors(opened: OnnxFile) -> list[StoredTensor]:
     """Return every stored tensor; this also checks each against its file and opens all data files."""
     stored = (opened.stored_tensor(proto) for _, proto in opened.tensors())
     return [tensor for tensor in stored if isinstance(tensor, StoredTensor)]
 
 
-def _list_sites(opened: OnnxFile, found: Sequence[RawSite]) -> list[Site]:
+def _list_sites(opened: OnnxFile, found: Sequence[RawSite], caveat: Problem | None) -> list[Site]:
     """Return the sites.
 
     A tensor held by a function is read at every call: its readers are those of all places where it was found.
@@ -86,37 +119,58 @@ def _list_sites(opened: OnnxFile, found: Sequence[RawSite]) -> list[Site]:
     readers: dict[int, set[str]] = defaultdict(set)
     for raw in found:
         readers[id(raw.trace.tensor)].update(list_readers(raw.trace))
-    return [_make_site(opened, raw, frozenset(readers[id(raw.trace.tensor)])) for raw in found]
+    sites = [_make_site(opened, raw, frozenset(readers[id(raw.trace.tensor)])) for raw in found]
+    return [replace(site, caveat=caveat) for site in sites] if caveat is not None else sites
 
 
 def _make_site(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> Site:
     weight, obstacle = _find_weight(opened, raw, readers)
+    transposed = {kind: turned ^ raw.trace.flipped for kind, turned in raw.use.orientations.items()}
     return Site(
         id=raw.visit.describe(raw.position),
         module=raw.module,
         evidence=raw.evidence,
-        transposed={kind: turned ^ raw.trace.flipped for kind, turned in raw.use.orientations.items()},
+        transposed=transposed,
         weight=weight,
         parameter=raw.parameter,
         divisor=raw.use.divisor,
         obstacle=obstacle,
+        part=_find_part(weight, raw, transposed) if weight is not None else None,
+        section=raw.section,
     )
 
 
+def _find_part(weight: Weight, raw: RawSite, transposed: Mapping[SlotKind, bool]) -> Part | None:
+    """Return the rows or columns of the stored matrix that the site's module has; None for all."""
+    whole = find_coded_part(weight.coding, raw)
+    if raw.rows is None:
+        return whole
+    if whole is not None:
+        return replace(whole, rows=(*raw.rows, 1))
+    rows, columns = weight.tensor.shape
+    own = (*raw.rows, 1)
+    if transposed[SlotKind.LINEAR]:
+        return Part((rows, columns), (0, rows, 1), own)
+    return Part((rows, columns), own, (0, columns, 1))
+
+
 def _find_weight(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> tuple[Weight | None, Problem | None]:
-    if raw.obstacle is not None or raw.trace.tensor is None:
+    if raw.trace.tensor is None or raw.use.refusal or raw.trace.blocked:
         return None, raw.obstacle
     stored = opened.stored_tensor(raw.trace.tensor)
     if isinstance(stored, Problem):
         return None, stored
     name = stored.name or raw.trace.name
-    if stored.dtype.family != "float":
+    coding = find_coding(opened, raw, stored)
+    if isinstance(coding, Problem):
+        return None, coding
+    if coding is None and stored.dtype.family != "float":
         return None, Problem("LF403", name, f"numbers stored as {stored.dtype.name}", "a floating-point form")
     if not stored.elements:
         return None, Problem("LF403", name, f"no numbers: its shape is {stored.shape}", "a matrix or a kernel")
     overlapping = (f"the tensor {other!r}, whose bytes overlap its own" for other in opened.overlaps(stored))
     file = os.path.relpath(stored.span.path, opened.path.parent)
-    return Weight(f"{file}@{stored.span.offset}", name, stored, readers.union(overlapping)), None
+    return Weight(f"{file}@{stored.span.offset}", name, stored, readers.union(overlapping), coding), raw.obstacle
 
 
 class OnnxFormat:

@@ -21,7 +21,7 @@ from loraformat.containers._protobuf import (
 )
 from loraformat.errors import refuse
 from loraformat.images import Copy, Edit, Literal, Piece, edit_file
-from loraformat.limits import KEEP_INLINE_BYTES, MAX_SKELETON_BYTES
+from loraformat.limits import KEEP_CODES_BYTES, KEEP_INLINE_BYTES, MAX_SKELETON_BYTES
 from loraformat.spans import InputFile
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ PAYLOAD_FIELDS: Final = frozenset({4, 5, 6, 7, RAW_DATA, 10, 11})
 
 _PACKED_AS_RAW: Final = {4: frozenset({1, 14}), 10: frozenset({11, 15})}
 """Packed fields whose bytes are those of raw_data, and the data types that are kept in them."""
+
+_BYTE_KINDS: Final = frozenset({2, 3})
+"""uint8 and int8: quantisers write zero points of a weight's channels one by one, as `int32_data`."""
 
 
 def build_skeleton(file: InputFile, cuts: Iterable[Leaf], receipts: Iterable[Field]) -> tuple["onnx.ModelProto", str]:
@@ -101,7 +104,7 @@ class Payload:
     def cuts(self, frame: Frame, kind: int) -> Iterator[Leaf]:
         """Yield what to change of the tensor in the skeleton: cut large payloads, say where the numbers are."""
         segment = self._segment(kind)
-        keep = self._bytes <= KEEP_INLINE_BYTES
+        keep = self._bytes <= (KEEP_CODES_BYTES if kind in _BYTE_KINDS and not segment else KEEP_INLINE_BYTES)
         if keep and segment:
             yield Leaf(Edit(self._runs[-1][1], 0, segment), frame)
         elif not keep:

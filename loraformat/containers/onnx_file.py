@@ -6,7 +6,7 @@ bytes with a few of them replaced.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from loraformat.containers import TensorFile
 from loraformat.containers._onnx_external import DataNames, read_external
+from loraformat.containers._onnx_sharing import OwnData, read_entries, redirect
 from loraformat.containers._onnx_skeleton import build_skeleton
 from loraformat.containers._onnx_tensors import SharedBytes, iterate_tensors
 from loraformat.containers._onnx_walk import walk_model
@@ -25,7 +26,7 @@ from loraformat.images import Blank, Edit, FileImage, Literal, edit_file
 from loraformat.limits import MAX_DIMS
 from loraformat.problems import Problem
 from loraformat.receipt import RECEIPT_KEY
-from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.spans import HeldTensor, InputFile, Span, StoredTensor
 from loraformat.strict_json import JsonValue, parse_json_object
 
 if TYPE_CHECKING:
@@ -126,6 +127,19 @@ class OnnxFile:
         file, span = self._external(proto, needed, where)
         return StoredTensor(proto.name, dtype, shape, span, file)
 
+    def held_tensor(self, proto: "onnx.TensorProto") -> HeldTensor | None:
+        """Return a tensor whose numbers stand in the graph one by one, such as zero points; None for any other."""
+        from onnx import numpy_helper
+
+        dtype = BY_ONNX.get(proto.data_type)
+        typed = proto.data_location != _EXTERNAL and not proto.HasField("segment") and proto.int32_data
+        if dtype is None or not typed or dtype.bits < 8:
+            return None
+        if len(proto.int32_data) != math.prod(proto.dims):
+            where = f"{self.path}: tensor {proto.name!r}"
+            raise refuse("LF116", where, f"{len(proto.int32_data)} numbers", f"those of {list(proto.dims)[:MAX_DIMS]}")
+        return HeldTensor(proto.name, dtype, numpy_helper.to_array(proto))
+
     def _inline(
         self, proto: "onnx.TensorProto", dtype: Dtype, shape: tuple[int, ...], needed: int, where: str
     ) -> StoredTensor | Problem:
@@ -219,6 +233,43 @@ class OnnxFile:
                 leaves.append(Leaf(Edit(entry.field.start, entry.field.end - entry.field.start, ()), entry.parent))
         pieces = edit_file(self.file, splice(leaves), _receipt_entry(blank_bytes))
         return [*data, FileImage(output, pieces)]
+
+    def sharing_images(
+        self,
+        output: Path,
+        blank_bytes: int,
+        fresh: str,
+        touched: Sequence[Span],
+        is_taken: Callable[[Path], bool] = os.path.lexists,
+    ) -> list[FileImage]:
+        """Return the files of a model that shares the data files of this one: a data file of its own, the model last.
+
+        Args:
+            output: where the model will stand, in the folder of this one.
+            blank_bytes: room for the receipt.
+            fresh: digits to insert into the name of a data file that is taken.
+            touched: the bytes that differ, those of whole tensors.
+            is_taken: says whether a path is another file's.
+        """
+        output = output.absolute()
+        shared = self.data_files()
+        own = OwnData({file.path: file for file in shared.values()}, touched)
+        names = DataNames(output.name, output, fresh, is_taken)
+        location = names.choose(PurePosixPath(f"{output.name}.data"), {name.casefold() for name in shared})
+        leaves = [Leaf(Edit(field.start, field.end - field.start, ()), None) for field in self._receipts]
+        for site in self._externals:
+            entries = read_entries(self.file, site)
+            length = int(entries["length"]) if "length" in entries else None
+            place = own.find(shared[site.location].path, int(entries.get("offset", 0)), length)
+            if place is not None:
+                leaves += redirect(site, str(location), *place)
+        pieces = edit_file(self.file, splice(leaves), _receipt_entry(blank_bytes))
+        data = [FileImage(output.parent / location, own.pieces)] if own.pieces else []
+        return [*data, FileImage(output, pieces)]
+
+    def data_files(self) -> Mapping[str, InputFile]:
+        """Return the open data files by their locations."""
+        return {site.location: self._open_data(site.location) for site in self._externals}
 
     @staticmethod
     def stale_data(output: Path) -> list[Path]:

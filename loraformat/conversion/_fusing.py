@@ -214,6 +214,10 @@ def _find_misfit(targets: Sequence[Target], name: str, count: int) -> Problem | 
         return Problem("LF315", name, f"parts of the kinds {', '.join(sorted(kinds))}", "low-rank parts of one kind")
     if kinds == {"dora"} and len(targets) < count:
         return Problem("LF315", name, f"magnitudes of {len(targets)} parts of {count}", "magnitudes of all")
+    joined = {*_ROWS[targets[0].kind], *_SHARED[targets[0].kind]}
+    apart = sorted({role for target in targets for role in target.factors} - joined)
+    if apart:
+        return Problem("LF315", name, f"parts with {', '.join(apart)}", f"parts of {', '.join(sorted(joined))}")
     if len({frozenset(target.factors) for target in targets}) != 1:
         return Problem("LF315", name, "parts with different factors", "the same factors for each part")
     return None

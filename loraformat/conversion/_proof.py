@@ -86,6 +86,8 @@ def _compare(one: Target, other: Target) -> tuple[float, float]:
     """Return the largest difference, and the largest number; infinite where the two have not the same form."""
     if _is_same(one, other):
         return 0.0, 0.0
+    if one.options != other.options:
+        return math.inf, 1.0
     largest = size = 0.0
     for (label, left), (again, right) in zip(_pieces(one), _pieces(other), strict=False):
         if label != again or left.shape != right.shape:
@@ -97,7 +99,7 @@ def _compare(one: Target, other: Target) -> tuple[float, float]:
 
 def _is_same(one: Target, other: Target) -> bool:
     """Say whether two targets have the same scale and factors, bit by bit: then nothing has to be multiplied out."""
-    if one.scale != other.scale or set(one.factors) != set(other.factors):
+    if (one.scale, one.options) != (other.scale, other.options) or set(one.factors) != set(other.factors):
         return False
     pairs = [(factor, other.factors[role]) for role, factor in one.factors.items()]
     if any((left.dtype, left.shape) != (right.dtype, right.shape) for left, right in pairs):

@@ -1,5 +1,11 @@
-"""Stored number forms: one file each, from stored numbers to tiles of float32 and back with one rounding."""
+"""Stored number forms: one file each, from stored numbers to tiles of float32 and back with one rounding.
 
+Two sorts: an `Encoding` is of one tensor, number by number. A `CodedEncoding` is of a quantised weight: codes, and
+beside them the scales and zero points without which they mean nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -7,6 +13,7 @@ from numpy.typing import NDArray
 
 from loraformat.dtypes import Dtype
 from loraformat.registry import Registry
+from loraformat.spans import HeldTensor, StoredTensor
 
 
 class Encoding(Protocol):
@@ -39,4 +46,83 @@ class Encoding(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """How the codes of a quantised weight are to be read: `(code - zero point) * scale`.
+
+    Attributes:
+        encoding: the coded encoding's name.
+        matrix: rows and columns of the codes, the padding of blocks included.
+        block: rows and columns that share a scale; the last block of a row or column may be smaller.
+        companions: `scales`, and `zero_points` where there are some.
+        zero: the zero point where there are none.
+        fixed: why the scales must stay as they are; empty when they may change with the codes.
+    """
+
+    encoding: str
+    matrix: tuple[int, int]
+    block: tuple[int, int]
+    companions: Mapping[str, StoredTensor | HeldTensor]
+    zero: int = 0
+    fixed: str = ""
+
+
+class Coder(Protocol):
+    """A coded encoding with the scales and zero points of one weight in hand."""
+
+    def decode(self, codes: NDArray[Any], rows: range, out: NDArray[np.float32]) -> None:
+        """Write the values of the stored rows `rows` into `out: (rows, columns)`.
+
+        Args:
+            codes: the rows as they are stored: `(rows, bytes of a row)`, or numbers of whole bytes.
+            rows: which rows of the matrix they are.
+            out: where the values go.
+        """
+        ...
+
+    def encode(self, values: NDArray[np.float32], rows: range, out: NDArray[Any]) -> None:
+        """Write the codes nearest to `values` (ties to even) into `out`, laid out as `decode` takes them.
+
+        What lies beyond the first or last code becomes that code. `values` stay as they are.
+        """
+        ...
+
+    def start_fit(self) -> "Fit":
+        """Return what finds the scales of other values of this weight."""
+        ...
+
+    def tensors(self) -> Mapping[str, NDArray[Any]]:
+        """Return scales and, where they may differ from the stored ones, zero points, in their stored forms."""
+        ...
+
+
+class Fit(Protocol):
+    """Sees new values of a weight, tile by tile, and gives the coder that holds them best."""
+
+    def see(self, codes: NDArray[Any], rows: range, values: NDArray[np.float32], delta: NDArray[np.float32]) -> None:
+        """Take in rows: their codes now, the values that they shall have, and by how much these differ."""
+        ...
+
+    def finish(self) -> Coder:
+        """Return the new coder. Blocks that nothing was added to keep their scale, and so their codes."""
+        ...
+
+
+class CodedEncoding(Protocol):
+    """What a file in this folder provides as `CODED`.
+
+    Attributes:
+        name: for messages and plans.
+        bits: bits of one code.
+    """
+
+    name: str
+    bits: int
+
+    def bind(self, coding: Coding, form: Dtype) -> Coder:
+        """Return the coder of a weight whose codes are stored as `form`, reading its companions."""
+        ...
+
+
 ENCODINGS: Registry[Encoding] = Registry("loraformat.encodings", "ENCODING")
+CODED: Registry[CodedEncoding] = Registry("loraformat.encodings", "CODED")

@@ -9,23 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from loraformat.adapter import Adapter, BaseBinding, Factor, SlotKind, Target
+from loraformat.adapter import Adapter, BaseBinding, Factor, Target
 from loraformat.base_facts import BaseFacts
 from loraformat.errors import error_for
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, Holds, StatedScale, WrittenBundle
+from loraformat.schemes._groups import name_kind, rank_of, slot_of
 from loraformat.schemes._memory import PROVENANCE_KEY, annotate, find_memory, find_texts, recall
 from loraformat.schemes._naming import NamesRead, Naming
-from loraformat.schemes._scales import Module, ScalePlace, ScalesWritten
+from loraformat.schemes._scales import Module, ScalePlace, ScalesWritten, read_options, remember_options, write_options
 from loraformat.schemes._table import NameTable
 from loraformat.strict_json import JsonValue
 
-_RANK_AXES: Final = (
-    *(("lora_A.weight", 0), ("lora_B.weight", 1), ("lora_embedding_A", 0), ("hada_w1_b", 0), ("lokr_t2", 0)),
-    *(("lokr_w2_b", 0), ("lokr_w1_b", 0)),
-)
-"""Where factors show a rank: a role and the axis."""
 _STALE: Final = ("sshs_", PROVENANCE_KEY, MANIFEST_KEY)
 """Annotations that are about the bytes of one file, and must not be copied into another."""
 
@@ -131,7 +127,7 @@ class TableReader:
         problems += names.problems
         problems += _find_twins(names.targets)
         modules = [
-            Module(target, _rank_of(groups[module].factors), groups[module].sidecars)
+            Module(target, rank_of(groups[module].factors), groups[module].sidecars)
             for module, target in sorted(names.targets.items(), key=lambda item: item[1])
         ]
         if not any(group.factors for group in groups.values()):
@@ -181,9 +177,10 @@ class TableReader:
         return key
 
     def _make_target(self, module: Module, group: _Group, scalings: Mapping[str, Any]) -> Target:
-        kind = _KINDS_TOGETHER.get(frozenset(group.kinds)) or " and ".join(sorted(group.kinds))
-        slot = _slot_of(kind, group.factors)
-        return Target(module.name, kind, slot, group.factors, module.rank, scalings[module.name])
+        kind = name_kind(group.kinds)
+        slot = slot_of(kind, group.factors)
+        options = read_options(kind, module)
+        return Target(module.name, kind, slot, group.factors, module.rank, scalings[module.name], options=options)
 
     def _remember(self, bundle: Bundle, names: NamesRead, groups: Mapping[str, _Group]) -> dict[str, JsonValue]:
         """Return the file's own annotations, for whoever wants to know."""
@@ -208,10 +205,11 @@ class TableScheme(TableReader):
         odd: dict[str, JsonValue] = {}
         for module, target in names.targets.items():
             for role, key in groups[module].keys.items():
-                row = self.rows.find(role)
+                row = self.rows.find(role, name_kind(groups[module].kinds))
                 written = f"{written_names.modules.get(target)}.{row.pattern}" if row else ""
                 if written != key:
                     odd[f"{target} {role}"] = key
+        memory |= remember_options({target: groups[module].sidecars for module, target in names.targets.items()})
         return memory | ({"keys": odd} if odd else {})
 
     def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
@@ -243,8 +241,9 @@ class TableScheme(TableReader):
         """Put the tensors of one target under their keys; return what has no row, and keys that are taken."""
         odd = find_texts(memory, "keys")
         problems = []
-        for role, factor in (dict(target.factors) | dict(scales.sidecars.get(target.name, {}))).items():
-            row = self.rows.find(role)
+        beside = {**scales.sidecars.get(target.name, {}), **write_options(target, memory)}
+        for role, factor in {**target.factors, **beside}.items():
+            row = self.rows.find(role, target.kind)
             if row is None:
                 found = f"{role} of shape {factor.shape}"
                 problems.append(Problem("LF312", target.name, found, f"a role that {self.name} has"))
@@ -260,13 +259,6 @@ class TableScheme(TableReader):
         carried = {name: value for name, value in adapter.provenance.items() if name != self.name}
         kept = {name: value for name, value in memory.items() if name != "metadata"}
         return own | annotate(carried | ({self.name: kept} if kept else {}))
-
-
-_KINDS_TOGETHER: Final[Mapping[frozenset[str], str]] = {
-    frozenset({"lora", "dora"}): "dora",
-    frozenset({"lora", "dora of inputs"}): "dora of inputs",
-}
-"""What the rows of one module make together."""
 
 
 def check_holds(scheme: str, holds: Holds, adapter: Adapter) -> list[Problem]:
@@ -290,23 +282,6 @@ def _errors(problems: Sequence[Problem]) -> list[Problem]:
     return [problem for problem in problems if problem.severity == "error"]
 
 
-def _rank_of(factors: Mapping[str, Factor]) -> int:
-    """Return the rank that the factors show; 0 for kinds without one."""
-    return next(
-        (factors[role].shape[axis] for role, axis in _RANK_AXES if role in factors and len(factors[role].shape) > axis),
-        0,
-    )
-
-
-def _slot_of(kind: str, factors: Mapping[str, Factor]) -> SlotKind:
-    """Return the slot that the factors' axes show; values have none of their own."""
-    if kind in ("replace", "norm"):
-        return SlotKind.PARAMETER
-    if "lora_embedding_A" in factors:
-        return SlotKind.EMBEDDING
-    return SlotKind.CONV if any(len(factor.shape) > 2 for factor in factors.values()) else SlotKind.LINEAR
-
-
 def _find_twins(targets: Mapping[str, str]) -> list[Problem]:
     """Return the targets that two modules of the file would be."""
     seen: dict[str, str] = {}
@@ -319,9 +294,9 @@ def _find_twins(targets: Mapping[str, str]) -> list[Problem]:
 
 
 def _find_orphans(targets: Sequence[Target]) -> list[Problem]:
-    """Return the modules of which only an alpha is stored."""
+    """Return the modules of which only what stands beside factors is stored."""
     return [
-        Problem("LF201", target.name, "an alpha alone", "the factors that it is for")
+        Problem("LF201", target.name, "an alpha, or another number, alone", "the factors that it is for")
         for target in targets
         if not target.factors
     ]

@@ -16,9 +16,18 @@ from loraformat.problems import Problem
 from loraformat.schemes import Bundle, StatedScale
 from loraformat.strict_json import JsonValue
 
+_Form = tuple[str, tuple[int, ...]]
+"""A number form and a shape."""
+_FLOAT32: Final = ("float32", ())
+_FLOAT64: Final = ("float64", ())
+_INT64: Final = ("int64", ())
 UNIT: Final = Scaling(ScalingRule.MULTIPLIER, 1.0)
 ALPHA: Final = "alpha"
 """The role of a tensor beside a module's factors that holds its alpha."""
+ON_INPUT: Final = "on_input"
+"""The role of LyCORIS' tensor that says which side (IA)³ multiplies: 1 for the inputs."""
+BOUNDED: Final = frozenset({"lycoris_oft", "lycoris_boft"})
+"""Kinds for which alpha is no scale but a bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +111,7 @@ class AlphaTensors:
             alpha = read_alpha(module)
             if alpha is not None:
                 tensor = module.sidecars[ALPHA]
-                forms[module.name] = f"{tensor.dtype.name}{list(tensor.shape)}"
+                forms[module.name] = _form_of(tensor)
                 if not (alpha and module.rank):
                     idle[module.name] = alpha
             result.scalings[module.name] = _scale_by(alpha, module.rank) if alpha is not None else UNIT
@@ -178,16 +187,49 @@ def read_alpha(module: Module) -> float | None:
     Raises:
         FindingError: LF203 not one number, LF207 not finite.
     """
-    tensor = module.sidecars.get(ALPHA)
+    return _read_number(module, ALPHA)
+
+
+def _read_number(module: Module, role: str) -> float | None:
+    tensor = module.sidecars.get(role)
     if tensor is None:
         return None
-    where = f"{module.name}: {ALPHA}"
+    where = f"{module.name}: {role}"
     if tensor.elements != 1:
         raise refuse("LF203", where, f"shape {tensor.shape}", "one number")
     value = float(tensor.read().astype(np.float64).reshape(-1)[0])
     if not math.isfinite(value):
         raise refuse("LF207", where, f"{value}", "a finite number")
     return value
+
+
+def read_options(kind: str, module: Module) -> dict[str, JsonValue]:
+    """Return the options of a target that stand in tensors beside its factors; raises as `read_alpha`."""
+    if kind in BOUNDED:
+        alpha = read_alpha(module)
+        return {"constraint": alpha} if alpha else {}
+    side = _read_number(module, ON_INPUT)
+    return {} if side is None else {ON_INPUT: bool(side)}
+
+
+def remember_options(sidecars: Mapping[str, Mapping[str, Factor]]) -> dict[str, JsonValue]:
+    """Return the forms of tensors that hold options, target to form, where `write_options` writes another."""
+    forms = {name: _form_of(beside[ON_INPUT]) for name, beside in sidecars.items() if ON_INPUT in beside}
+    odd: dict[str, JsonValue] = {name: form for name, form in forms.items() if form != "int64[]"}
+    return {"side_forms": odd} if odd else {}
+
+
+def write_options(target: Target, remembered: Mapping[str, JsonValue]) -> dict[str, Factor]:
+    """Return the tensors that hold a target's options; none is rounded."""
+    bound = _number(target.options.get("constraint"))
+    if target.kind in BOUNDED and bound is not None:
+        form = _recall_form(remembered, target.name)
+        return {ALPHA: _make_number(target.name, ALPHA, bound, form, _FLOAT64)}
+    if ON_INPUT not in target.options:
+        return {}
+    forms = remembered.get("side_forms")
+    form = _parse_form(forms.get(target.name) if isinstance(forms, Mapping) else None, _INT64)
+    return {ON_INPUT: _make_number(target.name, ON_INPUT, float(target.options[ON_INPUT] is True), form, _INT64)}
 
 
 def _scale_by(alpha: float, rank: int) -> Scaling:
@@ -208,17 +250,22 @@ def _number(value: JsonValue) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _make_alpha(name: str, alpha: float, form: tuple[str, tuple[int, ...]]) -> NewFactor:
+def _make_alpha(name: str, alpha: float, form: _Form) -> NewFactor:
     """Return an alpha in its remembered form where that holds the number, else in float32."""
+    return _make_number(name, ALPHA, alpha, form, _FLOAT32)
+
+
+def _make_number(name: str, role: str, value: float, form: _Form, otherwise: _Form) -> NewFactor:
     dtype, shape = form
     with np.errstate(over="ignore"):
-        array = np.full(shape, alpha).astype(BY_NAME[dtype].numpy())
-    if float(array.astype(np.float64).reshape(-1)[0]) != alpha:
-        array = np.full(shape, alpha, dtype=np.float32)
-    return NewFactor(f"{name}.{ALPHA}", array)
+        array = np.full(shape, value).astype(BY_NAME[dtype].numpy())
+    if float(array.astype(np.float64).reshape(-1)[0]) != value:
+        array = np.full(shape, value, dtype=BY_NAME[otherwise[0]].numpy())
+    return NewFactor(f"{name}.{role}", array)
 
 
-_FLOAT32: Final = ("float32", ())
+def _form_of(tensor: Factor) -> str:
+    return f"{tensor.dtype.name}{list(tensor.shape)}"
 
 
 def _remember_forms(forms: Mapping[str, str]) -> dict[str, JsonValue]:
@@ -231,11 +278,14 @@ def _remember_forms(forms: Mapping[str, str]) -> dict[str, JsonValue]:
     return remembered | ({"alpha_forms": others} if others else {})
 
 
-def _recall_form(remembered: Mapping[str, JsonValue], name: str) -> tuple[str, tuple[int, ...]]:
+def _recall_form(remembered: Mapping[str, JsonValue], name: str) -> _Form:
     others = remembered.get("alpha_forms")
     text = others.get(name) if isinstance(others, Mapping) else None
-    text = text or remembered.get("alpha_form")
+    return _parse_form(text or remembered.get("alpha_form"), _FLOAT32)
+
+
+def _parse_form(text: JsonValue, otherwise: _Form) -> _Form:
     dtype, bracket, sizes = text.partition("[") if isinstance(text, str) else ("", "", "")
-    if not bracket or dtype not in BY_NAME or BY_NAME[dtype].family not in ("float", "int"):
-        return _FLOAT32
+    if not bracket or dtype not in BY_NAME or BY_NAME[dtype].family not in ("float", "int", "uint"):
+        return otherwise
     return dtype, (1,) * len([size for size in sizes.removesuffix("]").split(",") if size])

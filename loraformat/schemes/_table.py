@@ -101,9 +101,10 @@ class NameTable:
         row = next(fitting, None)
         return Name(match["target"], row) if row is not None else None
 
-    def find(self, role: str) -> Row | None:
-        """Return the row by which a role is written, or None for a role that the table lacks."""
-        return next((row for row in self.rows if row.role == role and "{" not in row.pattern), None)
+    def find(self, role: str, kind: str = "") -> Row | None:
+        """Return the row by which a role is written, first that of the kind; None for a role that the table lacks."""
+        rows = [row for row in self.rows if row.role == role and "{" not in row.pattern]
+        return next((row for row in rows if row.kind == kind), rows[0] if rows else None)
 
     def write(self, target: str, role: str) -> str:
         """Return the key of `role` at `target`; raises KeyError for a role that the table lacks."""

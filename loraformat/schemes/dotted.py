@@ -22,7 +22,7 @@ _PREFIXES: Final = {
     "text_encoders.t5xxl.transformer": "text_encoder_3",
     "": "",
 }
-_TENSOR: Final = r".*\.(?:lora[_.]|hada_|lokr_|diff|oft_|w_norm|b_norm|dora_scale|a1\.|set_weight)"
+_TENSOR: Final = r".*\.(?:lora[_.]|hada_|lokr_|diff|oft_|w_norm|b_norm|dora_scale|a1\.|set_weight|on_input$|rescale$)"
 _NATIVE: Final = (
     r"(?:double_blocks|single_blocks|joint_blocks|input_blocks|middle_block|output_blocks|final_layer)(?=\.)"
 )
@@ -50,7 +50,7 @@ SCHEME: Final = TableScheme(
     scale=AlphaTensors(),
     marks=Marks(
         keys=(rf"(?:diffusion_model|text_encoders\.\w+)\.{_TENSOR}", rf"{_NATIVE}{_TENSOR}"),
-        neutral=(r".+\.alpha$", r".+_norm\.scale$"),
+        neutral=(r".+\.alpha$", r".+_norm\.scale$", r"(?:diffusion_model|text_encoders)\..+\.weight$"),
         others=(r".*\.processor\.(?:qkv|proj)_lora", r"base_model\.model\.", r"lora_(?:unet|te)"),
     ),
     holds=Holds(kinds=LYCORIS_KINDS, slots=LORA_SLOTS | {SlotKind.PARAMETER}),

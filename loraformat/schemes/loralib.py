@@ -106,7 +106,7 @@ SCHEME: Final = _Loralib(
     marks=Marks(
         keys=(r".+\.lora_[AB]$",),
         neutral=(r".+\.(?:weight|bias)$",),
-        others=(_LITGPT, r".+\.loras\..+", r"blocks\.\d+\..*\.lora_[AB]$"),
+        others=(_LITGPT, r"base_model\.model\.", r".+\.loras\..+", r"blocks\.\d+\..*\.lora_[AB]$"),
     ),
     names="loralib",
     holds=Holds(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from loraformat.adapter import Factor, ScalingRule, SlotKind, Target
+from loraformat.problems import Problem
 from loraformat.schemes import Bundle, Holds, Layout
 from loraformat.schemes._engine import Marks
 from loraformat.schemes._files import FiledScheme, level_multipliers, multiplier_of, pad_ranks
@@ -48,6 +49,15 @@ def _write_config(targets: Sequence[Target], before: Mapping[str, JsonValue]) ->
     return fields | {"fine_tune_type": "dora" if is_dora else "lora", "lora_parameters": parameters}
 
 
+def _keep_lengths_of_tokens(targets: Sequence[Target]) -> tuple[list[Target], list[Problem]]:
+    """Return the targets, and a problem of embeddings with lengths of outputs: mlx-lm has one for each token."""
+    return list(targets), [
+        Problem("LF312", target.name, "an embedding with lora_magnitude_vector", "m, a length for each token")
+        for target in targets
+        if target.slot is SlotKind.EMBEDDING and "lora_magnitude_vector" in target.factors
+    ]
+
+
 class _Mlx(FiledScheme):
     layout = Layout(
         ("adapters.safetensors", "adapters.npz", "*_adapters.safetensors", "*_adapters.npz"), ("adapter_config.json",)
@@ -68,7 +78,7 @@ SCHEME: Final = _Mlx(
             Row("lora_b", "packed experts", "experts_B", fits=_is_packed),
             Row("lora_a", "lora", "lora_embedding_A", TRANSPOSED, fits=_is_table),
             Row("lora_b", "lora", "lora_embedding_B", TRANSPOSED, fits=_is_table),
-            Row("m", "dora of an embedding", "m", fits=_is_table),
+            Row("m", "dora", "m", fits=_is_table),
             Row("lora_a", "lora", "lora_A.weight", TRANSPOSED),
             Row("lora_b", "lora", "lora_B.weight", TRANSPOSED),
             Row("m", "dora", "lora_magnitude_vector"),
@@ -84,7 +94,7 @@ SCHEME: Final = _Mlx(
         dtypes=frozenset({"float32", "float16", "bfloat16"}),
     ),
     names="mlx",
-    fits=(level_multipliers, pad_ranks),
+    fits=(_keep_lengths_of_tokens, level_multipliers, pad_ranks),
     file_name="adapters.safetensors",
     config_name="adapter_config.json",
 )

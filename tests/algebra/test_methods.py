@@ -18,7 +18,7 @@ from loraformat.algebra._dense import add, cut_tiles, drop_random, elect, find_t
 from loraformat.algebra._lowrank import Cut
 from loraformat.algebra._targets import open_delta
 from loraformat.algebra.methods import METHODS
-from loraformat.kinds.replace import Values
+from loraformat.kinds._matrices import Values
 from loraformat_cli.commands.compose import command
 
 ALL = 99

@@ -64,7 +64,7 @@ LISTS = {
     ),
     "flux_dora_onetrainer_format": Expected(
         "kohya",
-        {"dora of inputs": 506},
+        {"dora": 506},
         "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
         {"native": NOTHING, "diffusers": NO_PLACE, "dotted": NO_SPLIT},
     ),

@@ -223,7 +223,7 @@ def compare(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]
 
 def effect_of(target: Target) -> tuple[object, ...]:
     """Return everything that a scheme must keep of a target, whichever rule gives its scale."""
-    return target.name, target.kind, target.slot, target.rank, target.scale, store(target.factors)
+    return target.name, target.kind, target.slot, target.rank, target.scale, dict(target.options), store(target.factors)
 
 
 def comparable(target: Target) -> tuple[object, ...]:

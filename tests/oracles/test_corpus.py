@@ -200,7 +200,7 @@ REFUSED = [
     # Schemes and kinds that this version does not read, each by name.
     (
         "IBM__text-generation-inference/integration_tests/prompt_prefixes/tinyllama_peft_adapter",
-        "LF121",
+        "LF209",
         "prompt tuning",
     ),
     ("Inishpy__lerobot-libero", "LF121", ""),

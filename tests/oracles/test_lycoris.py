@@ -199,15 +199,10 @@ def train(algorithm: Algorithm, layer: "nn.Module") -> "tuple[nn.Module, dict[st
     """Return LyCORIS' module on a layer, with random numbers in place of trained ones, and what it saves."""
     from importlib import import_module
 
-    import torch
-
     file, name = algorithm.module
     module = getattr(import_module(f"lycoris.modules.{file}"), name)("m", layer, 1.0, **algorithm.settings)
     module = module.double() if algorithm.is_double else module
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter += 0.3 * torch.randn_like(parameter)
+    _shake(module)
     module.apply_to()
     return module.eval(), {key: tensor.detach().numpy().copy() for key, tensor in module.state_dict().items()}
 
@@ -262,6 +257,114 @@ def test_merged_is_trained(tmp_path: Path, algorithm: str, layer: str) -> None:
     relative = 1e-6 if how.is_double else 2e-5
     assert (trained - before).abs().max() > 0.01
     torch.testing.assert_close(found, trained, rtol=relative, atol=relative * float(trained.detach().abs().max()))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+_BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+PLACES = {
+    "linear": f"{_BLOCK}.attn1.to_q",
+    "linear without bias": f"{_BLOCK}.attn1.to_k",
+    "conv1d": "down_blocks.0.resnets.0.conv1",
+    "conv2d": "down_blocks.0.resnets.0.conv2",
+    "conv2d 1x1": "down_blocks.0.attentions.0.proj_in",
+    "conv2d in groups": "down_blocks.0.downsamplers.0.conv",
+    "conv3d": "down_blocks.0.resnets.1.conv1",
+    "layernorm": f"{_BLOCK}.norm1",
+    "groupnorm": "down_blocks.0.attentions.0.norm",
+}
+"""Layers to what they are called: modules of Stable Diffusion, whose names are flat in a file."""
+
+
+def build(layers: "Mapping[str, nn.Module]") -> "nn.Module":
+    """Return a model with the layers at their places."""
+    from torch import nn
+
+    root = nn.Module()
+    for name, layer in layers.items():
+        *parents, last = PLACES[name].split(".")
+        owner = root
+        for each in parents:
+            if not hasattr(owner, each):
+                owner.add_module(each, nn.Module())
+            owner = getattr(owner, each)
+        owner.add_module(last, layer)
+    return root
+
+
+def save(how: Algorithm, model: "nn.Module", path: Path) -> "nn.Module":
+    """Put the package's own network on a model, give it random numbers, and save it as the package does."""
+    from lycoris.wrapper import LycorisNetwork, network_module_dict
+
+    settings = {"alpha": 1, **how.settings}
+    dim, alpha = settings.pop("lora_dim", 4), settings.pop("alpha")
+    algorithm = next((name for name, each in network_module_dict.items() if each.__name__ == how.module[1]), "full")
+    before = {name: getattr(LycorisNetwork, name) for name in ("LORA_PREFIX", "TARGET_REPLACE_MODULE")}
+    LycorisNetwork.apply_preset({"lora_prefix": "lora_unet"})
+    try:
+        network = LycorisNetwork(
+            model,
+            lora_dim=dim,
+            conv_lora_dim=dim,
+            alpha=alpha,
+            conv_alpha=alpha,
+            network_module=algorithm,
+            train_norm=how.module[1] == "NormModule",
+            **settings,
+        )
+    finally:
+        for name, value in before.items():
+            setattr(LycorisNetwork, name, value)
+    network.apply_to()  # Only now are its modules its own.
+    network = network.double() if how.is_double else network
+    _shake(network)
+    network.save_weights(str(path), None, {})
+    return network.eval()
+
+
+def _shake(module: "nn.Module") -> None:
+    import torch
+
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_file_of_the_package_is_read_and_merged(tmp_path: Path, algorithm: str) -> None:
+    import torch
+    from torch.func import functional_call
+
+    how = ALGORITHMS[algorithm]
+    names = SUPPORTED.get(algorithm, MATRICES)
+    torch.manual_seed(len(algorithm))
+    form = torch.float64 if how.is_double else torch.float32
+    layers = {name: _layers()[name].make().to(form).eval() for name in names}
+    model = build(layers)
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    base = write_tensors(tmp_path / "base.safetensors", {name: each.numpy() for name, each in weights.items()})
+    inputs = {name: torch.randn(_layers()[name].inputs, dtype=form) for name in names}
+    network = save(how, model, tmp_path / "adapter.safetensors")
+    trained = {name: layers[name](inputs[name]).detach() for name in names}
+    network.restore()
+
+    adapter = loraformat.load(tmp_path / "adapter.safetensors")
+    assert adapter.scheme == "kohya"
+    assert {target.kind for target in adapter.targets} == {how.kind}
+    receipt = loraformat.merge(base, [tmp_path / "adapter.safetensors"], tmp_path / "merged.safetensors")
+    merged = CONTAINER.open(Path(receipt.output)).tensors
+    relative = 1e-6 if how.is_double else 2e-5
+    for name in names:
+        prefix = f"{PLACES[name]}."
+        mine = {key.removeprefix(prefix): each.read() for key, each in merged.items() if key.startswith(prefix)}
+        fresh = _layers()[name].make().to(form).eval()
+        found = functional_call(fresh, {key: torch.from_numpy(each) for key, each in mine.items()}, (inputs[name],))
+        plain = {key.removeprefix(prefix): each for key, each in weights.items() if key.startswith(prefix)}
+        assert (trained[name] - functional_call(fresh, plain, (inputs[name],))).abs().max() > 0.01, name
+        torch.testing.assert_close(
+            found, trained[name], rtol=relative, atol=relative * float(trained[name].abs().max())
+        )
 
 
 def test_every_algorithm_of_the_package_is_tried() -> None:

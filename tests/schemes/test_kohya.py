@@ -11,8 +11,11 @@ from builders import MemoryFactor
 from laws.scheme_laws import SchemeLaws, store
 from loraformat.adapter import Scaling, ScalingRule, SlotKind
 from loraformat.base_facts import NO_FACTS, BaseFacts
+from loraformat.conversion._engine import Rounding, Source, convert_source
+from loraformat.kinds import KINDS
 from loraformat.problems import Problem
 from loraformat.schemes import NOT_STATED, Bundle, StatedScale
+from loraformat.schemes.dotted import SCHEME as DOTTED
 from loraformat.schemes.kohya import SCHEME
 from schemes import modules as m
 
@@ -38,6 +41,15 @@ TO_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 TO_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 LOHA = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 5), "hada_w2_a": (8, 2), "hada_w2_b": (2, 5), "alpha": ()}
 LOKR = {"lokr_w1": (2, 5), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 3), "alpha": ()}
+GLORA = {"a1.weight": (5, 2), "a2.weight": (2, 5), "b1.weight": (8, 2), "b2.weight": (2, 5), "alpha": ()}
+TUCKER = {DOWN: (2, 5, 1, 1), UP: (8, 2, 1, 1), "lora_mid.weight": (2, 2, 3, 3), "alpha": ()}
+CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
+NORM = "lora_te_text_model_final_layer_norm"
+
+
+def numbers(prefix: str, **values: np.ndarray) -> dict[str, object]:
+    """Return tensors of given numbers beside a module's factors."""
+    return dict(m.tensors({f"{prefix}.{role}": value for role, value in values.items()}))
 
 
 class TestKohya(SchemeLaws):
@@ -62,7 +74,34 @@ class TestKohya(SchemeLaws):
             "DoRA of outputs": bundle_of(dora),
             "DoRA of inputs": bundle_of(payload(TO_Q, {DOWN: (2, 5), UP: (8, 2), "dora_scale": (1, 5)})),
             "differences and norms": bundle_of(
-                payload(TO_Q, {"diff": (8, 5)}) | payload("lora_te_text_model_final_layer_norm", {"w_norm": (5,)})
+                payload(TO_Q, {"diff": (8, 5), "diff_b": (8,)})
+                | payload(TO_K, {"diff_b": (8,)})
+                | payload(CONV, {"diff": (8, 5, 3, 3)})
+                | payload(NORM, {"w_norm": (5,), "b_norm": (5,)})
+            ),
+            "a core": bundle_of(payload(CONV, TUCKER) | payload(TO_Q, {"diff": (8, 5)})),
+            "DoRA of LoHa and of LoKr": bundle_of(
+                payload(TO_Q, LOHA | {"dora_scale": (8, 1)}) | payload(TO_K, LOKR | {"dora_scale": (1, 15)})
+            ),
+            "GLoRA": bundle_of(payload(TO_Q, GLORA)),
+            "(IA)³": bundle_of(
+                payload(TO_Q, {"weight": (8,)})
+                | numbers(TO_Q, on_input=np.array(0))
+                | payload(TO_K, {"weight": (5,)})
+                | numbers(TO_K, on_input=np.ones(1, np.float16))
+                | payload(CONV, {"weight": (1, 8, 1, 1)})
+                | numbers(CONV, on_input=np.array(0, np.uint8))
+            ),
+            "rotations": bundle_of(
+                payload(TO_Q, {"oft_blocks": (2, 4, 4)})
+                | numbers(TO_Q, alpha=np.zeros(()))
+                | payload(TO_K, {"oft_blocks": (2, 4, 4), "rescale": (8, 1)})
+                | numbers(TO_K, alpha=np.array(0.25, np.float16))
+            ),
+            "rotations in stages": bundle_of(
+                payload(TO_Q, {"oft_blocks": (2, 2, 4, 4)})
+                | numbers(TO_Q, alpha=np.array(0.1))
+                | payload(CONV, {"oft_blocks": (1, 2, 4, 4), "rescale": (8, 1, 1, 1)})
             ),
             "double underscore": bundle_of(m.lora({"lora_unet__blocks_0_self_attn_q": (6, 5)}, DOWN, UP, alpha=1.0)),
         }
@@ -190,7 +229,7 @@ def test_kinds_and_slots_of_payloads() -> None:
 def test_a_magnitude_of_outputs_is_that_of_dora_and_one_of_inputs_is_not() -> None:
     for shape, role, stored, kind in (
         ((8, 1), "lora_magnitude_vector", (8,), "dora"),
-        ((1, 5), "dora_scale", (1, 5), "dora of inputs"),
+        ((1, 5), "dora_scale", (1, 5), "dora"),
     ):
         bundle = bundle_of(payload(TO_Q, {DOWN: (2, 5), UP: (8, 2), "dora_scale": shape}))
         (target,) = SCHEME.read(bundle, NOT_STATED).targets
@@ -201,3 +240,64 @@ def test_a_magnitude_of_outputs_is_that_of_dora_and_one_of_inputs_is_not() -> No
 def test_an_alpha_alone_is_an_orphan() -> None:
     bundle = bundle_of(dict(one(TO_Q).tensors) | m.tensors({f"{TO_K}.alpha": np.ones(())}))
     assert [problem.where.rpartition(".")[2] for problem in find(bundle, "LF201")] == ["to_k"]
+
+
+@pytest.mark.parametrize(
+    ("module", "roles", "kind", "slot", "rank"),
+    [
+        (CONV, TUCKER, "locon", SlotKind.CONV, 2),
+        (TO_Q, LOHA | {"dora_scale": (8, 1)}, "dora_loha", SlotKind.LINEAR, 2),
+        (TO_Q, LOKR | {"dora_scale": (1, 15)}, "dora_lokr", SlotKind.LINEAR, 2),
+        (TO_Q, GLORA, "lycoris_glora", SlotKind.LINEAR, 2),
+        (TO_Q, {"diff": (8, 5), "diff_b": (8,)}, "diff", SlotKind.LINEAR, 0),
+        (TO_Q, {"diff_b": (8,)}, "diff", SlotKind.PARAMETER, 0),
+        (CONV, {"diff": (8, 5, 3, 3)}, "diff", SlotKind.CONV, 0),
+        (NORM, {"w_norm": (5,), "b_norm": (5,)}, "diff", SlotKind.PARAMETER, 0),
+        (NORM, {"w_norm": (5, 3)}, "diff", SlotKind.PARAMETER, 0),
+        (TO_Q, {"oft_blocks": (2, 4, 4)}, "lycoris_oft", SlotKind.LINEAR, 0),
+        (CONV, {"oft_blocks": (2, 4, 4), "rescale": (8, 1, 1, 1)}, "lycoris_oft", SlotKind.CONV, 0),
+        (TO_Q, {"oft_blocks": (2, 2, 4, 4), "rescale": (8, 1)}, "lycoris_boft", SlotKind.LINEAR, 0),
+    ],
+)
+def test_payloads_are_of_kinds_that_merge(
+    module: str, roles: Mapping[str, tuple[int, ...]], kind: str, slot: SlotKind, rank: int
+) -> None:
+    (target,) = SCHEME.read(bundle_of(payload(module, roles)), NOT_STATED).targets
+    assert (target.kind, target.slot, target.rank) == (kind, slot, rank)
+    found = KINDS.find(kind)
+    assert found is not None
+    assert not found.check(target)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_number_beside_says_which_side_ia3_multiplies(side: int) -> None:
+    ia3 = payload(TO_Q, {"weight": (8,)})
+    (target,) = SCHEME.read(bundle_of(ia3 | numbers(TO_Q, on_input=np.array(side))), NOT_STATED).targets
+    assert (target.kind, target.options) == ("lycoris_ia3", {"on_input": bool(side)})
+    (silent,) = SCHEME.read(bundle_of(ia3), NOT_STATED).targets
+    kind = KINDS.find("lycoris_ia3")
+    assert kind is not None
+    assert [problem.code for problem in kind.check(silent)] == ["LF230"]
+    with pytest.raises(Exception, match="LF203"):
+        SCHEME.read(bundle_of(ia3 | numbers(TO_Q, on_input=np.ones(2))), NOT_STATED)
+
+
+def test_the_alpha_of_a_rotation_is_its_bound_and_no_scale() -> None:
+    bundle = bundle_of(payload(TO_Q, {"oft_blocks": (2, 4, 4)}) | numbers(TO_Q, alpha=np.array(0.1)))
+    adapter = SCHEME.read(bundle, NOT_STATED)
+    (target,) = adapter.targets
+    assert (target.options, target.scale) == ({"constraint": 0.1}, 1.0)
+    fresh = SCHEME.write(replace(adapter, provenance={}), NO_FACTS).tensors[f"{TO_Q}.alpha"]
+    assert (fresh.dtype.name, float(fresh.read())) == ("float64", 0.1)
+
+
+def test_parts_with_lengths_of_inputs_are_not_fused() -> None:
+    """Those of a fused weight would be lengths over all its parts."""
+    parts = m.flat("lora_unet", m.FLUX_DIFFUSERS)
+    lengths = {f"{module}.dora_scale": np.ones((1, shape[1]), np.float32) for module, shape in parts.items()}
+    bundle = bundle_of(m.lora(parts, DOWN, UP, alpha=2.0) | dict(m.tensors(lengths)))
+    source = Source(PATH, bundle, SCHEME.read(bundle, NOT_STATED), "")
+    converted = convert_source(source, DOTTED, NO_FACTS, Rounding())
+    against = [problem for problem in converted.problems if problem.severity == "error"]
+    assert {problem.code for problem in against} == {"LF315"}
+    assert any("dora_scale" in problem.found for problem in against)

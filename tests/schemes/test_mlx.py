@@ -1,6 +1,7 @@
 """mlx-lm: its own configuration, transposed factors, one rank and one multiplier."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ class TestMlx(SchemeLaws):
             "float16": bundle_of(d.factors(MODULES, A, B, transposed=True, dtype=np.float16)),
             "embedding": bundle_of(d.factors(MODULES, A, B, transposed=True, embedding="model.embed_tokens")),
             "DoRA": bundle_of(plain | dora, CONFIG | {"fine_tune_type": "dora"}),
+            "DoRA of an embedding": bundle_of(
+                d.factors(MODULES, A, B, transposed=True, embedding="model.embed_tokens")
+                | dora
+                | d.tensors({"model.embed_tokens.m": np.arange(1, d.VOCABULARY + 1, dtype=np.float32)}),
+                CONFIG | {"fine_tune_type": "dora"},
+            ),
             "old configuration": bundle_of(plain, OLD),
         }
 
@@ -174,3 +181,15 @@ def test_old_archives_of_numpy(tmp_path: Path) -> None:
     np.savez(tmp_path / "adapters.npz", **arrays)
     (tmp_path / "adapter_config.json").write_text('{"lora_parameters": {"rank": 3, "scale": 20.0}}')
     assert load_adapter(tmp_path).targets[0].scale == 20.0
+
+
+def test_lengths_of_an_embeddings_outputs_have_no_place() -> None:
+    """In mlx-lm `m` of an embedding is one for each token: the two would be read as one another."""
+    shapes = {"lora_embedding_A": (2, 9), "lora_embedding_B": (5, 2), "lora_magnitude_vector": (5,)}
+    factors = {role: MemoryFactor(role, np.ones(shape, np.float32)) for role, shape in shapes.items()}
+    target = Target("model.embed_tokens", "dora", SlotKind.EMBEDDING, factors, 2, Scaling(ScalingRule.MULTIPLIER, 1.0))
+    problems = SCHEME.write(Adapter((target,)), NO_FACTS).problems
+    assert [(problem.code, problem.where) for problem in problems] == [("LF312", "model.embed_tokens")]
+    tokens = {role: factor for role, factor in factors.items() if role != "lora_magnitude_vector"}
+    tokens["m"] = MemoryFactor("m", np.ones(9, np.float32))
+    assert not SCHEME.write(Adapter((replace(target, factors=tokens),)), NO_FACTS).problems

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE, RETAINED_WARN
-from loraformat_cli.options import adapter_options, check_stated, common_options, json_option
+from loraformat_cli.options import adapter_options, check_stated, common_options, hint_options, json_option
 from loraformat_cli.params import ByteSize, Finite, WeightedAdapter
 from loraformat_cli.screen import Screen
 
@@ -30,6 +30,7 @@ _ONLY_MERGING: Final = frozenset(
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads no weights, writes nothing.")
 @json_option
 @adapter_options
+@hint_options
 @click.option("--allow-unmatched", multiple=True, metavar="GLOB", help="Targets that the base may lack; repeatable.")
 @click.option("--strip-prefix", metavar="PREFIX", help="Remove this from the front of the adapters' target names.")
 @click.option(
@@ -53,6 +54,18 @@ _ONLY_MERGING: Final = frozenset(
 )
 @click.option("--untie", is_flag=True, default=None, help="Let tied tables part where adapters change them apart.")
 @click.option("--new-biases", is_flag=True, default=None, help="Give biases to modules that have none.")
+@click.option("--keep-scales", is_flag=True, default=None, help="Leave the scales of quantised weights as they are.")
+@click.option(
+    "--accept-ranges",
+    is_flag=True,
+    default=None,
+    help="Accept activation ranges that a quantised model has of its base.",
+)
+@click.option(
+    "--external-data",
+    type=click.Choice(["copy", "share"]),
+    help="share: a small model beside an ONNX base, which refers to the base's data for what does not change.",
+)
 @click.option(
     "--dtype", metavar="FORM", help="Number form of the output, such as bfloat16; else each tensor keeps its own."
 )

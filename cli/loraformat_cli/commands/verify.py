@@ -6,8 +6,8 @@ from typing import Any, Final
 import click
 
 from loraformat.limits import DEFAULT_MEMORY_BYTES
-from loraformat_cli.options import adapter_options, check_stated, common_options, json_option
-from loraformat_cli.params import ByteSize, WeightedAdapter
+from loraformat_cli.options import adapter_options, check_stated, common_options, hint_options, json_option
+from loraformat_cli.params import ByteSize, NamedNumber, WeightedAdapter
 from loraformat_cli.screen import Screen
 
 _FILE: Final = click.Path(path_type=Path)
@@ -25,8 +25,18 @@ _FILE: Final = click.Path(path_type=Path)
     metavar="ADAPTER[:WEIGHT]",
     help="An adapter, in the order of the merge; without a weight it takes the receipt's.  Repeatable.",
 )
+@click.option("--run", is_flag=True, help="Run both ONNX models with onnxruntime and compare their outputs too.")
+@click.option(
+    "--size",
+    "sizes",
+    type=NamedNumber(whole=True),
+    multiple=True,
+    metavar="NAME=N",
+    help="With --run: a dimension's size.",
+)
 @json_option
 @adapter_options
+@hint_options
 @click.option("-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: by the machine]")
 @click.option(
     "--max-memory",
@@ -53,6 +63,7 @@ def command(
     import loraformat
 
     check_stated(flags["alpha"], flags["scale"])
+    flags["sizes"] = {name: int(size) for name, size in flags["sizes"]}
     asked = {name: value for name, value in flags.items() if value is not None}
     pairs = [path if weight is None else (path, weight) for path, weight in adapters]
     with screen.progress("verifying") as progress:
@@ -62,6 +73,8 @@ def command(
     if screen.json:
         screen.document(found.as_json())
     elif found.holds:
+        for run in found.runs:
+            screen.note(f"output {run.output}: {run.kept:.4%} of the change, off by {run.difference:.3g} of the output")
         screen.note(f"{found.weights} weights computed once more, {found.compared_bytes} bytes equal")
     if not found.holds:
         raise click.exceptions.Exit(1)

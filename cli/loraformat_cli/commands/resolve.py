@@ -1,0 +1,66 @@
+"""`loraformat resolve`."""
+
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from loraformat_cli.options import adapter_options, check_stated, common_options, hint_options, json_option
+from loraformat_cli.screen import Screen
+
+_FILE: Final = click.Path(path_type=Path)
+
+
+@click.command(short_help="Say which weight each target is.")
+@click.argument("base", type=_FILE)
+@click.argument("adapter", type=_FILE)
+@json_option
+@adapter_options
+@hint_options
+@click.option("--allow-unmatched", multiple=True, metavar="GLOB", help="Targets that the base may lack; repeatable.")
+@click.option("--strip-prefix", metavar="PREFIX", help="Remove this from the front of the adapter's target names.")
+@click.option(
+    "--ignore-fingerprints",
+    is_flag=True,
+    default=None,
+    help="Accept weights that do not match their target's fingerprint.",
+)
+@common_options
+@click.pass_obj
+def command(screen: Screen, /, base: Path, adapter: Path, **flags: Any) -> None:
+    r"""Say which weight of BASE each target of ADAPTER is, and how that is known. Nothing is merged.
+
+    What --json prints is what --map reads, of this command and of `merge`: edit it where a target is not found.
+
+    \b
+    Examples:
+      loraformat resolve model.onnx adapter/
+      loraformat resolve optimised.onnx adapter/ --base-checkpoint ./Llama-3.2-1B
+      loraformat resolve model.onnx adapter/ --json > map.json
+    """
+    import loraformat
+
+    check_stated(flags["alpha"], flags["scale"])
+    asked = {name: value for name, value in flags.items() if value is not None}
+    found = loraformat.resolve_targets(base, adapter, **asked)
+    for problem in found.problems:
+        screen.problem(problem)
+    if screen.json:
+        screen.document(found.as_json())
+    else:
+        screen.table(
+            ("target", "weight", "strategy", "evidence", "verified by"),
+            ((_name(t), _place(t), t.strategy, t.evidence, ", ".join(t.verified) or "-") for t in found.targets),
+        )
+        screen.note(f"{len(found.targets)} weights found")
+    if not found.is_whole:
+        raise click.exceptions.Exit(1)
+
+
+def _name(target: Any) -> str:
+    return str(target.target) if target.parameter == "weight" else f"{target.target}.{target.parameter}"
+
+
+def _place(target: Any) -> str:
+    rows = "" if target.rows is None else f" rows {target.rows[0]} to {target.rows[1]}"
+    return f"{target.weight}{rows}{', rows scaled' if target.folded else ''}"

@@ -1,0 +1,229 @@
+"""Arithmetic of codes with scales and zero points: `(code - zero point) * scale`, in blocks of a matrix."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraformat.encodings import Coder, Coding
+
+Array = NDArray[Any]
+_NEVER: Final = np.float32(np.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How a matrix is cut into blocks.
+
+    Attributes:
+        matrix: rows and columns.
+        block: rows and columns of one block.
+    """
+
+    matrix: tuple[int, int]
+    block: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(rows, columns)` of the blocks."""
+        return -(-self.matrix[0] // self.block[0]), -(-self.matrix[1] // self.block[1])
+
+    def spread(self, values: Array, rows: range) -> Array:
+        """Return one value for each block as what broadcasts to the stored rows `rows`."""
+        if self.block[0] >= self.matrix[0]:
+            part = values[:1]
+        elif self.block[0] == 1:
+            part = values[rows.start : rows.stop]
+        else:
+            part = values[np.arange(rows.start, rows.stop) // self.block[0]]
+        if self.block[1] == 1 or self.shape[1] == 1:
+            return part
+        return np.repeat(part, self.block[1], axis=1)[:, : self.matrix[1]]
+
+    def reduce(self, function: np.ufunc, values: Array, rows: range, held: Array) -> None:
+        """Fold the stored rows `rows` into `held`, one value for each block, with a ufunc such as `np.maximum`."""
+        if self.shape[1] == 1:
+            values = function.reduce(values, axis=1, keepdims=True)
+        elif self.block[1] > 1:
+            values = function.reduceat(values, np.arange(0, self.matrix[1], self.block[1]), axis=1)
+        blocks = np.arange(rows.start, rows.stop) // self.block[0]
+        starts = np.flatnonzero(np.diff(blocks, prepend=-1))
+        places = blocks[starts]
+        held[places] = function(held[places], function.reduceat(values, starts, axis=0))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How codes lie in their tensor.
+
+    Attributes:
+        least: the first code.
+        most: the last one.
+        narrow: first and last code of what leaves out a bit, or half of the codes; quantisers do so (`reduce_range`)
+            for processors that would overflow otherwise.
+        packed: whether two lie in one byte, the lower four bits first.
+        signed: whether codes have a sign.
+    """
+
+    least: int
+    most: int
+    narrow: tuple[int, int]
+    packed: bool = False
+    signed: bool = False
+
+    @property
+    def centre(self) -> int:
+        """The zero point of codes that reach as far down as up."""
+        return (self.least + self.most + 1) // 2
+
+    def unpack(self, stored: Array, columns: int) -> Array:
+        """Return codes `(rows, columns)`."""
+        if not self.packed:
+            return stored.view(np.int8 if self.signed else np.uint8).reshape(len(stored), columns)
+        flat = stored.view(np.uint8).reshape(len(stored), -1)
+        codes = np.empty((len(flat), 2 * flat.shape[1]), np.int8)
+        codes[:, 0::2], codes[:, 1::2] = flat & 0xF, flat >> 4
+        return ((codes ^ 8) - 8 if self.signed else codes)[:, :columns]
+
+    def pack(self, codes: Array, out: Array) -> None:
+        """Write codes into their tensor's rows."""
+        if not self.packed:
+            form = np.int8 if self.signed else np.uint8
+            np.copyto(out.view(form).reshape(codes.shape), codes, casting="unsafe")
+            return
+        nibbles = codes.astype(np.int8).view(np.uint8) & 0xF
+        if nibbles.shape[1] % 2:
+            nibbles = np.pad(nibbles, ((0, 0), (0, 1)))
+        np.bitwise_or(nibbles[:, 0::2], nibbles[:, 1::2] << 4, out=out.view(np.uint8).reshape(len(out), -1))
+
+
+class AffineCoder:
+    """A `Coder`.
+
+    Args:
+        coding: where scale and zero point of an element are.
+        layout: how the codes lie.
+        scales: `(blocks down, blocks across)` in the stored form.
+        zeros: the same of float32, or of one element.
+    """
+
+    def __init__(self, coding: Coding, layout: Layout, scales: Array, zeros: Array) -> None:
+        self.coding = coding
+        self.layout = layout
+        self.blocks = Blocks(coding.matrix, coding.block)
+        self.stored_scales = scales
+        self.scales = scales.astype(np.float32)
+        self.zeros = zeros
+        self._are_codes = bool((zeros == np.rint(zeros)).all())
+
+    def decode(self, codes: Array, rows: range, out: NDArray[np.float32]) -> None:
+        """Write `(code - zero point) * scale`, of which only the product is rounded."""
+        np.subtract(self.layout.unpack(codes, out.shape[1]), self._zeros(rows), out=out, casting="unsafe")
+        np.multiply(out, self.blocks.spread(self.scales, rows), out=out)
+
+    def encode(self, values: NDArray[np.float32], rows: range, out: Array) -> None:
+        """Write the nearest codes; of a block whose scale is zero, its zero points."""
+        scales, zeros = self.blocks.spread(self.scales, rows), self._zeros(rows)
+        quotients = np.divide(values, np.where(scales == 0, _NEVER, scales))
+        if not self._are_codes:
+            np.add(quotients, zeros, out=quotients)
+        np.rint(quotients, out=quotients)
+        if self._are_codes:  # Quantisers add them after rounding.
+            np.add(quotients, zeros, out=quotients)
+        np.nan_to_num(quotients, copy=False)
+        np.clip(quotients, self.layout.least, self.layout.most, out=quotients)
+        self.layout.pack(quotients, out)
+
+    def start_fit(self) -> "AffineFit":
+        """Return what finds other scales."""
+        return AffineFit(self)
+
+    def tensors(self) -> Mapping[str, Array]:
+        """Return the scales in their stored form."""
+        return {"scales": self.stored_scales}
+
+    def with_scales(self, scales: Array) -> "AffineCoder":
+        """Return the same with other scales, rounded to the stored form."""
+        with np.errstate(over="ignore"):
+            return AffineCoder(self.coding, self.layout, scales.astype(self.stored_scales.dtype), self.zeros)
+
+    def _zeros(self, rows: range) -> Array:
+        return self.zeros if self.zeros.size == 1 else self.blocks.spread(self.zeros, rows)
+
+
+class AffineFit:
+    """A `Fit`: keeps zero points, and takes for each block the smallest scale whose codes reach its values.
+
+    Scales may be negative where some are in the base: quantisers do so to use the one code more below zero than above.
+
+    Args:
+        coder: how the weight is coded now.
+    """
+
+    def __init__(self, coder: AffineCoder) -> None:
+        self._coder = coder
+        shape = coder.blocks.shape
+        self._most, self._least, self._change = np.zeros((3, *shape), np.float32)
+        self._codes = (coder.layout.most, coder.layout.least)
+
+    def see(self, codes: Array, rows: range, values: NDArray[np.float32], delta: NDArray[np.float32]) -> None:
+        """Take in the extremes of a tile; codes tell how much of their range the quantiser uses."""
+        blocks = self._coder.blocks
+        blocks.reduce(np.maximum, values, rows, self._most)
+        blocks.reduce(np.minimum, values, rows, self._least)
+        blocks.reduce(np.maximum, np.abs(delta), rows, self._change)
+        found = self._coder.layout.unpack(codes, values.shape[1])
+        self._codes = (min(self._codes[0], int(found.min())), max(self._codes[1], int(found.max())))
+
+    def finish(self) -> Coder:
+        """Return the coder with the new scales."""
+        coder = self._coder
+        first, last = self._find_range()
+        zeros = np.broadcast_to(coder.zeros, coder.blocks.shape)
+        down, up = first - zeros, last - zeros
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scales = np.maximum(_reach(self._most, up), _reach(self._least, down))
+            if (coder.scales < 0).any():
+                turned = np.maximum(_reach(self._most, -down), _reach(self._least, -up))
+                scales = np.where(turned < scales, -turned, scales)
+        kept = (self._change == 0) | (scales == 0)
+        return coder.with_scales(np.where(kept, coder.scales, scales))
+
+    def _find_range(self) -> tuple[int, int]:
+        """Return the first and the last code that the quantiser gives."""
+        layout = self._coder.layout
+        least, most = self._codes
+        if layout.narrow[0] <= least and most <= layout.narrow[1]:
+            return layout.narrow
+        symmetric = (
+            layout.least < 0 and least > layout.least
+        )  # int8 from -127 up: so quantisers keep zero in the middle.
+        return (layout.least + 1 if symmetric else layout.least), layout.most
+
+
+def _reach(extreme: Array, codes: Array) -> Array:
+    """Return the scale at which `codes` steps reach an extreme; zero where there is no way to go, or no need."""
+    return np.where((extreme == 0) | (codes == 0), 0, extreme / np.where(codes == 0, 1, codes)).astype(np.float32)
+
+
+def bind_affine(coding: Coding, layout: Layout) -> AffineCoder:
+    """Return the coder of a weight, its scales and zero points read."""
+    shape = Blocks(coding.matrix, coding.block).shape
+    scales = coding.companions["scales"].read().reshape(shape)
+    held = coding.companions.get("zero_points")
+    if held is None:
+        return AffineCoder(coding, layout, scales, np.full((1, 1), coding.zero, np.float32))
+    return AffineCoder(coding, layout, scales, _read_zeros(coding, layout, shape))
+
+
+def _read_zeros(coding: Coding, layout: Layout, shape: tuple[int, int]) -> Array:
+    """Return zero points of float32; packed ones are padded to whole bytes row by row, or at the end."""
+    tensor = coding.companions["zero_points"]
+    if not layout.packed or tensor.dtype.family == "float":
+        return tensor.read().astype(np.float32).reshape(shape)
+    data = tensor.read().reshape(-1).view(np.uint8)
+    rows = shape[0] if data.size == shape[0] * (-(-shape[1] // 2)) else 1
+    codes = layout.unpack(data.reshape(rows, -1), shape[1] if rows > 1 or shape[0] == 1 else shape[0] * shape[1])
+    return codes.astype(np.float32).reshape(shape)

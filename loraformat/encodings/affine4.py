@@ -1,0 +1,33 @@
+"""Codes of 4 bits, two in a byte, with scales and zero points.
+
+What onnxruntime's MatMulNBits with 4 bits reads, and DequantizeLinear from int4 and uint4. They are decoded, and float
+weights encoded. What was decoded, changed a little and encoded again has lost the change: nobody should offer that.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from loraformat.dtypes import Dtype
+from loraformat.encodings import Coder, Coding
+from loraformat.encodings._affine import Layout, bind_affine
+
+_LAYOUTS: Final = {
+    "int4": Layout(-8, 7, narrow=(0, -1), packed=True, signed=True),
+    "uint8": Layout(0, 15, narrow=(0, -1), packed=True),
+    "uint4": Layout(0, 15, narrow=(0, -1), packed=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Affine4:
+    """Codes of 4 bits."""
+
+    name: str = "affine4"
+    bits: int = 4
+
+    def bind(self, coding: Coding, form: Dtype) -> Coder:
+        """Return the coder of a weight."""
+        return bind_affine(coding, _LAYOUTS[form.name])
+
+
+CODED: Final = Affine4()

@@ -1,0 +1,73 @@
+"""Some columns of stored weights, for comparing them with those of a torch checkpoint."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraformat.adapter import SlotKind
+from loraformat.bases import Site
+from loraformat.matching import Want
+from loraformat.spans import Part, StoredTensor
+
+_TILE_BYTES: Final = 1 << 22
+
+
+def is_comparable(want: Want, site: Site) -> bool:
+    """Say whether a whole stored matrix may be a target's weight, or have it among its rows."""
+    weight = site.weight
+    if (
+        weight is None
+        or weight.coding is not None
+        or site.part
+        or site.section
+        or want.change.slot not in site.transposed
+        or site.parameter != "weight"
+    ):
+        return False
+    shape = weight.tensor.shape
+    if min(want.shape) < 0:  # What the factors do not tell, the names must.
+        return False
+    if len(shape) != 2:
+        return shape == want.shape
+    rows, columns = shape[::-1] if site.transposed[want.change.slot] else shape
+    return columns == math.prod(want.shape[1:]) and rows >= want.shape[0] and len(want.shape) == 2
+
+
+def read_columns(site: Site, slot: SlotKind, columns: Sequence[int]) -> NDArray[np.float32]:
+    """Return `(rows, len(columns))` float32 of the canonical matrix `(out, in * kernel)` that a site applies.
+
+    Memory is that of the result and one tile.
+    """
+    assert site.weight is not None, "chosen so"
+    tensor = site.weight.tensor
+    part = site.part or _whole(tensor)
+    if site.transposed[slot]:
+        lines = range(*part.rows)
+        read = [_read_rows(tensor, part.matrix, lines[column], 1)[0, slice(*part.columns)] for column in columns]
+        return np.stack(read, axis=1)
+    chosen = np.asarray(range(*part.columns))[list(columns)]
+    step = max(1, _TILE_BYTES // (part.matrix[1] * tensor.dtype.numpy().itemsize))
+    tiles = [
+        _read_rows(tensor, part.matrix, start, min(step, part.matrix[0] - start))[:, chosen]
+        for start in range(0, part.matrix[0], step)
+    ]
+    return np.concatenate(tiles)[slice(*part.rows)]
+
+
+def _whole(tensor: StoredTensor) -> Part:
+    matrix = (tensor.shape[0], math.prod(tensor.shape[1:]))
+    return Part(matrix, (0, matrix[0], 1), (0, matrix[1], 1))
+
+
+def _read_rows(tensor: StoredTensor, matrix: tuple[int, int], start: int, count: int) -> NDArray[np.float32]:
+    """Return rows of a stored matrix as float32."""
+    if not tensor.is_contiguous:
+        rows: NDArray[Any] = tensor.read().reshape(matrix)[start : start + count]
+    else:
+        rows = np.empty((count, matrix[1]), tensor.dtype.numpy())
+        tensor.file.read_into(rows.reshape(-1).view(np.uint8), tensor.span.offset + start * matrix[1] * rows.itemsize)
+    with np.errstate(over="ignore"):
+        return rows.astype(np.float32)

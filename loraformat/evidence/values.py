@@ -1,0 +1,208 @@
+"""Weights that have the numbers of the torch checkpoint which the graph was exported from: `--base-checkpoint`.
+
+A stored matrix is the checkpoint's W, its transpose, a cast of it, or some rows of a packed one; each row may have been
+multiplied by a number, as exporters do that fold BatchNorm or a head's scale into a weight. Compared are up to 24
+columns of every row.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraformat.bases import Site
+from loraformat.evidence import Lookup
+from loraformat.evidence._columns import is_comparable, read_columns
+from loraformat.matching import Want, cut_rows, fits_site
+from loraformat.problems import Problem
+from loraformat.site_index import Candidate
+
+VERIFIED: Final = "values"
+_COLUMNS: Final = 24
+_TELLING: Final = 8
+"""Fewer columns do not tell a row from a multiple of another."""
+_SLACKS: Final = {"float16": 2.0**-9, "bfloat16": 2.0**-6}
+_SLACK: Final = 2.0**-16
+_CLIPPED: Final = 2e-7
+"""Converters to float16 lift tiny numbers to 1e-7."""
+_OVERCOME: Final = frozenset({"LF404", "LF407"})
+"""Obstacles of a site that doubt which weight it has, or whether its own: equal numbers settle both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """How a stored matrix has a checkpoint's weight.
+
+    Attributes:
+        start: row of the stored canonical matrix at which it begins.
+        factors: `(out,)` float64, what each row was multiplied by.
+    """
+
+    start: int
+    factors: NDArray[np.float64]
+
+
+class Values:
+    """The strategy `values`."""
+
+    name = "values"
+    order = 40
+
+    def find(self, want: Want, lookup: Lookup) -> list[Candidate]:
+        """Return the sites, or rows of packed ones, that have the numbers of the checkpoint's weight."""
+        if not _has_reference(want, lookup):
+            return []
+        return [
+            Candidate(site, self.name, self.name, VERIFIED)
+            for whole in lookup.sites
+            if is_comparable(want, whole)
+            for site in _find_in(want, whole, lookup)
+        ]
+
+
+def verify_values(want: Want, candidates: Sequence[Candidate], lookup: Lookup) -> list[Candidate] | Problem:
+    """Return the candidates that have the checkpoint's numbers, with the factors of their rows, or what contradicts it.
+
+    What cannot be compared passes as it is. A site that has only an end of its name in common with the target, and
+    other numbers, is dropped: it is another module's.
+    """
+    able = [candidate for candidate in candidates if _is_able(want, candidate.site)]
+    if not able or not _has_reference(want, lookup):
+        return list(candidates)
+    verified = [c for candidate in able if (c := _verify(want, candidate, lookup)) is not None]
+    if verified:
+        return verified
+    blocked = [candidate for candidate in able if candidate.site.obstacle is not None]
+    if blocked:
+        return blocked
+    if all(candidate.relation[:1] in ("+", "-") for candidate in able):
+        return []
+    site = able[0].site
+    assert site.weight is not None, "chosen so"
+    found = f"the weight {site.weight.name!r}, found by {site.evidence or able[0].strategy}, has other numbers"
+    return Problem("LF421", want.name, found, "the numbers of the base checkpoint")
+
+
+def _is_able(want: Want, site: Site) -> bool:
+    """Say whether the numbers at a site can be compared: floats, in the target's shape."""
+    if site.weight is None or site.weight.coding is not None or want.change.slot not in site.transposed:
+        return False
+    return fits_site(want, site)
+
+
+def _verify(want: Want, candidate: Candidate, lookup: Lookup) -> Candidate | None:
+    site = candidate.site
+    columns = _choose_columns(want)
+    stored = _keep(lookup, site, want, columns)
+    reference = _read_reference(want, lookup, columns)
+    if site.section is not None:
+        reference = reference[slice(*site.section)]
+    likeness = _compare(stored * np.float32(site.divisor), reference, _slack(site, want, lookup))
+    if likeness is None:
+        return None
+    return replace(candidate, site=_settle(site, likeness), verified=VERIFIED)
+
+
+def _find_in(want: Want, site: Site, lookup: Lookup) -> Iterator[Site]:
+    columns = _choose_columns(want)
+    stored = _keep(lookup, site, want, columns)
+    reference, slack = _read_reference(want, lookup, columns), _slack(site, want, lookup)
+    for start in _find_starts(stored, reference):
+        likeness = _compare(stored[start : start + len(reference)] * np.float32(site.divisor), reference, slack)
+        if likeness is not None:
+            cut = site if len(stored) == len(reference) else None
+            cut = cut or cut_rows(site, want.change.slot, (start, start + len(reference)))
+            yield _settle(cut, likeness)
+
+
+def _settle(site: Site, likeness: Likeness) -> Site:
+    """Return the site, its obstacle overcome, with what its rows were multiplied by."""
+    obstacle = site.obstacle if site.obstacle and site.obstacle.code not in _OVERCOME else None
+    first = float(likeness.factors[0])
+    if (likeness.factors == 1).all():
+        return replace(site, obstacle=obstacle)
+    if np.allclose(likeness.factors, first, rtol=1e-6):
+        return replace(site, obstacle=obstacle, divisor=site.divisor / float(likeness.factors.mean()))
+    return replace(site, obstacle=obstacle, row_factors=tuple(map(float, likeness.factors)))
+
+
+def _compare(stored: NDArray[np.float32], reference: NDArray[np.float32], slack: float) -> Likeness | None:
+    """Return how the rows of one are multiples of the rows of the other, None where they are not."""
+    if stored.shape != reference.shape:
+        return None
+    c, w = stored.astype(np.float64), reference.astype(np.float64)
+    if not (np.isfinite(c).all() and np.isfinite(w).all()):
+        return None
+    squares = (w * w).sum(axis=1)
+    factors = np.divide((c * w).sum(axis=1), squares, out=np.ones(len(w)), where=squares > 0)
+    factors[np.abs(factors - 1) <= slack] = 1.0
+    if len(w[0]) < _TELLING or _are_poor(w):
+        factors[:] = 1.0
+    expected = factors[:, None] * w
+    allowed = slack * np.abs(expected).max(axis=1, initial=0.0) + _CLIPPED
+    if (factors == 0).any() or (np.abs(c - expected).max(axis=1, initial=0.0) > allowed).any():
+        return None
+    return Likeness(0, factors)
+
+
+def _are_poor(w: NDArray[np.float64]) -> bool:
+    """Say whether rows are so alike that one is a multiple of another: then factors would tell nothing."""
+    lengths = np.linalg.norm(w, axis=1, keepdims=True)
+    first = w[0] / lengths[0] if lengths[0] else w[0]
+    alike = np.abs(np.divide(w, lengths, out=np.zeros_like(w), where=lengths > 0) @ first) > 1 - 1e-9
+    return bool(alike[1:].any())
+
+
+def _find_starts(stored: NDArray[np.float32], reference: NDArray[np.float32]) -> list[int]:
+    """Return the rows at which the reference may begin: where its largest row has its like."""
+    if len(stored) == len(reference):
+        return [0]
+    anchor = int(np.argmax(np.abs(reference).max(axis=1)))
+    line = reference[anchor] / max(float(np.linalg.norm(reference[anchor])), 1e-30)
+    lengths = np.linalg.norm(stored, axis=1)
+    cosines = np.abs(stored @ line) / np.maximum(lengths, 1e-30)
+    hits = np.flatnonzero(cosines > 1 - 1e-3)
+    return [int(hit) - anchor for hit in hits if 0 <= hit - anchor <= len(stored) - len(reference)]
+
+
+def _choose_columns(want: Want) -> list[int]:
+    """Return up to 24 columns of the canonical matrix, evenly spaced."""
+    count = math.prod(want.shape[1:])
+    return sorted({index * (count - 1) // max(1, _COLUMNS - 1) for index in range(_COLUMNS)})
+
+
+def _keep(lookup: Lookup, site: Site, want: Want, columns: Sequence[int]) -> NDArray[np.float32]:
+    assert site.weight is not None, "chosen so"
+    key = (site.weight.key, site.part, site.transposed[want.change.slot], tuple(columns))
+    return _once(lookup, key, lambda: read_columns(site, want.change.slot, columns))
+
+
+def _read_reference(want: Want, lookup: Lookup, columns: Sequence[int]) -> NDArray[np.float32]:
+    """Return columns of the checkpoint's weight, `(out, columns)`."""
+    matches = lookup.reference(want)
+    key = (want.target.name, want.parameter, tuple(columns))
+    read = (read_columns(match.sites[0], want.change.slot, columns) for match in matches)
+    return _once(lookup, key, lambda: np.concatenate(list(read)))
+
+
+def _once(lookup: Lookup, key: Any, read: Any) -> NDArray[np.float32]:
+    if key not in lookup.kept:
+        lookup.kept[key] = read()
+    values: NDArray[np.float32] = lookup.kept[key]
+    return values
+
+
+def _has_reference(want: Want, lookup: Lookup) -> bool:
+    return bool(lookup.reference(want)) and want.is_main and len(want.shape) > 1 and min(want.shape) > 0
+
+
+def _slack(site: Site, want: Want, lookup: Lookup) -> float:
+    assert site.weight is not None, "chosen so"
+    forms = {site.weight.tensor.dtype.name, *(match.weight.tensor.dtype.name for match in lookup.reference(want))}
+    return max(_SLACKS.get(form, _SLACK) for form in forms)
+
+
+STRATEGY: Final = Values()

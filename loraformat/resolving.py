@@ -1,0 +1,116 @@
+"""Which weight each target of an adapter is, and how that is known: a table for people, and a map for `--map`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loraformat.bases import BaseModel
+from loraformat.evidence import Hints
+from loraformat.matching import Match
+from loraformat.plan import WeightedAdapter
+from loraformat.problems import Problem
+from loraformat.resolve import gather_clues, resolve
+from loraformat.rules import check_adapter
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedTarget:
+    """One parameter of a target, and the weight that it is.
+
+    Attributes:
+        target: name of the target.
+        parameter: `weight`, `bias` ...
+        weight: name of the stored tensor.
+        sites: ids of the sites that read it.
+        rows: start and stop of the target's rows in the weight's canonical matrix `(out, in)`; None for all.
+        strategy: what found it.
+        evidence: what it was found by.
+        verified: what of its numbers was compared, and agrees.
+        transposed: whether the stored matrix is the transpose of `(out, in)`.
+        folded: whether it was multiplied by numbers before it was stored: a merge needs the torch checkpoint for them.
+    """
+
+    target: str
+    parameter: str
+    weight: str
+    sites: tuple[str, ...]
+    rows: tuple[int, int] | None
+    strategy: str
+    evidence: str
+    verified: tuple[str, ...]
+    transposed: bool
+    folded: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record for `--json`."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What `resolve_targets` has found.
+
+    Attributes:
+        targets: those with a weight, sorted.
+        problems: what is wrong with the others, and what is to be said.
+    """
+
+    targets: tuple[ResolvedTarget, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every target has its weight."""
+        return not any(problem.severity == "error" for problem in self.problems)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record for `--json`; `--map` reads its `targets`."""
+        return {
+            "targets": [target.as_json() for target in self.targets],
+            "problems": [dict(problem.as_json()) for problem in self.problems],
+        }
+
+
+def resolve_one(base: BaseModel, item: WeightedAdapter, hints: Hints, options: Mapping[str, Any]) -> Resolved:
+    """Return which weight each target of one adapter is.
+
+    Args:
+        base: the opened base.
+        item: the adapter.
+        hints: what there is to find targets by, besides names.
+        options: of `resolve`.
+    """
+    problems = check_adapter(item.adapter)
+    if any(problem.severity == "error" for problem in problems):
+        return Resolved((), tuple(problems))
+    clues = gather_clues(item.adapter, hints, strip_prefix=options.get("strip_prefix"))
+    found = resolve(item.adapter, base.sites, clues=clues, **options)
+    divisors = {site.id: site.divisor for site in base.sites}
+    targets = sorted(
+        (_describe(match, divisors) for match in found.matches),
+        key=lambda each: (each.target, each.parameter, each.weight),
+    )
+    return Resolved(tuple(targets), (*problems, *found.problems))
+
+
+def _describe(match: Match, divisors: Mapping[str, float]) -> ResolvedTarget:
+    return ResolvedTarget(
+        target=match.target.name,
+        parameter=match.want.parameter,
+        weight=match.weight.name,
+        sites=tuple(site.id for site in match.sites),
+        rows=_find_rows(match),
+        strategy=match.strategy,
+        evidence=match.evidence,
+        verified=match.verified,
+        transposed=match.transposed,
+        folded=bool(match.row_factors) or match.divisor != divisors[match.sites[0].id],
+    )
+
+
+def _find_rows(match: Match) -> tuple[int, int] | None:
+    """Return the rows of the canonical matrix that a part of a stored one is, where these are a run."""
+    if match.part is None:
+        return None
+    start, stop, step = match.part.columns if match.transposed else match.part.rows
+    return (start, stop) if step == 1 else None

@@ -1,0 +1,132 @@
+"""Merged models beside their bases with the change computed apart, by onnxruntime; wrong models are found."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+import loraformat
+from builders import write_peft
+from graphs import Net, dyadic, linear_net, torchscript_name, write_model
+
+MODULE = "model.layers.1.fc"
+NAME = torchscript_name(MODULE, "MatMul")
+SIZES = {"in.model.a_1": 16, "in.model.b_1": 32, f"in.{MODULE}_1": 16}
+
+
+def factors(rng: np.random.Generator, out: int, inner: int) -> Any:
+    return rng.standard_normal((3, inner)).astype(np.float32), rng.standard_normal((out, 3)).astype(np.float32)
+
+
+def check(folder: Path, model: onnx.ModelProto, pairs: Any, files: str = "") -> Any:
+    base = write_model(folder / "base.onnx", model, files)
+    adapter = write_peft(folder / "adapter", pairs)
+    loraformat.merge(base, [adapter], folder / "merged.onnx")
+    return loraformat.verify(folder / "merged.onnx", base, [adapter], run=True, sizes=SIZES)
+
+
+def _right(net: Net, weight: Any) -> None:
+    net.op("MatMul", [net.feed("x"), net.weight("w", weight.T)], net.result("y"), NAME)
+
+
+def _left(net: Net, weight: Any) -> None:
+    net.op("MatMul", [net.weight(f"{MODULE}.weight", weight), net.feed("x")], net.result("y"), NAME)
+
+
+def _turned(net: Net, weight: Any) -> None:
+    turned = net.op("Transpose", [net.weight("w", weight)], "t", perm=[1, 0])
+    net.op("MatMul", [net.feed("x"), turned], net.result("y"), NAME)
+
+
+def _gemm(net: Net, weight: Any) -> None:
+    bias = net.weight(f"{MODULE}.bias", dyadic(np.random.default_rng(1), weight.shape[0]))
+    net.op("Gemm", [net.feed("x"), net.weight("w", weight), bias], net.result("y"), NAME, transB=1, alpha=0.5)
+
+
+def _cast(net: Net, weight: Any) -> None:
+    wide = net.op("Cast", [net.weight("w", weight.T.astype(ml_dtypes.bfloat16))], "wide", to=TensorProto.FLOAT)
+    net.op("MatMul", [net.feed("x"), wide], net.result("y"), NAME)
+
+
+@pytest.mark.parametrize("make", [_right, _left, _turned, _gemm, _cast], ids=lambda make: make.__name__)
+def test_every_way_to_apply_a_matrix(tmp_path: Path, make: Callable[[Net, Any], None]) -> None:
+    rng, net = np.random.default_rng(2), Net()
+    make(net, dyadic(rng, 7, 8))
+    found = check(tmp_path, net.model(), {MODULE: factors(rng, 7, 8)})
+    assert found.holds
+    (run,) = found.runs
+    assert run.effect > 0.1
+    assert run.difference < 1e-2 * run.effect
+
+
+@pytest.mark.parametrize("files", ["", "one", "many"])
+def test_wherever_the_weights_are(tmp_path: Path, files: str) -> None:
+    rng = np.random.default_rng(3)
+    weights = {"model.a": dyadic(rng, 24, 16), "model.b": dyadic(rng, 40, 32)}
+    found = check(tmp_path, linear_net(weights).model(), {"model.a": factors(rng, 24, 16)}, files)
+    assert found.holds
+    assert [run.effect > 0 for run in found.runs] == [True, False]
+    assert found.as_json()["runs"][0]["output"] == "out.model.a"
+
+
+def test_a_model_of_half_floats(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    model = linear_net({MODULE: dyadic(rng, 24, 16).astype(np.float16)}).model()
+    found = check(tmp_path, model, {MODULE: factors(rng, 24, 16)})
+    assert found.holds
+    assert found.runs[0].difference < 0.01 * found.runs[0].effect
+
+
+def test_another_model_computes_something_else(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    weights = {MODULE: dyadic(rng, 24, 16)}
+    check(tmp_path, linear_net(weights).model(), {MODULE: factors(rng, 24, 16)})
+    merged = onnx.load(tmp_path / "merged.onnx")
+    (tensor,) = merged.graph.initializer
+    values = np.frombuffer(tensor.raw_data, np.float32)
+    base = onnx.numpy_helper.to_array(onnx.load(tmp_path / "base.onnx").graph.initializer[0]).reshape(-1)
+    tensor.raw_data = (base + 1.5 * (values - base)).astype(np.float32).tobytes()
+    onnx.save(merged, tmp_path / "merged.onnx")
+    found = loraformat.verify(
+        tmp_path / "merged.onnx", tmp_path / "base.onnx", [tmp_path / "adapter"], run=True, sizes=SIZES
+    )
+    assert "LF445" in {problem.code for problem in found.problems}
+    assert found.runs[0].kept == pytest.approx(1.5, rel=1e-4)
+
+
+def test_what_cannot_be_computed_apart_is_named(tmp_path: Path) -> None:
+    """A weight inside a branch is merged and proven byte by byte, but not run apart."""
+    rng, net = np.random.default_rng(6), Net()
+    branches = []
+    for name, weight in (("then", dyadic(rng, 7, 8)), ("other", dyadic(rng, 7, 8))):
+        inner = Net()
+        module = f"{MODULE}.{name}"
+        inner.op(
+            "MatMul",
+            ["x", inner.weight(f"w_{name}", weight.T)],
+            inner.result(f"y_{name}"),
+            torchscript_name(module, "MatMul"),
+        )
+        branches.append(inner.branch(name))
+    net.feed("x")
+    flag = net.weight("flag", np.array(True))
+    net.op("If", [flag], net.result("y"), "If", then_branch=branches[0], else_branch=branches[1])
+    found = check(tmp_path, net.model(), {f"{MODULE}.then": factors(rng, 7, 8)})
+    assert {(problem.code, problem.where) for problem in found.problems} == {("LF446", "w_then")}
+
+
+def test_a_checkpoint_cannot_be_run(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(7)
+    save_file({f"{MODULE}.weight": dyadic(rng, 24, 16)}, tmp_path / "base.safetensors")
+    adapter = write_peft(tmp_path / "adapter", {MODULE: factors(rng, 24, 16)})
+    loraformat.merge(tmp_path / "base.safetensors", [adapter], tmp_path / "merged.safetensors")
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.verify(tmp_path / "merged.safetensors", tmp_path / "base.safetensors", [adapter], run=True)
+    assert caught.value.codes == ("LF446",)
