@@ -8,7 +8,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +39,7 @@ class _Found:
         self.problems: list[Problem] = [*base.problems]
         self.unmatched: list[str] = []
         self.counts: list[int] = []
+        self.base = base
         self._sites = base.sites
 
     @property
@@ -123,8 +124,8 @@ def build_plan(
     Raises:
         LoraformatError: with every problem that was found, not only the first.
     """
-    options = _list_options(
-        allow_unmatched=list(allow_unmatched),
+    wishes = _Wishes(
+        allow_unmatched=tuple(allow_unmatched),
         strip_prefix=strip_prefix,
         allow_zero=allow_zero,
         ignore_fingerprints=ignore_fingerprints,
@@ -138,31 +139,71 @@ def build_plan(
     )
     found = _Found(base)
     for position, item in enumerate(adapters):
-        checked = check_adapter(item.adapter, allow_zero=allow_zero) + _check_weight(item, allow_zero=allow_zero)
-        found.problems += checked
-        if any(problem.severity == "error" for problem in checked):
-            found.counts.append(0)
-            continue
-        resolution = resolve(
-            item.adapter,
-            base.sites,
-            allow_unmatched=allow_unmatched,
-            strip_prefix=strip_prefix,
-            ignore_fingerprints=ignore_fingerprints,
-            untie=untie,
-            new_biases=new_biases,
-            clues=gather_clues(item.adapter, hints, strip_prefix=strip_prefix),
-        )
-        found.add(position, item, resolution)
+        _resolve_adapter(found, position, item, wishes, hints)
     found.check_sites(accept_ranges=accept_ranges)
     planned = found.plan_weights(keep_scales=keep_scales)
+    return _compose_plan(base, adapters, output, wishes, found, planned)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wishes:
+    """What a plan is made by besides base, adapters and hints; the names are those of `build_plan`'s arguments."""
+
+    allow_unmatched: tuple[str, ...]
+    strip_prefix: str | None
+    allow_zero: bool
+    ignore_fingerprints: bool
+    untie: bool
+    new_biases: bool
+    keep_scales: bool
+    accept_ranges: bool
+    external_data: str | None
+    dtype: str | None
+    anew: bool
+
+    def unusual(self) -> dict[str, JsonValue]:
+        """Return those that are not as usual: not empty, not False."""
+        named = asdict(self) | {"allow_unmatched": list(self.allow_unmatched)}
+        return {name: value for name, value in named.items() if value}
+
+
+def _resolve_adapter(found: _Found, position: int, item: WeightedAdapter, wishes: _Wishes, hints: Hints) -> None:
+    """Add what one adapter changes, or what stands against it."""
+    checked = check_adapter(item.adapter, allow_zero=wishes.allow_zero)
+    checked += _check_weight(item, allow_zero=wishes.allow_zero)
+    found.problems += checked
+    if any(problem.severity == "error" for problem in checked):
+        found.counts.append(0)
+        return
+    resolution = resolve(
+        item.adapter,
+        found.base.sites,
+        allow_unmatched=wishes.allow_unmatched,
+        strip_prefix=wishes.strip_prefix,
+        ignore_fingerprints=wishes.ignore_fingerprints,
+        untie=wishes.untie,
+        new_biases=wishes.new_biases,
+        clues=gather_clues(item.adapter, hints, strip_prefix=wishes.strip_prefix),
+    )
+    found.add(position, item, resolution)
+
+
+def _compose_plan(
+    base: BaseModel,
+    adapters: Sequence[WeightedAdapter],
+    output: Path,
+    wishes: _Wishes,
+    found: _Found,
+    planned: tuple[PlannedWeight, ...],
+) -> Plan:
+    """Return the plan, or raise what stands against it."""
     config_changes, followed = follow_weights(planned, base.sites, untied=found.untied)
     problems = found.problems + followed
     if any(problem.severity == "error" for problem in problems):
         raise error_for([problem for problem in problems if problem.severity == "error"])
     rewriting = None
-    if anew or dtype is not None or config_changes or any(weight.new for weight in planned):
-        rewriting = plan_rewriting(base, planned, dtype, anew=anew, config_changes=config_changes)
+    if wishes.anew or wishes.dtype is not None or config_changes or any(weight.new for weight in planned):
+        rewriting = plan_rewriting(base, planned, wishes.dtype, anew=wishes.anew, config_changes=config_changes)
         problems += rewriting.problems
     return Plan(
         base=describe_base(base),
@@ -177,13 +218,8 @@ def build_plan(
         problems=tuple(problems),
         config_changes=rewriting.config_changes if rewriting else {},
         rewritten=rewriting is not None,
-        options=options,
+        options=wishes.unusual(),
     )
-
-
-def _list_options(**options: JsonValue) -> dict[str, JsonValue]:
-    """Return the options that are not as usual: not empty, not False."""
-    return {name: value for name, value in options.items() if value}
 
 
 def describe_base(base: BaseModel) -> dict[str, Any]:
