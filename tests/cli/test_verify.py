@@ -55,17 +55,25 @@ def test_json_is_one_object_either_way(run, face, found, code) -> None:
 
 def test_every_flag_reaches_the_face(run, face) -> None:
     face.answer("verify", PROVEN)
-    words = "--adapter subject:0.5 --scheme peft --scale 2 -j 3 --max-memory 64MiB"
+    words = "--adapter subject:0.5 --scheme peft --scale 2 -j 3 --max-memory 64MiB --run --size batch=2"
     assert run(*WORDS, *words.split()).exit_code == 0
     ((_, args, kwargs),) = face.calls
     assert args == (Path("merged.onnx"), Path("base.onnx"), [Path("style"), (Path("subject"), 0.5)])
-    assert kwargs == {"progress": None, "scheme": "peft", "scale": 2.0, "jobs": 3, "max_memory_bytes": 64 << 20}
+    assert kwargs == {
+        "progress": None,
+        "scheme": "peft",
+        "scale": 2.0,
+        "jobs": 3,
+        "max_memory_bytes": 64 << 20,
+        "run": True,
+        "sizes": {"batch": 2},
+    }
 
 
 def test_what_is_not_given_is_left_to_the_face(run, face) -> None:
     face.answer("verify", PROVEN)
     run(*WORDS)
-    assert face.calls[0][2] == {"progress": None}
+    assert face.calls[0][2] == {"progress": None, "run": False, "sizes": {}}
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,12 @@ def test_verifications_and_undone_merges(model: dict[str, Path], run: Any, tmp_p
     code, found = run("verify", output, *asked, "--json")
     assert (code, found["holds"], found["weights"]) == (0, True, 2)
     check("verification", found)
+    graph = tmp_path / "merged.onnx"
+    run("merge", model["onnx"], model["adapter"], "-o", graph, "--json")
+    code, found = run("verify", graph, "--base", model["onnx"], *asked[2:], "--run", "--json")
+    assert (code, found["holds"]) == (0, True)
+    assert found["runs"]
+    check("verification", found)
     code, undone = run("unmerge", output, "--adapter", model["adapter"], "-o", tmp_path / "near.safetensors", "--json")
     assert (code, undone["exact"]) == (0, False)
     check("undone", undone)
