@@ -169,7 +169,7 @@ needs_checkpoint = pytest.mark.skipif(
     not CHECKPOINT.is_file() or SCHEMES.find("loralib") is None,
     reason=f"the checkpoint is read by the scheme loralib from {CHECKPOINT}; LORAFORMAT_CORPUS names another corpus",
 )
-TOKENS = 6
+TOKENS, VOCABULARY = 6, 1000
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,13 @@ def make_roberta() -> "nn.Module":
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     torch.manual_seed(0)
-    config = RobertaConfig(num_labels=3, max_position_embeddings=514, type_vocab_size=1, attn_implementation="eager")
+    config = RobertaConfig(  # A small vocabulary: the checkpoint changes no embedding.
+        vocab_size=VOCABULARY,
+        num_labels=3,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        attn_implementation="eager",
+    )
     model = RobertaForSequenceClassification(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -234,7 +240,7 @@ def roberta(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Roberta]:
     folder = tmp_path_factory.mktemp("roberta")
     model = make_roberta()
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "base.safetensors")
-    tokens = torch.randint(5, 50000, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(5, VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The exporter is the older one, and says so.
