@@ -186,13 +186,17 @@ def measure(work: Path, size: float, shards: int, rounds: int, *, peft: bool) ->
     times: dict[str, list[float]] = {"cp -r": [], "merge, call": [], "merge, process": [], "PEFT": []}
     peaks: dict[str, float] = {}
     for turn in range(-1, rounds):  # The first turn warms the page cache and counts for nothing.
-        found = {"cp -r": copy_folder(base, work / "copied")}
-        found["merge, call"], found["merge, process"], peak = run_child(MERGE, base, adapter, work / "merged")
-        peaks["merge, call"] = max(peak, peaks.get("merge, call", 0))
-        if peft and turn >= 0:
-            found["PEFT"], _, peaks["PEFT"] = run_child(PEFT, base, adapter, work / "by_peft")
-        for name in ("copied", "merged", "by_peft"):
-            shutil.rmtree(work / name, ignore_errors=True)
+        found: dict[str, float] = {}
+        for name in list(times)[:: 1 if turn % 2 else -1]:
+            if name == "cp -r":
+                found[name] = copy_folder(base, work / "out")
+            elif name == "merge, call":
+                found[name], found["merge, process"], peak = run_child(MERGE, base, adapter, work / "out")
+                peaks[name] = max(peak, peaks.get(name, 0))
+            elif name == "PEFT" and peft and turn >= 0:
+                found[name], _, peaks[name] = run_child(PEFT, base, adapter, work / "out")
+            # What the next one writes must not wait for the disk to take what this one wrote.
+            shutil.rmtree(work / "out", ignore_errors=True)
         if turn >= 0:
             for name, seconds in found.items():
                 times[name].append(seconds)
