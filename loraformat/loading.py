@@ -1,9 +1,10 @@
 """From a path that a user named to an adapter or a base: which container, which scheme, which kind of base."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import chain
 from os.path import isdir
 from pathlib import Path
 from typing import Final
@@ -218,9 +219,9 @@ def is_base(path: Path) -> bool:
 
 def _find_factors(folder: Path) -> Path:
     others = (name for layout in _list_layouts() for name in layout.factors if "*" not in name)
-    for name in (*FACTORS_NAMES, *others):
-        if (folder / name).exists():
-            return folder / name
+    found = next((name for name in chain(FACTORS_NAMES, others) if (folder / name).exists()), None)
+    if found is not None:
+        return folder / found
     names = sorted(entry.name for entry in folder.iterdir())
     unmergeable = recognise_files(names) or recognise_config(_read_config(folder / FACTORS_NAME) or {})
     if unmergeable is not None:
@@ -229,16 +230,18 @@ def _find_factors(folder: Path) -> Path:
     raise refuse("LF121", folder, f"a folder with {inside}", f"a folder with {FACTORS_NAME}")
 
 
-def _list_layouts() -> list[Layout]:
-    return [scheme.layout for _, scheme in SCHEMES if isinstance(scheme, FolderScheme)]
+def _list_layouts() -> Iterator[Layout]:
+    """Yield how schemes lay out their folders; imports a scheme only when it comes to it."""
+    for _, scheme in SCHEMES:
+        if isinstance(scheme, FolderScheme):
+            yield scheme.layout
 
 
 def _read_config(factors: Path) -> Mapping[str, JsonValue] | None:
     """Return the configuration beside a name that a scheme has; beside any other it may belong to another file."""
-    known = [
-        layout.configs for layout in _list_layouts() if any(fnmatchcase(factors.name, name) for name in layout.factors)
-    ]
-    names = (CONFIG_NAME,) if factors.name in FACTORS_NAMES else tuple(name for configs in known for name in configs)
+    fitting = (each for each in _list_layouts() if any(fnmatchcase(factors.name, name) for name in each.factors))
+    own = factors.name in FACTORS_NAMES
+    names = (CONFIG_NAME,) if own else tuple(name for layout in fitting for name in layout.configs)
     paths = [factors.with_name(name) for name in dict.fromkeys(names)]
     found = [_parse_config(path) for path in paths if path.exists()]
     return {name: value for config in reversed(found) for name, value in config.items()} if found else None
