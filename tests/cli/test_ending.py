@@ -185,6 +185,10 @@ main()
 """
 
 
+def _heed_hangups() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("numbers", "exit_code"),
     [
@@ -198,7 +202,8 @@ def test_signals_end_cleanly(tmp_path, numbers, exit_code) -> None:
     part = tmp_path / "part"
     command = [sys.executable, "-c", SLOW, str(part)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+    # What runs the tests may ignore SIGHUP, as nohup does, and the child would too.
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=_heed_hangups) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
         for number in numbers:
