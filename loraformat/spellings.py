@@ -5,7 +5,7 @@ spelling has fused and another in parts. The paths are patterns: `{i}` stands fo
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
@@ -228,9 +228,3 @@ def _compile(pattern: str) -> re.Pattern[str]:
         seen.add(name)
         end = hole.end()
     return re.compile("".join(parts) + re.escape(pattern[end:]))
-
-
-def list_patterns(table: SpellingTable, spelling: str) -> Iterator[str]:
-    """Yield every pattern of a spelling."""
-    for row in table.rows:
-        yield from row.paths.get(spelling, ())

@@ -1,10 +1,11 @@
 """File formats: one file each, from bytes to named tensors that are read only when asked for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
 
+from loraformat.errors import LoraformatError
 from loraformat.registry import Registry
 from loraformat.spans import InputFile, StoredTensor
 from loraformat.strict_json import JsonValue
@@ -74,6 +75,16 @@ class WritableContainer(Container, Protocol):
             metadata: what the container has a place for; LF130 for anything else.
         """
         ...
+
+
+def open_indexed(path: Path, index: Callable[[InputFile], TensorFile]) -> TensorFile:
+    """Open a file and index it; it is closed again when `index` refuses it."""
+    file = InputFile(path)
+    try:
+        return index(file)
+    except LoraformatError:
+        file.close()
+        raise
 
 
 CONTAINERS: Registry[Container] = Registry("loraformat.containers", "CONTAINER")

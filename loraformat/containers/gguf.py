@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from loraformat.containers import TensorFile
+from loraformat.containers import TensorFile, open_indexed
 from loraformat.containers._gguf_values import Cursor, read_value, write_value
 from loraformat.containers._new_tensors import NewTensor, check_new, payload_bytes
 from loraformat.containers._strided import check_name, check_shape
 from loraformat.dtypes import BY_GGML, BlockDtype, Dtype
-from loraformat.errors import LoraformatError, refuse
+from loraformat.errors import refuse
 from loraformat.limits import MAX_DIMS, MAX_KEY_VALUES, MAX_TENSORS
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, Span, StoredTensor
@@ -56,12 +56,7 @@ class Gguf:
             InputError: LF101, LF103, LF105, LF106, LF107, LF108, LF109, LF111, LF112, LF121, LF131, LF301.
             RefusedError: LF110.
         """
-        file = InputFile(path)
-        try:
-            return _index(file)
-        except LoraformatError:
-            file.close()
-            raise
+        return open_indexed(path, _index)
 
     def write(self, sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, JsonValue]) -> None:
         """Write a new file; see `write_gguf`."""

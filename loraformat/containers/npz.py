@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from loraformat.containers import TensorFile
+from loraformat.containers import TensorFile, open_indexed
 from loraformat.containers._new_tensors import NewTensor, check_new, payload_bytes
 from loraformat.containers._strided import StridedTensor, check_name, check_shape, is_c_order
 from loraformat.containers._zip_checksums import mend_crcs
@@ -27,7 +27,7 @@ from loraformat.containers._zip_directory import (
 )
 from loraformat.containers._zip_writing import new_archive
 from loraformat.dtypes import BY_NAME, Dtype
-from loraformat.errors import LoraformatError, refuse
+from loraformat.errors import refuse
 from loraformat.images import Copy, FileImage
 from loraformat.limits import MAX_NPY_HEADER_BYTES, MAX_TENSORS
 from loraformat.signatures import HEAD_BYTES, describe_head
@@ -110,12 +110,7 @@ class Npz:
             InputError: LF101, LF106, LF108, LF109, LF111, LF112, LF121, LF301.
             RefusedError: LF110, LF901, LF902.
         """
-        file = InputFile(path)
-        try:
-            return _index(file)
-        except LoraformatError:
-            file.close()
-            raise
+        return open_indexed(path, _index)
 
     def write(self, sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, JsonValue]) -> None:
         """Write a new archive at the sink's position, arrays in the order given, one held at a time.

@@ -13,12 +13,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from loraformat.containers import TensorFile
+from loraformat.containers import TensorFile, open_indexed
 from loraformat.containers._flatbuffer import Buffer, Table
 from loraformat.containers._new_tensors import NewTensor, check_new, payload_bytes
 from loraformat.containers._strided import check_name, check_shape
 from loraformat.dtypes import BY_ONNX
-from loraformat.errors import LoraformatError, refuse
+from loraformat.errors import refuse
 from loraformat.limits import MAX_FLATBUFFER_BYTES, MAX_TENSORS
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, StoredTensor
@@ -66,12 +66,7 @@ class OnnxAdapter:
             InputError: LF101, LF103, LF105, LF106, LF107, LF108, LF111, LF121, LF131, LF133, LF301.
             RefusedError: LF110.
         """
-        file = InputFile(path)
-        try:
-            return _index(file)
-        except LoraformatError:
-            file.close()
-            raise
+        return open_indexed(path, _index)
 
     def write(self, sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, JsonValue]) -> None:
         """Write a new file; see `write_onnx_adapter`."""

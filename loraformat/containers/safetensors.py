@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, TypeGuard
 
-from loraformat.containers import TensorFile
+from loraformat.containers import TensorFile, open_indexed
 from loraformat.containers._new_tensors import NewTensor, payload_bytes
 from loraformat.dtypes import BY_SAFETENSORS, Dtype
-from loraformat.errors import LoraformatError, refuse
+from loraformat.errors import refuse
 from loraformat.limits import (
     MAX_DIMS,
     MAX_METADATA_BYTES,
@@ -66,12 +66,7 @@ class Safetensors:
             InputError: LF101, LF102, LF103, LF104, LF105, LF106, LF107, LF108, LF109, LF111, LF301.
             RefusedError: LF110.
         """
-        file = InputFile(path)
-        try:
-            return _index(file)
-        except LoraformatError:
-            file.close()
-            raise
+        return open_indexed(path, _index)
 
     def write(self, sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, JsonValue]) -> None:
         """Write a new file; see `write_safetensors`. LF130 for metadata that are no text."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, NoReturn
 
-from loraformat.containers import TensorFile
+from loraformat.containers import TensorFile, open_indexed
 from loraformat.containers._inert_pickle import read_pickle
 from loraformat.containers._inert_values import TensorRecord
 from loraformat.containers._new_tensors import NewTensor
@@ -38,7 +38,7 @@ from loraformat.containers._zip_directory import (
     require_stored,
 )
 from loraformat.dtypes import BY_NAME, Dtype
-from loraformat.errors import LoraformatError, refuse
+from loraformat.errors import refuse
 from loraformat.images import Copy, FileImage
 from loraformat.limits import MAX_PICKLE_BYTES
 from loraformat.signatures import HEAD_BYTES, describe_head
@@ -86,12 +86,7 @@ class TorchZip:
             InputError: LF101, LF105, LF106, LF109, LF111, LF112, LF114, LF121, LF123, LF301.
             RefusedError: LF110, LF901, LF902.
         """
-        file = InputFile(path)
-        try:
-            return _index(file)
-        except LoraformatError:
-            file.close()
-            raise
+        return open_indexed(path, _index)
 
     def write(self, sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, JsonValue]) -> None:
         """Write a new checkpoint; see `write_torch_zip`."""

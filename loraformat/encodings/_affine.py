@@ -73,11 +73,6 @@ class Layout:
     packed: bool = False
     signed: bool = False
 
-    @property
-    def centre(self) -> int:
-        """The zero point of codes that reach as far down as up."""
-        return (self.least + self.most + 1) // 2
-
     def unpack(self, stored: Array, columns: int) -> Array:
         """Return codes `(rows, columns)`."""
         if not self.packed:
