@@ -9,7 +9,7 @@ from loraformat.bases import BaseModel
 from loraformat.engine import Assignment, Effort, carry_out
 from loraformat.errors import refuse
 from loraformat.files import write_at
-from loraformat.images import Blank, Copy, FileImage, Literal
+from loraformat.images import Blank, FileImage
 from loraformat.job_log import FileJobLog, describe_work, read_log
 from loraformat.output_folders import PendingFolder
 from loraformat.output_forms import Order, choose_form, describe_output, list_inputs, list_touched
@@ -17,7 +17,7 @@ from loraformat.outputs import FOLDER_UNDO, PendingOutput, name_log, output_erro
 from loraformat.placing import Place, check_places, list_links, open_place
 from loraformat.plan import Plan, WeightedAdapter
 from loraformat.receipt import Receipt
-from loraformat.sinks import FileSink
+from loraformat.sinks import FileSink, put_image
 from loraformat.spans import InputFile
 from loraformat.undo import describe_undo, name_undo
 
@@ -165,13 +165,7 @@ def write_copies(place: Place, receipt: bytes, inputs: Sequence[InputFile]) -> N
     check_places([place])
     with open_place(place) as pending:
         for image, descriptor in zip(place.images, pending.descriptors, strict=True):
-            sink = FileSink(descriptor, image.path)
-            sink.reserve(image.size_bytes)
-            for offset, piece in image.placed():
-                if isinstance(piece, Copy):
-                    sink.copy(piece, offset)
-                elif isinstance(piece, Literal):
-                    sink.write(piece.data, offset)
+            put_image(FileSink(descriptor, image.path), image)
         _fill_blank(place.images[-1], pending.descriptors[-1], receipt)
         for file in inputs:
             file.check_unchanged()

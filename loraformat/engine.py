@@ -21,7 +21,7 @@ from loraformat.images import Copy, FileImage, Literal
 from loraformat.locating import index_tensors, list_copies, locate_span, locate_weight
 from loraformat.output_forms import index_weights, list_written
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
-from loraformat.sinks import Sink
+from loraformat.sinks import Sink, put_piece
 from loraformat.tiles import TileBuffers, TileSums, merge_rows
 from loraformat.weight_work import WeightWork, count_held
 
@@ -238,10 +238,7 @@ def _merge_coded(work: CodedWork, buffers: TileBuffers, places: Mapping[str, Pla
 
 
 def _copy(sink: Sink, piece: Copy | Literal, offset: int) -> TileSums:
-    if isinstance(piece, Literal):
-        sink.write(piece.data, offset)
-    else:
-        sink.copy(piece, offset)
+    put_piece(sink, piece, offset)
     return TileSums()
 
 

@@ -22,7 +22,7 @@ from loraformat.output_forms import Order, list_touched
 from loraformat.outputs import PendingOutput, output_errors, sync_folder
 from loraformat.receipt import Receipt
 from loraformat.side_receipt import name_side_receipt
-from loraformat.sinks import FileSink, PatchSink
+from loraformat.sinks import FileSink, PatchSink, put_image
 from loraformat.spans import InputFile, read_small
 from loraformat.undo import Undo, check_undo, describe_undo, name_journal, name_undo, open_undo, record_in_place
 
@@ -153,13 +153,7 @@ def _write_journal(base: BaseModel, order: Order, images: Sequence[FileImage]) -
     image = describe_undo(journal, find_root(base.path), images, order.plan, base, record)
     check_space([(journal, image.size_bytes)])
     with PendingOutput([journal], force=False, durable=True) as pending:
-        sink = FileSink(pending.descriptors[0], journal)
-        sink.reserve(image.size_bytes)
-        for offset, piece in image.placed():
-            if isinstance(piece, Copy):
-                sink.copy(piece, offset)
-            else:
-                sink.write(getattr(piece, "data", b""), offset)
+        put_image(FileSink(pending.descriptors[0], journal), image)
         pending.commit()
 
 

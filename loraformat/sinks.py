@@ -8,7 +8,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from loraformat.files import copy_range, reserve_bytes, write_at
-from loraformat.images import Copy
+from loraformat.images import Copy, FileImage, Literal
 from loraformat.outputs import output_errors
 from loraformat.spans import InputFile
 
@@ -31,6 +31,22 @@ class Sink(Protocol):
     def copy(self, piece: Copy, offset: int) -> None:
         """Take bytes of an input file at `offset`."""
         ...
+
+
+def put_piece(sink: Sink, piece: Copy | Literal, offset: int) -> None:
+    """Hand one piece of an image to a sink."""
+    if isinstance(piece, Literal):
+        sink.write(piece.data, offset)
+    else:
+        sink.copy(piece, offset)
+
+
+def put_image(sink: Sink, image: FileImage) -> None:
+    """Hand a whole image to a sink; its blanks and the room for what is computed are left alone."""
+    sink.reserve(image.size_bytes)
+    for offset, piece in image.placed():
+        if isinstance(piece, Copy | Literal):
+            put_piece(sink, piece, offset)
 
 
 @dataclass(frozen=True, slots=True)
