@@ -43,7 +43,7 @@ class MergedWeight:
         targets: the adapter targets that it took in, one entry for each adapter.
         scales: effective multiplier of each entry of `targets`, the user's weight included.
         retained: share of the delta that survived rounding: Σ Δ·(W′−W) / Σ Δ²; 1.0 for a zero delta. Of a large weight
-            that is only added to, one tile in eight is summed, for this and the next two.
+            that is only added to, some rows of one tile in four are summed, for this and the next two.
         relative: ‖Δ‖ / ‖W‖, both Frobenius norms; infinite for a weight of zeros, which JSON has as null.
         error: the largest rounding error |W′ − (W+Δ)| beside the largest |W+Δ| of its tile.
     """

@@ -4,10 +4,11 @@ A member is one file; adding it is adding the file. Listing names imports nothin
 for. Modules whose name starts with an underscore are the room's own machinery.
 """
 
+import sys
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Generic, TypeVar, cast
@@ -32,7 +33,9 @@ class Registry(Generic[Member]):
     def _locations(self) -> dict[str, str]:
         """Name to `module:attribute`; a third party cannot take the name of a member of ours."""
         folder = Path(cast(str, import_module(self._package).__file__)).parent
-        third_party = {entry.name: entry.value for entry in entry_points(group=self._package)}
+        third_party = {
+            entry.name: entry.value for entry in _find_entry_points(tuple(sys.path)).select(group=self._package)
+        }
         own = {
             module.name: f"{self._package}.{module.name}:{self._attribute}"
             for module in iter_modules([str(folder)])
@@ -60,3 +63,9 @@ class Registry(Generic[Member]):
             member = self.find(name)
             if member is not None:
                 yield name, member
+
+
+@cache
+def _find_entry_points(_path: tuple[str, ...]) -> EntryPoints:
+    """Return what all packages on the path declare: to find it, a file of each is read."""
+    return entry_points()

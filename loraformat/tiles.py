@@ -8,7 +8,7 @@ tile needs is allocated once for each worker.
 
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, cast
 
 import numpy as np
@@ -18,12 +18,19 @@ from loraformat.kinds import Delta, Nature, WeightMap
 from loraformat.sinks import Sink
 from loraformat.weight_work import Placed, WeightWork, as_bytes
 
-_SUMMED: Final = 8
+_SUMMED: Final = 4
 """Of the tiles of a large weight that is only added to, one in so many is summed up."""
 
-_SHAPES_HELD: Final = 64
+_ROWS_SKIPPED: Final = 8
+"""And of the rows of such a tile at most one in so many."""
+
 _ALL_SUMMED: Final = 4
 """A weight of fewer tiles than this times `_SUMMED` has more of them summed up, and one of so few all."""
+
+_NUMBERS_SUMMED: Final = 1 << 17
+"""As many numbers of a weight are summed up at least, or all of them."""
+
+_SHAPES_HELD: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,40 +108,51 @@ def merge_rows(work: WeightWork, buffers: TileBuffers, run: range, sink: Sink, s
         sink_offset: bytes from its start to the weight's first byte.
 
     Returns:
-        The sums of the run. Of a large weight that is only added to, every eighth tile is summed up, and of the others
-        only what overflowed is counted.
+        The sums of the run. Of a large weight that is only added to, some rows are summed up, and of the others only
+        what overflowed is counted.
     """
     sums = TileSums()
     height, columns = work.weight.tile_rows, work.weight.matrix[1]
     row_bytes = columns * work.written_form.itemsize
-    every = _count_step(work) if work.is_plain_sum else 1
+    merge = _add_tile if work.is_plain_sum else _change_and_sum
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(run.start, run.stop, height):
             rows = range(start, min(start + height, run.stop))
-            merge = _merge_quickly if start // height % every else _merge_and_sum
             sums += merge(work, buffers, rows, sink, sink_offset + start * row_bytes)
     return sums
 
 
-def _merge_quickly(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, offset: int) -> TileSums:
+def _add_tile(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, offset: int) -> TileSums:
     """Merge a tile that is only added to, in the fewest buffers: the caches like to hold no more."""
     shape = (len(rows), work.weight.matrix[1])
     base = _read_base(work, buffers, rows, shape)
     merged = _sum_deltas(work, buffers, rows, shape)
+    some = _choose_rows(work, rows)
+    delta = merged[some].copy()
     np.add(base, merged, out=merged)
     written = _round_and_write(work, buffers, merged, sink, offset)
-    return _count_broken(base, merged, written)
+    broken = _count_broken(base, merged, written)
+    if not delta.size:
+        return broken
+    wanted = merged[some]
+    sums = sum_up(base[some], delta, wanted, _read_back(work, buffers, wanted, written[some]))
+    return replace(sums, overflowed=broken.overflowed, not_finite=broken.not_finite)
 
 
-def _merge_and_sum(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, offset: int) -> TileSums:
-    """Merge a tile and compare what was written with what was wanted."""
+def _change_and_sum(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, offset: int) -> TileSums:
+    """Merge a tile whatever is done to it, and compare what was written with what was wanted."""
     base, merged, delta = change_tile(work, buffers, rows)
     written = _round_and_write(work, buffers, merged, sink, offset)
-    found = merged
-    if written is not merged:
-        found = buffers.take("scratch", cast(tuple[int, int], merged.shape), work.work_form)
-        work.written_encoding.decode(written, found)
-    return sum_up(base, delta, merged, found)
+    return sum_up(base, delta, merged, _read_back(work, buffers, merged, written))
+
+
+def _read_back(work: WeightWork, buffers: TileBuffers, merged: NDArray[Any], written: NDArray[Any]) -> NDArray[Any]:
+    """Return the values that were written: `merged` itself where the output holds the working form."""
+    if written.dtype == merged.dtype:
+        return merged
+    found = buffers.take("scratch", cast(tuple[int, int], merged.shape), work.work_form)
+    work.written_encoding.decode(written, found)
+    return found
 
 
 def change_tile(work: WeightWork, buffers: TileBuffers, rows: range) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -147,10 +165,14 @@ def change_tile(work: WeightWork, buffers: TileBuffers, rows: range) -> tuple[ND
     return base, *_compose(work, buffers, rows, base)
 
 
-def _count_step(work: WeightWork) -> int:
-    """Return of how many tiles one is summed up."""
-    tiles = work.weight.matrix[0] // work.weight.tile_rows
-    return max(1, min(_SUMMED, tiles // _ALL_SUMMED))
+def _choose_rows(work: WeightWork, rows: range) -> slice:
+    """Return which rows of a tile are summed up: all in a small weight, in a large one some of some tiles."""
+    height, (total, columns) = work.weight.tile_rows, work.weight.matrix
+    every = max(1, min(_SUMMED, total // height // _ALL_SUMMED))
+    if rows.start // height % every:
+        return slice(0)
+    step = max(1, min(_ROWS_SKIPPED, total * columns // every // _NUMBERS_SUMMED))
+    return slice(None, None, step - 1 | 1)  # Odd: what repeats in a weight, such as heads, is met everywhere.
 
 
 def _read_base(work: WeightWork, buffers: TileBuffers, rows: range, shape: tuple[int, int]) -> NDArray[Any]:
