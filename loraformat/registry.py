@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache, cached_property
 from importlib import import_module
-from importlib.metadata import EntryPoints, entry_points
+from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Generic, TypeVar, cast
@@ -66,6 +66,6 @@ class Registry(Generic[Member]):
 
 
 @cache
-def _find_entry_points(_path: tuple[str, ...]) -> EntryPoints:
-    """Return what all packages on the path declare: to find it, a file of each is read."""
-    return entry_points()
+def _find_entry_points(_path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """Return what all packages on the path declare, what takes precedence last: to find it, a file of each is read."""
+    return tuple(entry for package in reversed(list(distributions())) for entry in package.entry_points)
