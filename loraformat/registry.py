@@ -33,9 +33,8 @@ class Registry(Generic[Member]):
     def _locations(self) -> dict[str, str]:
         """Name to `module:attribute`; a third party cannot take the name of a member of ours."""
         folder = Path(cast(str, import_module(self._package).__file__)).parent
-        third_party = {
-            entry.name: entry.value for entry in _find_entry_points(tuple(sys.path)).select(group=self._package)
-        }
+        declared = _find_entry_points(tuple(sys.path))
+        third_party = {entry.name: entry.value for entry in declared if entry.group == self._package}
         own = {
             module.name: f"{self._package}.{module.name}:{self._attribute}"
             for module in iter_modules([str(folder)])
