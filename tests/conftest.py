@@ -1,4 +1,4 @@
-"""What holds for every test: no network, and Hypothesis without a clock.
+"""What holds for every test: no network, Hypothesis without a clock, and one thread of BLAS for each worker.
 
 Profiles: `HYPOTHESIS_PROFILE=nightly` looks a hundred times longer.
 """
@@ -8,6 +8,8 @@ import os
 import pytest
 import pytest_socket
 from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # Before numpy: workers that share processors wait for each other.
 
 # tmp_path is shared by the examples of one test: each writes its file anew.
 _SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}

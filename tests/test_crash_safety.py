@@ -30,6 +30,12 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are fo
 NAMES = ("layers.0.fc", "layers.1.fc")
 SHAPE = (30, 20)
 
+
+def also(*values: Any, id: str | None = None) -> Any:
+    """Return a case for thorough runs: each law has others that always run."""
+    return pytest.param(*values, id=id, marks=pytest.mark.thorough)
+
+
 FORKER = """
 import json, os, signal, sys
 import loraformat
@@ -135,7 +141,7 @@ def parts_in(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("form", "old"),
-    [("", False), ("one", True), ("many", True), ("safetensors", False)],
+    [("", False), also("one", True), ("many", True), ("safetensors", False)],
     ids=["onnx-new", "one-replacing", "many-replacing", "safetensors-new"],
 )
 def test_killed_at_every_step(tmp_path: Path, forker: Forker, form: str, old: bool) -> None:
@@ -194,7 +200,7 @@ def _number(start: int = 1) -> Iterator[int]:
 
 @pytest.mark.parametrize(
     ("form", "old"),
-    [("torch", True), ("npz", False), ("folder", True), ("torch folder", False)],
+    [("torch", True), also("npz", False), ("folder", True), also("torch folder", False)],
     ids=["torch-replacing", "npz-new", "folder-replacing", "torch folder-new"],
 )
 def test_state_dicts_killed_at_every_step(tmp_path: Path, forker: Forker, form: str, old: bool) -> None:
@@ -224,7 +230,7 @@ def test_state_dicts_killed_at_every_step(tmp_path: Path, forker: Forker, form: 
     assert not models.leftovers(folder)
 
 
-@pytest.mark.parametrize("form", ["many", "torch", "folder"])
+@pytest.mark.parametrize("form", ["many", also("torch"), also("folder")])
 def test_in_place_killed_at_every_step(tmp_path: Path, forker: Forker, form: str) -> None:
     """The model is the base, or the merged one, or a journal says that it is neither and takes it back."""
     base, adapter = models.write_base(tmp_path / "in", form), models.write_adapter(tmp_path / "style")
@@ -253,7 +259,7 @@ def test_in_place_killed_at_every_step(tmp_path: Path, forker: Forker, form: str
     assert models.files_below(model.parent) == merged
 
 
-@pytest.mark.parametrize("form", ["onnx", "safetensors", "torch folder"])
+@pytest.mark.parametrize("form", ["onnx", also("safetensors"), also("torch folder")])
 def test_unmerge_in_place_killed_at_every_step(tmp_path: Path, forker: Forker, form: str) -> None:
     """A model that is half restored is never taken for a whole one, and the next run restores it."""
     base, adapter = models.write_base(tmp_path / "in", form), models.write_adapter(tmp_path / "style")
@@ -275,15 +281,15 @@ def test_unmerge_in_place_killed_at_every_step(tmp_path: Path, forker: Forker, f
 
 
 RESUMED = [
-    ("many", {}),
-    ("npz", {}),
-    ("one", {"keep_undo": True}),
-    ("folder", {"link": True}),
-    ("torch folder", {"dtype": "bfloat16", "to": "safetensors"}),
+    also("many", {}, id="many"),
+    also("npz", {}, id="npz"),
+    also("one", {"keep_undo": True}, id="one-keep_undo"),
+    pytest.param("folder", {"link": True}, id="folder-link"),
+    also("torch folder", {"dtype": "bfloat16", "to": "safetensors"}, id="torch folder-anew"),
 ]
 
 
-@pytest.mark.parametrize(("form", "options"), RESUMED, ids=[f"{form}-{'+'.join(more)}" for form, more in RESUMED])
+@pytest.mark.parametrize(("form", "options"), RESUMED)
 def test_a_resumed_run_gives_the_same_bytes(
     tmp_path: Path, forker: Forker, form: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,7 +334,7 @@ def _count_tiles(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("form", ["safetensors", "folder"])
+@pytest.mark.parametrize("form", ["safetensors", also("folder")])
 def test_each_killed_at_every_step(tmp_path: Path, forker: Forker, form: str) -> None:
     """A model stands whole or not at all; the next run makes what is missing and cleans up."""
     base = models.write_base(tmp_path / "in", form)
@@ -386,7 +392,7 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("form", ["", "one", "safetensors"], ids=["onnx", "one", "safetensors"])
+@pytest.mark.parametrize("form", ["", also("one"), also("safetensors")], ids=["onnx", "one", "safetensors"])
 def test_an_interrupt_leaves_nothing(tmp_path: Path, form: str) -> None:
     base, adapter = make_inputs(tmp_path / "in", form)
     inputs = files_below(tmp_path / "in")
@@ -412,7 +418,7 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("form", ["", "one", "safetensors"], ids=["onnx", "one", "safetensors"])
+@pytest.mark.parametrize("form", [also(""), "one", also("safetensors")], ids=["onnx", "one", "safetensors"])
 @pytest.mark.parametrize("old", [False, True], ids=["new", "replacing"])
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, form: str, old: bool) -> None:
     """A cap on the size of files stands in for a full disk: the kernel refuses the same calls."""

@@ -173,11 +173,10 @@ def test_end_to_end_of_a_warning(spawn, adapters: Path, flags: list[str], code: 
 
 @pytest.mark.parametrize("form", list_formats())
 def test_end_to_end_of_every_format(spawn, adapters: Path, form: str) -> None:
-    """The same bytes on stdout, in a file, and again."""
+    """The same bytes on stdout and, in another run, in a file."""
     first: Any = spawn("validate", "adapters", "--format", form)
     assert first.returncode == 1
     assert b"LF111" in first.stdout
-    assert spawn("validate", "adapters", "--format", form).stdout == first.stdout
     spawn("validate", "adapters", "--format", form, "-o", "report")
     assert (adapters.parent / "report").read_bytes() == first.stdout
 
