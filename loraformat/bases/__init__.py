@@ -37,6 +37,9 @@ __all__ = [
 TENSOR_NAME: Final = "tensor name"
 """The evidence of sites in a state dict, which lists all parameters that a model has."""
 
+OF_TENSORS: Final = frozenset({"initializer name", "bias name"})
+"""Evidence that stands at a tensor: exporters store equal ones once, and it does not tell one reader from others."""
+
 
 @dataclass(frozen=True, slots=True)
 class Weight:
@@ -81,7 +84,7 @@ class Site:
         row_factors: what each row of the module's canonical matrix was multiplied by before it was stored; empty for
             nothing. Only the torch checkpoint tells (`evidence/values.py`).
         free_bias: the name that a bias of the module would have; empty where it has one or can have none.
-        own_name: the name that a copy of a weight which others read too would have; empty where the base can have none.
+        own_name: the name of a copy for this site of a weight that others read too; empty where there can be none.
     """
 
     id: str

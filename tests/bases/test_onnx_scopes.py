@@ -3,6 +3,7 @@
 Where it cannot have one, the merge is refused and the other reader named.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -368,6 +369,31 @@ def test_a_module_whose_weight_was_written_once_for_each_call(
         return
     x, z = dyadic(rng, 2, IN), dyadic(rng, 2, IN)
     assert_merged(tmp_path, net.model(), factors, "a", {"x": x, "z": z}, (x - z) @ (weight + product(factors)).T)
+
+
+@pytest.mark.parametrize("op", ["Gemm", "MatMul"])
+def test_a_tensors_name_does_not_tell_one_reader_from_another(
+    tmp_path: Path, weight: Array, factors: Factors, rng: np.random.Generator, op: str
+) -> None:
+    """Two modules of equal weights, stored once under the name of one; tools have dropped the names of the nodes."""
+    net = Net()
+    net.weight("a.weight", weight.T)
+    for index, x in enumerate(("x", "z")):
+        y = net.op(op, [net.feed(x), "a.weight"], f"h{index}", f"n{index}")
+        net.op("Add", [y, net.weight(f"{'ab'[index]}.bias", dyadic(rng, OUT))], net.result(f"y{index}"), f"m{index}")
+    base = write_model(tmp_path / "base.onnx", net.model())
+    adapter = write_peft(tmp_path / "adapter", {"a": factors}, alpha=float(RANK))
+    with pytest.raises(loraformat.FindingError) as caught:
+        loraformat.merge(base, [adapter], tmp_path / "merged.onnx")
+    assert caught.value.codes == ("LF404",)
+    site = f"{op} 'n1' (graph node 2, input 1)"
+    entry = {"target": "a", "weight": "a.weight", "sites": [site]}
+    (tmp_path / "map.json").write_text(json.dumps({"targets": [entry]}))
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx", map=tmp_path / "map.json")
+    feeds = {"x": dyadic(rng, 2, IN), "z": dyadic(rng, 2, IN)}
+    before, after = run(base, feeds), run(tmp_path / "merged.onnx", feeds)
+    np.testing.assert_array_equal(before[0], after[0])
+    np.testing.assert_allclose(after[1] - before[1], feeds["z"] @ product(factors).T, rtol=1e-5, atol=1e-5)
 
 
 def test_a_module_called_twice_in_two_manners_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
