@@ -65,6 +65,7 @@ class PlannedChange:
         part: the rows and columns of the stored matrix that it changes; None for all.
         row_factors: what each canonical row of the module's weight was multiplied by before it was stored, and its
             change with it; empty for nothing.
+        row_order: which canonical row each stored one is; empty where they are in order.
         shape: canonical shape of the parameter, `(out, in, *kernel)` of a weight; empty where the factors tell it.
     """
 
@@ -80,6 +81,7 @@ class PlannedChange:
     section: tuple[int, int] | None = None
     part: Part | None = None
     row_factors: tuple[float, ...] = ()
+    row_order: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
 
 

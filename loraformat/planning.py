@@ -265,6 +265,7 @@ def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedC
         section=match.section,
         part=match.part,
         row_factors=match.row_factors,
+        row_order=match.row_order,
         shape=change.shape if change.shape != match.want.shape else (),
     )
 

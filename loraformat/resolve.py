@@ -277,7 +277,8 @@ def _are_whole(want: Want, sections: Sequence[tuple[int, int] | None]) -> bool:
 def _match_weight(want: Want, sites: Sequence[Site], candidate: Candidate) -> Match | Problem:
     by_key = {site.weight.key: site.weight for site in sites if site.weight is not None}
     weights = tuple(by_key.values())
-    manners = {(site.transposed[want.change.slot], site.divisor, site.part, site.row_factors) for site in sites}
+    slot = want.change.slot
+    manners = {(s.transposed[slot], s.divisor, s.part, s.row_factors, s.row_order) for s in sites}
     if not _are_of_one_module(sites) or len(manners) != 1 or (len(weights) != 1 and not _are_copies(sites, weights)):
         listed = "; ".join(f"{site.module} ({site.evidence}) reads {name_weight(site)}" for site in sites[:LISTED])
         return Problem("LF404", want.name, f"several weights or several ways to read one: {listed}", "one weight")

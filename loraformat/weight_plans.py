@@ -250,8 +250,8 @@ def check_composition(group: Sequence[WeightChange]) -> list[Problem]:
     if special[0].match.divisor != 1:
         found = f"the graph multiplies {name!r} by {special[0].match.divisor:g}"
         return [Problem("LF403", where, found, "a weight that is used as it is stored")]
-    if special[0].match.row_factors:
-        found = f"each row of {name!r} was multiplied by a number of its own"
+    if special[0].match.row_factors or special[0].match.row_order:
+        found = f"rows of {name!r} were multiplied by numbers, or moved"
         return [Problem("LF403", where, found, "a weight that is used as it is stored")]
     return [problem for entry in special for problem in _check_whole(entry)]
 

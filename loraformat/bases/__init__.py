@@ -83,6 +83,7 @@ class Site:
         tied: for a table that the configuration ties to others, the name that its tensor has, or would have untied.
         row_factors: what each row of the module's canonical matrix was multiplied by before it was stored; empty for
             nothing. Only the torch checkpoint tells (`evidence/values.py`).
+        row_order: which row of the module's canonical matrix each stored one is; empty where they are in order.
         free_bias: the name that a bias of the module would have; empty where it has one or can have none.
         own_name: the name of a copy for this site of a weight that others read too; empty where there can be none.
     """
@@ -102,6 +103,7 @@ class Site:
     free_bias: str = ""
     caveat: Problem | None = None
     row_factors: tuple[float, ...] = ()
+    row_order: tuple[int, ...] = ()
     own_name: str = ""
 
     def stored_shape(self) -> tuple[int, ...]:
