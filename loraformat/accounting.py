@@ -19,10 +19,16 @@ _LONGEST_ROOM: Final = 9_999_999_999
 def draft_receipt(plan: Plan, base: BaseModel) -> Receipt:
     """Return a receipt with the longest numbers it could have; its `room_bytes` is what it needs in a model."""
     longest = -1.23457e-05
-    weights = [MergedWeight(w.name, w.targets, w.scales, longest, longest, longest) for w in plan.weights if w.changes]
+    weights = [_record(weight, longest, longest, longest) for weight in plan.weights if weight.changes]
     draft = _compose_receipt(plan, base, weights, (), _LONGEST_ROOM)
     room = len(choose_form(plan, base).encode_receipt(draft.embedded_text())) + 64 + 8 * len(weights)
     return replace(draft, room_bytes=room)
+
+
+def _record(weight: PlannedWeight, retained: float, relative: float, error: float) -> MergedWeight:
+    return MergedWeight(
+        weight.name, weight.targets, weight.scales, retained, relative, error, copied_from=weight.copied_from
+    )
 
 
 def _compose_receipt(
@@ -57,11 +63,7 @@ def finish_receipt(
     if errors:
         raise error_for(errors)
     weights = [
-        MergedWeight(
-            w.name, w.targets, w.scales, _shorten(total.retained), _shorten(total.relative), _shorten(total.error)
-        )
-        for w, total in pairs
-        if w.changes
+        _record(w, *map(_shorten, (total.retained, total.relative, total.error))) for w, total in pairs if w.changes
     ]
     return _compose_receipt(plan, base, weights, [*plan.problems, *found], room_bytes)
 

@@ -146,8 +146,9 @@ def _open(base: BaseModel, order: Order, place: Place) -> Iterator[_Delivery]:
 
 
 def _describe_undo(plan: Plan, base: BaseModel, images: Sequence[FileImage]) -> FileImage:
-    if plan.rewritten:
-        raise refuse("LF622", plan.output, "an output that is written anew", "a copy of the base for --keep-undo")
+    if plan.rewritten or plan.copies:
+        found = "an output that is written anew" if plan.rewritten else "an output with more tensors than the base"
+        raise refuse("LF622", plan.output, found, "a copy of the base for --keep-undo")
     output = plan.output.absolute()
     is_folder = bool(choose_form(plan, base).folder_mark)
     path = output / FOLDER_UNDO if is_folder else name_undo(output)

@@ -52,6 +52,10 @@ def merge_in_place(base: BaseModel, order: Order, work: Work) -> Receipt:
     plan = order.plan
     if plan.rewritten:
         raise refuse("LF620", base.path, "changes of sizes or number forms", "a merge that only changes numbers")
+    if plan.copies:
+        names = ", ".join(repr(each.name) for each in plan.copies)
+        found = f"tensors more: {names}, copies of what others read too"
+        raise refuse("LF620", base.path, found, "a merge that only changes numbers", "Leave out --in-place.")
     if work.keep_undo and name_undo(base.path).exists() and not work.force:
         mend = "Undo that merge first, move the file away, or give it up with --force."
         raise refuse("LF601", name_undo(base.path), "what an earlier merge has overwritten", "no such file", mend)

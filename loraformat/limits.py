@@ -78,6 +78,9 @@ MAX_LISTED_VALUES: Final = 256
 MAX_SKELETON_BYTES: Final = 1_000_000_000
 """An ONNX graph without its weights. Below the 2 GiB that protobuf libraries can parse."""
 
+MAX_PROTOBUF_BYTES: Final = 2**31 - 1
+"""A model's own file, data files aside: protobuf libraries count its bytes in 31 bits."""
+
 MAX_GRAPH_VISITS: Final = 5_000_000
 """Nodes walked with functions expanded; nested calls can multiply without end."""
 

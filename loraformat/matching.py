@@ -58,7 +58,8 @@ class Match:
         evidence: how the weight was found.
         relation: how the names differ: empty, `+prefix` that the base has more, `-prefix` that it lacks, `~name` that a
             library changed it to, `fingerprint`.
-        apart: of a table that others are tied to and that this parts from them, the name of its own; else empty.
+        apart: of a table that others are tied to and that this parts from them, the name of its own; of a weight that
+            others read and of which this gets a copy, the copy's; else empty.
         also: names of other targets that say the same of the weight, for which this stands.
         strategy: the strategy that found it.
         verified: what of its numbers was compared, and agrees.
@@ -80,6 +81,16 @@ class Match:
     def row_factors(self) -> tuple[float, ...]:
         """What each row of the module's weight was multiplied by before it was stored; empty for nothing."""
         return self.sites[0].row_factors
+
+    @property
+    def row_order(self) -> tuple[int, ...]:
+        """Which row of the module's weight each stored row is; empty where they are in order."""
+        return self.sites[0].row_order
+
+    @property
+    def is_untied(self) -> bool:
+        """Whether it parts from tables that the configuration ties it to."""
+        return bool(self.apart and self.sites[0].tied)
 
     @property
     def change(self) -> Change:
@@ -228,7 +239,8 @@ def _read_sample(shape: tuple[int, ...], want: Want, sites: Sequence[Site], row:
     first, stop = site.section or (0, shape[0])
     rows, columns = stop - first, math.prod(shape[1:])
     turned = site.transposed[want.change.slot]
-    place = (column, row - first) if turned else (row - first, column)
+    line = site.row_order.index(row - first) if site.row_order else row - first
+    place = (column, line) if turned else (line, column)
     index = site.part.index(*place) if site.part else place[0] * (rows if turned else columns) + place[1]
     factor = site.row_factors[row - first] if site.row_factors else 1.0
     return read_number(site.weight.tensor, index) * site.divisor / factor

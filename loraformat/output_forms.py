@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loraformat.bases import BaseModel, Rewriter, SharedBase, Weight, list_tokenizer_files
+from loraformat.bases import BaseModel, CopyingBase, Rewriter, SharedBase, Weight, list_tokenizer_files
 from loraformat.dtypes import BY_NAME
 from loraformat.errors import refuse
 from loraformat.images import FileImage, OutputTensor
@@ -36,6 +36,12 @@ def require_shared(base: BaseModel) -> SharedBase:
     return base
 
 
+def add_copies(plan: Plan, base: BaseModel) -> CopyingBase:
+    """Return the base of a plan with the copies that its output has."""
+    assert isinstance(base, CopyingBase), "only such a base names copies"
+    return base.with_copies(plan.copies)
+
+
 def choose_form(plan: Plan, base: BaseModel) -> BaseModel | Rewriter:
     """Return what describes the output."""
     return require_rewriter(base) if plan.rewritten else base
@@ -53,6 +59,8 @@ def describe_output(
         is_taken: says whether the path of a data file is another file's.
     """
     plan = order.plan
+    if plan.copies:
+        base = add_copies(plan, base)
     if plan.is_sharing:
         touched = list_touched(plan, base)
         return require_shared(base).describe_sharing_images(

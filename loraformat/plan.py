@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from loraformat.adapter import Adapter
+from loraformat.bases import WeightCopy
 from loraformat.kinds import Nature
 from loraformat.limits import TILE_BYTES
 from loraformat.problems import Problem
@@ -64,6 +65,7 @@ class PlannedChange:
         part: the rows and columns of the stored matrix that it changes; None for all.
         row_factors: what each canonical row of the module's weight was multiplied by before it was stored, and its
             change with it; empty for nothing.
+        row_order: which canonical row each stored one is; empty where they are in order.
         shape: canonical shape of the parameter, `(out, in, *kernel)` of a weight; empty where the factors tell it.
     """
 
@@ -79,12 +81,13 @@ class PlannedChange:
     section: tuple[int, int] | None = None
     part: Part | None = None
     row_factors: tuple[float, ...] = ()
+    row_order: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class NewForm:
-    """How a weight stands in the output where it is not as in the base: for that, the file is written anew.
+    """How a weight stands in the output where it is not as in the base: for most of that, the file is written anew.
 
     Attributes:
         name: its name in the output.
@@ -92,6 +95,8 @@ class NewForm:
         shape: dimensions.
         encoding: the encoding that writes it.
         has_base: whether there are numbers of the base to start from; zeros otherwise.
+        copied_from: name of the base's tensor that stays beside it; empty where it takes that one's place.
+        readers: ids of the sites that read it, instead of the base's tensor.
     """
 
     name: str
@@ -99,6 +104,8 @@ class NewForm:
     shape: tuple[int, ...]
     encoding: str
     has_base: bool = True
+    copied_from: str = ""
+    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +165,16 @@ class PlannedWeight:
     new: NewForm | None = None
     companions: tuple[PlannedCompanion, ...] = ()
     block: tuple[int, int] = (0, 0)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the base's tensor stays as it is, for others, and this one is added to a copied file."""
+        return self.new is not None and bool(self.new.readers)
+
+    @property
+    def copied_from(self) -> str:
+        """Name of the base's tensor that it is a copy of; empty where it takes that one's place."""
+        return self.new.copied_from if self.new is not None else ""
 
     @property
     def is_coded(self) -> bool:
@@ -222,6 +239,12 @@ class Plan:
     config_changes: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
     rewritten: bool = False
     options: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def copies(self) -> list[WeightCopy]:
+        """Tensors that some sites of a weight get for themselves."""
+        new = ((weight.key, weight.new) for weight in self.weights if weight.new is not None)
+        return [WeightCopy(form.name, key, form.readers) for key, form in new if form.readers]
 
     @property
     def is_sharing(self) -> bool:

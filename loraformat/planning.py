@@ -45,7 +45,7 @@ class _Found:
     @property
     def untied(self) -> bool:
         """Whether tied tables part."""
-        return any(entry.match.apart for group in self.changes.values() for entry in group)
+        return any(entry.match.is_untied for group in self.changes.values() for entry in group)
 
     def add(self, position: int, item: WeightedAdapter, resolution: Resolution) -> None:
         """Take in what one adapter was matched with."""
@@ -76,9 +76,9 @@ class _Found:
     def plan_weights(self, *, keep_scales: bool) -> tuple[PlannedWeight, ...]:
         """Return the weights of the plan, sorted; problems are kept."""
         planned = [
-            plan_weight(name, group[0].weight, own, self.problems, keep_scales=keep_scales)
+            plan_weight(table, group[0].weight, self.problems, keep_scales=keep_scales)
             for group in self.changes.values()
-            for name, own in part_tables(group[0].weight, group, self._sites)
+            for table in part_tables(group[0].weight, group, self._sites, self.problems)
         ]
         planned += [plan_bias(group[0][0], [change for _, change in group]) for group in self.biases.values()]
         return tuple(sorted((weight for weight in planned if weight), key=lambda weight: (weight.name, weight.key)))
@@ -202,7 +202,7 @@ def _compose_plan(
     if any(problem.severity == "error" for problem in problems):
         raise error_for([problem for problem in problems if problem.severity == "error"])
     rewriting = None
-    if wishes.anew or wishes.dtype is not None or config_changes or any(weight.new for weight in planned):
+    if wishes.anew or wishes.dtype is not None or config_changes or any(map(_is_anew, planned)):
         rewriting = plan_rewriting(base, planned, wishes.dtype, anew=wishes.anew, config_changes=config_changes)
         problems += rewriting.problems
     return Plan(
@@ -220,6 +220,11 @@ def _compose_plan(
         rewritten=rewriting is not None,
         options=wishes.unusual(),
     )
+
+
+def _is_anew(weight: PlannedWeight) -> bool:
+    """Say whether a weight needs an output that is written anew."""
+    return weight.new is not None and not weight.is_copy
 
 
 def describe_base(base: BaseModel) -> dict[str, Any]:
@@ -260,6 +265,7 @@ def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedC
         section=match.section,
         part=match.part,
         row_factors=match.row_factors,
+        row_order=match.row_order,
         shape=change.shape if change.shape != match.want.shape else (),
     )
 

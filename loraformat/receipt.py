@@ -36,16 +36,17 @@ class AppliedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class MergedWeight:
-    """One weight of the base that was rewritten.
+    """One weight of the base that was rewritten, or a copy of one that others read too.
 
     Attributes:
-        name: its name in the base.
+        name: its name in the base, or the copy's.
         targets: the adapter targets that it took in, one entry for each adapter.
         scales: effective multiplier of each entry of `targets`, the user's weight included.
         retained: share of the delta that survived rounding: Σ Δ·(W′−W) / Σ Δ²; 1.0 for a zero delta. Of a large weight
             that is only added to, some rows of one tile in four are summed, for this and the next two.
         relative: ‖Δ‖ / ‖W‖, both Frobenius norms; infinite for a weight of zeros, which JSON has as null.
         error: the largest rounding error |W′ − (W+Δ)| beside the largest |W+Δ| of its tile.
+        copied_from: name of the weight that it is a changed copy of, which is as it was; empty where it was rewritten.
     """
 
     name: str
@@ -54,6 +55,7 @@ class MergedWeight:
     retained: float
     relative: float
     error: float
+    copied_from: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,10 @@ class Receipt:
 
 def _weight_as_json(weight: MergedWeight) -> dict[str, Any]:
     relative = weight.relative if math.isfinite(weight.relative) else None
-    return asdict(weight) | {"relative": relative}
+    record = asdict(weight) | {"relative": relative}
+    if not weight.copied_from:
+        del record["copied_from"]
+    return record
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from loraformat.adapter import Adapter
-from loraformat.bases import TENSOR_NAME, BaseModel, Site, Weight
+from loraformat.bases import OF_TENSORS, TENSOR_NAME, BaseModel, Site, Weight
 from loraformat.evidence import Clues, Hints, Lookup, find_candidates
 from loraformat.evidence.values import STRATEGY as VALUES
 from loraformat.evidence.values import verify_values
@@ -277,9 +277,9 @@ def _are_whole(want: Want, sections: Sequence[tuple[int, int] | None]) -> bool:
 def _match_weight(want: Want, sites: Sequence[Site], candidate: Candidate) -> Match | Problem:
     by_key = {site.weight.key: site.weight for site in sites if site.weight is not None}
     weights = tuple(by_key.values())
-    manners = {(site.transposed[want.change.slot], site.divisor, site.part, site.row_factors) for site in sites}
-    nameless = candidate.strategy != _NAMES and len(sites) > 1 and not _are_of_one_module(sites)
-    if nameless or len(manners) != 1 or (len(weights) != 1 and not _are_copies(sites, weights)):
+    slot = want.change.slot
+    manners = {(s.transposed[slot], s.divisor, s.part, s.row_factors, s.row_order) for s in sites}
+    if not _are_of_one_module(sites) or len(manners) != 1 or (len(weights) != 1 and not _are_copies(sites, weights)):
         listed = "; ".join(f"{site.module} ({site.evidence}) reads {name_weight(site)}" for site in sites[:LISTED])
         return Problem("LF404", want.name, f"several weights or several ways to read one: {listed}", "one weight")
     misfit = check_size(want, sites)
@@ -299,8 +299,11 @@ def _are_copies(sites: Sequence[Site], weights: Sequence[Weight]) -> bool:
 
 
 def _are_of_one_module(sites: Sequence[Site]) -> bool:
-    """Say whether sites are known to be of one module; of sites without a name nothing is known."""
-    return len({site.module for site in sites}) == 1 and bool(sites[0].module)
+    """Say whether sites are known to be of one module: several only by names that stand at the nodes themselves."""
+    if len({site.id for site in sites}) == 1:
+        return True
+    named = all(site.module and site.evidence not in OF_TENSORS for site in sites)
+    return named and len({site.module for site in sites}) == 1
 
 
 def _prefer_exact(matches: Sequence[Match]) -> tuple[list[Match], list[Want]]:

@@ -27,7 +27,8 @@ class ResolvedTarget:
         evidence: what it was found by.
         verified: what of its numbers was compared, and agrees.
         transposed: whether the stored matrix is the transpose of `(out, in)`.
-        folded: whether it was multiplied by numbers before it was stored: a merge needs the torch checkpoint for them.
+        folded: whether it was multiplied by numbers, or its rows moved, before it was stored: a merge needs the torch
+            checkpoint for them.
     """
 
     target: str
@@ -104,7 +105,7 @@ def _describe(match: Match, divisors: Mapping[str, float]) -> ResolvedTarget:
         evidence=match.evidence,
         verified=match.verified,
         transposed=match.transposed,
-        folded=bool(match.row_factors) or match.divisor != divisors[match.sites[0].id],
+        folded=bool(match.row_factors or match.row_order) or match.divisor != divisors[match.sites[0].id],
     )
 
 

@@ -4,7 +4,7 @@ Apart means: every node that reads a changed weight gets a second node beside it
 of the weight, and the two results are added. The base's own weights stay as they are, and no merged number is used.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from loraformat.bases import BaseModel
+from loraformat.bases import BaseModel, CopyingBase
 from loraformat.coded_work import CodedWork, list_tiles
 from loraformat.engine import index_targets
 from loraformat.errors import refuse
@@ -110,12 +110,12 @@ def list_changes(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter
 
 
 def compare_runs(
-    base: Path, merged: Path, changes: Sequence[Change], sizes: Mapping[str, int] = _NO_SIZES
+    base: CopyingBase, merged: Path, changes: Sequence[Change], sizes: Mapping[str, int] = _NO_SIZES
 ) -> tuple[list[RunResult], list[Problem]]:
     """Run base, merged model, and base with the changes apart on the same random inputs.
 
     Args:
-        base: the base model.
+        base: the base model, with the copies that the merge makes.
         merged: the merged model.
         changes: what the merge adds.
         sizes: sizes of symbolic dimensions of the inputs, by name; others get small ones.
@@ -125,7 +125,8 @@ def compare_runs(
     """
     import onnx
 
-    model = onnx.load(str(base), load_external_data=False)
+    model = onnx.load(str(base.path), load_external_data=False)
+    base.rewire(model.graph)
     feeds_apart = dict(_add_branches(model, changes))
     reached = {name.rpartition(_MARK)[0] for name in feeds_apart}
     problems = [
@@ -133,7 +134,7 @@ def compare_runs(
         for each in changes
         if each.tensor not in reached
     ]
-    sessions = [_open(base), _open(merged), _open(base, model)]
+    sessions = [_open(base.path), _open(merged), _open(base.path, model)]
     outputs = _run_all(sessions, feeds_apart, sizes)
     names = [output.name for output in sessions[0].get_outputs()]
     results = [
@@ -168,9 +169,9 @@ def _add_branches(model: "onnx.ModelProto", changes: Sequence[Change]) -> Iterat
     from onnx import helper
 
     graph = model.graph
-    nodes = list(graph.node)
+    nodes, known = list(graph.node), {change.tensor for change in changes}
     for change in changes:
-        for count, reader in enumerate(list(_find_readers(nodes, change))):
+        for count, reader in enumerate(list(_find_readers(nodes, change, known))):
             name = f"{change.tensor}{_MARK}{count}"
             values = change.delta.reshape(change.shape)
             values = np.ascontiguousarray(values.T if reader.flipped else values)
@@ -182,11 +183,11 @@ def _add_branches(model: "onnx.ModelProto", changes: Sequence[Change]) -> Iterat
     graph.node.extend(nodes)
 
 
-def _find_readers(nodes: "Sequence[onnx.NodeProto]", change: Change) -> Iterator[_Reader]:
-    """Yield the nodes that apply a tensor, directly or through what only hands it on."""
+def _find_readers(nodes: "Sequence[onnx.NodeProto]", change: Change, known: Set[str]) -> Iterator[_Reader]:
+    """Yield the nodes that apply a tensor, directly or through what only hands it on; copies change by themselves."""
     values = {change.tensor: (False, change.form)}
     for node in nodes:
-        if node.op_type in _PASSING and node.input and node.input[0] in values:
+        if node.op_type in _PASSING and node.input and node.input[0] in values and known.isdisjoint(node.output):
             flipped, form = values[node.input[0]]
             form = next((each.i for each in node.attribute if each.name == "to"), form)
             values[node.output[0]] = (flipped ^ (node.op_type == "Transpose"), form)

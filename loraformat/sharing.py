@@ -2,8 +2,9 @@
 
 A change is sound when everything that reads the tensor is meant to change alike: the target leads to all of it, or
 several targets lead to all of it and say the same (PEFT saves tied tables, and the factors of tied modules, on both
-sides), or it is of a kind that a library applies to all tied tables. Otherwise it is refused, or, for tables that the
-configuration ties, the tables part.
+sides), or it is of a kind that a library applies to all tied tables. Otherwise what is meant to change gets a copy of
+its own where the base can have one, as graphs can; or, for tables that the configuration ties, the tables part on
+request; or it is refused.
 """
 
 from collections import defaultdict
@@ -73,11 +74,25 @@ def _settle(group: list[Match], tied: Mapping[str, Site], *, untie: bool) -> tup
         kept = _one_for_each_weight(group)
         return [replace(match, sites=_sites_of(match, group), also=also) for match in kept], [note]
     if not all(name in tied for name in _readers(first)):
-        return [], [_report_sharing(match, "") for match in group]
+        return _copy_or_refuse(group)
     if not untie:
         return [], [_report_sharing(match, _UNTIE) for match in group]
     note = Problem("LF412", names, f"{first.weight.name!r} is tied to another table; each is changed alone")
     return [replace(match, apart=match.sites[0].tied) for match in group], [replace(note, severity="note")]
+
+
+def _copy_or_refuse(group: Iterable[Match]) -> tuple[list[Match], list[Problem]]:
+    """Return the matches that get a copy of their weight, with a note on each, and what is wrong with the others."""
+    kept: list[Match] = []
+    problems: list[Problem] = []
+    for match in group:
+        if match.want.change.shared or not all(site.own_name for site in match.sites):
+            problems.append(_report_sharing(match, ""))
+            continue
+        kept.append(replace(match, apart=match.sites[0].own_name))
+        found = f"{match.weight.name!r} is also read by {', '.join(_find_strangers(match)[:_LISTED])}"
+        problems.append(Problem("LF417", match.want.name, found, severity="note"))
+    return kept, problems
 
 
 def _report_sharing(match: Match, mend: str) -> Problem:

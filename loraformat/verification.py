@@ -16,7 +16,15 @@ from loraformat.engine import Assignment, Effort, carry_out
 from loraformat.errors import refuse
 from loraformat.images import Copy, FileImage
 from loraformat.locating import index_tensors, locate_weight
-from loraformat.output_forms import Order, describe_output, index_weights, list_touched, list_written, require_shared
+from loraformat.output_forms import (
+    Order,
+    add_copies,
+    describe_output,
+    index_weights,
+    list_touched,
+    list_written,
+    require_shared,
+)
 from loraformat.plan import Plan
 from loraformat.problems import Problem
 from loraformat.receipt import Statement, read_statement
@@ -105,7 +113,8 @@ def add_runs(
     """
     if base.format != "onnx":
         raise refuse("LF446", base.path, f"a base of the format {base.format!r}", "an ONNX model")
-    runs, problems = compare_runs(base.path, merged.path, list_changes(order.plan, base, order.adapters), sizes)
+    changes = list_changes(order.plan, base, order.adapters)
+    runs, problems = compare_runs(add_copies(order.plan, base), merged.path, changes, sizes)
     return replace(found, runs=tuple(runs), problems=(*found.problems, *problems))
 
 
@@ -173,6 +182,7 @@ def _check_weights(statement: Statement, plan: Plan, sums: Sequence[TileSums], w
     for name, weight in changed.items():
         record = statement.weights[name]
         expected: dict[str, Any] = {"targets": list(weight.targets), "scales": list(weight.scales)}
+        expected["copied_from"] = weight.copied_from or None
         if name in totals:
             total = totals[name]
             expected |= {"retained": total.retained, "relative": total.relative, "error": total.error}
@@ -251,7 +261,7 @@ class _Regions:
                 _, offset = locate_weight([image], weight, tensors.get(weight.key))
             except ValueError:
                 continue
-            length = weight.nbytes if weight.new is None else -1
+            length = weight.nbytes if weight.new is None or weight.is_copy else -1
             self._found.append((offset, length, "LF802", weight.name))
             for role, tensor in list_written(weight, weights[weight.key]).items() if weight.is_coded else ():
                 place = image.locate(tensor.span)

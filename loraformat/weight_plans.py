@@ -1,6 +1,7 @@
 """One weight of a plan: its changes, whether they compose, and how it stands in the output."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple, cast
@@ -26,38 +27,86 @@ class WeightChange(NamedTuple):
     change: PlannedChange
 
 
+class Table(NamedTuple):
+    """One tensor of the output, and what changes it.
+
+    Attributes:
+        name: the weight's key in the base, or the name of a tensor of its own.
+        changes: none for a table that only parts from another.
+        readers: for a copy of a weight, ids of the sites that read it.
+    """
+
+    name: str
+    changes: Sequence[WeightChange]
+    readers: tuple[str, ...] = ()
+
+
 def part_tables(
-    weight: Weight, group: Sequence[WeightChange], sites: Sequence[Site]
-) -> Iterator[tuple[str, Sequence[WeightChange]]]:
-    """Yield the tensors that one becomes in the output, by name, each with its changes: one, or those of tied tables.
+    weight: Weight, group: Sequence[WeightChange], sites: Sequence[Site], problems: list[Problem]
+) -> Iterator[Table]:
+    """Yield the tensors that one becomes in the output: one, those of tied tables, or copies for some readers.
 
     Args:
         weight: the base's.
         group: all changes of it.
         sites: the base's.
+        problems: takes what was found.
     """
     if not any(entry.match.apart for entry in group):
-        yield weight.key, group
+        yield Table(weight.key, group)
         return
-    tied = (site for site in sites if site.tied and site.weight is not None and site.weight.key == weight.key)
+    tied = [site for site in sites if site.tied and site.weight is not None and site.weight.key == weight.key]
+    if not tied:
+        yield from _part_readers(weight, group, problems)
+        return
     for name in dict.fromkeys(site.tied for site in tied):
         own = [entry for entry in group if entry.match.apart in ("", name)]
         if own or name != weight.key:
-            yield name, own
+            yield Table(name, own)
+
+
+def _part_readers(weight: Weight, group: Sequence[WeightChange], problems: list[Problem]) -> Iterator[Table]:
+    """Yield a copy for each set of sites that some changes are for; changes for all readers are in each of them.
+
+    Where no reader would be left to the weight itself, the first set keeps it.
+    """
+    parts: dict[frozenset[str], str] = {}
+    for entry in group:
+        sites = [site for site in entry.match.sites if site.weight is not None and site.weight.key == weight.key]
+        readers = frozenset(site.id for site in sites)
+        if not weight.consumers <= readers:
+            parts.setdefault(readers, sites[0].own_name)
+    shared = [reader for reader, count in Counter(r for readers in parts for r in readers).items() if count > 1]
+    if shared:
+        found = f"{weight.name!r} is changed for {shared[0]} in company of different others"
+        problems.append(Problem("LF402", group[0].match.want.name, found, "changes for the same readers"))
+    kept = next(iter(parts), frozenset()) if weight.consumers <= frozenset().union(*parts) else None
+    for readers, name in parts.items():
+        own = [entry for entry in group if _is_for(entry, weight, readers)]
+        yield Table(weight.key, own) if readers == kept else Table(name, own, tuple(sorted(readers)))
+    whole = [entry for entry in group if weight.consumers <= {site.id for site in entry.match.sites}]
+    if whole and kept is None:
+        yield Table(weight.key, whole)
+
+
+def _is_for(entry: WeightChange, weight: Weight, readers: frozenset[str]) -> bool:
+    """Say whether a change of a weight is for these readers, or for all that it has."""
+    own = {site.id for site in entry.match.sites if site.weight is not None and site.weight.key == weight.key}
+    return readers == own or weight.consumers <= own
 
 
 def plan_weight(
-    name: str, weight: Weight, group: Sequence[WeightChange], problems: list[Problem], *, keep_scales: bool = False
+    table: Table, weight: Weight, problems: list[Problem], *, keep_scales: bool = False
 ) -> PlannedWeight | None:
     """Return the plan of one tensor of the output, None where something stands against it.
 
     Args:
-        name: its key in the base, or the name of a table of its own that it gets.
+        table: what it is called, and its changes.
         weight: the base's.
-        group: its changes; none for a table that only parts from another.
         problems: takes what was found.
         keep_scales: leave the scales of quantised weights as they are.
     """
+    name, group, _ = table
     tensor = weight.tensor
     encoding = next((name for name, encoding in ENCODINGS if encoding.accepts(tensor.dtype)), None)
     if weight.coding is not None:
@@ -87,10 +136,19 @@ def plan_weight(
         tile_rows=count_tile_rows(matrix, count_block(group)),
         changes=tuple(changes),
         evidence=group[0].match.evidence if group else "tie_word_embeddings",
-        new=NewForm(name, tensor.dtype.name, shape, encoding) if apart or shape != tensor.shape else None,
+        new=_make_form(table, weight, shape, encoding),
         companions=list_companions(weight, problems, keep_scales=keep_scales),
         block=weight.coding.block if weight.coding is not None else (0, 0),
     )
+
+
+def _make_form(table: Table, weight: Weight, shape: tuple[int, ...], encoding: str) -> NewForm | None:
+    """Return the form of a tensor that is not as in the base; None for one that is."""
+    if table.name == weight.key and shape == weight.tensor.shape:
+        return None
+    source = weight.name if table.readers else ""
+    form = weight.tensor.dtype.name
+    return NewForm(table.name, form, shape, encoding, copied_from=source, readers=table.readers)
 
 
 def check_codes(changes: Iterable[WeightChange]) -> Iterator[Problem]:
@@ -192,8 +250,8 @@ def check_composition(group: Sequence[WeightChange]) -> list[Problem]:
     if special[0].match.divisor != 1:
         found = f"the graph multiplies {name!r} by {special[0].match.divisor:g}"
         return [Problem("LF403", where, found, "a weight that is used as it is stored")]
-    if special[0].match.row_factors:
-        found = f"each row of {name!r} was multiplied by a number of its own"
+    if special[0].match.row_factors or special[0].match.row_order:
+        found = f"rows of {name!r} were multiplied by numbers, or moved"
         return [Problem("LF403", where, found, "a weight that is used as it is stored")]
     return [problem for entry in special for problem in _check_whole(entry)]
 

@@ -14,7 +14,7 @@ from loraformat.encodings import ENCODINGS, Encoding
 from loraformat.kinds import KINDS, AdditiveKind, Change, Delta, MappingKind, Nature, ReplacingKind, WeightMap
 from loraformat.limits import STREAM_BYTES
 from loraformat.plan import PlannedChange, PlannedWeight
-from loraformat.scaled_rows import ScaledRows
+from loraformat.scaled_rows import OrderedRows, ScaledRows
 from loraformat.spans import StoredTensor
 
 _FORM_BYTES: Final = 4
@@ -154,7 +154,9 @@ class WeightWork:
             values = cast(AdditiveKind, kind).delta(target, change, factors, planned.scale)
         if planned.row_factors:
             values = ScaledRows(values, np.array(planned.row_factors))
-        return values.part(slice(*planned.section, 1), slice(0, values.shape[1], 1)) if planned.section else values
+        if planned.section:
+            values = values.part(slice(*planned.section, 1), slice(0, values.shape[1], 1))
+        return OrderedRows(values, np.array(planned.row_order)) if planned.row_order else values
 
     def _read_factor(self, target: Target, role: str, change: Change) -> Any:
         """Return a factor in the work form; whole numbers (indices) as they are, and what streams unread."""

@@ -2,14 +2,18 @@ import numpy as np
 import pytest
 
 from loraformat.kinds._matrices import Values
-from loraformat.scaled_rows import ScaledRows
+from loraformat.scaled_rows import OrderedRows, ScaledRows
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_rows_are_scaled_whichever_way_the_matrix_lies(turned: bool) -> None:
+@pytest.mark.parametrize("case", ["scaled", "moved"])
+def test_rows_are_scaled_or_moved_whichever_way_the_matrix_lies(case: str, turned: bool) -> None:
     rng = np.random.default_rng(1)
     matrix, factors = rng.standard_normal((7, 4)), rng.standard_normal(7)
     scaled, expected = ScaledRows(Values(matrix), factors), matrix * factors[:, None]
+    if case == "moved":
+        order = np.array([3, 4, 5, 0, 6, 2, 1])
+        scaled, expected = OrderedRows(Values(matrix), order), matrix[order]
     if turned:
         scaled, expected = scaled.transposed(), expected.T
     rows, columns = slice(1, 4, 2), slice(0, 3, 1)

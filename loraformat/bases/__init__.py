@@ -22,10 +22,23 @@ from loraformat.registry import Registry
 from loraformat.spans import InputFile, Part, Span, StoredTensor
 from loraformat.strict_json import JsonValue
 
-__all__ = ["BASES", "BaseFormat", "BaseModel", "Rewriter", "Site", "Weight", "list_tokenizer_files"]
+__all__ = [
+    "BASES",
+    "BaseFormat",
+    "BaseModel",
+    "CopyingBase",
+    "Rewriter",
+    "Site",
+    "Weight",
+    "WeightCopy",
+    "list_tokenizer_files",
+]
 
 TENSOR_NAME: Final = "tensor name"
 """The evidence of sites in a state dict, which lists all parameters that a model has."""
+
+OF_TENSORS: Final = frozenset({"initializer name", "bias name"})
+"""Evidence that stands at a tensor: exporters store equal ones once, and it does not tell one reader from others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +83,9 @@ class Site:
         tied: for a table that the configuration ties to others, the name that its tensor has, or would have untied.
         row_factors: what each row of the module's canonical matrix was multiplied by before it was stored; empty for
             nothing. Only the torch checkpoint tells (`evidence/values.py`).
+        row_order: which row of the module's canonical matrix each stored one is; empty where they are in order.
         free_bias: the name that a bias of the module would have; empty where it has one or can have none.
+        own_name: the name of a copy for this site of a weight that others read too; empty where there can be none.
     """
 
     id: str
@@ -88,6 +103,8 @@ class Site:
     free_bias: str = ""
     caveat: Problem | None = None
     row_factors: tuple[float, ...] = ()
+    row_order: tuple[int, ...] = ()
+    own_name: str = ""
 
     def stored_shape(self) -> tuple[int, ...]:
         """Return the shape of what the site applies, as it is stored; empty where there is nothing."""
@@ -259,6 +276,34 @@ class SharedBase(Protocol):
 
     def list_shared(self) -> Mapping[str, InputFile]:
         """Return the data files by their paths from the model's folder; none for a base without."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WeightCopy:
+    """A weight that some of its sites get for themselves.
+
+    Attributes:
+        name: of the new tensor.
+        key: of the weight.
+        readers: ids of the sites.
+    """
+
+    name: str
+    key: str
+    readers: tuple[str, ...]
+
+
+@runtime_checkable
+class CopyingBase(BaseModel, Protocol):
+    """A base in which some sites of a weight can get a copy of it: an ONNX graph."""
+
+    def with_copies(self, copies: Sequence[WeightCopy]) -> "CopyingBase":
+        """Return the base, whose outputs have these copies, to be filled at `FileImage.locate_fresh(name)`."""
+        ...
+
+    def rewire(self, graph: Any) -> None:
+        """Have the main graph of the parsed base read the copies, each an Identity of its source; to run it."""
         ...
 
 

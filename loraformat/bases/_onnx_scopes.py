@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from loraformat.containers.onnx_file import GraphStep
 from loraformat.errors import refuse
 from loraformat.limits import MAX_GRAPH_VISITS, MAX_PROTO_DEPTH
 
@@ -62,6 +63,7 @@ class Scope:
         producers: what makes each value; graph inputs have none.
         readers: who reads each value of this scope.
         outputs: values that leave the graph.
+        path: the way from the main graph to this one; None for one inside a function, or for its call.
     """
 
     label: str
@@ -70,6 +72,7 @@ class Scope:
     producers: dict[str, Producer] = field(default_factory=dict)
     readers: dict[str, list[tuple[Visit, int]]] = field(default_factory=lambda: defaultdict(list))
     outputs: set[str] = field(default_factory=set)
+    path: tuple[GraphStep, ...] | None = None
 
     def find(self, name: str) -> "tuple[Scope, str]":
         """Return the scope that owns the value called `name` here, and its name there."""
@@ -118,26 +121,28 @@ class GraphIndex:
     Args:
         model: the model; weights may be left out of it.
         where: for messages.
+
+    Attributes:
+        visits: the nodes.
+        names: all names of values.
     """
 
     def __init__(self, model: "onnx.ModelProto", where: object) -> None:
         self._where = where
         self._functions = {(f.domain, f.name, f.overload): f for f in model.functions}
         self.visits: list[Visit] = []
+        self.names: set[str] = set()
         self._pending: list[tuple[Scope, Sequence[onnx.NodeProto], Visit | None, int]] = []
-        self._open_graph(model.graph, None, "graph", None, 0)
+        self._open_graph(model.graph, Scope("graph", path=()), None, 0)
         while self._pending:
             self._walk(*self._pending.pop())
 
-    def _open_graph(
-        self, graph: "onnx.GraphProto", parent: Scope | None, label: str, call: Visit | None, depth: int
-    ) -> None:
-        scope = Scope(label, parent)
+    def _open_graph(self, graph: "onnx.GraphProto", scope: Scope, call: Visit | None, depth: int) -> None:
         scope.producers.update((tensor.name, tensor) for tensor in graph.initializer)
         if len(scope.producers) != len(graph.initializer):
-            raise refuse("LF118", self._where, f"two initializers of one name in the {label}", "each name once")
-        for output in graph.output:
-            scope.outputs.add(output.name)
+            raise refuse("LF118", self._where, f"two initializers of one name in the {scope.label}", "each name once")
+        scope.outputs.update(output.name for output in graph.output)
+        self.names.update(scope.producers, scope.outputs, (each.name for each in graph.input))
         self._pending.append((scope, graph.node, call, depth))
 
     def _walk(self, scope: Scope, nodes: "Sequence[onnx.NodeProto]", call: Visit | None, depth: int) -> None:
@@ -149,6 +154,7 @@ class GraphIndex:
         self.visits += visits
         for visit in visits:
             scope.producers.update((name, visit) for name in visit.node.output if name)
+            self.names.update(visit.node.output, visit.node.input)
         for name in scope.outputs:
             owner, own = scope.find(name)
             owner.outputs.add(own)
@@ -168,11 +174,13 @@ class GraphIndex:
             if name:
                 owner, own = scope.find(name)
                 owner.readers[own].append((visit, position))
-        for attribute in node.attribute:
-            graphs = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
-            for graph in graphs:
-                label = f"{scope.label}/{visit.index}:{node.name or node.op_type}.{attribute.name}"
-                self._open_graph(graph, scope, label, visit.call, depth + 1)
+        for number, attribute in enumerate(node.attribute):
+            is_only = attribute.HasField("g")
+            label = f"{scope.label}/{visit.index}:{node.name or node.op_type}.{attribute.name}"
+            for index, graph in enumerate([attribute.g] if is_only else attribute.graphs):
+                step = GraphStep(visit.index, number, index, is_only)
+                path = (*scope.path, step) if scope.path is not None else None
+                self._open_graph(graph, Scope(label, scope, path=path), visit.call, depth + 1)
 
 
 def trace_constant(scope: Scope, name: str) -> Trace | None:

@@ -1,23 +1,30 @@
 """An ONNX graph: a site is a node and its weight input."""
 
+import copy
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases import BaseModel, Site, Weight
+from loraformat.bases import BaseModel, Site, Weight, WeightCopy
 from loraformat.bases._onnx_coded import find_coded_part, find_coding, find_ranges
+from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
 from loraformat.bases._onnx_packed import expand_packed
 from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite, find_sites
-from loraformat.containers.onnx_file import CONTAINER, OnnxFile, open_onnx
+from loraformat.containers.onnx_file import CONTAINER, OnnxFile, TensorCopy, open_onnx
 from loraformat.images import FileImage
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Part, Span, StoredTensor
 
+if TYPE_CHECKING:
+    import onnx
+
+_FREE_INITIALIZERS: Final = 4
+"""The version of the IR from which an initializer need not be an input of the model."""
 _BRANCHES: Final = frozenset({"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 
 
@@ -33,14 +40,45 @@ class OnnxGraph:
         self._opened: OnnxFile = open_onnx(path)
         self.path = self._opened.path
         self._tensors = _list_tensors(self._opened)
-        visits = GraphIndex(self._opened.model, self.path).visits
-        caveat = find_ranges(visits)
-        self.sites: Sequence[Site] = _list_sites(self._opened, self._find_sites(visits), caveat)
+        index = GraphIndex(self._opened.model, self.path)
+        caveat = find_ranges(index.visits)
+        found = self._find_sites(index.visits)
+        self.sites: Sequence[Site] = self._name_copies(found, _list_sites(self._opened, found, caveat), index.names)
+        self._copies: Mapping[str, TensorCopy] = {}
         self.structure_sha256: str = self._opened.structure_sha256
         self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
 
     def _find_sites(self, visits: Sequence[Visit]) -> list[RawSite]:
         return expand_packed(find_sites(visits), self._opened.model.producer_name)
+
+    def _name_copies(self, found: Sequence[RawSite], sites: Sequence[Site], names: set[str]) -> list[Site]:
+        """Return the sites, those that share a weight with the name that a copy of it would have."""
+        pairs = [(raw, site) for raw, site in zip(found, sites, strict=True) if _is_shared(site)]
+        may_add = self._opened.model.ir_version >= _FREE_INITIALIZERS
+        chosen = name_copies((raw for raw, _ in pairs), names) if may_add else {}
+        self._shared = {site.id: raw for raw, site in pairs if site.id in chosen}
+        return [replace(site, own_name=chosen[site.id]) if site.id in chosen else site for site in sites]
+
+    def with_copies(self, copies: Sequence[WeightCopy]) -> "OnnxGraph":
+        """Return the graph with initializers more, each read by some of a weight's sites instead of the weight."""
+        weights = {site.weight.key: site.weight.tensor for site in self.sites if site.weight is not None}
+        graph = copy.copy(self)
+        graph._copies = {each.readers[0]: self._describe(each, weights[each.key]) for each in copies}
+        return graph
+
+    def _describe(self, wanted: WeightCopy, source: StoredTensor) -> TensorCopy:
+        found = [self._shared[site] for site in wanted.readers]
+        tensor = found[0].trace.tensor
+        assert tensor is not None, "a site with a weight has one"
+        edits = tuple(list_edits(found, wanted.name))
+        return TensorCopy(wanted.name, tensor.data_type, source.shape, source.span, edits)
+
+    def rewire(self, graph: "onnx.GraphProto") -> None:
+        """Have a main graph, that of the base, read the copies, each an Identity of its source."""
+        for site, each in self._copies.items():
+            trace = self._shared[site].trace
+            if trace.scope.path == ():
+                apply_edits(graph, each.edits, trace.name, each.name)
 
     @property
     def files(self) -> Sequence[InputFile]:
@@ -60,7 +98,7 @@ class OnnxGraph:
         self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
     ) -> list[FileImage]:
         """Return the data files and, last, the model: the same bytes and a metadata entry for the receipt."""
-        return self._opened.images(output, blank_bytes, fresh, is_taken)
+        return self._opened.images(output, blank_bytes, fresh, is_taken, tuple(self._copies.values()))
 
     def describe_sharing_images(
         self,
@@ -71,7 +109,7 @@ class OnnxGraph:
         is_taken: Callable[[Path], bool] = os.path.lexists,
     ) -> list[FileImage]:
         """Return a data file with the tensors that differ, and the model, which refers to the base's files too."""
-        return self._opened.sharing_images(output, blank_bytes, fresh, touched, is_taken)
+        return self._opened.sharing_images(output, blank_bytes, fresh, touched, is_taken, tuple(self._copies.values()))
 
     def list_shared(self) -> Mapping[str, InputFile]:
         """Return the data files that a model beside this one may refer to, by their paths from its folder."""
@@ -95,6 +133,11 @@ class OnnxGraph:
         if not output.is_file():
             return []
         return [path for path in self._opened.stale_data(output) if not path.name[len(output.stem)].isalnum()]
+
+
+def _is_shared(site: Site) -> bool:
+    """Say whether others read a site's weight, whose numbers are not codes: those have others beside them."""
+    return site.weight is not None and site.weight.coding is None and not site.weight.consumers <= {site.id}
 
 
 def _find_branches(sites: Sequence[Site]) -> list[Problem]:
@@ -168,9 +211,10 @@ def _find_weight(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> tup
         return None, Problem("LF403", name, f"numbers stored as {stored.dtype.name}", "a floating-point form")
     if not stored.elements:
         return None, Problem("LF403", name, f"no numbers: its shape is {stored.shape}", "a matrix or a kernel")
-    overlapping = (f"the tensor {other!r}, whose bytes overlap its own" for other in opened.overlaps(stored))
+    overlapping = [f"the tensor {other!r}, whose bytes overlap its own" for other in opened.overlaps(stored)]
     file = os.path.relpath(stored.span.path, opened.path.parent)
-    return Weight(f"{file}@{stored.span.offset}", name, stored, readers.union(overlapping), coding), raw.obstacle
+    key = f"{file}@{stored.span.offset}" + (f" {name}" if overlapping else "")
+    return Weight(key, name, stored, readers.union(overlapping), coding), raw.obstacle
 
 
 class OnnxFormat:

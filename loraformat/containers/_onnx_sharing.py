@@ -27,13 +27,13 @@ class OwnData:
     def __init__(self, files: Mapping[Path, InputFile], touched: Sequence[Span]) -> None:
         self.pieces: list[Piece] = []
         self._offsets: dict[Span, int] = {}
-        end = 0
+        self.size_bytes = 0
         for span in sorted(set(touched), key=lambda span: (span.path, span.offset)):
             if span.path in files:
-                padding = -end % _ALIGNMENT
+                padding = -self.size_bytes % _ALIGNMENT
                 self.pieces += [Literal(bytes(padding)), Copy(files[span.path], span.offset, span.length)]
-                self._offsets[span] = end + padding
-                end += padding + span.length
+                self._offsets[span] = self.size_bytes + padding
+                self.size_bytes += padding + span.length
 
     def find(self, path: Path, offset: int, length: int | None) -> tuple[int, int] | None:
         """Return where the bytes of a tensor of the base lie here, offset and length; None for one that is shared."""

@@ -9,20 +9,21 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loraformat.containers import TensorFile
-from loraformat.containers._onnx_external import DataNames, read_external
-from loraformat.containers._onnx_sharing import OwnData, read_entries, redirect
+from loraformat.containers._onnx_copies import GraphStep, InputEdit, TensorCopy
+from loraformat.containers._onnx_external import read_external
+from loraformat.containers._onnx_images import ModelParts, Wanted, describe_copy, describe_sharing
 from loraformat.containers._onnx_skeleton import build_skeleton
 from loraformat.containers._onnx_tensors import SharedBytes, iterate_tensors
 from loraformat.containers._onnx_walk import walk_model
-from loraformat.containers._protobuf import Leaf, decode_varint, encode_bytes, encode_tag, encode_varint, splice
+from loraformat.containers._protobuf import decode_varint
 from loraformat.dtypes import BY_ONNX, Dtype
 from loraformat.errors import LoraformatError, refuse
 from loraformat.files import resolve_inside
-from loraformat.images import Blank, Edit, FileImage, Literal, edit_file
+from loraformat.images import FileImage
 from loraformat.limits import MAX_DIMS
 from loraformat.problems import Problem
 from loraformat.receipt import RECEIPT_KEY
@@ -32,10 +33,9 @@ from loraformat.strict_json import JsonValue, parse_json_object
 if TYPE_CHECKING:
     import onnx
 
+__all__ = ["CONTAINER", "GraphStep", "InputEdit", "Onnx", "OnnxFile", "TensorCopy", "open_onnx"]
+
 _EXTERNAL: Final = 1
-_METADATA_PROPS: Final = 14
-_KEY: Final = 1
-_VALUE: Final = 2
 _LENGTH: Final = 2
 _TOP_LEVEL: Final = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}
 """Fields of ModelProto and their wire types."""
@@ -76,7 +76,8 @@ class OnnxFile:
         if self.file.read(0, min(len(_LFS), self.file.size_bytes)) == _LFS:
             raise refuse("LF111", self.path, "a git-LFS pointer, not the model itself", "an ONNX model", "git lfs pull")
         walk = walk_model(self.file)
-        self._externals = walk.externals
+        assert walk.graph is not None, "`walk_model` sees to it"
+        self._graph, self._externals = walk.graph, walk.externals
         self._receipts = [frame.field for frame in walk.receipts]
         self.model, self.structure_sha256 = build_skeleton(self.file, walk.cuts, self._receipts)
         self.receipt = self._read_receipt()
@@ -202,37 +203,26 @@ class OnnxFile:
             return None
 
     def images(
-        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
+        self,
+        output: Path,
+        blank_bytes: int,
+        fresh: str,
+        is_taken: Callable[[Path], bool] = os.path.lexists,
+        copies: Sequence[TensorCopy] = (),
     ) -> list[FileImage]:
         """Return the files of a copy of the model: data files first, the model last.
 
-        The copy differs in its receipt, which is the last entry of the file, and in the names of its data files.
+        The copy differs in its receipt, which is the last entry of the file, in the names of its data files, and in
+        what `copies` add.
 
         Args:
             output: where the copy will stand.
             blank_bytes: room for the receipt.
             fresh: digits to insert into the name of a data file that is taken.
             is_taken: says whether a path is another file's.
+            copies: tensors of their own for some readers of others.
         """
-        output = output.absolute()
-        names = DataNames(self.path.name, output, fresh, is_taken)
-        chosen: dict[Path, PurePosixPath] = {}
-        data: list[FileImage] = []
-        leaves = [Leaf(Edit(field.start, field.end - field.start, ()), None) for field in self._receipts]
-        for site in self._externals:
-            file, old = self._open_data(site.location), PurePosixPath(site.location)
-            if file.path not in chosen:
-                chosen[file.path] = names.choose(old, {str(name).casefold() for name in chosen.values()})
-                data.append(FileImage(output.parent / chosen[file.path], edit_file(file, ())))
-            if chosen[file.path] != old:
-                literal = Literal(str(chosen[file.path]).encode())
-                field = site.value.field
-                leaves.append(Leaf(Edit(field.begin, field.end - field.begin, (literal,)), site.value))
-            if "checksum" in site.entries:  # A digest of the old data file.
-                entry = site.entries["checksum"]
-                leaves.append(Leaf(Edit(entry.field.start, entry.field.end - entry.field.start, ()), entry.parent))
-        pieces = edit_file(self.file, splice(leaves), _receipt_entry(blank_bytes))
-        return [*data, FileImage(output, pieces)]
+        return describe_copy(self._parts(), Wanted(output, blank_bytes, fresh, is_taken, copies))
 
     def sharing_images(
         self,
@@ -241,6 +231,7 @@ class OnnxFile:
         fresh: str,
         touched: Sequence[Span],
         is_taken: Callable[[Path], bool] = os.path.lexists,
+        copies: Sequence[TensorCopy] = (),
     ) -> list[FileImage]:
         """Return the files of a model that shares the data files of this one: a data file of its own, the model last.
 
@@ -250,22 +241,12 @@ class OnnxFile:
             fresh: digits to insert into the name of a data file that is taken.
             touched: the bytes that differ, those of whole tensors.
             is_taken: says whether a path is another file's.
+            copies: as in `images`.
         """
-        output = output.absolute()
-        shared = self.data_files()
-        own = OwnData({file.path: file for file in shared.values()}, touched)
-        names = DataNames(output.name, output, fresh, is_taken)
-        location = names.choose(PurePosixPath(f"{output.name}.data"), {name.casefold() for name in shared})
-        leaves = [Leaf(Edit(field.start, field.end - field.start, ()), None) for field in self._receipts]
-        for site in self._externals:
-            entries = read_entries(self.file, site)
-            length = int(entries["length"]) if "length" in entries else None
-            place = own.find(shared[site.location].path, int(entries.get("offset", 0)), length)
-            if place is not None:
-                leaves += redirect(site, str(location), *place)
-        pieces = edit_file(self.file, splice(leaves), _receipt_entry(blank_bytes))
-        data = [FileImage(output.parent / location, own.pieces)] if own.pieces else []
-        return [*data, FileImage(output, pieces)]
+        return describe_sharing(self._parts(), Wanted(output, blank_bytes, fresh, is_taken, copies), touched)
+
+    def _parts(self) -> ModelParts:
+        return ModelParts(self.file, self._graph, self._externals, self._receipts, self.data_files())
 
     def data_files(self) -> Mapping[str, InputFile]:
         """Return the open data files by their locations."""
@@ -280,13 +261,6 @@ class OnnxFile:
         except LoraformatError:
             return []
         return sorted(path for path in paths if path.name.startswith(output.stem) and path.is_file())
-
-
-def _receipt_entry(blank_bytes: int) -> list[Literal | Blank]:
-    """Return the pieces of a metadata entry with room for the receipt."""
-    key = encode_bytes(_KEY, RECEIPT_KEY.encode()) + encode_tag(_VALUE, _LENGTH) + encode_varint(blank_bytes)
-    head = encode_tag(_METADATA_PROPS, _LENGTH) + encode_varint(len(key) + blank_bytes)
-    return [Literal(head + key), Blank(blank_bytes)]
 
 
 def open_onnx(path: str | os.PathLike[str]) -> OnnxFile:

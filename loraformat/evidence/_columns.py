@@ -15,19 +15,23 @@ from loraformat.spans import Part, StoredTensor
 _TILE_BYTES: Final = 1 << 22
 
 
+def is_coded(site: Site) -> bool:
+    """Say whether a site's weight is quantised."""
+    return site.weight is not None and site.weight.coding is not None
+
+
 def is_comparable(want: Want, site: Site) -> bool:
     """Say whether a whole stored matrix may be a target's weight, or have it among its rows."""
     weight = site.weight
     if (
         weight is None
-        or weight.coding is not None
-        or site.part
+        or (site.part and not is_coded(site))
         or site.section
         or want.change.slot not in site.transposed
         or site.parameter != "weight"
     ):
         return False
-    shape = weight.tensor.shape
+    shape = site.stored_shape()
     if min(want.shape) < 0:  # What the factors do not tell, the names must.
         return False
     if len(shape) != 2:

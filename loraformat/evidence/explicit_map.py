@@ -29,7 +29,10 @@ class ExplicitMap:
         sites = {site.id: site for site in lookup.sites if _is_meant(want, site, mapped)}
         cut = (cut_rows(site, want.change.slot, mapped.rows) for site in sites.values())
         # The user's word stands for the module that the site is of, not for what was folded into its numbers.
-        named = (replace(site, module=want.target.name, obstacle=_find_obstacle(want, site, mapped)) for site in cut)
+        named = (
+            replace(site, module=want.target.name, evidence=self.name, obstacle=_find_obstacle(want, site, mapped))
+            for site in cut
+        )
         return [Candidate(site, self.name, self.name) for site in named]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from loraformat.bases import Site
 from loraformat.evidence import Lookup
-from loraformat.evidence._columns import is_comparable, read_columns
+from loraformat.evidence._columns import is_coded, is_comparable, read_columns
 from loraformat.fingerprint import positions
 from loraformat.matching import Want, cut_rows, fits_site, sample_sites
 from loraformat.site_index import Candidate
@@ -30,7 +30,7 @@ class Fingerprints:
         return [
             Candidate(site, self.name, self.name)
             for whole in lookup.sites
-            if is_comparable(want, whole)
+            if is_comparable(want, whole) and not is_coded(whole)
             for site in _find_in(want, whole)
             if fingerprint.matches(sample_sites(want, [site]))
         ]

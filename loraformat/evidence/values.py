@@ -1,24 +1,28 @@
 """Weights that have the numbers of the torch checkpoint which the graph was exported from: `--base-checkpoint`.
 
 A stored matrix is the checkpoint's W, its transpose, a cast of it, or some rows of a packed one; each row may have been
-multiplied by a number, as exporters do that fold BatchNorm or a head's scale into a weight. Compared are up to 24
-columns of every row.
+multiplied by a number, as exporters do that fold BatchNorm or a head's scale into a weight, or rows may have been
+moved. A quantised one is W within about half a step. Compared are up to 24 columns of every row.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.bases import Site
 from loraformat.evidence import Lookup
-from loraformat.evidence._columns import is_comparable, read_columns
+from loraformat.evidence._columns import is_coded, is_comparable, read_columns
+from loraformat.evidence._decoded import is_alike, is_rounded, read_decoded
+from loraformat.evidence._permuted import find_order
 from loraformat.matching import Want, cut_rows, fits_site
 from loraformat.problems import Problem
 from loraformat.site_index import Candidate
+
+_Read = TypeVar("_Read")
 
 VERIFIED: Final = "values"
 _COLUMNS: Final = 24
@@ -55,12 +59,10 @@ class Values:
         """Return the sites, or rows of packed ones, that have the numbers of the checkpoint's weight."""
         if not _has_reference(want, lookup):
             return []
-        return [
-            Candidate(site, self.name, self.name, VERIFIED)
-            for whole in lookup.sites
-            if is_comparable(want, whole)
-            for site in _find_in(want, whole, lookup)
-        ]
+        whole = [site for site in lookup.sites if is_comparable(want, site)]
+        found = [each for site in whole for each in _find_in(want, site, lookup)]
+        found = found or [each for site in whole for each in _find_moved(want, site, lookup)]
+        return [Candidate(site, self.name, self.name, VERIFIED) for site in found]
 
 
 def verify_values(want: Want, candidates: Sequence[Candidate], lookup: Lookup) -> list[Candidate] | Problem:
@@ -75,6 +77,9 @@ def verify_values(want: Want, candidates: Sequence[Candidate], lookup: Lookup) -
     verified = [c for candidate in able if (c := _verify(want, candidate, lookup)) is not None]
     if verified:
         return verified
+    rounded = [candidate for candidate in able if _may_be_coded(want, candidate.site, lookup)]
+    if rounded:
+        return rounded
     blocked = [candidate for candidate in able if candidate.site.obstacle is not None]
     if blocked:
         return blocked
@@ -87,10 +92,17 @@ def verify_values(want: Want, candidates: Sequence[Candidate], lookup: Lookup) -
 
 
 def _is_able(want: Want, site: Site) -> bool:
-    """Say whether the numbers at a site can be compared: floats, in the target's shape."""
-    if site.weight is None or site.weight.coding is not None or want.change.slot not in site.transposed:
+    """Say whether the numbers at a site can be compared: those of a weight in the target's shape."""
+    return site.weight is not None and want.change.slot in site.transposed and fits_site(want, site)
+
+
+def _may_be_coded(want: Want, site: Site, lookup: Lookup) -> bool:
+    """Say whether a quantised weight may be the checkpoint's by a way of quantising that moves numbers further."""
+    if not is_coded(site):
         return False
-    return fits_site(want, site)
+    columns = _choose_columns(want)
+    reference = _read_reference(want, lookup, columns)
+    return is_alike(_keep(lookup, site, want, columns), reference[slice(*(site.section or (None,)))])
 
 
 def _verify(want: Want, candidate: Candidate, lookup: Lookup) -> Candidate | None:
@@ -100,22 +112,44 @@ def _verify(want: Want, candidate: Candidate, lookup: Lookup) -> Candidate | Non
     reference = _read_reference(want, lookup, columns)
     if site.section is not None:
         reference = reference[slice(*site.section)]
-    likeness = _compare(stored * np.float32(site.divisor), reference, _slack(site, want, lookup))
-    if likeness is None:
-        return None
-    return replace(candidate, site=_settle(site, likeness), verified=VERIFIED)
+    if is_coded(site):
+        rounded = is_rounded(stored, _keep_steps(lookup, site, want, columns), reference)
+        return replace(candidate, verified=VERIFIED) if rounded else None
+    slack = _slack(site, want, lookup)
+    likeness = _compare(stored * np.float32(site.divisor), reference, slack)
+    if likeness is not None:
+        return replace(candidate, site=_settle(site, likeness), verified=VERIFIED)
+    order = find_order(stored * np.float32(site.divisor), reference, slack) if len(columns) >= _TELLING else None
+    return replace(candidate, site=replace(site, row_order=order), verified=VERIFIED) if order else None
 
 
 def _find_in(want: Want, site: Site, lookup: Lookup) -> Iterator[Site]:
     columns = _choose_columns(want)
     stored = _keep(lookup, site, want, columns)
     reference, slack = _read_reference(want, lookup, columns), _slack(site, want, lookup)
+    if is_coded(site):
+        if is_rounded(stored, _keep_steps(lookup, site, want, columns), reference):
+            yield site
+        return
     for start in _find_starts(stored, reference):
         likeness = _compare(stored[start : start + len(reference)] * np.float32(site.divisor), reference, slack)
         if likeness is not None:
             cut = site if len(stored) == len(reference) else None
             cut = cut or cut_rows(site, want.change.slot, (start, start + len(reference)))
             yield _settle(cut, likeness)
+
+
+def _find_moved(want: Want, site: Site, lookup: Lookup) -> Iterator[Site]:
+    """Yield the site where it has the rows of the checkpoint's weight in another order."""
+    columns = _choose_columns(want)
+    if is_coded(site) or len(columns) < _TELLING or not fits_site(want, site):
+        return
+    stored = _keep(lookup, site, want, columns)
+    order = find_order(
+        stored * np.float32(site.divisor), _read_reference(want, lookup, columns), _slack(site, want, lookup)
+    )
+    if order is not None:
+        yield replace(site, row_order=order)
 
 
 def _settle(site: Site, likeness: Likeness) -> Site:
@@ -176,8 +210,21 @@ def _choose_columns(want: Want) -> list[int]:
 
 def _keep(lookup: Lookup, site: Site, want: Want, columns: Sequence[int]) -> NDArray[np.float32]:
     assert site.weight is not None, "chosen so"
-    key = (site.weight.key, site.part, site.transposed[want.change.slot], tuple(columns))
-    return _once(lookup, key, lambda: read_columns(site, want.change.slot, columns))
+    slot = want.change.slot
+    key = (site.weight.key, site.part, site.transposed[slot], tuple(columns))
+    if is_coded(site):
+        return _once(lookup, key, lambda: read_decoded(site, slot, columns))[0]
+    return _once(lookup, key, lambda: read_columns(site, slot, columns))
+
+
+def _keep_steps(lookup: Lookup, site: Site, want: Want, columns: Sequence[int]) -> NDArray[np.float32]:
+    """Return the steps of a quantised weight's numbers, which are kept with these."""
+    _keep(lookup, site, want, columns)
+    assert site.weight is not None, "chosen so"
+    steps: NDArray[np.float32] = lookup.kept[
+        site.weight.key, site.part, site.transposed[want.change.slot], tuple(columns)
+    ][1]
+    return steps
 
 
 def _read_reference(want: Want, lookup: Lookup, columns: Sequence[int]) -> NDArray[np.float32]:
@@ -188,10 +235,10 @@ def _read_reference(want: Want, lookup: Lookup, columns: Sequence[int]) -> NDArr
     return _once(lookup, key, lambda: np.concatenate(list(read)))
 
 
-def _once(lookup: Lookup, key: Any, read: Any) -> NDArray[np.float32]:
+def _once(lookup: Lookup, key: Any, read: Callable[[], _Read]) -> _Read:
     if key not in lookup.kept:
         lookup.kept[key] = read()
-    values: NDArray[np.float32] = lookup.kept[key]
+    values: _Read = lookup.kept[key]
     return values
 
 

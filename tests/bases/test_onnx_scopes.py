@@ -1,6 +1,10 @@
-"""Who reads a weight, through subgraphs and function calls: a shared one is refused and the other reader named."""
+"""Who reads a weight, through subgraphs and function calls: of a shared one the adapted reader gets a copy.
 
-from collections.abc import Mapping
+Where it cannot have one, the merge is refused and the other reader named.
+"""
+
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import loraformat
-from builders import Factors
+from builders import Factors, write_peft
 from graphs import (
     Array,
     Net,
@@ -58,6 +62,39 @@ def assert_shared(folder: Path, model: onnx.ModelProto | Path, factors: Mapping[
     for word in words:
         assert word in str(caught.value)
     assert not (folder / "merged.onnx").exists()
+
+
+def assert_copied(folder: Path, model: onnx.ModelProto | Path, factors: Factors, *words: str) -> onnx.ModelProto:
+    """Check that module `a`, which makes the first output, alone changes, by a copy of its weight; return the model."""
+    base = model if isinstance(model, Path) else write_model(folder / "base.onnx", model)
+    adapter = write_peft(folder / "adapter", {"a": factors}, alpha=float(RANK))
+    receipt = loraformat.merge(base, [adapter], folder / "merged.onnx")
+    notes = [problem for problem in receipt.problems if problem.code == "LF417"]
+    assert all(word in str(notes) for word in words)
+    before, after = onnx.load(base), onnx.load(folder / "merged.onnx")
+    onnx.checker.check_model(after)
+    known = {tensor.name: tensor.raw_data for tensor in before.graph.initializer}
+    (copy,) = (tensor for tensor in after.graph.initializer if tensor.name not in known)
+    assert [(w.name, w.copied_from) for w in receipt.weights] == [(copy.name, _name_of_source(before))]
+    assert {t.name: t.raw_data for t in after.graph.initializer if t is not copy} == known
+    feeds = {each.name: _feed(each) for each in before.graph.input}
+    (old, *others), (new, *rest) = run(base, feeds), run(folder / "merged.onnx", feeds)
+    np.testing.assert_allclose(new - old, feeds["x"] @ product(factors).T, rtol=1e-5, atol=1e-5)
+    for one, other in zip(others, rest, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert loraformat.verify(folder / "merged.onnx", base, [adapter]).holds
+    return after
+
+
+def _name_of_source(model: onnx.ModelProto) -> str:
+    return next(tensor.name for tensor in model.graph.initializer if tensor.name in ("w", "p"))
+
+
+def _feed(described: onnx.ValueInfoProto) -> Array:
+    kind = described.type.tensor_type.elem_type
+    if kind == TensorProto.FLOAT:
+        return dyadic(np.random.default_rng(3), 2, IN)
+    return np.array([1, 3]) if kind == TensorProto.INT64 else np.array(True)
 
 
 def assert_merged(
@@ -147,22 +184,146 @@ SHARED = {
 
 
 @pytest.mark.parametrize("case", SHARED)
-def test_a_weight_that_others_read_is_refused(tmp_path: Path, weight: Array, factors: Factors, case: str) -> None:
+def test_a_weight_that_others_read_is_copied(tmp_path: Path, weight: Array, factors: Factors, case: str) -> None:
     add_reader, word = SHARED[case]
     net = Net()
     module_op(net, "a", net.feed("x"), net.weight("w", weight.T), net.result("y"))
     add_reader(net)
-    assert_shared(tmp_path, net.model(), {"a": factors}, word)
+    merged = assert_copied(tmp_path, net.model(), factors, word)
+    assert len(merged.graph.node) == len(net.nodes)
 
 
-def test_two_adapters_targets_on_the_two_readers_are_refused_too(
-    tmp_path: Path, weight: Array, factors: Factors
+@pytest.mark.parametrize("steps", [("Transpose",), ("Identity", "Transpose"), ("Cast", "Transpose", "Identity")])
+@pytest.mark.parametrize("shared", [0, 1, 2, 3])
+def test_a_value_between_that_others_read_is_left_to_them(
+    tmp_path: Path, weight: Array, factors: Factors, steps: tuple[str, ...], shared: int
+) -> None:
+    """The other reader takes the tensor itself, or what one of the steps after it makes of it."""
+    net = Net()
+    net.feed("x")
+    values = [net.weight("w", weight)]
+    for index, step in enumerate(steps):
+        more = {"to": TensorProto.FLOAT} if step == "Cast" else {"perm": [1, 0]} if step == "Transpose" else {}
+        values.append(net.op(step, [values[-1]], f"s{index}", **more))
+    module_op(net, "a", "x", values[-1], net.result("y"))
+    net.op("ReduceSumSquare", [values[min(shared, len(steps))]], net.result("z"), torchscript_name("b", "Norm"))
+    merged = assert_copied(tmp_path, net.model(), factors, "'/b/Norm'")
+    doubled = sum(step != "Identity" for step in steps[: min(shared, len(steps))])
+    assert len(merged.graph.node) == len(net.nodes) + doubled
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("third", [False, True])
+def test_both_readers_are_adapted_each_its_own_way(
+    tmp_path: Path, weight: Array, factors: Factors, rng: np.random.Generator, adapters: int, third: bool
+) -> None:
+    """By one adapter or by two; where a third reader has none, the weight stays for it."""
+    net = Net()
+    module_op(net, "a", net.feed("x"), net.weight("w", weight.T), net.result("y"))
+    _second_matmul(net)
+    if third:
+        _norm_of_the_weight(net)
+        net.nodes[-1].output[0] = net.result("norm")
+        net.outputs.pop(-2)
+    own = {"a": factors, "b": dyadic_factors(rng, OUT, IN, RANK)}
+    base = write_model(tmp_path / "base.onnx", net.model())
+    parts = [own] if adapters == 1 else [{name: pair} for name, pair in own.items()]
+    folders = [write_peft(tmp_path / f"{i}", part, alpha=float(RANK)) for i, part in enumerate(parts)]
+    merged = tmp_path / "merged.onnx"
+    receipt = loraformat.merge(base, folders, merged)
+    assert len(receipt.weights) == 2
+    assert len(onnx.load(merged).graph.initializer) == (3 if third else 2)
+    assert loraformat.verify(merged, base, folders).holds
+    x = dyadic(rng, 2, IN)
+    before, after = run(base, {"x": x}), run(merged, {"x": x})
+    for module, old, new in zip("ab", before, after, strict=False):
+        np.testing.assert_allclose(new - old, x @ product(own[module]).T, rtol=1e-5, atol=1e-5)
+    assert not third or after[2] == before[2]
+    if not third:
+        return
+    again = tmp_path / "again.onnx"  # Of a model with copies, each reader has a weight that is its own.
+    loraformat.merge(merged, folders, again)
+    assert len(onnx.load(again).graph.initializer) == 3
+    for module, old, new in zip("ab", before, run(again, {"x": x}), strict=False):
+        np.testing.assert_allclose(new - old, 2 * x @ product(own[module]).T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("files", ["one", "many"])
+@pytest.mark.parametrize("external_data", ["copy", "share"])
+def test_a_copy_stands_where_its_source_does(
+    tmp_path: Path, weight: Array, factors: Factors, files: str, external_data: str
 ) -> None:
     net = Net()
     module_op(net, "a", net.feed("x"), net.weight("w", weight.T), net.result("y"))
     _second_matmul(net)
-    other = (factors[0], -factors[1])  # Equal ones would be one change, made once.
-    assert_shared(tmp_path, net.model(), {"a": factors, "b": other}, "'/b/MatMul'", "'/a/MatMul'")
+    base = write_model(tmp_path / "base.onnx", net.model(), files)
+    adapter = write_peft(tmp_path / "adapter", {"a": factors}, alpha=float(RANK))
+    merged = tmp_path / "merged.onnx"
+    loraformat.merge(base, [adapter], merged, external_data=external_data)
+    tensors = {
+        t.name: {e.key: e.value for e in t.external_data}
+        for t in onnx.load(merged, load_external_data=False).graph.initializer
+    }
+    sources = {path.name for path in tmp_path.iterdir()} - {"base.onnx", "merged.onnx", "adapter"}
+    assert tensors["w"]["location"] in sources
+    assert (tensors["a.weight"]["location"] == tensors["w"]["location"]) == (external_data == "copy")
+    assert int(tensors["a.weight"]["offset"]) % 64 == 0
+    x = dyadic(np.random.default_rng(4), 2, IN)
+    (old, other), (new, same) = run(base, {"x": x}), run(merged, {"x": x})
+    np.testing.assert_allclose(new - old, x @ product(factors).T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(other, same)
+    assert loraformat.verify(merged, base, [adapter]).holds
+    data = tmp_path / tensors["a.weight"]["location"]
+    spoilt = bytearray(data.read_bytes())
+    spoilt[int(tensors["a.weight"]["offset"]) + 1] ^= 1
+    data.write_bytes(spoilt)
+    (problem,) = loraformat.verify(merged, base, [adapter]).problems
+    assert (problem.code, problem.where.rpartition(": ")[2]) == ("LF802", "a.weight")
+
+
+def test_what_a_copy_does_not_go_with(
+    tmp_path: Path, weight: Array, factors: Factors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = Net()
+    module_op(net, "a", net.feed("x"), net.weight("w", weight.T), net.result("y"))
+    _second_matmul(net)
+    base = write_model(tmp_path / "base.onnx", net.model())
+    adapter, merged = write_peft(tmp_path / "adapter", {"a": factors}), tmp_path / "merged.onnx"
+    before = base.read_bytes()
+
+    def code_of(act: Callable[[], object]) -> str:
+        with pytest.raises(loraformat.LoraformatError) as caught:
+            act()
+        assert base.read_bytes() == before
+        assert not merged.exists()
+        (code,) = caught.value.codes
+        return code
+
+    assert code_of(lambda: loraformat.merge_into(base, [adapter])) == "LF620"
+    assert code_of(lambda: loraformat.merge(base, [adapter], merged, keep_undo=True)) == "LF622"
+    with monkeypatch.context() as patch:
+        patch.setattr("loraformat.containers._onnx_images.MAX_PROTOBUF_BYTES", len(before))
+        assert code_of(lambda: loraformat.merge(base, [adapter], merged)) == "LF419"
+    old = net.model()
+    old.ir_version = 3  # Then every initializer is an input of the model too.
+    onnx.save_model(old, base)
+    before = base.read_bytes()
+    assert code_of(lambda: loraformat.merge(base, [adapter], merged)) == "LF402"
+
+
+def test_running_both_models_proves_a_copy_too(tmp_path: Path, weight: Array, factors: Factors) -> None:
+    net = Net()
+    module_op(net, "a", net.feed("x"), net.weight("w", weight.T), net.result("y"))
+    _second_matmul(net)
+    base = write_model(tmp_path / "base.onnx", net.model())
+    adapter = write_peft(tmp_path / "adapter", {"a": factors}, alpha=float(RANK))
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx")
+    found = loraformat.verify(tmp_path / "merged.onnx", base, [adapter], run=True, sizes={"x_1": IN})
+    assert found.holds
+    changed, other = found.runs
+    assert changed.effect > 0.01
+    assert changed.kept == pytest.approx(1, abs=1e-5)
+    assert other.effect == other.difference == 0
 
 
 @pytest.mark.parametrize("op", ["Shape", "Size"])
@@ -210,6 +371,31 @@ def test_a_module_whose_weight_was_written_once_for_each_call(
     assert_merged(tmp_path, net.model(), factors, "a", {"x": x, "z": z}, (x - z) @ (weight + product(factors)).T)
 
 
+@pytest.mark.parametrize("op", ["Gemm", "MatMul"])
+def test_a_tensors_name_does_not_tell_one_reader_from_another(
+    tmp_path: Path, weight: Array, factors: Factors, rng: np.random.Generator, op: str
+) -> None:
+    """Two modules of equal weights, stored once under the name of one; tools have dropped the names of the nodes."""
+    net = Net()
+    net.weight("a.weight", weight.T)
+    for index, x in enumerate(("x", "z")):
+        y = net.op(op, [net.feed(x), "a.weight"], f"h{index}", f"n{index}")
+        net.op("Add", [y, net.weight(f"{'ab'[index]}.bias", dyadic(rng, OUT))], net.result(f"y{index}"), f"m{index}")
+    base = write_model(tmp_path / "base.onnx", net.model())
+    adapter = write_peft(tmp_path / "adapter", {"a": factors}, alpha=float(RANK))
+    with pytest.raises(loraformat.FindingError) as caught:
+        loraformat.merge(base, [adapter], tmp_path / "merged.onnx")
+    assert caught.value.codes == ("LF404",)
+    site = f"{op} 'n1' (graph node 2, input 1)"
+    entry = {"target": "a", "weight": "a.weight", "sites": [site]}
+    (tmp_path / "map.json").write_text(json.dumps({"targets": [entry]}))
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx", map=tmp_path / "map.json")
+    feeds = {"x": dyadic(rng, 2, IN), "z": dyadic(rng, 2, IN)}
+    before, after = run(base, feeds), run(tmp_path / "merged.onnx", feeds)
+    np.testing.assert_array_equal(before[0], after[0])
+    np.testing.assert_allclose(after[1] - before[1], feeds["z"] @ product(factors).T, rtol=1e-5, atol=1e-5)
+
+
 def test_a_module_called_twice_in_two_manners_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     """One call multiplies its weight by two: no single change of it is right for both."""
     net = Net()
@@ -223,7 +409,7 @@ def test_a_module_called_twice_in_two_manners_is_refused(tmp_path: Path, rng: np
 
 @pytest.mark.parametrize("same_name", [False, True])
 @pytest.mark.parametrize("shift", [0, 4])
-def test_initializers_whose_bytes_overlap_are_shared(
+def test_initializers_whose_bytes_overlap_are_parted(
     tmp_path: Path, weight: Array, factors: Factors, rng: np.random.Generator, shift: int, same_name: bool
 ) -> None:
     """Two tensors on the same bytes of a data file, or four bytes apart."""
@@ -232,7 +418,7 @@ def test_initializers_whose_bytes_overlap_are_shared(
     module_op(net, "b", "x", net.weight("v", weight.T), net.result("z"))
     files = ("all.bin", "./all.bin") if same_name else ("all.bin", "all.bin")
     path = write_data_by_hand(tmp_path / "base.onnx", net.model(), {"w": (files[0], 0), "v": (files[1], shift)})
-    assert_shared(tmp_path, path, {"a": factors}, "'v'", "overlap")
+    assert_copied(tmp_path, path, factors, "'v'", "overlap")
 
 
 def test_data_files_of_one_name_in_two_folders_are_two_files(
@@ -279,8 +465,14 @@ def test_both_branches_of_one_module_are_one_module(
     assert_merged(tmp_path, choice(weight).model(), factors, "a", {"x": x, "flag": np.array(flag)}, expected)
 
 
-def test_branches_of_two_modules_share_it(tmp_path: Path, weight: Array, factors: Factors) -> None:
-    assert_shared(tmp_path, choice(weight, module_of_else="b").model(), {"a": factors}, "'/b/MatMul'", "else_branch")
+def test_branches_of_two_modules_share_it(
+    tmp_path: Path, weight: Array, factors: Factors, rng: np.random.Generator
+) -> None:
+    model = choice(weight, module_of_else="b").model()
+    assert_copied(tmp_path, model, factors, "'/b/MatMul'", "else_branch")
+    x = dyadic(rng, 2, IN)
+    one, other = (run(tmp_path / name, {"x": x, "flag": np.array(False)}) for name in ("base.onnx", "merged.onnx"))
+    np.testing.assert_array_equal(one[0], other[0])
 
 
 @pytest.mark.parametrize("constant", [False, True])
@@ -432,7 +624,7 @@ def test_unnamed_ifs_are_told_apart(tmp_path: Path, weight: Array, factors: Fact
         net.op("If", [flag], net.result(f"y_{module}"), "", **branches)
     base = open_model(tmp_path, net.model())
     assert len({site.id for site in base.sites}) == len(base.sites) == 4
-    assert_shared(tmp_path, net.model(), {"a": factors}, "MatMul")
+    assert_copied(tmp_path, net.model(), factors, "MatMul")
 
 
 def test_functions_inside_functions(tmp_path: Path, weight: Array, factors: Factors, rng: np.random.Generator) -> None:

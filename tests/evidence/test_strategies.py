@@ -90,6 +90,92 @@ def test_what_was_folded_into_a_weight_is_folded_into_its_change(
     assert (found.strategy, found.verified, found.folded) == ("names", ("values",), True)
 
 
+@pytest.mark.parametrize("stored", ["transposed", "as it is"])
+@pytest.mark.parametrize("named", [False, True])
+def test_rows_that_were_moved_are_moved_in_the_change_too(
+    tmp_path: Path, rng: np.random.Generator, stored: str, named: bool
+) -> None:
+    """As for rotations of neighbours instead of halves; a second matrix has other numbers."""
+    w, other = random(rng, OUT, IN), random(rng, OUT, IN)
+    order = np.concatenate([np.arange(0, OUT, 2), np.arange(1, OUT, 2)])
+    net = Net()
+    for index, matrix in enumerate((other, w[order])):
+        turned = stored == "as it is"
+        weight = net.weight(f"v{index}", matrix if turned else matrix.T)
+        name = torchscript_name(TARGET, "Gemm") if named and index else f"n{index}"
+        net.op("Gemm", [net.feed(f"x{index}"), weight], net.result(f"y{index}"), name, transB=int(turned))
+    base, adapter, checkpoint, delta = write_case(tmp_path, net, rng, w)
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx", base_checkpoint=checkpoint)
+    after = initializers(tmp_path / "merged.onnx")
+    found = after["v1"] if stored == "as it is" else after["v1"].T
+    np.testing.assert_array_equal(found, (w + delta).astype(np.float32)[order])
+    assert after["v0"].tobytes() == initializers(base)["v0"].tobytes()
+    (target,) = loraformat.resolve_targets(base, adapter, base_checkpoint=checkpoint).targets
+    assert (target.folded, target.verified) == (True, ("values",))
+    assert loraformat.verify(tmp_path / "merged.onnx", base, [adapter], base_checkpoint=checkpoint).holds
+
+
+def test_moved_rows_that_look_alike_are_not_told_apart(tmp_path: Path, rng: np.random.Generator) -> None:
+    w = random(rng, OUT, IN)
+    w[3] = w[7]
+    base, adapter, checkpoint, _ = write_case(tmp_path, matmuls(np.roll(w, 1, axis=0).T), rng, w)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(base, [adapter], tmp_path / "merged.onnx", base_checkpoint=checkpoint)
+    assert caught.value.codes == ("LF401",)
+
+
+def quantise(w: Array, bits: int = 8) -> tuple[Array, Array]:
+    """Return codes and one scale for each row of `(out, in)`."""
+    most = 2 ** (bits - 1) - 1
+    scales = (np.abs(w).max(axis=1, keepdims=True) / most).astype(np.float32)
+    return np.rint(w / scales).astype(np.int8), scales
+
+
+def dequantised(*weights: Array, name: str = "n") -> Net:
+    """Return MatMuls of matrices in codes, the last of which may have a name."""
+    net = Net()
+    for index, w in enumerate(weights):
+        codes, scales = quantise(w)
+        inputs = [net.weight(f"v{index}", codes.T), net.weight(f"s{index}", scales[:, 0])]
+        wide = net.op("DequantizeLinear", inputs, f"w{index}", f"d{index}", axis=1)
+        last = name if index == len(weights) - 1 else f"n{index}"
+        net.op("MatMul", [net.feed(f"x{index}"), wide], net.result(f"y{index}"), last)
+    return net
+
+
+def test_codes_are_found_by_what_they_decode_to(tmp_path: Path, rng: np.random.Generator) -> None:
+    w, near = random(rng, OUT, IN), random(rng, OUT, IN)
+    near = w + 0.2 * near  # Not another direction, but other numbers.
+    base, adapter, checkpoint, _ = write_case(tmp_path, dequantised(near, w), rng, w)
+    (found,) = loraformat.resolve_targets(base, adapter, base_checkpoint=checkpoint).targets
+    assert (found.weight, found.strategy, found.verified) == ("v1", "values", ("values",))
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx", base_checkpoint=checkpoint)
+    before, after = initializers(base), initializers(tmp_path / "merged.onnx")
+    assert before["v0"].tobytes() == after["v0"].tobytes()
+    assert before["v1"].tobytes() != after["v1"].tobytes()
+
+
+def test_codes_of_equal_weights_are_not_chosen_between(tmp_path: Path, rng: np.random.Generator) -> None:
+    w = random(rng, OUT, IN)
+    base, adapter, checkpoint, _ = write_case(tmp_path, dequantised(w, w), rng, w)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(base, [adapter], tmp_path / "merged.onnx", base_checkpoint=checkpoint)
+    assert caught.value.codes == ("LF404",)
+
+
+@pytest.mark.parametrize(("noise", "code", "verified"), [(0.0, "", True), (0.1, "", False), (3.0, "LF421", False)])
+def test_codes_that_names_find_are_verified(
+    tmp_path: Path, rng: np.random.Generator, noise: float, code: str, verified: bool
+) -> None:
+    """Calibrated quantisers move numbers: then nothing is verified, and nothing is refused."""
+    w = random(rng, OUT, IN)
+    net = dequantised(w + np.float32(noise) * random(rng, OUT, IN), name=torchscript_name(TARGET, "MatMul"))
+    base, adapter, checkpoint, _ = write_case(tmp_path, net, rng, w)
+    found = loraformat.resolve_targets(base, adapter, base_checkpoint=checkpoint)
+    assert {problem.code for problem in found.problems} == ({code} if code else set())
+    assert [bool(target.verified) for target in found.targets] == ([] if code else [verified])
+
+
 def test_a_right_name_with_other_numbers_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
     w = random(rng, OUT, IN)
     net = matmuls(random(rng, IN, OUT), w.T, names=(torchscript_name(TARGET, "MatMul"), "n1"))

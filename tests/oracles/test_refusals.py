@@ -79,37 +79,7 @@ def test_tied_weights_that_were_folded_apart(
     _assert_right(lab.exported(model, exporter), lab.trained(model, [target]), tmp_path / "merged.onnx")
 
 
-SHARED = [
-    ("gpt2", "wte", "ts_nofold"),
-    ("gpt2", "lm_head", "ts_nofold"),
-    ("llama_tied", "embed_tokens", "ts_nofold"),
-    ("llama_tied", "lm_head", "ts_nofold"),
-    ("llama_tied", "embed_tokens", "dynamo_noopt"),
-    ("llama_tied", "lm_head", "dynamo_noopt"),
-]
-
-
-@pytest.mark.parametrize(("model", "target", "exporter"), SHARED)
-def test_tied_weights_in_one_tensor_are_refused(
-    lab: "Lab", tmp_path: Path, model: str, target: str, exporter: str
-) -> None:
-    error = _refused(lab.exported(model, exporter), lab.trained(model, [target]).folder, tmp_path / "merged.onnx")
-    assert error.codes == ("LF402",)
-    assert target in str(error)
-
-
-# --- layers with equal numbers, stored once --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("targets", [["a"], ["b"], ["a", "b"], ["b", "c"]], ids="+".join)
-@pytest.mark.parametrize("exporter", ["ts", "ts_nofold", "dynamo"])
-@pytest.mark.parametrize("model", ["twins_2d", "twins_3d"])
-def test_equal_layers_stored_once_are_refused(
-    lab: "Lab", tmp_path: Path, model: str, exporter: str, targets: list[str]
-) -> None:
-    error = _refused(lab.exported(model, exporter), lab.trained(model, targets).folder, tmp_path / "merged.onnx")
-    assert set(error.codes) <= {"LF402", "LF404"}
-    assert "LF402" in error.codes
+# --- layers with equal numbers, stored once (test_onnx_sharing.py has those that are adapted) ------------------------
 
 
 @pytest.mark.parametrize("exporter", ["ts", "dynamo"])

@@ -63,4 +63,4 @@ def _name(target: Any) -> str:
 
 def _place(target: Any) -> str:
     rows = "" if target.rows is None else f" rows {target.rows[0]} to {target.rows[1]}"
-    return f"{target.weight}{rows}{', rows scaled' if target.folded else ''}"
+    return f"{target.weight}{rows}{', rows scaled or moved' if target.folded else ''}"

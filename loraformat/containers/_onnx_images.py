@@ -1,0 +1,138 @@
+"""The files of a copy of an ONNX model, described: the same bytes, a receipt, and what else is asked for."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from loraformat.containers._onnx_copies import TensorCopy, add_copies, leave_room
+from loraformat.containers._onnx_external import DataNames
+from loraformat.containers._onnx_sharing import OwnData, read_entries, redirect
+from loraformat.containers._onnx_walk import ExternalSite
+from loraformat.containers._protobuf import LENGTH, Field, Frame, Leaf, encode_bytes, encode_tag, encode_varint, splice
+from loraformat.errors import refuse
+from loraformat.images import Blank, Edit, FileImage, Literal, Piece, edit_file
+from loraformat.limits import MAX_PROTOBUF_BYTES
+from loraformat.receipt import RECEIPT_KEY
+from loraformat.spans import InputFile, Span
+
+_METADATA_PROPS: Final = 14
+_KEY: Final = 1
+_VALUE: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """What outputs are made of.
+
+    Attributes:
+        file: the model's file.
+        graph: the main graph in it.
+        externals: its tensors with external data.
+        receipts: our own entries of its metadata.
+        data: the open data files by their locations.
+    """
+
+    file: InputFile
+    graph: Frame
+    externals: Sequence[ExternalSite]
+    receipts: Sequence[Field]
+    data: Mapping[str, InputFile]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is asked of a copy.
+
+    Attributes:
+        output: where it will stand.
+        blank_bytes: room for the receipt.
+        fresh: digits to insert into the name of a data file that is taken.
+        is_taken: says whether a path is another file's.
+        copies: tensors of their own for some readers of others.
+    """
+
+    output: Path
+    blank_bytes: int
+    fresh: str
+    is_taken: Callable[[Path], bool]
+    copies: Sequence[TensorCopy] = field(default=())
+
+
+def describe_copy(model: ModelParts, wanted: Wanted) -> list[FileImage]:
+    """Return the files of a copy: data files first, the model last.
+
+    It differs in its receipt, which is the last entry of the file, in the names of its data files, and in what
+    `wanted.copies` add.
+    """
+    output = wanted.output.absolute()
+    names = DataNames(model.file.path.name, output, wanted.fresh, wanted.is_taken)
+    chosen: dict[Path, PurePosixPath] = {}
+    data: list[FileImage] = []
+    leaves = _drop_receipts(model)
+    places: dict[str, tuple[str, int]] = {}
+    for site in model.externals:
+        file, old = model.data[site.location], PurePosixPath(site.location)
+        if file.path not in chosen:
+            chosen[file.path] = names.choose(old, {str(name).casefold() for name in chosen.values()})
+            room, offsets = leave_room((c for c in wanted.copies if c.source.path == file.path), file.size_bytes)
+            places |= {name: (str(chosen[file.path]), offset) for name, offset in offsets.items()}
+            data.append(FileImage(output.parent / chosen[file.path], edit_file(file, (), room)))
+        if chosen[file.path] != old:
+            literal = Literal(str(chosen[file.path]).encode())
+            value = site.value.field
+            leaves.append(Leaf(Edit(value.begin, value.end - value.begin, (literal,)), site.value))
+        if "checksum" in site.entries:  # A digest of the old data file.
+            entry = site.entries["checksum"]
+            leaves.append(Leaf(Edit(entry.field.start, entry.field.end - entry.field.start, ()), entry.parent))
+    leaves += add_copies(model.file, model.graph, wanted.copies, places)
+    return [*data, _make_model(model, leaves, wanted)]
+
+
+def describe_sharing(model: ModelParts, wanted: Wanted, touched: Sequence[Span]) -> list[FileImage]:
+    """Return the files of a model that shares the data files of this one: a data file of its own, the model last.
+
+    Args:
+        model: the base.
+        wanted: its output is in the base's folder.
+        touched: the bytes that differ, those of whole tensors.
+    """
+    output = wanted.output.absolute()
+    files = {file.path: file for file in model.data.values()}
+    own = OwnData(files, touched)
+    names = DataNames(output.name, output, wanted.fresh, wanted.is_taken)
+    location = names.choose(PurePosixPath(f"{output.name}.data"), {name.casefold() for name in model.data})
+    leaves = _drop_receipts(model)
+    for site in model.externals:
+        entries = read_entries(model.file, site)
+        length = int(entries["length"]) if "length" in entries else None
+        place = own.find(model.data[site.location].path, int(entries.get("offset", 0)), length)
+        if place is not None:
+            leaves += redirect(site, str(location), *place)
+    room, offsets = leave_room((c for c in wanted.copies if c.source.path in files), own.size_bytes)
+    places = {name: (str(location), offset) for name, offset in offsets.items()}
+    leaves += add_copies(model.file, model.graph, wanted.copies, places)
+    pieces = [*own.pieces, *room]
+    data = [FileImage(output.parent / location, pieces)] if pieces else []
+    return [*data, _make_model(model, leaves, wanted)]
+
+
+def _drop_receipts(model: ModelParts) -> list[Leaf]:
+    return [Leaf(Edit(field.start, field.end - field.start, ()), None) for field in model.receipts]
+
+
+def _make_model(model: ModelParts, leaves: Sequence[Leaf], wanted: Wanted) -> FileImage:
+    pieces = edit_file(model.file, splice(leaves), _receipt_entry(wanted.blank_bytes))
+    image = FileImage(wanted.output.absolute(), pieces)
+    if wanted.copies and image.size_bytes > MAX_PROTOBUF_BYTES:
+        names = ", ".join(repr(copy.name) for copy in wanted.copies)
+        found = f"a file of {image.size_bytes} bytes with {names}"
+        raise refuse("LF419", image.path, found, f"at most {MAX_PROTOBUF_BYTES}")
+    return image
+
+
+def _receipt_entry(blank_bytes: int) -> list[Piece]:
+    """Return the pieces of a metadata entry with room for the receipt."""
+    key = encode_bytes(_KEY, RECEIPT_KEY.encode()) + encode_tag(_VALUE, LENGTH) + encode_varint(blank_bytes)
+    head = encode_tag(_METADATA_PROPS, LENGTH) + encode_varint(len(key) + blank_bytes)
+    return [Literal(head + key), Blank(blank_bytes)]

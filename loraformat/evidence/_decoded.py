@@ -1,0 +1,87 @@
+"""Quantised weights beside a torch checkpoint: every number within about half a step of the checkpoint's."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraformat.adapter import SlotKind
+from loraformat.bases import Site
+from loraformat.dtypes import Dtype
+from loraformat.encodings import CODED, Coder, Coding
+from loraformat.limits import TILE_BYTES
+from loraformat.spans import Part, StoredTensor
+
+Array = NDArray[np.float32]
+
+_STEPS: Final = 0.55
+"""Half a step, and what the rounding of scales to float16 adds."""
+_MOST_STEPS: Final = 1.5
+"""Numbers at the ends of the range: quantisers round the zero point too, and cut off what lies beyond the last code."""
+_SHARE: Final = 0.98
+_ALIKE: Final = 0.9
+"""Calibrated quantisers move numbers by more than a step, but not to another direction."""
+
+
+def read_decoded(site: Site, slot: SlotKind, columns: Sequence[int]) -> tuple[Array, Array]:
+    """Return `(rows, len(columns))` of the canonical matrix `(out, in * kernel)`, decoded, and the step of each number.
+
+    Memory is that of the result and one tile.
+    """
+    assert site.weight is not None, "chosen so"
+    assert site.weight.coding is not None, "chosen so"
+    coding, tensor = site.weight.coding, site.weight.tensor
+    coder = _bind(coding, tensor.dtype)
+    height, width = coding.matrix
+    part = site.part or Part(coding.matrix, (0, height, 1), (0, width, 1))
+    if site.transposed[slot]:
+        lines, chosen = np.arange(*part.rows)[list(columns)], np.arange(*part.columns)
+        tiles = [range(row, row + 1) for row in lines.tolist()]
+    else:
+        chosen = np.arange(*part.columns)[list(columns)]
+        step = max(1, TILE_BYTES // (4 * width))
+        starts = range(part.rows[0], part.rows[1], step)
+        tiles = [range(start, min(start + step, part.rows[1])) for start in starts]
+    scales = np.abs(coder.tensors()["scales"].astype(np.float32)).reshape(-(-height // coding.block[0]), -1)
+    values, steps = [], []
+    for rows in tiles:
+        out = _decode(coder, tensor, rows, coding.matrix)
+        values.append(out[:, chosen])
+        blocks = np.arange(rows.start, rows.stop) // coding.block[0]
+        steps.append(scales[blocks][:, chosen // coding.block[1]])
+    decoded, spread = np.concatenate(values), np.concatenate(steps)
+    return (decoded.T, spread.T) if site.transposed[slot] else (decoded, spread)
+
+
+def _bind(coding: Coding, form: Dtype) -> Coder:
+    encoding = CODED.find(coding.encoding)
+    assert encoding is not None, "the base names it"
+    return encoding.bind(coding, form)
+
+
+def _decode(coder: Coder, tensor: StoredTensor, rows: range, matrix: tuple[int, int]) -> Array:
+    """Return decoded rows of a matrix of codes."""
+    row_bytes = tensor.span.length // matrix[0]
+    codes = np.empty((len(rows), row_bytes), np.uint8)
+    tensor.file.read_into(codes.reshape(-1), tensor.span.offset + rows.start * row_bytes)
+    out = np.empty((len(rows), matrix[1]), np.float32)
+    coder.decode(codes, rows, out)
+    return out
+
+
+def is_rounded(decoded: Array, steps: Array, reference: Array) -> bool:
+    """Say whether decoded numbers are what rounding the reference to codes gives."""
+    if decoded.shape != reference.shape or not reference.any():
+        return False
+    apart = np.abs(decoded - reference)
+    near = apart <= _STEPS * steps + 1e-7
+    return bool(near.mean() >= _SHARE and (apart <= _MOST_STEPS * steps + 1e-7).all())
+
+
+def is_alike(decoded: Array, reference: Array) -> bool:
+    """Say whether decoded numbers may come from the reference by some way of quantising it."""
+    if decoded.shape != reference.shape:
+        return False
+    lengths = float(np.linalg.norm(decoded)) * float(np.linalg.norm(reference))
+    return not lengths or float(np.vdot(decoded, reference)) / lengths > _ALIKE

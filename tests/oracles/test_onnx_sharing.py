@@ -1,0 +1,97 @@
+"""Weights that exporters store once for several modules: the adapted module alone changes, as in PEFT's unmerged model.
+
+PEFT's own merge changes both: it is no oracle here.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+
+import loraformat
+
+if TYPE_CHECKING:
+    from lab import Lab
+    from zoo import Trained
+
+pytestmark = pytest.mark.oracle
+for _package in ("torch", "peft", "transformers", "onnxscript", "onnxruntime"):
+    pytest.importorskip(_package, reason=f"the oracle tests need {_package}")
+
+ENDS = {
+    "gpt2": ("wte", "lm_head"),
+    "llama_tied": ("embed_tokens", "lm_head"),
+    "qwen2_tied": ("embed_tokens", "lm_head"),
+}
+EMBEDDING, HEAD, BOTH = [0], [1], [0, 1]
+TIED = [
+    ("gpt2", "ts_nofold", EMBEDDING, "fp32", "copy"),
+    ("gpt2", "ts_nofold", HEAD, "fp32", "copy"),
+    ("gpt2", "ts_nofold", BOTH, "fp32", "copy"),
+    ("llama_tied", "ts_nofold", HEAD, "one_file", "share"),
+    ("llama_tied", "dynamo_noopt", EMBEDDING, "many_files", "copy"),
+    ("llama_tied", "dynamo_noopt", BOTH, "one_file", "copy"),
+    ("qwen2_tied", "ts_nofold", EMBEDDING, "one_file", "share"),
+    ("qwen2_tied", "dynamo_noopt", HEAD, "one_file", "copy"),
+    ("qwen2_tied", "dynamo_noopt", HEAD, "fp32", "copy"),
+    ("llama_tied", "ts_nofold", BOTH, "fp16", "copy"),
+]
+
+
+def _check(base: Path, trained: "Trained", merged: Path, allowed: float, copies: int, **options: Any) -> None:
+    from lab import difference
+    from zoo import run_onnx
+
+    assert trained.effect > 100 * allowed
+    receipt = loraformat.merge(base, [trained.folder], merged, **options)
+    found = run_onnx(merged, trained.feeds, trained.specimen.outputs)
+    assert difference(found, trained.unmerged) <= allowed
+    assert sum(bool(weight.copied_from) for weight in receipt.weights) == copies
+    before, after = (onnx.load(path, load_external_data=False).graph for path in (base, merged))
+    assert len(after.initializer) == len(before.initializer) + copies
+    assert [node.op_type for node in after.node] == [node.op_type for node in before.node]
+    assert loraformat.verify(merged, base, [trained.folder]).holds
+
+
+@pytest.mark.parametrize(("model", "exporter", "ends", "form", "external_data"), TIED)
+def test_tied_tables(
+    lab: "Lab", tmp_path: Path, model: str, exporter: Any, ends: list[int], form: str, external_data: str
+) -> None:
+    """Both adapted: they part, and one of them keeps the tensor."""
+    import zoo_wide  # noqa: F401 - more models
+
+    trained = lab.trained(model, [ENDS[model][end] for end in ends])
+    base = lab.exported(model, exporter, form)
+    merged = (base.parent if external_data == "share" else tmp_path) / f"{'-'.join(map(str, ends))}.merged.onnx"
+    allowed = 2e-2 if form == "fp16" else 1e-4
+    options = {"external_data": external_data, "force": True}
+    _check(base, trained, merged, allowed, 1, **options)
+
+
+@pytest.mark.parametrize(("targets", "copies"), [(["a"], 1), (["b"], 1), (["a", "b"], 1), (["b", "c"], 1)])
+@pytest.mark.parametrize("exporter", ["ts", "ts_nofold", "dynamo"])
+@pytest.mark.parametrize("model", ["twins_2d", "twins_3d"])
+def test_layers_of_equal_numbers(
+    lab: "Lab", tmp_path: Path, model: str, exporter: Any, targets: list[str], copies: int
+) -> None:
+    _check(lab.exported(model, exporter), lab.trained(model, targets), tmp_path / "merged.onnx", 1e-4, copies)
+
+
+@pytest.mark.parametrize("exporter", ["ts_nofold", "dynamo_noopt"])
+def test_two_adapters_one_for_each_end(lab: "Lab", tmp_path: Path, exporter: Any) -> None:
+    """Logits are linear in the head: two merges apart tell what both at once must give."""
+    from zoo import run_onnx
+
+    base, ends = lab.exported("llama_tied", exporter), ENDS["llama_tied"]
+    embedding, head = (lab.trained("llama_tied", [end]) for end in ends)
+    merged = tmp_path / "merged.onnx"
+    loraformat.merge(base, [embedding.folder, head.folder], merged)
+    assert loraformat.verify(merged, base, [embedding.folder, head.folder]).holds
+    again, other = tmp_path / "again.onnx", tmp_path / "other.onnx"
+    loraformat.merge(base, [embedding.folder], other)
+    loraformat.merge(other, [head.folder], again)
+    outputs = [run_onnx(path, head.feeds, head.specimen.outputs)["logits"] for path in (merged, again)]
+    np.testing.assert_allclose(*outputs, rtol=0, atol=1e-4)
+    assert np.abs(outputs[0] - head.unmerged["logits"]).max() > 1e-2
