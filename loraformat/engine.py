@@ -21,6 +21,7 @@ from loraformat.images import Copy, FileImage, Literal
 from loraformat.locating import index_tensors, list_copies, locate_span, locate_weight
 from loraformat.output_forms import index_weights, list_written
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
+from loraformat.references import Floats
 from loraformat.sinks import Sink, put_piece
 from loraformat.tiles import TileBuffers, TileSums, merge_rows
 from loraformat.weight_work import WeightWork, count_held
@@ -82,6 +83,7 @@ class Assignment:
         images: the output files.
         sinks: where their bytes go, None for a file that needs nothing.
         log: which jobs are done already.
+        checkpoint: the torch checkpoint of the base, where the plan takes numbers from it.
     """
 
     plan: Plan
@@ -90,6 +92,7 @@ class Assignment:
     images: Sequence[FileImage]
     sinks: Sequence[Sink | None]
     log: JobLog | None = None
+    checkpoint: BaseModel | None = None
 
 
 class _Job(NamedTuple):
@@ -174,6 +177,7 @@ class _Bench:
         self._tensors = index_tensors(assignment.base)
         self._weights = index_weights(assignment.base)
         self._targets = index_targets(assignment.adapters)
+        self._floats = open_floats(assignment.plan, assignment.checkpoint)
 
     def list_jobs(self) -> Iterator[_Job]:
         for number, weight in enumerate(self.assignment.plan.weights):
@@ -189,7 +193,8 @@ class _Bench:
     def _list_runs(self, number: int, weight: PlannedWeight) -> Iterator[_Job]:
         targets = [self._targets[change.adapter][change.target] for change in weight.changes]
         if weight.is_coded:
-            yield self._list_coded(number, weight, CodedWork(weight, self._weights[weight.key], targets))
+            coded = CodedWork(weight, self._weights[weight.key], targets, self._floats)
+            yield self._list_coded(number, weight, coded)
             return
         tensor = self._tensors.get(weight.key)
         work = WeightWork(weight, tensor, targets)
@@ -269,6 +274,13 @@ def _need_bytes(assignment: Assignment) -> int:
 def index_targets(adapters: Sequence[WeightedAdapter]) -> list[Mapping[str, Target]]:
     """Return each adapter's targets by name."""
     return [{target.name: target for target in item.adapter.targets} for item in adapters]
+
+
+def open_floats(plan: Plan, checkpoint: BaseModel | None) -> Floats:
+    """Return where a plan's float numbers are, of weights that the base has in a few bits."""
+    if checkpoint is None:
+        return Floats()
+    return Floats(index_weights(checkpoint), bool(plan.options.get("any_rounding")))
 
 
 def _split_runs(weight: PlannedWeight, itemsize: int) -> Iterator[range]:

@@ -16,10 +16,17 @@ from loraformat.spans import InputFile, Span, StoredTensor
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One model to write: a plan, and the adapters that it was made from, in its order."""
+    """One model to write.
+
+    Attributes:
+        plan: what to do.
+        adapters: what it was made from, in its order.
+        checkpoint: the torch checkpoint of the base, with float numbers of weights that the base has in a few bits.
+    """
 
     plan: Plan
     adapters: Sequence[WeightedAdapter]
+    checkpoint: BaseModel | None = None
 
 
 def require_rewriter(base: BaseModel) -> Rewriter:
@@ -126,4 +133,6 @@ def list_written(weight: PlannedWeight, source: Weight) -> Mapping[str, StoredTe
 def list_inputs(base: BaseModel, orders: Sequence[Order]) -> list[InputFile]:
     """Return every open file that orders are carried out from."""
     adapters = [item.adapter for order in orders for item in order.adapters]
-    return [*base.files, *(file for adapter in adapters for file in list_files(adapter))]
+    checkpoints = {id(order.checkpoint): order.checkpoint for order in orders if order.checkpoint is not None}
+    beside = [file for checkpoint in checkpoints.values() for file in checkpoint.files]
+    return [*base.files, *beside, *(file for adapter in adapters for file in list_files(adapter))]

@@ -47,6 +47,35 @@ class PlannedAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedReference:
+    """Where the base checkpoint has the float numbers of a weight that the base has in a few bits.
+
+    Attributes:
+        key: identifies the checkpoint's weight.
+        name: its name, for people.
+        file: name of the file that holds it.
+        offset: bytes from the start of that file.
+        dtype: number form.
+        rows: start, stop and step of the rows of the stored matrix that are the module's.
+        columns: likewise.
+        transposed: whether the stored matrix is the transpose of the canonical `(out, in * kernel)`.
+        section: first and last canonical row, the latter excluded, that it holds; None for all.
+        divisor: what the base's graph multiplies its weight by, so that it stores the checkpoint's divided.
+    """
+
+    key: str
+    name: str
+    file: str
+    offset: int
+    dtype: str
+    rows: tuple[int, int, int]
+    columns: tuple[int, int, int]
+    transposed: bool
+    section: tuple[int, int] | None
+    divisor: float
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedChange:
     """What one target of one adapter does to a weight.
 
@@ -67,6 +96,7 @@ class PlannedChange:
             change with it; empty for nothing.
         row_order: which canonical row each stored one is; empty where they are in order.
         shape: canonical shape of the parameter, `(out, in, *kernel)` of a weight; empty where the factors tell it.
+        references: where the float numbers are that it changes, where the base has them in a few bits.
     """
 
     adapter: int
@@ -83,6 +113,7 @@ class PlannedChange:
     row_factors: tuple[float, ...] = ()
     row_order: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
+    references: tuple[PlannedReference, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

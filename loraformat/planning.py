@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from loraformat.bases import BaseModel
 from loraformat.errors import error_for
-from loraformat.evidence import Hints
+from loraformat.evidence import Clues, Hints
 from loraformat.kinds import KINDS, Nature
 from loraformat.matching import Match, NewBias
 from loraformat.new_sizes import follow_weights
@@ -24,7 +24,7 @@ from loraformat.resolve import Resolution, gather_clues, resolve
 from loraformat.rewriting import plan_rewriting
 from loraformat.rules import check_adapter
 from loraformat.strict_json import JsonValue
-from loraformat.weight_plans import WeightChange, check_codes, part_tables, plan_bias, plan_weight
+from loraformat.weight_plans import WeightChange, check_codes, part_tables, plan_bias, plan_references, plan_weight
 
 _NO_HINTS: Final = Hints()
 _FLOAT32_MAX: Final = (2.0 - 2.0**-23) * 2.0**127
@@ -47,8 +47,8 @@ class _Found:
         """Whether tied tables part."""
         return any(entry.match.is_untied for group in self.changes.values() for entry in group)
 
-    def add(self, position: int, item: WeightedAdapter, resolution: Resolution) -> None:
-        """Take in what one adapter was matched with."""
+    def add(self, position: int, item: WeightedAdapter, resolution: Resolution, clues: Clues) -> None:
+        """Take in what one adapter was matched with, and where float numbers of it are."""
         self.problems += resolution.problems
         self.unmatched += resolution.unmatched
         self.counts.append(len(resolution.matches))
@@ -57,6 +57,8 @@ class _Found:
             self.problems.append(Problem("LF401", item.name, found, "at least one"))
         for match in resolution.matches:
             change = _plan_change(position, match, item)
+            references = clues.reference.get((match.target.name, match.want.parameter), ())
+            change = replace(change, references=plan_references(match, references))
             self.problems += _check_scale(change)
             for weight in match.weights:
                 self.changes[weight.key].append(WeightChange(match, weight, change))
@@ -97,6 +99,7 @@ def build_plan(
     new_biases: bool = False,
     keep_scales: bool = False,
     accept_ranges: bool = False,
+    any_rounding: bool = False,
     external_data: str | None = None,
     dtype: str | None = None,
     anew: bool = False,
@@ -116,6 +119,7 @@ def build_plan(
         new_biases: give biases to modules that have none, where adapters change them.
         keep_scales: leave the scales of quantised weights as they are.
         accept_ranges: accept activation ranges that were measured on the base.
+        any_rounding: round weights of a few bits to the nearest codes, whatever way theirs were found.
         external_data: `share` has the output refer to the base's data files for what does not change.
         dtype: number form of the output's floating-point tensors; None keeps each one's own.
         anew: write the output anew, as safetensors.
@@ -133,6 +137,7 @@ def build_plan(
         new_biases=new_biases,
         keep_scales=keep_scales,
         accept_ranges=accept_ranges,
+        any_rounding=any_rounding,
         external_data=external_data,
         dtype=dtype,
         anew=anew,
@@ -157,6 +162,7 @@ class _Wishes:
     new_biases: bool
     keep_scales: bool
     accept_ranges: bool
+    any_rounding: bool
     external_data: str | None
     dtype: str | None
     anew: bool
@@ -175,6 +181,7 @@ def _resolve_adapter(found: _Found, position: int, item: WeightedAdapter, wishes
     if any(problem.severity == "error" for problem in checked):
         found.counts.append(0)
         return
+    clues = gather_clues(item.adapter, hints, strip_prefix=wishes.strip_prefix)
     resolution = resolve(
         item.adapter,
         found.base.sites,
@@ -183,9 +190,9 @@ def _resolve_adapter(found: _Found, position: int, item: WeightedAdapter, wishes
         ignore_fingerprints=wishes.ignore_fingerprints,
         untie=wishes.untie,
         new_biases=wishes.new_biases,
-        clues=gather_clues(item.adapter, hints, strip_prefix=wishes.strip_prefix),
+        clues=clues,
     )
-    found.add(position, item, resolution)
+    found.add(position, item, resolution, clues)
 
 
 def _compose_plan(

@@ -94,7 +94,7 @@ def verify_merge(merged: BaseModel, base: BaseModel, order: Order, effort: Effor
     present = [(image, sink) for image, sink in zip(images, sinks, strict=True) if sink is not None]
     sums: Sequence[TileSums] = ()
     if len(present) == len(images):
-        assignment = Assignment(order.plan, base, order.adapters, images, sinks)
+        assignment = Assignment(order.plan, base, order.adapters, images, sinks, checkpoint=order.checkpoint)
         (sums,) = carry_out([assignment], effort)
         for image, sink in present:
             problems += _judge(image, sink, order.plan, base)
@@ -113,8 +113,7 @@ def add_runs(
     """
     if base.format != "onnx":
         raise refuse("LF446", base.path, f"a base of the format {base.format!r}", "an ONNX model")
-    changes = list_changes(order.plan, base, order.adapters)
-    runs, problems = compare_runs(add_copies(order.plan, base), merged.path, changes, sizes)
+    runs, problems = compare_runs(add_copies(order.plan, base), merged.path, list_changes(order, base), sizes)
     return replace(found, runs=tuple(runs), problems=(*found.problems, *problems))
 
 

@@ -74,14 +74,17 @@ def find_coding(opened: OnnxFile, raw: RawSite, stored: StoredTensor) -> Coding 
     found = _find_companions(opened, holder, where)
     if isinstance(found, Problem):
         return found
-    companions, readers = found
+    companions, readers, zero_readers = found
     shape = _find_blocks(holder, raw, stored, companions["scales"].shape)
     if shape is None:
         found_shape = f"scales of the shape {list(companions['scales'].shape)}"
         return Problem("LF403", where, found_shape, "one for each channel or block")
     encoding, matrix, block = shape
     zero = 1 << (int(read_attribute(holder.node, "bits", 4)) - 1) if holder.op == _MATMUL_NBITS else 0
-    return Coding(encoding, matrix, block, companions, zero, _find_ties(raw, holder, companions["scales"], readers))
+    fixed = _find_ties(raw, holder, companions["scales"], readers)
+    zeros_fixed = _find_zero_ties(companions, zero_readers)
+    padding = matrix[1] - int(read_attribute(holder.node, "K", 0)) if holder.op == _MATMUL_NBITS else 0
+    return Coding(encoding, matrix, block, companions, zero, fixed, zeros_fixed, padding)
 
 
 def find_coded_part(coding: Coding | None, raw: RawSite) -> Part | None:
@@ -108,8 +111,8 @@ def _is_unknown(holder: Visit) -> bool:
 
 def _find_companions(
     opened: OnnxFile, holder: Visit, where: str
-) -> tuple[dict[str, StoredTensor | HeldTensor], list[str]] | Problem:
-    """Return scales and zero points, and what reads the scales besides the weight's own operator."""
+) -> tuple[dict[str, StoredTensor | HeldTensor], list[str], list[str]] | Problem:
+    """Return scales and zero points, and what reads each besides the weight's own operator."""
     operands = _OPERANDS.get(holder.op)
     scales, owner = (_trace(holder, operands.scales), holder) if operands else _find_product_scales(holder)
     zeros = _trace(holder, operands.zeros if operands else 3)
@@ -123,11 +126,18 @@ def _find_companions(
             return tensor
     if holder.op == _MATMUL_NBITS and len(holder.node.input) > 4 and holder.node.input[4]:
         return Problem("LF403", where, "columns in another order (g_idx)", "columns in order")
-    readers = [each.describe(at) for each, at in scales.scope.readers.get(scales.name, ()) if each is not owner]
-    stored = found["scales"]
+    companions = {role: each for role, each in found.items() if not isinstance(each, Problem)}
+    readers = _list_others(opened, scales, owner, companions["scales"])
+    zero_readers = _list_others(opened, zeros, holder, companions["zero_points"]) if zeros is not None else []
+    return companions, readers, zero_readers
+
+
+def _list_others(opened: OnnxFile, trace: Trace, owner: Visit, stored: StoredTensor | HeldTensor) -> list[str]:
+    """Return words for what reads a companion besides the operator that it belongs to."""
+    readers = [each.describe(at) for each, at in trace.scope.readers.get(trace.name, ()) if each is not owner]
     if isinstance(stored, StoredTensor):
         readers += [f"the tensor {other!r}" for other in opened.overlaps(stored)]
-    return {role: each for role, each in found.items() if not isinstance(each, Problem)}, readers
+    return readers
 
 
 def _trace(visit: Visit, position: int) -> Trace | None:
@@ -222,6 +232,13 @@ def _find_ties(raw: RawSite, holder: Visit, scales: StoredTensor | HeldTensor, r
     position = (operands.bias if operands else 0) or _FLOAT_BIASES.get(raw.visit.op, 0)
     bias = _trace_bias(raw.visit, position) if position else None
     return f"the bias {bias.name!r} counts in steps of them" if bias is not None else ""
+
+
+def _find_zero_ties(companions: Mapping[str, StoredTensor | HeldTensor], readers: Sequence[str]) -> str:
+    """Return why zero points must stay; nothing when they may change, or there are none."""
+    if readers:
+        return f"{readers[0]} reads them too"
+    return "they are no run of bytes in the file" if isinstance(companions.get("zero_points"), HeldTensor) else ""
 
 
 def _trace_bias(visit: Visit, position: int) -> "onnx.TensorProto | None":
