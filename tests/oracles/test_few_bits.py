@@ -1,5 +1,7 @@
 """Merges into graphs of 4 bits with the checkpoint's float numbers, beside the merged float model quantised afresh."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 import loraformat
+from builders import write_peft
 from loraformat.errors import LoraformatError
 
 pytestmark = pytest.mark.oracle
@@ -158,3 +161,52 @@ def test_what_an_earlier_merge_has_added_is_not_lost(case: Case, tmp_path: Path)
     with pytest.raises(LoraformatError) as caught:
         loraformat.unmerge(tmp_path / "once.onnx", tmp_path / "back.onnx", adapters=[adapter], **options)
     assert set(caught.value.codes) == {"LF440"}
+
+
+def build(folder: Path, target: Path) -> Path:
+    """Have onnxruntime-genai's builder make a model of 4 bits."""
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+    command += ["-i", str(folder), "-o", str(target), "-c", str(folder), "--extra_options", "int4_block_size=32"]
+    subprocess.run(command, check=True, capture_output=True)
+    return target / "model.onnx"
+
+
+def test_the_builders_own_model_of_the_merged_checkpoint(tmp_path: Path) -> None:
+    """q, k and v side by side in codes: all codes and scales are those that the builder gives the merged weights."""
+    pytest.importorskip("onnxruntime_genai")
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=96, num_hidden_layers=1, tie_word_embeddings=False, **sizes)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    words = tokenizers_of(96)
+    factors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            down, up = torch.randn(2, module.in_features), 0.002 * torch.randn(module.out_features, 2)
+            factors[name] = (down.numpy(), up.numpy())
+    for folder in ("base", "merged"):
+        model.save_pretrained(tmp_path / folder)
+        words.save_pretrained(tmp_path / folder)
+        for name, (down, up) in factors.items():
+            weight = model.get_submodule(name).weight
+            weight.data += torch.from_numpy(up.astype(np.float64) @ down.astype(np.float64)).to(weight.dtype)
+    base, afresh = (build(tmp_path / folder, tmp_path / f"{folder}-onnx") for folder in ("base", "merged"))
+    adapter = write_peft(tmp_path / "adapter", factors, r=2, lora_alpha=2)
+    (tmp_path / "out").mkdir()
+    loraformat.merge(base, [adapter], tmp_path / "out" / "model.onnx", base_checkpoint=tmp_path / "base")
+    found, wanted = tensors(tmp_path / "out" / "model.onnx"), tensors(afresh)
+    assert sum("qkv_proj" in name for name in found) == 2
+    for name, values in found.items():
+        if name.endswith("_Q4"):
+            assert (values != wanted[name]).mean() < 1e-3, name
+        elif values.dtype == np.float32:
+            np.testing.assert_allclose(values, wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def tokenizers_of(size: int) -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({str(index): index for index in range(size)}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="2", bos_token="1", pad_token="0")
