@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from loraformat.adapter import Target
 from loraformat.bases import Weight
-from loraformat.dtypes import Dtype
+from loraformat.dtypes import BY_NAME, Dtype
 from loraformat.encodings import CODED, Coder, Coding
 from loraformat.plan import PlannedWeight
 from loraformat.references import Floats, Likeness, place_references, put_references
 from loraformat.sinks import Sink
 from loraformat.tiles import TileBuffers, TileSums, change_tile, sum_up
-from loraformat.weight_work import WeightWork, as_bytes
+from loraformat.weight_work import WeightWork, as_bytes, find_encoding
 
 _NO_FLOATS: Final = Floats()
 
@@ -51,11 +51,15 @@ class CodedWork(WeightWork):
         self.references = place_references(weight, floats)
         self._any_rounding = floats.any_rounding
         super().__init__(weight, source.tensor, targets)
+        self.base_rows = weight.matrix[0]
 
     def _choose_forms(self) -> None:
         """Set how numbers are stored and worked with."""
         self.stored_form = self.written_form = np.dtype(np.uint8)
         self.work_form = np.dtype(np.float32)
+        if self.weight.new is not None:
+            self.written_encoding = find_encoding(self.weight.new.encoding)
+            self.float_form: np.dtype[Any] = BY_NAME[self.weight.new.dtype].numpy()
 
     @property
     def row_bytes(self) -> int:

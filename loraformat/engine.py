@@ -5,6 +5,7 @@ workers, because tile boundaries are part of the plan and every tile is computed
 (write them, compare them) is its own affair.
 """
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from loraformat.adapter import Target
 from loraformat.bases import BaseModel
 from loraformat.coded_work import CodedWork, Place, requantise
 from loraformat.errors import refuse
+from loraformat.float_work import PANEL_BYTES, dequantise
 from loraformat.images import Copy, FileImage, Literal
 from loraformat.locating import index_tensors, list_copies, locate_span, locate_weight
 from loraformat.output_forms import index_weights, list_written
@@ -31,6 +33,8 @@ _BUFFERS_PER_WORKER: Final = 5
 _CODED_BUFFERS: Final = 9
 """A quantised weight needs some for scales and zero points beside each number, and for codes before they are bytes."""
 _FACTOR_COPIES: Final = 3
+_PANELS: Final = 2
+"""Floats that stand turned in the output are held both ways."""
 
 
 class Progress(Protocol):
@@ -212,6 +216,8 @@ class _Bench:
 
     def _list_coded(self, number: int, weight: PlannedWeight, work: CodedWork) -> _Job:
         """Return the one job of a quantised weight, whose scales hang on all its numbers."""
+        if weight.new is not None:
+            return self._list_dequantised(number, weight, work)
         places: dict[str, Place] = {}
         for role, tensor in list_written(weight, self._weights[weight.key]).items():
             image, offset = locate_span(self.assignment.images, tensor.span)
@@ -223,6 +229,18 @@ class _Bench:
         carry = partial(_merge_coded, work, self._buffers, places)
         key = f"coded {span.path.name}@{span.offset}"
         return _Job((str(span.path), span.offset), key, number, weight.nbytes, carry)
+
+    def _list_dequantised(self, number: int, weight: PlannedWeight, work: CodedWork) -> _Job:
+        assert weight.new is not None, "asked before"
+        source = self._weights[weight.key].tensor
+        image, offset = locate_weight(self.assignment.images, weight, source)
+        sink = self.assignment.sinks[image]
+        assert sink is not None, "a file with a new tensor is written"
+        work.runs_left = 1
+        carry = partial(_merge_floats, work, self._buffers, Place(sink, offset))
+        length = weight.matrix[0] * (weight.matrix[1] - weight.new.padding) * work.float_form.itemsize
+        order = (str(source.span.path), source.span.offset)
+        return _Job(order, f"{image}@{offset}", number, length, carry)
 
     def _list_copy(self, image: int, sink: Sink, piece: Copy | Literal, offset: int) -> _Job:
         order = (str(piece.file.path), piece.offset) if isinstance(piece, Copy) else ("", 0)
@@ -238,6 +256,12 @@ def _merge_run(work: WeightWork, buffers: TileBuffers, run: range, sink: Sink, o
 
 def _merge_coded(work: CodedWork, buffers: TileBuffers, places: Mapping[str, Place]) -> TileSums:
     sums = requantise(work, buffers, places)
+    work.finish_run()
+    return sums
+
+
+def _merge_floats(work: CodedWork, buffers: TileBuffers, place: Place) -> TileSums:
+    sums = dequantise(work, buffers, place)
     work.finish_run()
     return sums
 
@@ -267,7 +291,8 @@ def _need_bytes(assignment: Assignment) -> int:
         tile = widest * weight.tile_rows * weight.matrix[1]
         changes = ((targets[change.adapter][change.target], change) for change in weight.changes)
         factors = sum(widest * count_held(target, change) for target, change in changes)
-        most = max(most, buffers * tile + _FACTOR_COPIES * factors)
+        panel = min(PANEL_BYTES, 4 * math.prod(weight.matrix)) if weight.is_dequantised else 0
+        most = max(most, buffers * tile + _FACTOR_COPIES * factors + _PANELS * panel)
     return most
 
 

@@ -52,6 +52,8 @@ def merge_in_place(base: BaseModel, order: Order, work: Work) -> Receipt:
     plan = order.plan
     if plan.rewritten:
         raise refuse("LF620", base.path, "changes of sizes or number forms", "a merge that only changes numbers")
+    if plan.floats:
+        raise refuse("LF620", base.path, "codes that become floats", "a merge that only changes numbers")
     if plan.copies:
         names = ", ".join(repr(each.name) for each in plan.copies)
         found = f"tensors more: {names}, copies of what others read too"

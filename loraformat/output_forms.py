@@ -5,7 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loraformat.bases import BaseModel, CopyingBase, Rewriter, SharedBase, Weight, list_tokenizer_files
+from loraformat.bases import (
+    BaseModel,
+    CopyingBase,
+    DequantisingBase,
+    Rewriter,
+    SharedBase,
+    Weight,
+    list_tokenizer_files,
+)
 from loraformat.dtypes import BY_NAME
 from loraformat.errors import refuse
 from loraformat.images import FileImage, OutputTensor
@@ -68,6 +76,9 @@ def describe_output(
     plan = order.plan
     if plan.copies:
         base = add_copies(plan, base)
+    if plan.floats:
+        assert isinstance(base, DequantisingBase), "only such a base tells float forms"
+        base = base.with_floats(plan.floats)
     if plan.is_sharing:
         touched = list_touched(plan, base)
         return require_shared(base).describe_sharing_images(

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from loraformat.adapter import Adapter
-from loraformat.bases import WeightCopy
+from loraformat.bases import WeightCopy, WeightFloats
 from loraformat.kinds import Nature
 from loraformat.limits import TILE_BYTES
 from loraformat.problems import Problem
@@ -128,6 +128,8 @@ class NewForm:
         has_base: whether there are numbers of the base to start from; zeros otherwise.
         copied_from: name of the base's tensor that stays beside it; empty where it takes that one's place.
         readers: ids of the sites that read it, instead of the base's tensor.
+        turned: of codes that become floats, whether these stand transposed.
+        padding: of codes that become floats, how many columns at the end of a row are left out.
     """
 
     name: str
@@ -137,6 +139,8 @@ class NewForm:
     has_base: bool = True
     copied_from: str = ""
     readers: tuple[str, ...] = ()
+    turned: bool = False
+    padding: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +213,13 @@ class PlannedWeight:
 
     @property
     def is_coded(self) -> bool:
-        """Whether it is quantised."""
+        """Whether it is quantised in the base."""
         return bool(self.companions)
+
+    @property
+    def is_dequantised(self) -> bool:
+        """Whether it stands in floats in the output, and in codes in the base."""
+        return self.is_coded and self.new is not None
 
     @property
     def written_dtype(self) -> str:
@@ -276,6 +285,11 @@ class Plan:
         """Tensors that some sites of a weight get for themselves."""
         new = ((weight.key, weight.new) for weight in self.weights if weight.new is not None)
         return [WeightCopy(form.name, key, form.readers) for key, form in new if form.readers]
+
+    @property
+    def floats(self) -> list[WeightFloats]:
+        """Weights that the base has in codes and the output in floats."""
+        return [WeightFloats(w.new.name, w.key) for w in self.weights if w.new is not None and w.is_dequantised]
 
     @property
     def is_sharing(self) -> bool:

@@ -186,6 +186,7 @@ _OPTIONS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "keep_scales": lambda value: value is True,
     "accept_ranges": lambda value: value is True,
     "any_rounding": lambda value: value is True,
+    "on_quantized": lambda value: value == "dequantize",
     "external_data": lambda value: value == "share",
     "dtype": lambda value: isinstance(value, str),
     "anew": lambda value: value is True,

@@ -4,6 +4,7 @@ Apart means: every node that reads a changed weight gets a second node beside it
 of the weight, and the two results are added. The base's own weights stay as they are, and no merged number is used.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,10 +102,8 @@ def list_changes(order: Order, base: BaseModel) -> list[Change]:
         delta, shape, dtype = np.concatenate(tiles), weight.shape, source.tensor.dtype
         if source.coding is not None:
             dtype = source.coding.companions["scales"].dtype
-            part = next((change.part for change in weight.changes if change.part is not None), None)
-            if part is not None:  # Blocks of a row may be padded.
-                delta = delta[:, slice(*part.columns)]
-                shape = delta.shape
+            delta = delta[:, : delta.shape[1] - source.coding.padding]
+            shape = shape if math.prod(shape) == delta.size else delta.shape  # Codes that are packed by the byte.
         changes.append(Change(weight.name, shape, dtype.onnx or _FLOAT, delta))
     return changes
 

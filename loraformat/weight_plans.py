@@ -2,27 +2,19 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple, cast
 
 from loraformat.bases import Site, Weight
-from loraformat.encodings import CODED, ENCODINGS
+from loraformat.coded_plans import list_companions
+from loraformat.encodings import ENCODINGS
 from loraformat.kinds import KINDS, MappingKind, Nature
 from loraformat.matching import Match, NewBias, shape_at
-from loraformat.plan import (
-    NewForm,
-    PlannedChange,
-    PlannedCompanion,
-    PlannedReference,
-    PlannedWeight,
-    as_matrix,
-    count_tile_rows,
-)
+from loraformat.plan import NewForm, PlannedChange, PlannedWeight, as_matrix, count_tile_rows
 from loraformat.problems import Problem
 from loraformat.spans import Part
 
-_ENOUGH_BITS: Final = 8
 _ORDER: Final = {Nature.REPLACEMENT: 0, Nature.FUNCTION_OF_BASE: 1, Nature.ADDITIVE: 2}
 """What replaces the base's values comes first, then what is a function of them, then what is added."""
 
@@ -157,76 +149,6 @@ def _make_form(table: Table, weight: Weight, shape: tuple[int, ...], encoding: s
     source = weight.name if table.readers else ""
     form = weight.tensor.dtype.name
     return NewForm(table.name, form, shape, encoding, copied_from=source, readers=table.readers)
-
-
-def check_codes(changes: Iterable[WeightChange]) -> Iterator[Problem]:
-    """Yield a problem for every change of a weight whose codes are too few to hold a small one, without float ones."""
-    for match, weight, change in changes:
-        if has_few_bits(weight) and not change.references:
-            found = f"{weight.name!r} is stored in codes of {_count_bits(weight)} bits"
-            yield Problem("LF440", match.want.name, found, "8 bits or more, or its numbers in the base checkpoint")
-
-
-def has_few_bits(weight: Weight) -> bool:
-    """Say whether a weight is quantised so coarsely that decoding, adding and encoding loses what was added."""
-    return weight.coding is not None and _count_bits(weight) < _ENOUGH_BITS
-
-
-def _count_bits(weight: Weight) -> int:
-    encoding = CODED.find(weight.coding.encoding) if weight.coding is not None else None
-    assert encoding is not None, "the base names it"
-    return encoding.bits
-
-
-def plan_references(match: Match, found: Sequence[Match]) -> tuple[PlannedReference, ...]:
-    """Return where the float numbers of a weight are that is stored in a few bits.
-
-    Args:
-        match: the weight in the base.
-        found: the same parameter in the base checkpoint.
-    """
-    if not has_few_bits(match.weight):
-        return ()
-    return tuple(_refer(match, each) for each in found if each.weight.tensor.dtype.family == "float")
-
-
-def _refer(match: Match, reference: Match) -> PlannedReference:
-    tensor = reference.weight.tensor
-    matrix = as_matrix(tensor.shape)
-    part = reference.part or Part(matrix, (0, matrix[0], 1), (0, matrix[1], 1))
-    return PlannedReference(
-        key=reference.weight.key,
-        name=reference.weight.name,
-        file=tensor.extent.path.name,
-        offset=tensor.extent.offset,
-        dtype=tensor.dtype.name,
-        rows=part.rows,
-        columns=part.columns,
-        transposed=reference.transposed,
-        section=reference.section,
-        divisor=match.divisor,
-    )
-
-
-def list_companions(
-    weight: Weight, changes: Sequence[PlannedChange], problems: list[Problem], *, keep_scales: bool
-) -> tuple[PlannedCompanion, ...]:
-    """Return what goes with the codes of a quantised weight; a warning where scales cannot follow.
-
-    Zero points only change where all numbers are quantised afresh.
-    """
-    coding = weight.coding
-    if coding is None:
-        return ()
-    if coding.fixed and not keep_scales:
-        problems.append(Problem("LF442", weight.name, coding.fixed, "scales of its own", severity="warning"))
-    afresh = any(change.references for change in changes) and not coding.zeros_fixed
-    roles = {"scales", "zero_points"} if afresh else {"scales"}
-    written = roles if not coding.fixed and not keep_scales else set()
-    return tuple(
-        PlannedCompanion(role, each.name, each.dtype.name, each.dtype.count_bytes(each.elements), role in written)
-        for role, each in coding.companions.items()
-    )
 
 
 def plan_bias(bias: NewBias, changes: Sequence[PlannedChange]) -> PlannedWeight | None:
