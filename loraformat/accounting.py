@@ -1,11 +1,11 @@
 """What a merge did, in numbers: the receipt, and what the numbers say against it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
 from loraformat.bases import BaseModel
-from loraformat.errors import error_for
+from loraformat.errors import error_for, refuse
 from loraformat.output_forms import choose_form
 from loraformat.plan import Plan, PlannedWeight
 from loraformat.problems import Problem, Severity
@@ -29,6 +29,22 @@ def _record(weight: PlannedWeight, retained: float, relative: float, error: floa
     return MergedWeight(
         weight.name, weight.targets, weight.scales, retained, relative, error, copied_from=weight.copied_from
     )
+
+
+def check_untouched(plan: Plan, base: BaseModel) -> None:
+    """Refuse to take float numbers from a checkpoint of weights that a merge has changed since (LF618).
+
+    What that merge added would be gone, and too small beside the steps of codes to be seen in them.
+    """
+    wanted = {weight.name for weight in plan.weights if any(change.references for change in weight.changes)}
+    record: object = find_receipt(base)
+    while wanted and isinstance(record, Mapping):
+        weights = record.get("weights")
+        names = [each.get("name") for each in weights if isinstance(each, Mapping)] if isinstance(weights, list) else []
+        again = sorted(wanted.intersection(name for name in names if isinstance(name, str)))
+        if again:
+            raise refuse("LF618", again[0], "a weight that an earlier merge has changed", "the base's own")
+        record = record.get("parent")
 
 
 def _compose_receipt(

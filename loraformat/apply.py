@@ -15,7 +15,7 @@ from loraformat.output_folders import PendingFolder
 from loraformat.output_forms import Order, choose_form, describe_output, list_inputs, list_touched
 from loraformat.outputs import FOLDER_UNDO, PendingOutput, name_log, output_errors
 from loraformat.placing import Place, check_places, list_links, open_place
-from loraformat.plan import Plan, WeightedAdapter
+from loraformat.plan import Plan
 from loraformat.receipt import Receipt
 from loraformat.sinks import FileSink, put_image
 from loraformat.spans import InputFile
@@ -58,9 +58,9 @@ class _Delivery:
     room_bytes: int
 
 
-def apply_plan(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter], work: Work) -> Receipt:
+def apply_order(base: BaseModel, order: Order, work: Work) -> Receipt:
     """Write one merged model and return its receipt; see `apply_plans`."""
-    (receipt,) = apply_plans(base, [Order(plan, adapters)], work)
+    (receipt,) = apply_plans(base, [order], work)
     return receipt
 
 
@@ -141,12 +141,12 @@ def _open(base: BaseModel, order: Order, place: Place) -> Iterator[_Delivery]:
             for descriptor, image in zip(pending.descriptors, images, strict=True)
         ]
         blank = next(piece for piece in images[-1].pieces if isinstance(piece, Blank))
-        assignment = Assignment(plan, base, order.adapters, images, sinks, log)
+        assignment = Assignment(plan, base, order.adapters, images, sinks, log, order.checkpoint)
         yield _Delivery(order, assignment, pending, log, blank.length)
 
 
 def _describe_undo(plan: Plan, base: BaseModel, images: Sequence[FileImage]) -> FileImage:
-    if plan.rewritten or plan.copies:
+    if plan.rewritten or plan.copies or plan.floats:
         found = "an output that is written anew" if plan.rewritten else "an output with more tensors than the base"
         raise refuse("LF622", plan.output, found, "a copy of the base for --keep-undo")
     output = plan.output.absolute()

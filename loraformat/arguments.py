@@ -63,6 +63,10 @@ class PlanOptions(AdapterOptions, HintOptions, total=False):
         new_biases: give biases to modules that have none, where adapters change them.
         keep_scales: leave the scales of quantised weights as they are.
         accept_ranges: accept activation ranges of a quantised model that were measured on the base.
+        any_rounding: where `base_checkpoint` gives the numbers of weights of 4 bits, round to the nearest codes, though
+            the base's own were found in another way (GPTQ).
+        on_quantized: `dequantize` writes quantised weights that change as floats, and the operators that read them with
+            them; else they are quantised again.
         external_data: `share` writes, beside an ONNX base, a small model that refers to the base's data files, and to
             one of its own for what differs; otherwise all are copied.
         dtype: number form of the output's floating-point tensors, such as `bfloat16`; else each keeps its own.
@@ -77,6 +81,8 @@ class PlanOptions(AdapterOptions, HintOptions, total=False):
     new_biases: bool
     keep_scales: bool
     accept_ranges: bool
+    any_rounding: bool
+    on_quantized: str | None
     external_data: str | None
     dtype: str | None
     to: str | None

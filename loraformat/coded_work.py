@@ -2,19 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Target
 from loraformat.bases import Weight
-from loraformat.dtypes import Dtype
+from loraformat.dtypes import BY_NAME, Dtype
 from loraformat.encodings import CODED, Coder, Coding
 from loraformat.plan import PlannedWeight
+from loraformat.references import Floats, Likeness, place_references, put_references
 from loraformat.sinks import Sink
 from loraformat.tiles import TileBuffers, TileSums, change_tile, sum_up
-from loraformat.weight_work import WeightWork, as_bytes
+from loraformat.weight_work import WeightWork, as_bytes, find_encoding
+
+_NO_FLOATS: Final = Floats()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +40,26 @@ class CodedWork(WeightWork):
         weight: what to do.
         source: the base's weight, which is quantised.
         targets: the adapter targets, one for each change.
+        floats: where float numbers are to be had, of weights that the plan takes them for.
     """
 
-    def __init__(self, weight: PlannedWeight, source: Weight, targets: Sequence[Target]) -> None:
+    def __init__(
+        self, weight: PlannedWeight, source: Weight, targets: Sequence[Target], floats: Floats = _NO_FLOATS
+    ) -> None:
         assert source.coding is not None, "the plan says so"
         self.coder = bind_coder(source.coding, source.tensor.dtype)
+        self.references = place_references(weight, floats)
+        self._any_rounding = floats.any_rounding
         super().__init__(weight, source.tensor, targets)
+        self.base_rows = weight.matrix[0]
 
     def _choose_forms(self) -> None:
         """Set how numbers are stored and worked with."""
         self.stored_form = self.written_form = np.dtype(np.uint8)
         self.work_form = np.dtype(np.float32)
+        if self.weight.new is not None:
+            self.written_encoding = find_encoding(self.weight.new.encoding)
+            self.float_form: np.dtype[Any] = BY_NAME[self.weight.new.dtype].numpy()
 
     @property
     def row_bytes(self) -> int:
@@ -55,8 +67,27 @@ class CodedWork(WeightWork):
         return self.weight.nbytes // self.weight.matrix[0]
 
     def read_base(self, rows: range, stored: NDArray[Any], out: NDArray[Any]) -> None:
-        """Write the values of rows into `out: (rows, columns)`; `stored` is room for their codes."""
+        """Write the values of rows into `out: (rows, columns)`; `stored` is room for their codes.
+
+        Where float numbers are to be had, these are the values.
+        """
         self.coder.decode(self.read_codes(rows, stored), rows, out)
+        put_references(self.references, rows, out)
+
+    def check_references(self, buffers: TileBuffers) -> None:
+        """Raise what speaks against the float numbers being those that were quantised; LF615, LF616, LF617."""
+        if not self.references:
+            return
+        likeness = Likeness(self.weight.matrix)
+        for rows in list_tiles(self.weight):
+            shape = (len(rows), self.weight.matrix[1])
+            decoded, floats = (buffers.take(name, shape, self.work_form) for name in ("base", "merged"))
+            self.coder.decode(self.read_codes(rows, buffers.take("stored", shape, self.stored_form)), rows, decoded)
+            np.copyto(floats, decoded)
+            put_references(self.references, rows, floats)
+            for placed in self.references:
+                likeness.see(placed, rows, decoded, floats, self.coder.steps(rows))
+        likeness.judge(self.weight, any_rounding=self._any_rounding)
 
     def read_codes(self, rows: range, room: NDArray[Any]) -> NDArray[Any]:
         """Return the codes of rows as they are stored, in `room`."""
@@ -77,12 +108,14 @@ def requantise(work: CodedWork, buffers: TileBuffers, places: Mapping[str, Place
     """Merge a whole quantised weight: fit scales to the new values first, then encode these with them.
 
     Scales of a channel hang on all its numbers, so every tile is computed twice; memory is that of one tile.
+    Float numbers in the place of what the codes stand for are compared with that before.
 
     Args:
         work: the weight.
         buffers: the worker's memory.
         places: where the codes go (the role ``), and the companions that are written, by role.
     """
+    work.check_references(buffers)
     with np.errstate(over="ignore", invalid="ignore"):
         coder = _fit(work, buffers) if len(places) > 1 else work.coder
         sums = TileSums()
@@ -101,7 +134,7 @@ def list_tiles(weight: PlannedWeight) -> list[range]:
 
 
 def _fit(work: CodedWork, buffers: TileBuffers) -> Coder:
-    fit = work.coder.start_fit()
+    fit = work.coder.start_afresh() if work.references else work.coder.start_fit()
     for rows in list_tiles(work.weight):
         _, merged, delta = change_tile(work, buffers, rows)
         fit.see(_room(work, buffers, rows), rows, merged, delta)

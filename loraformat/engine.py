@@ -5,6 +5,7 @@ workers, because tile boundaries are part of the plan and every tile is computed
 (write them, compare them) is its own affair.
 """
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +18,12 @@ from loraformat.adapter import Target
 from loraformat.bases import BaseModel
 from loraformat.coded_work import CodedWork, Place, requantise
 from loraformat.errors import refuse
+from loraformat.float_work import PANEL_BYTES, dequantise
 from loraformat.images import Copy, FileImage, Literal
 from loraformat.locating import index_tensors, list_copies, locate_span, locate_weight
 from loraformat.output_forms import index_weights, list_written
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
+from loraformat.references import Floats
 from loraformat.sinks import Sink, put_piece
 from loraformat.tiles import TileBuffers, TileSums, merge_rows
 from loraformat.weight_work import WeightWork, count_held
@@ -30,6 +33,8 @@ _BUFFERS_PER_WORKER: Final = 5
 _CODED_BUFFERS: Final = 9
 """A quantised weight needs some for scales and zero points beside each number, and for codes before they are bytes."""
 _FACTOR_COPIES: Final = 3
+_PANELS: Final = 2
+"""Floats that stand turned in the output are held both ways."""
 
 
 class Progress(Protocol):
@@ -82,6 +87,7 @@ class Assignment:
         images: the output files.
         sinks: where their bytes go, None for a file that needs nothing.
         log: which jobs are done already.
+        checkpoint: the torch checkpoint of the base, where the plan takes numbers from it.
     """
 
     plan: Plan
@@ -90,6 +96,7 @@ class Assignment:
     images: Sequence[FileImage]
     sinks: Sequence[Sink | None]
     log: JobLog | None = None
+    checkpoint: BaseModel | None = None
 
 
 class _Job(NamedTuple):
@@ -174,6 +181,7 @@ class _Bench:
         self._tensors = index_tensors(assignment.base)
         self._weights = index_weights(assignment.base)
         self._targets = index_targets(assignment.adapters)
+        self._floats = open_floats(assignment.plan, assignment.checkpoint)
 
     def list_jobs(self) -> Iterator[_Job]:
         for number, weight in enumerate(self.assignment.plan.weights):
@@ -189,7 +197,8 @@ class _Bench:
     def _list_runs(self, number: int, weight: PlannedWeight) -> Iterator[_Job]:
         targets = [self._targets[change.adapter][change.target] for change in weight.changes]
         if weight.is_coded:
-            yield self._list_coded(number, weight, CodedWork(weight, self._weights[weight.key], targets))
+            coded = CodedWork(weight, self._weights[weight.key], targets, self._floats)
+            yield self._list_coded(number, weight, coded)
             return
         tensor = self._tensors.get(weight.key)
         work = WeightWork(weight, tensor, targets)
@@ -207,6 +216,8 @@ class _Bench:
 
     def _list_coded(self, number: int, weight: PlannedWeight, work: CodedWork) -> _Job:
         """Return the one job of a quantised weight, whose scales hang on all its numbers."""
+        if weight.new is not None:
+            return self._list_dequantised(number, weight, work)
         places: dict[str, Place] = {}
         for role, tensor in list_written(weight, self._weights[weight.key]).items():
             image, offset = locate_span(self.assignment.images, tensor.span)
@@ -218,6 +229,18 @@ class _Bench:
         carry = partial(_merge_coded, work, self._buffers, places)
         key = f"coded {span.path.name}@{span.offset}"
         return _Job((str(span.path), span.offset), key, number, weight.nbytes, carry)
+
+    def _list_dequantised(self, number: int, weight: PlannedWeight, work: CodedWork) -> _Job:
+        assert weight.new is not None, "asked before"
+        source = self._weights[weight.key].tensor
+        image, offset = locate_weight(self.assignment.images, weight, source)
+        sink = self.assignment.sinks[image]
+        assert sink is not None, "a file with a new tensor is written"
+        work.runs_left = 1
+        carry = partial(_merge_floats, work, self._buffers, Place(sink, offset))
+        length = weight.matrix[0] * (weight.matrix[1] - weight.new.padding) * work.float_form.itemsize
+        order = (str(source.span.path), source.span.offset)
+        return _Job(order, f"{image}@{offset}", number, length, carry)
 
     def _list_copy(self, image: int, sink: Sink, piece: Copy | Literal, offset: int) -> _Job:
         order = (str(piece.file.path), piece.offset) if isinstance(piece, Copy) else ("", 0)
@@ -233,6 +256,12 @@ def _merge_run(work: WeightWork, buffers: TileBuffers, run: range, sink: Sink, o
 
 def _merge_coded(work: CodedWork, buffers: TileBuffers, places: Mapping[str, Place]) -> TileSums:
     sums = requantise(work, buffers, places)
+    work.finish_run()
+    return sums
+
+
+def _merge_floats(work: CodedWork, buffers: TileBuffers, place: Place) -> TileSums:
+    sums = dequantise(work, buffers, place)
     work.finish_run()
     return sums
 
@@ -262,13 +291,21 @@ def _need_bytes(assignment: Assignment) -> int:
         tile = widest * weight.tile_rows * weight.matrix[1]
         changes = ((targets[change.adapter][change.target], change) for change in weight.changes)
         factors = sum(widest * count_held(target, change) for target, change in changes)
-        most = max(most, buffers * tile + _FACTOR_COPIES * factors)
+        panel = min(PANEL_BYTES, 4 * math.prod(weight.matrix)) if weight.is_dequantised else 0
+        most = max(most, buffers * tile + _FACTOR_COPIES * factors + _PANELS * panel)
     return most
 
 
 def index_targets(adapters: Sequence[WeightedAdapter]) -> list[Mapping[str, Target]]:
     """Return each adapter's targets by name."""
     return [{target.name: target for target in item.adapter.targets} for item in adapters]
+
+
+def open_floats(plan: Plan, checkpoint: BaseModel | None) -> Floats:
+    """Return where a plan's float numbers are, of weights that the base has in a few bits."""
+    if checkpoint is None:
+        return Floats()
+    return Floats(index_weights(checkpoint), bool(plan.options.get("any_rounding")))
 
 
 def _split_runs(weight: PlannedWeight, itemsize: int) -> Iterator[range]:

@@ -52,6 +52,8 @@ def merge_in_place(base: BaseModel, order: Order, work: Work) -> Receipt:
     plan = order.plan
     if plan.rewritten:
         raise refuse("LF620", base.path, "changes of sizes or number forms", "a merge that only changes numbers")
+    if plan.floats:
+        raise refuse("LF620", base.path, "codes that become floats", "a merge that only changes numbers")
     if plan.copies:
         names = ", ".join(repr(each.name) for each in plan.copies)
         found = f"tensors more: {names}, copies of what others read too"
@@ -79,7 +81,8 @@ def merge_in_place(base: BaseModel, order: Order, work: Work) -> Receipt:
 def _rewrite(base: BaseModel, order: Order, images: Sequence[FileImage], sinks: _Sinks, work: Work) -> Receipt:
     """Rewrite the weights, the checksums that follow from them, and the receipt; the disk has all when this ends."""
     plan = order.plan
-    (sums,) = carry_out([Assignment(plan, base, order.adapters, images, sinks)], work.effort)
+    assignment = Assignment(plan, base, order.adapters, images, sinks, checkpoint=order.checkpoint)
+    (sums,) = carry_out([assignment], work.effort)
     room_bytes = draft_receipt(plan, base).room_bytes
     receipt = finish_receipt(plan, base, sums, work.min_retained, work.warn_retained, room_bytes)
     for item in order.adapters:

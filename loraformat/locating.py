@@ -51,7 +51,7 @@ def list_copies(
     touched += [
         (*locate_span(images, tensor.span), tensor.span.length)
         for weight in plan.weights
-        if weight.is_coded
+        if weight.is_coded and weight.new is None
         for role, tensor in list_written(weight, weights[weight.key]).items()
         if role
     ]

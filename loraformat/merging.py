@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Unpack, cast
 
-from loraformat.apply import Work, apply_plan, apply_plans
+from loraformat.accounting import check_untouched
+from loraformat.apply import Work, apply_order, apply_plans
 from loraformat.arguments import (
     AdapterArgument,
     AdapterOptions,
@@ -53,7 +54,7 @@ def plan_merge(
     """Return what `merge` would do with the same arguments; reads no weight of the base and writes nothing."""
     opened = _open(base)
     weighted = weigh_adapters(adapters, options, opened)
-    return _plan(opened, weighted, _place(opened, weighted, output, options), options)
+    return _order(opened, weighted, _place(opened, weighted, output, options), options).plan
 
 
 def merge(
@@ -79,9 +80,9 @@ def merge(
     """
     opened = _open(base)
     weighted = weigh_adapters(adapters, options, opened)
-    plan = _plan(opened, weighted, _place(opened, weighted, output, options), options)
-    _check_apart(plan.output, weighted)
-    return apply_plan(plan, opened, weighted, _make_work(options))
+    order = _order(opened, weighted, _place(opened, weighted, output, options), options)
+    _check_apart(order)
+    return apply_order(opened, order, _make_work(options))
 
 
 def merge_each(
@@ -109,11 +110,9 @@ def merge_each(
     if twice:
         raise refuse("LF601", str(folder), f"several adapters called {', '.join(twice)}", "a name for each")
     place = Path(folder)
-    orders = [
-        Order(_plan(opened, [item], place / name, options), [item]) for item, name in zip(weighted, names, strict=True)
-    ]
+    orders = [_order(opened, [item], place / name, options) for item, name in zip(weighted, names, strict=True)]
     for order in orders:
-        _check_apart(order.plan.output, order.adapters)
+        _check_apart(order)
     with _make_folder(place):
         return apply_plans(opened, orders, _make_work(options))
 
@@ -143,8 +142,7 @@ def merge_into(base: StrPath, adapters: Sequence[AdapterArgument], **options: Un
     """
     opened = _open(base)
     weighted = weigh_adapters(adapters, options, opened)
-    plan = _plan(opened, weighted, opened.path, options)
-    return merge_in_place(opened, Order(plan, weighted), _make_work(options))
+    return merge_in_place(opened, _order(opened, weighted, opened.path, options), _make_work(options))
 
 
 def resolve_targets(base: StrPath, adapter: AdapterArgument, **options: Unpack[ResolveOptions]) -> Resolved:
@@ -187,7 +185,7 @@ def verify(
     weighted = weigh_adapters(_take_weights(adapters, statement), options, opened)
     hints = read_hints(cast(HintOptions, options))
     plan = build_plan(opened, weighted, proof.path, hints=hints, **(statement.options if statement else {}))
-    order = Order(plan, weighted)
+    order = Order(plan, weighted, hints.checkpoint)
     found = verify_merge(proof, opened, order, _make_effort(options))
     return add_runs(found, proof, opened, order, options.get("sizes", {})) if options.get("run") else found
 
@@ -234,14 +232,15 @@ def unmerge(
     if statement is not None:
         _check_stated(statement, weighted, opened.path)
     negated = [replace(item, weight=-item.weight) for item in weighted]
-    # Fingerprints are of the base's numbers, which the model no longer has.
-    plan = _plan(opened, negated, _place(opened, negated, output, options), {**options, "ignore_fingerprints": True})
-    for weight in plan.weights:
+    # Fingerprints, and a checkpoint, are of the base's numbers, which the model no longer has.
+    given: MergeOptions = {**options, "ignore_fingerprints": True, "base_checkpoint": None}
+    order = _order(opened, negated, _place(opened, negated, output, options), given)
+    for weight in order.plan.weights:
         if any(change.nature is not Nature.ADDITIVE for change in weight.changes):
             raise refuse("LF622", weight.name, "values that were put in place of the base's", "what was added to them")
-    _check_apart(plan.output, negated)
-    receipt = apply_plan(plan, opened, negated, _make_work(options))
-    return Undone(Path(receipt.output), exact=False, restored_bytes=sum(w.nbytes for w in plan.weights))
+    _check_apart(order)
+    receipt = apply_order(opened, order, _make_work(options))
+    return Undone(Path(receipt.output), exact=False, restored_bytes=sum(w.nbytes for w in order.plan.weights))
 
 
 def _check_stated(statement: Statement, weighted: Sequence[WeightedAdapter], model: Path) -> None:
@@ -262,9 +261,9 @@ def _open(base: StrPath) -> BaseModel:
     return open_base(Path(base))
 
 
-def _plan(
+def _order(
     base: BaseModel, weighted: Sequence[WeightedAdapter], output: Path, options: PlanOptions | MergeOptions
-) -> Plan:
+) -> Order:
     """Plan a merge; what the options do not say is as `build_plan` has it."""
     others = AdapterOptions.__annotations__.keys() | HintOptions.__annotations__.keys() | {"to"}
     own = PlanOptions.__annotations__.keys() - others
@@ -274,7 +273,8 @@ def _plan(
         del given["external_data"]
     plan = build_plan(base, weighted, output, anew=wants_anew(options.get("to")), hints=hints, **given)
     check_sharing(plan, base, options)
-    return plan
+    check_untouched(plan, base)
+    return Order(plan, weighted, hints.checkpoint)
 
 
 def _place(
@@ -289,9 +289,11 @@ def _form_suffix(base: BaseModel, options: PlanOptions | MergeOptions) -> str:
     return require_rewriter(base).suffix if wants_anew(options.get("to")) else base.suffix
 
 
-def _check_apart(output: Path, weighted: Sequence[WeightedAdapter]) -> None:
-    for item in weighted:
-        check_apart(output, [file.path for file in list_files(item.adapter)])
+def _check_apart(order: Order) -> None:
+    for item in order.adapters:
+        check_apart(order.plan.output, [file.path for file in list_files(item.adapter)])
+    if order.checkpoint is not None:
+        check_apart(order.plan.output, [file.path for file in order.checkpoint.files])
 
 
 def _make_effort(options: EffortOptions | VerifyOptions | WorkOptions | MergeOptions) -> Effort:

@@ -5,7 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loraformat.bases import BaseModel, CopyingBase, Rewriter, SharedBase, Weight, list_tokenizer_files
+from loraformat.bases import (
+    BaseModel,
+    CopyingBase,
+    DequantisingBase,
+    Rewriter,
+    SharedBase,
+    Weight,
+    list_tokenizer_files,
+)
 from loraformat.dtypes import BY_NAME
 from loraformat.errors import refuse
 from loraformat.images import FileImage, OutputTensor
@@ -16,10 +24,17 @@ from loraformat.spans import InputFile, Span, StoredTensor
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One model to write: a plan, and the adapters that it was made from, in its order."""
+    """One model to write.
+
+    Attributes:
+        plan: what to do.
+        adapters: what it was made from, in its order.
+        checkpoint: the torch checkpoint of the base, with float numbers of weights that the base has in a few bits.
+    """
 
     plan: Plan
     adapters: Sequence[WeightedAdapter]
+    checkpoint: BaseModel | None = None
 
 
 def require_rewriter(base: BaseModel) -> Rewriter:
@@ -61,6 +76,9 @@ def describe_output(
     plan = order.plan
     if plan.copies:
         base = add_copies(plan, base)
+    if plan.floats:
+        assert isinstance(base, DequantisingBase), "only such a base tells float forms"
+        base = base.with_floats(plan.floats)
     if plan.is_sharing:
         touched = list_touched(plan, base)
         return require_shared(base).describe_sharing_images(
@@ -126,4 +144,6 @@ def list_written(weight: PlannedWeight, source: Weight) -> Mapping[str, StoredTe
 def list_inputs(base: BaseModel, orders: Sequence[Order]) -> list[InputFile]:
     """Return every open file that orders are carried out from."""
     adapters = [item.adapter for order in orders for item in order.adapters]
-    return [*base.files, *(file for adapter in adapters for file in list_files(adapter))]
+    checkpoints = {id(order.checkpoint): order.checkpoint for order in orders if order.checkpoint is not None}
+    beside = [file for checkpoint in checkpoints.values() for file in checkpoint.files]
+    return [*base.files, *beside, *(file for adapter in adapters for file in list_files(adapter))]

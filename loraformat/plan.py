@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from loraformat.adapter import Adapter
-from loraformat.bases import WeightCopy
+from loraformat.bases import WeightCopy, WeightFloats
 from loraformat.kinds import Nature
 from loraformat.limits import TILE_BYTES
 from loraformat.problems import Problem
@@ -47,6 +47,35 @@ class PlannedAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedReference:
+    """Where the base checkpoint has the float numbers of a weight that the base has in a few bits.
+
+    Attributes:
+        key: identifies the checkpoint's weight.
+        name: its name, for people.
+        file: name of the file that holds it.
+        offset: bytes from the start of that file.
+        dtype: number form.
+        rows: start, stop and step of the rows of the stored matrix that are the module's.
+        columns: likewise.
+        transposed: whether the stored matrix is the transpose of the canonical `(out, in * kernel)`.
+        section: first and last canonical row, the latter excluded, that it holds; None for all.
+        divisor: what the base's graph multiplies its weight by, so that it stores the checkpoint's divided.
+    """
+
+    key: str
+    name: str
+    file: str
+    offset: int
+    dtype: str
+    rows: tuple[int, int, int]
+    columns: tuple[int, int, int]
+    transposed: bool
+    section: tuple[int, int] | None
+    divisor: float
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedChange:
     """What one target of one adapter does to a weight.
 
@@ -67,6 +96,7 @@ class PlannedChange:
             change with it; empty for nothing.
         row_order: which canonical row each stored one is; empty where they are in order.
         shape: canonical shape of the parameter, `(out, in, *kernel)` of a weight; empty where the factors tell it.
+        references: where the float numbers are that it changes, where the base has them in a few bits.
     """
 
     adapter: int
@@ -83,6 +113,7 @@ class PlannedChange:
     row_factors: tuple[float, ...] = ()
     row_order: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
+    references: tuple[PlannedReference, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +128,8 @@ class NewForm:
         has_base: whether there are numbers of the base to start from; zeros otherwise.
         copied_from: name of the base's tensor that stays beside it; empty where it takes that one's place.
         readers: ids of the sites that read it, instead of the base's tensor.
+        turned: of codes that become floats, whether these stand transposed.
+        padding: of codes that become floats, how many columns at the end of a row are left out.
     """
 
     name: str
@@ -106,6 +139,8 @@ class NewForm:
     has_base: bool = True
     copied_from: str = ""
     readers: tuple[str, ...] = ()
+    turned: bool = False
+    padding: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +213,13 @@ class PlannedWeight:
 
     @property
     def is_coded(self) -> bool:
-        """Whether it is quantised."""
+        """Whether it is quantised in the base."""
         return bool(self.companions)
+
+    @property
+    def is_dequantised(self) -> bool:
+        """Whether it stands in floats in the output, and in codes in the base."""
+        return self.is_coded and self.new is not None
 
     @property
     def written_dtype(self) -> str:
@@ -245,6 +285,11 @@ class Plan:
         """Tensors that some sites of a weight get for themselves."""
         new = ((weight.key, weight.new) for weight in self.weights if weight.new is not None)
         return [WeightCopy(form.name, key, form.readers) for key, form in new if form.readers]
+
+    @property
+    def floats(self) -> list[WeightFloats]:
+        """Weights that the base has in codes and the output in floats."""
+        return [WeightFloats(w.new.name, w.key) for w in self.weights if w.new is not None and w.is_dequantised]
 
     @property
     def is_sharing(self) -> bool:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from loraformat.bases import BaseModel
+from loraformat.coded_plans import DEQUANTIZE, check_codes, make_float, plan_references
 from loraformat.errors import error_for
-from loraformat.evidence import Hints
+from loraformat.evidence import Clues, Hints
 from loraformat.kinds import KINDS, Nature
 from loraformat.matching import Match, NewBias
 from loraformat.new_sizes import follow_weights
@@ -24,7 +25,7 @@ from loraformat.resolve import Resolution, gather_clues, resolve
 from loraformat.rewriting import plan_rewriting
 from loraformat.rules import check_adapter
 from loraformat.strict_json import JsonValue
-from loraformat.weight_plans import WeightChange, check_codes, part_tables, plan_bias, plan_weight
+from loraformat.weight_plans import WeightChange, part_tables, plan_bias, plan_weight
 
 _NO_HINTS: Final = Hints()
 _FLOAT32_MAX: Final = (2.0 - 2.0**-23) * 2.0**127
@@ -47,8 +48,8 @@ class _Found:
         """Whether tied tables part."""
         return any(entry.match.is_untied for group in self.changes.values() for entry in group)
 
-    def add(self, position: int, item: WeightedAdapter, resolution: Resolution) -> None:
-        """Take in what one adapter was matched with."""
+    def add(self, position: int, item: WeightedAdapter, resolution: Resolution, clues: Clues) -> None:
+        """Take in what one adapter was matched with, and where float numbers of it are."""
         self.problems += resolution.problems
         self.unmatched += resolution.unmatched
         self.counts.append(len(resolution.matches))
@@ -57,6 +58,8 @@ class _Found:
             self.problems.append(Problem("LF401", item.name, found, "at least one"))
         for match in resolution.matches:
             change = _plan_change(position, match, item)
+            references = clues.reference.get((match.target.name, match.want.parameter), ())
+            change = replace(change, references=plan_references(match, references))
             self.problems += _check_scale(change)
             for weight in match.weights:
                 self.changes[weight.key].append(WeightChange(match, weight, change))
@@ -65,21 +68,27 @@ class _Found:
             self.problems += _check_scale(change)
             self.biases[bias.name].append((bias, change))
 
-    def check_sites(self, *, accept_ranges: bool) -> None:
+    def check_sites(self, wishes: "_Wishes") -> None:
         """Note what the user must accept of the weights that change, and the weights that nothing can be added to."""
         entries = [entry for group in self.changes.values() for entry in group]
         caveats = {site.caveat for entry in entries for site in entry.match.sites if site.caveat is not None}
-        severity: Severity = "warning" if accept_ranges else "error"
+        severity: Severity = "warning" if wishes.accept_ranges else "error"
         self.problems += [replace(each, severity=severity) for each in sorted(caveats, key=lambda each: each.where)]
-        self.problems += check_codes(entries)
+        self.problems += [] if wishes.on_quantized == DEQUANTIZE else check_codes(entries)
 
-    def plan_weights(self, *, keep_scales: bool) -> tuple[PlannedWeight, ...]:
+    def plan_weights(self, wishes: "_Wishes") -> tuple[PlannedWeight, ...]:
         """Return the weights of the plan, sorted; problems are kept."""
+        dequantise = wishes.on_quantized == DEQUANTIZE
+        keep_scales = wishes.keep_scales or dequantise
         planned = [
             plan_weight(table, group[0].weight, self.problems, keep_scales=keep_scales)
             for group in self.changes.values()
             for table in part_tables(group[0].weight, group, self._sites, self.problems)
         ]
+        if dequantise:
+            planned = [
+                make_float(each, self.base, self.problems) if each and each.is_coded else each for each in planned
+            ]
         planned += [plan_bias(group[0][0], [change for _, change in group]) for group in self.biases.values()]
         return tuple(sorted((weight for weight in planned if weight), key=lambda weight: (weight.name, weight.key)))
 
@@ -97,6 +106,8 @@ def build_plan(
     new_biases: bool = False,
     keep_scales: bool = False,
     accept_ranges: bool = False,
+    any_rounding: bool = False,
+    on_quantized: str | None = None,
     external_data: str | None = None,
     dtype: str | None = None,
     anew: bool = False,
@@ -116,6 +127,8 @@ def build_plan(
         new_biases: give biases to modules that have none, where adapters change them.
         keep_scales: leave the scales of quantised weights as they are.
         accept_ranges: accept activation ranges that were measured on the base.
+        on_quantized: `dequantize` has the output hold quantised weights that change in floats.
+        any_rounding: round weights of a few bits to the nearest codes, whatever way theirs were found.
         external_data: `share` has the output refer to the base's data files for what does not change.
         dtype: number form of the output's floating-point tensors; None keeps each one's own.
         anew: write the output anew, as safetensors.
@@ -133,6 +146,8 @@ def build_plan(
         new_biases=new_biases,
         keep_scales=keep_scales,
         accept_ranges=accept_ranges,
+        any_rounding=any_rounding,
+        on_quantized=on_quantized,
         external_data=external_data,
         dtype=dtype,
         anew=anew,
@@ -140,8 +155,8 @@ def build_plan(
     found = _Found(base)
     for position, item in enumerate(adapters):
         _resolve_adapter(found, position, item, wishes, hints)
-    found.check_sites(accept_ranges=accept_ranges)
-    planned = found.plan_weights(keep_scales=keep_scales)
+    found.check_sites(wishes)
+    planned = found.plan_weights(wishes)
     return _compose_plan(base, adapters, output, wishes, found, planned)
 
 
@@ -157,6 +172,8 @@ class _Wishes:
     new_biases: bool
     keep_scales: bool
     accept_ranges: bool
+    any_rounding: bool
+    on_quantized: str | None
     external_data: str | None
     dtype: str | None
     anew: bool
@@ -175,6 +192,7 @@ def _resolve_adapter(found: _Found, position: int, item: WeightedAdapter, wishes
     if any(problem.severity == "error" for problem in checked):
         found.counts.append(0)
         return
+    clues = gather_clues(item.adapter, hints, strip_prefix=wishes.strip_prefix)
     resolution = resolve(
         item.adapter,
         found.base.sites,
@@ -183,9 +201,9 @@ def _resolve_adapter(found: _Found, position: int, item: WeightedAdapter, wishes
         ignore_fingerprints=wishes.ignore_fingerprints,
         untie=wishes.untie,
         new_biases=wishes.new_biases,
-        clues=gather_clues(item.adapter, hints, strip_prefix=wishes.strip_prefix),
+        clues=clues,
     )
-    found.add(position, item, resolution)
+    found.add(position, item, resolution, clues)
 
 
 def _compose_plan(
@@ -224,7 +242,7 @@ def _compose_plan(
 
 def _is_anew(weight: PlannedWeight) -> bool:
     """Say whether a weight needs an output that is written anew."""
-    return weight.new is not None and not weight.is_copy
+    return weight.new is not None and not weight.is_copy and not weight.is_dequantised
 
 
 def describe_base(base: BaseModel) -> dict[str, Any]:

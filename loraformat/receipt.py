@@ -185,6 +185,8 @@ _OPTIONS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "new_biases": lambda value: value is True,
     "keep_scales": lambda value: value is True,
     "accept_ranges": lambda value: value is True,
+    "any_rounding": lambda value: value is True,
+    "on_quantized": lambda value: value == "dequantize",
     "external_data": lambda value: value == "share",
     "dtype": lambda value: isinstance(value, str),
     "anew": lambda value: value is True,

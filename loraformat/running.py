@@ -4,6 +4,7 @@ Apart means: every node that reads a changed weight gets a second node beside it
 of the weight, and the two results are added. The base's own weights stay as they are, and no merged number is used.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,10 @@ from numpy.typing import NDArray
 
 from loraformat.bases import BaseModel, CopyingBase
 from loraformat.coded_work import CodedWork, list_tiles
-from loraformat.engine import index_targets
+from loraformat.engine import index_targets, open_floats
 from loraformat.errors import refuse
 from loraformat.limits import RETAINED_WARN
-from loraformat.output_forms import index_weights
-from loraformat.plan import Plan, WeightedAdapter
+from loraformat.output_forms import Order, index_weights
 from loraformat.problems import Problem
 from loraformat.tiles import TileBuffers, change_tile
 from loraformat.weight_work import WeightWork
@@ -89,22 +89,21 @@ class Change:
     delta: NDArray[np.float32]
 
 
-def list_changes(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter]) -> list[Change]:
-    """Return what a plan adds to each weight, whole: as much memory as the touched weights take in float32."""
-    weights, targets, buffers = index_weights(base), index_targets(adapters), TileBuffers()
+def list_changes(order: Order, base: BaseModel) -> list[Change]:
+    """Return what an order adds to each weight, whole: as much memory as the touched weights take in float32."""
+    weights, targets, buffers = index_weights(base), index_targets(order.adapters), TileBuffers()
+    floats = open_floats(order.plan, order.checkpoint)
     changes = []
-    for weight in plan.weights:
+    for weight in order.plan.weights:
         source = weights[weight.key]
         own = [targets[change.adapter][change.target] for change in weight.changes]
-        work = CodedWork(weight, source, own) if weight.is_coded else WeightWork(weight, source.tensor, own)
+        work = CodedWork(weight, source, own, floats) if weight.is_coded else WeightWork(weight, source.tensor, own)
         tiles = [change_tile(work, buffers, rows)[2].astype(np.float32) for rows in list_tiles(weight)]
         delta, shape, dtype = np.concatenate(tiles), weight.shape, source.tensor.dtype
         if source.coding is not None:
             dtype = source.coding.companions["scales"].dtype
-            part = next((change.part for change in weight.changes if change.part is not None), None)
-            if part is not None:  # Blocks of a row may be padded.
-                delta = delta[:, slice(*part.columns)]
-                shape = delta.shape
+            delta = delta[:, : delta.shape[1] - source.coding.padding]
+            shape = shape if math.prod(shape) == delta.size else delta.shape  # Codes that are packed by the byte.
         changes.append(Change(weight.name, shape, dtype.onnx or _FLOAT, delta))
     return changes
 

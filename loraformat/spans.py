@@ -178,6 +178,13 @@ class StoredTensor:
             self.file.read_into(array.reshape(-1).view(np.uint8), self.span.offset)
         return array
 
+    def read_bytes(self) -> NDArray[np.uint8]:
+        """Return its bytes as they are stored, packed ones too."""
+        data: NDArray[np.uint8] = np.empty(self.span.length, np.uint8)
+        if data.size:
+            self.file.read_into(data, self.span.offset)
+        return data
+
     def read_part(self, rows: range, columns: range) -> NDArray[Any]:
         """Return some of its numbers `(len(rows), len(columns))` in its own form, reading little more than these.
 
@@ -230,6 +237,10 @@ class HeldTensor:
     def read(self) -> NDArray[Any]:
         """Return the numbers."""
         return self.values
+
+    def read_bytes(self) -> NDArray[np.uint8]:
+        """Return the bytes of the numbers."""
+        return np.ascontiguousarray(self.values).reshape(-1).view(np.uint8)
 
 
 def read_small(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> bytes:

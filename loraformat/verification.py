@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from loraformat.bases import BaseModel
+from loraformat.dtypes import BY_NAME
 from loraformat.engine import Assignment, Effort, carry_out
 from loraformat.errors import refuse
 from loraformat.images import Copy, FileImage
@@ -25,7 +26,7 @@ from loraformat.output_forms import (
     list_written,
     require_shared,
 )
-from loraformat.plan import Plan
+from loraformat.plan import Plan, PlannedWeight
 from loraformat.problems import Problem
 from loraformat.receipt import Statement, read_statement
 from loraformat.running import RunResult, compare_runs, list_changes
@@ -94,7 +95,7 @@ def verify_merge(merged: BaseModel, base: BaseModel, order: Order, effort: Effor
     present = [(image, sink) for image, sink in zip(images, sinks, strict=True) if sink is not None]
     sums: Sequence[TileSums] = ()
     if len(present) == len(images):
-        assignment = Assignment(order.plan, base, order.adapters, images, sinks)
+        assignment = Assignment(order.plan, base, order.adapters, images, sinks, checkpoint=order.checkpoint)
         (sums,) = carry_out([assignment], effort)
         for image, sink in present:
             problems += _judge(image, sink, order.plan, base)
@@ -113,8 +114,7 @@ def add_runs(
     """
     if base.format != "onnx":
         raise refuse("LF446", base.path, f"a base of the format {base.format!r}", "an ONNX model")
-    changes = list_changes(order.plan, base, order.adapters)
-    runs, problems = compare_runs(add_copies(order.plan, base), merged.path, changes, sizes)
+    runs, problems = compare_runs(add_copies(order.plan, base), merged.path, list_changes(order, base), sizes)
     return replace(found, runs=tuple(runs), problems=(*found.problems, *problems))
 
 
@@ -261,9 +261,11 @@ class _Regions:
                 _, offset = locate_weight([image], weight, tensors.get(weight.key))
             except ValueError:
                 continue
-            length = weight.nbytes if weight.new is None or weight.is_copy else -1
+            length = _measure(weight)
             self._found.append((offset, length, "LF802", weight.name))
-            for role, tensor in list_written(weight, weights[weight.key]).items() if weight.is_coded else ():
+            for role, tensor in (
+                list_written(weight, weights[weight.key]).items() if weight.is_coded and weight.new is None else ()
+            ):
                 place = image.locate(tensor.span)
                 if role and place is not None:
                     self._found.append((place, tensor.span.length, "LF802", tensor.name))
@@ -282,3 +284,10 @@ class _Regions:
             if length < 0 or offset < start + length:
                 return code, name
         return "LF801", "outside the tensors"
+
+
+def _measure(weight: PlannedWeight) -> int:
+    """Return the bytes of a weight in the output; -1 where nothing else can follow it."""
+    if weight.new is None or weight.is_copy:
+        return weight.nbytes
+    return BY_NAME[weight.new.dtype].count_bytes(math.prod(weight.new.shape)) if weight.is_dequantised else -1

@@ -2,19 +2,19 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple, cast
 
 from loraformat.bases import Site, Weight
-from loraformat.encodings import CODED, ENCODINGS
+from loraformat.coded_plans import list_companions
+from loraformat.encodings import ENCODINGS
 from loraformat.kinds import KINDS, MappingKind, Nature
 from loraformat.matching import Match, NewBias, shape_at
-from loraformat.plan import NewForm, PlannedChange, PlannedCompanion, PlannedWeight, as_matrix, count_tile_rows
+from loraformat.plan import NewForm, PlannedChange, PlannedWeight, as_matrix, count_tile_rows
 from loraformat.problems import Problem
 from loraformat.spans import Part
 
-_ENOUGH_BITS: Final = 8
 _ORDER: Final = {Nature.REPLACEMENT: 0, Nature.FUNCTION_OF_BASE: 1, Nature.ADDITIVE: 2}
 """What replaces the base's values comes first, then what is a function of them, then what is added."""
 
@@ -137,7 +137,7 @@ def plan_weight(
         changes=tuple(changes),
         evidence=group[0].match.evidence if group else "tie_word_embeddings",
         new=_make_form(table, weight, shape, encoding),
-        companions=list_companions(weight, problems, keep_scales=keep_scales),
+        companions=list_companions(weight, changes, problems, keep_scales=keep_scales),
         block=weight.coding.block if weight.coding is not None else (0, 0),
     )
 
@@ -149,37 +149,6 @@ def _make_form(table: Table, weight: Weight, shape: tuple[int, ...], encoding: s
     source = weight.name if table.readers else ""
     form = weight.tensor.dtype.name
     return NewForm(table.name, form, shape, encoding, copied_from=source, readers=table.readers)
-
-
-def check_codes(changes: Iterable[WeightChange]) -> Iterator[Problem]:
-    """Yield a problem for every change of a weight whose codes are too few to hold a small one."""
-    for match, weight, _ in changes:
-        bits = _count_bits(weight.coding.encoding) if weight.coding is not None else _ENOUGH_BITS
-        if bits < _ENOUGH_BITS:
-            found = f"{weight.name!r} is stored in codes of {bits} bits"
-            yield Problem("LF440", match.want.name, found, "8 bits or more")
-
-
-def _count_bits(name: str) -> int:
-    encoding = CODED.find(name)
-    assert encoding is not None, "the base names it"
-    return encoding.bits
-
-
-def list_companions(weight: Weight, problems: list[Problem], *, keep_scales: bool) -> tuple[PlannedCompanion, ...]:
-    """Return what goes with the codes of a quantised weight; a warning where scales cannot follow."""
-    coding = weight.coding
-    if coding is None:
-        return ()
-    if coding.fixed and not keep_scales:
-        problems.append(Problem("LF442", weight.name, coding.fixed, "scales of its own", severity="warning"))
-    follows = not coding.fixed and not keep_scales
-    return tuple(
-        PlannedCompanion(
-            role, each.name, each.dtype.name, each.dtype.count_bytes(each.elements), follows and role == "scales"
-        )
-        for role, each in coding.companions.items()
-    )
 
 
 def plan_bias(bias: NewBias, changes: Sequence[PlannedChange]) -> PlannedWeight | None:

@@ -79,8 +79,8 @@ class WeightWork:
     def _choose_forms(self) -> None:
         """Set how numbers are stored and worked with."""
         weight = self.weight
-        self.encoding = _find_encoding(weight.encoding)
-        self.written_encoding = _find_encoding(weight.new.encoding) if weight.new else self.encoding
+        self.encoding = find_encoding(weight.encoding)
+        self.written_encoding = find_encoding(weight.new.encoding) if weight.new else self.encoding
         self.stored_form = BY_NAME[weight.dtype].numpy()
         self.written_form = BY_NAME[weight.written_dtype].numpy()
         wide = {self.encoding.work_dtype(BY_NAME[weight.dtype])}
@@ -195,7 +195,8 @@ def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
     return array.reshape(-1).view(np.uint8)
 
 
-def _find_encoding(name: str) -> Encoding:
+def find_encoding(name: str) -> Encoding:
+    """Return the encoding of a name that a plan has."""
     encoding = ENCODINGS.find(name)
     assert encoding is not None, "the plan names it"
     return encoding

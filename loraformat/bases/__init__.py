@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 from loraformat.adapter import SlotKind
 from loraformat.bases._travelling import list_tokenizer_files
+from loraformat.dtypes import Dtype
 from loraformat.encodings import Coding
 from loraformat.images import FileImage, OutputTensor
 from loraformat.problems import Problem
@@ -27,10 +28,13 @@ __all__ = [
     "BaseFormat",
     "BaseModel",
     "CopyingBase",
+    "DequantisingBase",
+    "FloatForm",
     "Rewriter",
     "Site",
     "Weight",
     "WeightCopy",
+    "WeightFloats",
     "list_tokenizer_files",
 ]
 
@@ -304,6 +308,51 @@ class CopyingBase(BaseModel, Protocol):
 
     def rewire(self, graph: Any) -> None:
         """Have the main graph of the parsed base read the copies, each an Identity of its source; to run it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFloats:
+    """A quantised weight that becomes a tensor of floats.
+
+    Attributes:
+        name: of the new tensor.
+        key: of the weight.
+    """
+
+    name: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class FloatForm:
+    """How a quantised weight stands where it has become a tensor of floats.
+
+    Attributes:
+        name: the tensor's name.
+        dtype: number form, that of the scales.
+        shape: dimensions.
+        turned: whether it is the transpose of the matrix of codes.
+        padding: columns at the end of each row of codes that it lacks.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    turned: bool
+    padding: int
+
+
+@runtime_checkable
+class DequantisingBase(BaseModel, Protocol):
+    """A base in which floats can stand in the place of codes: an ONNX graph, whose operators change with them."""
+
+    def find_float_form(self, key: str) -> FloatForm | Problem:
+        """Return how a quantised weight would stand in floats, or why it cannot (LF619)."""
+        ...
+
+    def with_floats(self, floats: Sequence[WeightFloats]) -> "DequantisingBase":
+        """Return the base, whose outputs have these weights in floats, to be filled at `FileImage.locate_fresh`."""
         ...
 
 

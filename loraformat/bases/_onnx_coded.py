@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 _DEQUANTISE: Final = "DequantizeLinear"
 _MATMUL_NBITS: Final = "com.microsoft.MatMulNBits"
+_GATHER: Final = "com.microsoft.GatherBlockQuantized"
+_ATTENTION: Final = "com.microsoft.QAttention"
 _CODES: Final = {"int8": "affine8", "uint8": "affine8", "int4": "affine4", "uint4": "affine4"}
 _INTEGER_PRODUCTS: Final = frozenset({"MatMulInteger", "ConvInteger"})
 _STEPS: Final = 6
-_STATIC: Final = frozenset({"QLinearMatMul", "QLinearConv", "com.microsoft.QGemm", "com.microsoft.QAttention"})
+_STATIC: Final = frozenset({"QLinearMatMul", "QLinearConv", "com.microsoft.QGemm"})
 _RANGES: Final = "the ranges of its activations were measured on the base model"
 _NBITS: Final = (("N", 0), ("K", 0), ("bits", 4), ("block_size", 0))
 _Shape: TypeAlias = tuple[str, tuple[int, int], tuple[int, int]]
@@ -50,6 +52,8 @@ _OPERANDS: Final[Mapping[str, _Operands]] = {
     "com.microsoft.DynamicQuantizeMatMul": _Operands(2, 3),
     "com.microsoft.MatMulIntegerToFloat": _Operands(3, 5),
     _MATMUL_NBITS: _Operands(2, 3),
+    _GATHER: _Operands(2, 3),
+    _ATTENTION: _Operands(4, 7),
 }
 _FLOAT_BIASES: Final = {"Gemm": 2, "Conv": 2}
 """Operators whose bias onnxruntime takes to count in steps of the scales, where it is stored as int32."""
@@ -74,21 +78,25 @@ def find_coding(opened: OnnxFile, raw: RawSite, stored: StoredTensor) -> Coding 
     found = _find_companions(opened, holder, where)
     if isinstance(found, Problem):
         return found
-    companions, readers = found
+    companions, readers, zero_readers = found
     shape = _find_blocks(holder, raw, stored, companions["scales"].shape)
     if shape is None:
         found_shape = f"scales of the shape {list(companions['scales'].shape)}"
         return Problem("LF403", where, found_shape, "one for each channel or block")
     encoding, matrix, block = shape
-    zero = 1 << (int(read_attribute(holder.node, "bits", 4)) - 1) if holder.op == _MATMUL_NBITS else 0
-    return Coding(encoding, matrix, block, companions, zero, _find_ties(raw, holder, companions["scales"], readers))
+    packed = holder.op in (_MATMUL_NBITS, _GATHER) and stored.dtype.name == "uint8"
+    zero = 1 << (int(read_attribute(holder.node, "bits", 4)) - 1) if packed else 0
+    fixed = _find_ties(raw, holder, companions["scales"], readers)
+    zeros_fixed = _find_zero_ties(companions, zero_readers)
+    padding = matrix[1] - int(read_attribute(holder.node, "K", 0)) if holder.op == _MATMUL_NBITS else 0
+    return Coding(encoding, matrix, block, companions, zero, fixed, zeros_fixed, padding)
 
 
 def find_coded_part(coding: Coding | None, raw: RawSite) -> Part | None:
     """Return where in a matrix of padded blocks the weight itself is."""
-    if coding is None or raw.visit.op != _MATMUL_NBITS:
+    if coding is None or raw.visit.op not in (_MATMUL_NBITS, _GATHER):
         return None
-    return Part(coding.matrix, (0, coding.matrix[0], 1), (0, int(read_attribute(raw.visit.node, "K", 0)), 1))
+    return Part(coding.matrix, (0, coding.matrix[0], 1), (0, coding.matrix[1] - coding.padding, 1))
 
 
 def find_ranges(visits: Sequence[Visit]) -> Problem | None:
@@ -96,7 +104,9 @@ def find_ranges(visits: Sequence[Visit]) -> Problem | None:
     for visit in visits:
         scaled = visit.op == "QuantizeLinear" and len(visit.node.input) > 1
         constant = scaled and trace_constant(visit.scope, visit.node.input[0]) is None
-        if visit.op in _STATIC or (constant and trace_constant(visit.scope, visit.node.input[1]) is not None):
+        held = visit.op == _ATTENTION and trace_constant(visit.scope, visit.node.input[3]) is not None
+        held = held or visit.op in _STATIC
+        if held or (constant and trace_constant(visit.scope, visit.node.input[1]) is not None):
             where = f"{visit.op} {visit.node.name!r}"
             return Problem("LF441", where, _RANGES, "a model whose activations are quantised as they come")
     return None
@@ -108,8 +118,8 @@ def _is_unknown(holder: Visit) -> bool:
 
 def _find_companions(
     opened: OnnxFile, holder: Visit, where: str
-) -> tuple[dict[str, StoredTensor | HeldTensor], list[str]] | Problem:
-    """Return scales and zero points, and what reads the scales besides the weight's own operator."""
+) -> tuple[dict[str, StoredTensor | HeldTensor], list[str], list[str]] | Problem:
+    """Return scales and zero points, and what reads each besides the weight's own operator."""
     operands = _OPERANDS.get(holder.op)
     scales, owner = (_trace(holder, operands.scales), holder) if operands else _find_product_scales(holder)
     zeros = _trace(holder, operands.zeros if operands else 3)
@@ -123,11 +133,18 @@ def _find_companions(
             return tensor
     if holder.op == _MATMUL_NBITS and len(holder.node.input) > 4 and holder.node.input[4]:
         return Problem("LF403", where, "columns in another order (g_idx)", "columns in order")
-    readers = [each.describe(at) for each, at in scales.scope.readers.get(scales.name, ()) if each is not owner]
-    stored = found["scales"]
+    companions = {role: each for role, each in found.items() if not isinstance(each, Problem)}
+    readers = _list_others(opened, scales, owner, companions["scales"])
+    zero_readers = _list_others(opened, zeros, holder, companions["zero_points"]) if zeros is not None else []
+    return companions, readers, zero_readers
+
+
+def _list_others(opened: OnnxFile, trace: Trace, owner: Visit, stored: StoredTensor | HeldTensor) -> list[str]:
+    """Return words for what reads a companion besides the operator that it belongs to."""
+    readers = [each.describe(at) for each, at in trace.scope.readers.get(trace.name, ()) if each is not owner]
     if isinstance(stored, StoredTensor):
         readers += [f"the tensor {other!r}" for other in opened.overlaps(stored)]
-    return {role: each for role, each in found.items() if not isinstance(each, Problem)}, readers
+    return readers
 
 
 def _trace(visit: Visit, position: int) -> Trace | None:
@@ -174,6 +191,8 @@ def _find_blocks(holder: Visit, raw: RawSite, stored: StoredTensor, scales: tupl
     """Return the encoding, the matrix of codes, and the rows and columns that share a scale."""
     if holder.op == _MATMUL_NBITS:
         return _find_nbits(holder, stored, math.prod(scales))
+    if holder.op == _GATHER:
+        return _find_table(holder, stored, scales)
     encoding = _CODES[stored.dtype.name]
     matrix = (stored.shape[0], math.prod(stored.shape[1:])) if stored.shape else (1, 1)
     if math.prod(scales) == 1:
@@ -212,6 +231,19 @@ def _find_nbits(holder: Visit, stored: StoredTensor, scales: int) -> _Shape | No
     return f"affine{bits}", (n, blocks * size), (1, size)
 
 
+def _find_table(holder: Visit, stored: StoredTensor, scales: tuple[int, ...]) -> _Shape | None:
+    """Return how the rows of a table lie: codes of 4 bits may be packed by the byte, as numbers of twice the size."""
+    bits, size = (int(read_attribute(holder.node, *each)) for each in (("bits", 4), ("block_size", 128)))
+    axes = [int(read_attribute(holder.node, *each)) for each in (("gather_axis", 0), ("quantize_axis", 1))]
+    if len(stored.shape) != 2 or axes not in ([0, 1], [0, -1]) or size <= 0:
+        return None
+    bits = bits if stored.dtype.name == "uint8" else stored.dtype.bits
+    columns = stored.shape[1] * stored.dtype.bits // bits if bits in (4, 8) else 0
+    if not columns or columns * bits % 8 or scales != (stored.shape[0], -(-columns // size)):
+        return None
+    return f"affine{bits}", (stored.shape[0], columns), (1, size)
+
+
 def _find_ties(raw: RawSite, holder: Visit, scales: StoredTensor | HeldTensor, readers: Sequence[str]) -> str:
     """Return why the scales must stay; nothing when they may change."""
     if readers:
@@ -222,6 +254,13 @@ def _find_ties(raw: RawSite, holder: Visit, scales: StoredTensor | HeldTensor, r
     position = (operands.bias if operands else 0) or _FLOAT_BIASES.get(raw.visit.op, 0)
     bias = _trace_bias(raw.visit, position) if position else None
     return f"the bias {bias.name!r} counts in steps of them" if bias is not None else ""
+
+
+def _find_zero_ties(companions: Mapping[str, StoredTensor | HeldTensor], readers: Sequence[str]) -> str:
+    """Return why zero points must stay; nothing when they may change, or there are none."""
+    if readers:
+        return f"{readers[0]} reads them too"
+    return "they are no run of bytes in the file" if isinstance(companions.get("zero_points"), HeldTensor) else ""
 
 
 def _trace_bias(visit: Visit, position: int) -> "onnx.TensorProto | None":

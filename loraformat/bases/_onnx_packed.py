@@ -15,7 +15,8 @@ from loraformat.bases._onnx_sites import RawSite
 from loraformat.bases._onnx_uses import read_attribute
 
 _BUILDER: Final = "onnxruntime-genai"
-_ATTENTION: Final = "com.microsoft.Attention"
+_ATTENTION: Final = frozenset({"com.microsoft.Attention", "com.microsoft.QAttention"})
+_MATMUL_NBITS: Final = "com.microsoft.MatMulNBits"
 _GROUPED: Final = "com.microsoft.GroupQueryAttention"
 _MEMBERS: Final = (
     ("query", "key", "value"),
@@ -35,7 +36,7 @@ def expand_packed(sites: Sequence[RawSite], producer: str) -> list[RawSite]:
         sites: of the whole graph.
         producer: what the model says has made it.
     """
-    found = [each for site in sites if site.visit.op == _ATTENTION for each in _open_attention(site)]
+    found = [each for site in sites if site.visit.op in _ATTENTION for each in _open_attention(site)]
     if producer == _BUILDER:
         found += _open_built(sites)
     return [*sites, *found]
@@ -93,6 +94,8 @@ def _cut(site: RawSite, modules: Sequence[str], sizes: Sequence[int]) -> Iterato
 
 def _count_columns(site: RawSite) -> int:
     """Return the size of what the operator puts out: the columns of its `(in, out)` matrix."""
+    if site.visit.op == _MATMUL_NBITS:
+        return int(read_attribute(site.visit.node, "N", 0))
     dims = site.trace.tensor.dims if site.trace.tensor is not None else ()
     return dims[0 if site.trace.flipped else 1] if len(dims) == 2 else 0
 

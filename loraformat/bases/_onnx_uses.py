@@ -137,11 +137,11 @@ USES: Final[Mapping[str, tuple[tuple[int, ...], UseReader]]] = {
     "com.microsoft.FusedConv": ((1,), _use_conv),
     "com.microsoft.FusedGemm": ((1, 0), _use_gemm),
     "com.microsoft.FusedMatMul": ((1, 0), _use_fused_matmul),
-    "com.microsoft.GatherBlockQuantized": ((0,), refuse_use),
+    "com.microsoft.GatherBlockQuantized": ((0,), _use_table),
     "com.microsoft.MatMulIntegerToFloat": ((1,), _use_right_factor),
     "com.microsoft.MatMulNBits": ((1,), _use_nbits),
     "com.microsoft.NhwcConv": ((1,), refuse_use),
-    "com.microsoft.QAttention": ((1,), refuse_use),
+    "com.microsoft.QAttention": ((1,), _use_packed),
     "com.microsoft.QGemm": ((3,), _use_quantised_gemm),
     "com.microsoft.nchwc.Conv": ((1,), refuse_use),
 }

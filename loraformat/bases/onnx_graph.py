@@ -1,6 +1,7 @@
 """An ONNX graph: a site is a node and its weight input."""
 
 import copy
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -9,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases import BaseModel, Site, Weight, WeightCopy
+from loraformat.bases import BaseModel, FloatForm, Site, Weight, WeightCopy, WeightFloats
 from loraformat.bases._onnx_coded import find_coded_part, find_coding, find_ranges
 from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
+from loraformat.bases._onnx_floats import Surgery, join_surgeries, list_unread, plan_surgery
 from loraformat.bases._onnx_packed import expand_packed
 from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite, find_sites
-from loraformat.containers.onnx_file import CONTAINER, OnnxFile, TensorCopy, open_onnx
+from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, TensorFloats, open_onnx
 from loraformat.images import FileImage
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Part, Span, StoredTensor
@@ -45,6 +47,7 @@ class OnnxGraph:
         found = self._find_sites(index.visits)
         self.sites: Sequence[Site] = self._name_copies(found, _list_sites(self._opened, found, caveat), index.names)
         self._copies: Mapping[str, TensorCopy] = {}
+        self._found, self._index, self._change = found, index, GraphChange()
         self.structure_sha256: str = self._opened.structure_sha256
         self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
 
@@ -80,6 +83,35 @@ class OnnxGraph:
             if trace.scope.path == ():
                 apply_edits(graph, each.edits, trace.name, each.name)
 
+    def find_float_form(self, key: str) -> FloatForm | Problem:
+        """Return how a quantised weight would stand in floats, or why it cannot."""
+        found = self._plan_surgery(key)
+        return found if isinstance(found, Problem) else found.form
+
+    def _plan_surgery(self, key: str) -> Surgery | Problem:
+        weight, found = next(
+            (site.weight, raw)
+            for raw, site in zip(self._found, self.sites, strict=True)
+            if site.weight is not None and site.weight.key == key
+        )
+        if self._opened.model.ir_version < _FREE_INITIALIZERS:
+            version = f"a model of version {self._opened.model.ir_version} of the IR"
+            return Problem("LF619", weight.name, version, f"version {_FREE_INITIALIZERS} or later")
+        return plan_surgery([found], weight, self._index.names)
+
+    def with_floats(self, floats: Sequence[WeightFloats]) -> "OnnxGraph":
+        """Return the graph with initializers of floats in the place of codes, and other nodes for them."""
+        graph = copy.copy(self)
+        weights = {site.weight.key: site.weight for site in self.sites if site.weight is not None}
+        surgeries = {each.key: self._plan_surgery(each.key) for each in floats}
+        planned = {key: each for key, each in surgeries.items() if isinstance(each, Surgery)}
+        edits = join_surgeries(planned.values(), self._index.visits)
+        inputs = {each.name for each in self._opened.model.graph.input}
+        dropped = frozenset(list_unread(edits, self._index.visits, inputs))
+        made = tuple(_describe_floats(each.form, weights[key].tensor.span.path) for key, each in planned.items())
+        graph._change = GraphChange(made, tuple(edits), dropped)
+        return graph
+
     @property
     def files(self) -> Sequence[InputFile]:
         """The model's file and its data files."""
@@ -98,7 +130,7 @@ class OnnxGraph:
         self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
     ) -> list[FileImage]:
         """Return the data files and, last, the model: the same bytes and a metadata entry for the receipt."""
-        return self._opened.images(output, blank_bytes, fresh, is_taken, tuple(self._copies.values()))
+        return self._opened.images(output, blank_bytes, fresh, is_taken, tuple(self._copies.values()), self._change)
 
     def describe_sharing_images(
         self,
@@ -109,7 +141,9 @@ class OnnxGraph:
         is_taken: Callable[[Path], bool] = os.path.lexists,
     ) -> list[FileImage]:
         """Return a data file with the tensors that differ, and the model, which refers to the base's files too."""
-        return self._opened.sharing_images(output, blank_bytes, fresh, touched, is_taken, tuple(self._copies.values()))
+        return self._opened.sharing_images(
+            output, blank_bytes, fresh, touched, is_taken, tuple(self._copies.values()), self._change
+        )
 
     def list_shared(self) -> Mapping[str, InputFile]:
         """Return the data files that a model beside this one may refer to, by their paths from its folder."""
@@ -133,6 +167,11 @@ class OnnxGraph:
         if not output.is_file():
             return []
         return [path for path in self._opened.stale_data(output) if not path.name[len(output.stem)].isalnum()]
+
+
+def _describe_floats(form: FloatForm, beside: Path) -> TensorFloats:
+    assert form.dtype.onnx is not None, "scales have a form that ONNX has"
+    return TensorFloats(form.name, form.dtype.onnx, form.shape, form.dtype.count_bytes(math.prod(form.shape)), beside)
 
 
 def _is_shared(site: Site) -> bool:

@@ -7,7 +7,8 @@ readers too, such as a shared Transpose, the nodes between are written once more
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
 
 from loraformat.containers._protobuf import LENGTH, Field, Frame, Leaf, Reader, encode_bytes, encode_tag, encode_varint
 from loraformat.images import Edit, Fresh, Literal, Piece
@@ -61,6 +62,29 @@ class InputEdit:
     before: "tuple[onnx.NodeProto, ...]" = ()
 
 
+class NewTensor(Protocol):
+    """An initializer that a copy of a model has more.
+
+    Attributes:
+        name: its name.
+        data_type: number form, as ONNX numbers them.
+        shape: dimensions.
+        nbytes: bytes.
+        beside: the file of the model in whose copy its numbers go.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def data_type(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def beside(self) -> Path: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TensorCopy:
     """A tensor once more.
@@ -79,17 +103,27 @@ class TensorCopy:
     source: Span
     edits: tuple[InputEdit, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+        return self.source.length
 
-def leave_room(copies: Iterable[TensorCopy], start: int) -> tuple[list[Piece], dict[str, int]]:
+    @property
+    def beside(self) -> Path:
+        """The file of the tensor that it is a copy of."""
+        return self.source.path
+
+
+def leave_room(copies: Iterable[NewTensor], start: int) -> tuple[list[Piece], dict[str, int]]:
     """Return room for the numbers of copies after `start` bytes of a data file, and the offset of each."""
     pieces: list[Piece] = []
     offsets: dict[str, int] = {}
     end = start
     for copy in copies:
         padding = -end % _ALIGNMENT
-        pieces += [Literal(bytes(padding)), Fresh(copy.name, copy.source.length)]
+        pieces += [Literal(bytes(padding)), Fresh(copy.name, copy.nbytes)]
         offsets[copy.name] = end + padding
-        end += padding + copy.source.length
+        end += padding + copy.nbytes
     return pieces, offsets
 
 
@@ -110,7 +144,7 @@ def add_copies(
             yield from _rename_input(reader, graph, edit)
     end = graph.field.end
     for copy in copies:
-        yield Leaf(Edit(end, 0, tuple(_describe_initializer(copy, places.get(copy.name)))), graph)
+        yield Leaf(Edit(end, 0, tuple(describe_initializer(copy, places.get(copy.name)))), graph)
 
 
 def _rename_input(reader: Reader, graph: Frame, edit: InputEdit) -> Iterator[Leaf]:
@@ -133,18 +167,18 @@ def _find(reader: Reader, frame: Frame, number: int, position: int) -> Frame:
     return frame.enter(next(islice(same, position, None)))
 
 
-def _describe_initializer(copy: TensorCopy, place: tuple[str, int] | None) -> Iterator[Piece]:
+def describe_initializer(copy: NewTensor, place: tuple[str, int] | None) -> Iterator[Piece]:
     """Yield the field of the graph that is the copy, with its numbers or with the place where they are."""
     import onnx
 
     tensor = onnx.TensorProto(name=copy.name, data_type=copy.data_type, dims=copy.shape)
     if place is not None:
         tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, text in (("location", place[0]), ("offset", str(place[1])), ("length", str(copy.source.length))):
+        for key, text in (("location", place[0]), ("offset", str(place[1])), ("length", str(copy.nbytes))):
             tensor.external_data.add(key=key, value=text)
         yield Literal(encode_bytes(_INITIALIZER, tensor.SerializeToString()))
         return
-    head = tensor.SerializeToString() + encode_tag(_RAW_DATA, LENGTH) + encode_varint(copy.source.length)
-    size = len(head) + copy.source.length
+    head = tensor.SerializeToString() + encode_tag(_RAW_DATA, LENGTH) + encode_varint(copy.nbytes)
+    size = len(head) + copy.nbytes
     yield Literal(encode_tag(_INITIALIZER, LENGTH) + encode_varint(size) + head)
-    yield Fresh(copy.name, copy.source.length)
+    yield Fresh(copy.name, copy.nbytes)

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from loraformat.containers._onnx_copies import TensorCopy, add_copies, leave_room
+from loraformat.containers._onnx_copies import NewTensor, TensorCopy, add_copies, leave_room
 from loraformat.containers._onnx_external import DataNames
+from loraformat.containers._onnx_floats import GraphChange, change_graph, find_dropped
 from loraformat.containers._onnx_sharing import OwnData, read_entries, redirect
 from loraformat.containers._onnx_walk import ExternalSite
 from loraformat.containers._protobuf import LENGTH, Field, Frame, Leaf, encode_bytes, encode_tag, encode_varint, splice
@@ -50,6 +51,7 @@ class Wanted:
         fresh: digits to insert into the name of a data file that is taken.
         is_taken: says whether a path is another file's.
         copies: tensors of their own for some readers of others.
+        change: what else changes in the graph.
     """
 
     output: Path
@@ -57,6 +59,12 @@ class Wanted:
     fresh: str
     is_taken: Callable[[Path], bool]
     copies: Sequence[TensorCopy] = field(default=())
+    change: GraphChange = field(default=GraphChange())
+
+    @property
+    def added(self) -> "Sequence[NewTensor]":
+        """All initializers that the copy has more."""
+        return [*self.copies, *self.change.floats]
 
 
 def describe_copy(model: ModelParts, wanted: Wanted) -> list[FileImage]:
@@ -70,14 +78,17 @@ def describe_copy(model: ModelParts, wanted: Wanted) -> list[FileImage]:
     chosen: dict[Path, PurePosixPath] = {}
     data: list[FileImage] = []
     leaves = _drop_receipts(model)
+    dropped = find_dropped(model.file, model.graph, wanted.change)
     places: dict[str, tuple[str, int]] = {}
     for site in model.externals:
         file, old = model.data[site.location], PurePosixPath(site.location)
         if file.path not in chosen:
             chosen[file.path] = names.choose(old, {str(name).casefold() for name in chosen.values()})
-            room, offsets = leave_room((c for c in wanted.copies if c.source.path == file.path), file.size_bytes)
+            room, offsets = leave_room((c for c in wanted.added if c.beside == file.path), file.size_bytes)
             places |= {name: (str(chosen[file.path]), offset) for name, offset in offsets.items()}
             data.append(FileImage(output.parent / chosen[file.path], edit_file(file, (), room)))
+        if _lies_in(site, dropped):
+            continue
         if chosen[file.path] != old:
             literal = Literal(str(chosen[file.path]).encode())
             value = site.value.field
@@ -86,6 +97,7 @@ def describe_copy(model: ModelParts, wanted: Wanted) -> list[FileImage]:
             entry = site.entries["checksum"]
             leaves.append(Leaf(Edit(entry.field.start, entry.field.end - entry.field.start, ()), entry.parent))
     leaves += add_copies(model.file, model.graph, wanted.copies, places)
+    leaves += change_graph(model.file, model.graph, wanted.change, dropped, places)
     return [*data, _make_model(model, leaves, wanted)]
 
 
@@ -103,18 +115,25 @@ def describe_sharing(model: ModelParts, wanted: Wanted, touched: Sequence[Span])
     names = DataNames(output.name, output, wanted.fresh, wanted.is_taken)
     location = names.choose(PurePosixPath(f"{output.name}.data"), {name.casefold() for name in model.data})
     leaves = _drop_receipts(model)
-    for site in model.externals:
+    dropped = find_dropped(model.file, model.graph, wanted.change)
+    for site in (site for site in model.externals if not _lies_in(site, dropped)):
         entries = read_entries(model.file, site)
         length = int(entries["length"]) if "length" in entries else None
         place = own.find(model.data[site.location].path, int(entries.get("offset", 0)), length)
         if place is not None:
             leaves += redirect(site, str(location), *place)
-    room, offsets = leave_room((c for c in wanted.copies if c.source.path in files), own.size_bytes)
+    room, offsets = leave_room((c for c in wanted.added if c.beside in files), own.size_bytes)
     places = {name: (str(location), offset) for name, offset in offsets.items()}
     leaves += add_copies(model.file, model.graph, wanted.copies, places)
+    leaves += change_graph(model.file, model.graph, wanted.change, dropped, places)
     pieces = [*own.pieces, *room]
     data = [FileImage(output.parent / location, pieces)] if pieces else []
     return [*data, _make_model(model, leaves, wanted)]
+
+
+def _lies_in(site: ExternalSite, dropped: Sequence[Field]) -> bool:
+    """Say whether a tensor is one of those that go."""
+    return any(each.start <= site.value.field.begin < each.end for each in dropped)
 
 
 def _drop_receipts(model: ModelParts) -> list[Leaf]:
@@ -124,8 +143,8 @@ def _drop_receipts(model: ModelParts) -> list[Leaf]:
 def _make_model(model: ModelParts, leaves: Sequence[Leaf], wanted: Wanted) -> FileImage:
     pieces = edit_file(model.file, splice(leaves), _receipt_entry(wanted.blank_bytes))
     image = FileImage(wanted.output.absolute(), pieces)
-    if wanted.copies and image.size_bytes > MAX_PROTOBUF_BYTES:
-        names = ", ".join(repr(copy.name) for copy in wanted.copies)
+    if wanted.added and image.size_bytes > MAX_PROTOBUF_BYTES:
+        names = ", ".join(repr(each.name) for each in wanted.added)
         found = f"a file of {image.size_bytes} bytes with {names}"
         raise refuse("LF419", image.path, found, f"at most {MAX_PROTOBUF_BYTES}")
     return image

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from loraformat.containers import TensorFile
 from loraformat.containers._onnx_copies import GraphStep, InputEdit, TensorCopy
 from loraformat.containers._onnx_external import read_external
+from loraformat.containers._onnx_floats import GraphChange, NodeEdit, TensorFloats
 from loraformat.containers._onnx_images import ModelParts, Wanted, describe_copy, describe_sharing
 from loraformat.containers._onnx_skeleton import build_skeleton
 from loraformat.containers._onnx_tensors import SharedBytes, iterate_tensors
@@ -33,8 +34,20 @@ from loraformat.strict_json import JsonValue, parse_json_object
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["CONTAINER", "GraphStep", "InputEdit", "Onnx", "OnnxFile", "TensorCopy", "open_onnx"]
+__all__ = [
+    "CONTAINER",
+    "GraphChange",
+    "GraphStep",
+    "InputEdit",
+    "NodeEdit",
+    "Onnx",
+    "OnnxFile",
+    "TensorCopy",
+    "TensorFloats",
+    "open_onnx",
+]
 
+_NO_CHANGE: Final = GraphChange()
 _EXTERNAL: Final = 1
 _LENGTH: Final = 2
 _TOP_LEVEL: Final = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}
@@ -209,6 +222,7 @@ class OnnxFile:
         fresh: str,
         is_taken: Callable[[Path], bool] = os.path.lexists,
         copies: Sequence[TensorCopy] = (),
+        change: GraphChange = _NO_CHANGE,
     ) -> list[FileImage]:
         """Return the files of a copy of the model: data files first, the model last.
 
@@ -221,8 +235,9 @@ class OnnxFile:
             fresh: digits to insert into the name of a data file that is taken.
             is_taken: says whether a path is another file's.
             copies: tensors of their own for some readers of others.
+            change: what else changes in the graph.
         """
-        return describe_copy(self._parts(), Wanted(output, blank_bytes, fresh, is_taken, copies))
+        return describe_copy(self._parts(), Wanted(output, blank_bytes, fresh, is_taken, copies, change))
 
     def sharing_images(
         self,
@@ -232,6 +247,7 @@ class OnnxFile:
         touched: Sequence[Span],
         is_taken: Callable[[Path], bool] = os.path.lexists,
         copies: Sequence[TensorCopy] = (),
+        change: GraphChange = _NO_CHANGE,
     ) -> list[FileImage]:
         """Return the files of a model that shares the data files of this one: a data file of its own, the model last.
 
@@ -242,8 +258,9 @@ class OnnxFile:
             touched: the bytes that differ, those of whole tensors.
             is_taken: says whether a path is another file's.
             copies: as in `images`.
+            change: as in `images`.
         """
-        return describe_sharing(self._parts(), Wanted(output, blank_bytes, fresh, is_taken, copies), touched)
+        return describe_sharing(self._parts(), Wanted(output, blank_bytes, fresh, is_taken, copies, change), touched)
 
     def _parts(self) -> ModelParts:
         return ModelParts(self.file, self._graph, self._externals, self._receipts, self.data_files())

@@ -57,6 +57,8 @@ class Coding:
         companions: `scales`, and `zero_points` where there are some.
         zero: the zero point where there are none.
         fixed: why the scales must stay as they are; empty when they may change with the codes.
+        zeros_fixed: why zero points must stay, even where all numbers are quantised afresh.
+        padding: columns at the end of each row that fill up its last block: they stand for zeros, whatever their codes.
     """
 
     encoding: str
@@ -65,6 +67,8 @@ class Coding:
     companions: Mapping[str, StoredTensor | HeldTensor]
     zero: int = 0
     fixed: str = ""
+    zeros_fixed: str = ""
+    padding: int = 0
 
 
 class Coder(Protocol):
@@ -83,12 +87,20 @@ class Coder(Protocol):
     def encode(self, values: NDArray[np.float32], rows: range, out: NDArray[Any]) -> None:
         """Write the codes nearest to `values` (ties to even) into `out`, laid out as `decode` takes them.
 
-        What lies beyond the first or last code becomes that code. `values` stay as they are.
+        What lies beyond the first or last code becomes that code. `values` stay as they are, as do codes of padding.
         """
+        ...
+
+    def steps(self, rows: range) -> NDArray[np.float32]:
+        """Return how far the values of neighbouring codes are apart: what broadcasts to the stored rows `rows`."""
         ...
 
     def start_fit(self) -> "Fit":
         """Return what finds the scales of other values of this weight."""
+        ...
+
+    def start_afresh(self) -> "Fit":
+        """Return what finds scales and zero points as its quantiser would, had it seen these values."""
         ...
 
     def tensors(self) -> Mapping[str, NDArray[Any]]:

@@ -102,21 +102,26 @@ class AffineCoder:
         layout: how the codes lie.
         scales: `(blocks down, blocks across)` in the stored form.
         zeros: the same of float32, or of one element.
+        stored_zeros: their bytes, where they may change.
     """
 
-    def __init__(self, coding: Coding, layout: Layout, scales: Array, zeros: Array) -> None:
+    def __init__(
+        self, coding: Coding, layout: Layout, scales: Array, zeros: Array, stored_zeros: Array | None = None
+    ) -> None:
         self.coding = coding
         self.layout = layout
         self.blocks = Blocks(coding.matrix, coding.block)
         self.stored_scales = scales
         self.scales = scales.astype(np.float32)
         self.zeros = zeros
+        self.stored_zeros = stored_zeros
         self._are_codes = bool((zeros == np.rint(zeros)).all())
 
     def decode(self, codes: Array, rows: range, out: NDArray[np.float32]) -> None:
         """Write `(code - zero point) * scale`, of which only the product is rounded."""
         np.subtract(self.layout.unpack(codes, out.shape[1]), self._zeros(rows), out=out, casting="unsafe")
         np.multiply(out, self.blocks.spread(self.scales, rows), out=out)
+        out[:, out.shape[1] - self.coding.padding :] = 0
 
     def encode(self, values: NDArray[np.float32], rows: range, out: Array) -> None:
         """Write the nearest codes; of a block whose scale is zero, its zero points."""
@@ -129,20 +134,36 @@ class AffineCoder:
             np.add(quotients, zeros, out=quotients)
         np.nan_to_num(quotients, copy=False)
         np.clip(quotients, self.layout.least, self.layout.most, out=quotients)
+        if self.coding.padding:
+            width = values.shape[1] - self.coding.padding
+            quotients[:, width:] = self.layout.unpack(out, values.shape[1])[:, width:]
         self.layout.pack(quotients, out)
+
+    def steps(self, rows: range) -> NDArray[np.float32]:
+        """Return the scales without their signs."""
+        return np.abs(self.blocks.spread(self.scales, rows))
 
     def start_fit(self) -> "AffineFit":
         """Return what finds other scales."""
         return AffineFit(self)
 
-    def tensors(self) -> Mapping[str, Array]:
-        """Return the scales in their stored form."""
-        return {"scales": self.stored_scales}
+    def start_afresh(self) -> "AffineFit":
+        """Return what finds other scales, and zero points where these may change."""
+        return FreshFit(self)
 
-    def with_scales(self, scales: Array) -> "AffineCoder":
-        """Return the same with other scales, rounded to the stored form."""
+    def tensors(self) -> Mapping[str, Array]:
+        """Return the scales, and zero points that may have changed, in their stored form."""
+        held = {} if self.stored_zeros is None else {"zero_points": self.stored_zeros}
+        return {"scales": self.stored_scales, **held}
+
+    def with_scales(self, scales: Array, zeros: Array | None = None) -> "AffineCoder":
+        """Return the same with other scales, rounded to the stored form, and other zero points."""
         with np.errstate(over="ignore"):
-            return AffineCoder(self.coding, self.layout, scales.astype(self.stored_scales.dtype), self.zeros)
+            scales = scales.astype(self.stored_scales.dtype)
+        if zeros is None or self.stored_zeros is None:
+            return AffineCoder(self.coding, self.layout, scales, self.zeros, self.stored_zeros)
+        stored = _pack_zeros(zeros, self.layout, self.stored_zeros)
+        return AffineCoder(self.coding, self.layout, scales, zeros.astype(np.float32), stored)
 
     def _zeros(self, rows: range) -> Array:
         return self.zeros if self.zeros.size == 1 else self.blocks.spread(self.zeros, rows)
@@ -198,6 +219,34 @@ class AffineFit:
         return (layout.least + 1 if symmetric else layout.least), layout.most
 
 
+class FreshFit(AffineFit):
+    """A `Fit` that gives the scales that a quantiser would, had it seen the new values: as onnxruntime's of blocks.
+
+    With zero points of their own, blocks have scales by which the codes reach from the least to the largest value, zero
+    among them. Without, the number furthest from zero gets the first code, whose scale is negative for one above. Where
+    no scale of the base is negative, another sort of quantiser has made it, and the smallest that reaches is taken.
+    """
+
+    def finish(self) -> Coder:
+        """Return the coder with the new scales and zero points."""
+        coder = self._coder
+        if coder.stored_zeros is not None and (coder.zeros != coder.zeros.flat[0]).any():
+            return self._finish_ranges()
+        if not (coder.scales < 0).any():
+            return super().finish()
+        down = coder.layout.least - np.broadcast_to(coder.zeros, coder.blocks.shape)
+        scales = np.where(self._most > -self._least, self._most, self._least) / down
+        return coder.with_scales(np.where((self._change == 0) | (scales == 0), coder.scales, scales))
+
+    def _finish_ranges(self) -> Coder:
+        coder, least, most = self._coder, self._coder.layout.least, self._coder.layout.most
+        scales = (self._most - self._least) / np.float32(most - least)
+        kept = (self._change == 0) | (scales == 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            zeros = np.floor(np.clip(least - self._least / scales, least, most) + np.float32(0.5))
+        return coder.with_scales(np.where(kept, coder.scales, scales), np.where(kept, coder.zeros, zeros))
+
+
 def _reach(extreme: Array, codes: Array) -> Array:
     """Return the scale at which `codes` steps reach an extreme; zero where there is no way to go, or no need."""
     return np.where((extreme == 0) | (codes == 0), 0, extreme / np.where(codes == 0, 1, codes)).astype(np.float32)
@@ -210,15 +259,26 @@ def bind_affine(coding: Coding, layout: Layout) -> AffineCoder:
     held = coding.companions.get("zero_points")
     if held is None:
         return AffineCoder(coding, layout, scales, np.full((1, 1), coding.zero, np.float32))
-    return AffineCoder(coding, layout, scales, _read_zeros(coding, layout, shape))
+    if held.dtype.family == "float":
+        return AffineCoder(coding, layout, scales, held.read().astype(np.float32).reshape(shape))
+    stored = held.read_bytes()
+    rows, columns = _arrange_zeros(stored, layout, shape)
+    zeros = layout.unpack(stored.reshape(rows, -1), columns).astype(np.float32).reshape(shape)
+    return AffineCoder(coding, layout, scales, zeros, None if coding.zeros_fixed else stored)
 
 
-def _read_zeros(coding: Coding, layout: Layout, shape: tuple[int, int]) -> Array:
-    """Return zero points of float32; packed ones are padded to whole bytes row by row, or at the end."""
-    tensor = coding.companions["zero_points"]
-    if not layout.packed or tensor.dtype.family == "float":
-        return tensor.read().astype(np.float32).reshape(shape)
-    data = tensor.read().reshape(-1).view(np.uint8)
-    rows = shape[0] if data.size == shape[0] * (-(-shape[1] // 2)) else 1
-    codes = layout.unpack(data.reshape(rows, -1), shape[1] if rows > 1 or shape[0] == 1 else shape[0] * shape[1])
-    return codes.astype(np.float32).reshape(shape)
+def _arrange_zeros(stored: Array, layout: Layout, shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the rows and columns in which zero points are stored: packed ones are padded row by row, or at the end."""
+    if not layout.packed or stored.size == shape[0] * (-(-shape[1] // 2)):
+        return shape
+    return 1, shape[0] * shape[1]
+
+
+def _pack_zeros(zeros: Array, layout: Layout, stored: Array) -> Array:
+    """Return zero points `(blocks down, blocks across)` as they are stored; what fills up a byte stays."""
+    rows, columns = _arrange_zeros(stored, layout, zeros.shape)
+    out = np.empty_like(stored)
+    layout.pack(zeros.reshape(rows, columns), out.reshape(rows, -1))
+    if layout.packed and columns % 2:
+        out.reshape(rows, -1)[:, -1] |= stored.reshape(rows, -1)[:, -1] & 0xF0
+    return out

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from loraformat.dtypes import BY_NAME
-from loraformat.encodings import CODED, CodedEncoding, Coder, Coding
+from loraformat.encodings import CODED, CodedEncoding, Coder, Coding, Fit
 from loraformat.spans import HeldTensor
 
 Array = NDArray[Any]
@@ -66,11 +66,11 @@ class CodedLaws:
         scales = rng.uniform(0.01, 0.03, shape).astype(np.float32)
         return Example(form, codes, block, scales, zeros, 0 if with_zeros else (least + most + 1) // 2)
 
-    def bind(self, example: Example) -> Coder:
+    def bind(self, example: Example, padding: int = 0) -> Coder:
         companions = {"scales": held("s", example.scales)}
         if example.zeros is not None:
             companions["zero_points"] = held("z", self.store_zeros(example.zeros, example.form))
-        coding = Coding(self.encoding.name, (12, 20), example.block, companions, example.zero)
+        coding = Coding(self.encoding.name, (12, 20), example.block, companions, example.zero, padding=padding)
         return self.encoding.bind(coding, BY_NAME[example.form])
 
     def spread(self, example: Example, values: Array) -> Array:
@@ -97,11 +97,13 @@ class CodedLaws:
     def refit(self, coder: Coder, stored: Array, delta: Array, step: int = 12) -> tuple[Coder, NDArray[np.float32]]:
         values = self.decode(coder, stored)
         new = (values + delta).astype(np.float32)
-        fit = coder.start_fit()
+        return self.see(coder.start_fit(), stored, new, delta, step), new
+
+    def see(self, fit: Fit, stored: Array, new: Array, delta: Array, step: int = 12) -> Coder:
         for start in range(0, 12, step):
             cut = slice(start, min(start + step, 12))
             fit.see(stored[cut], range(start, cut.stop), new[cut], delta[cut].astype(np.float32))
-        return fit.finish(), new
+        return fit.finish()
 
     def test_its_room_finds_it(self) -> None:
         assert CODED.find(self.encoding.name) is self.encoding
@@ -171,3 +173,32 @@ class CodedLaws:
         for row in range(0, 12, rows):
             for column in range(0, 20, columns):
                 assert reached[row : row + rows, column : column + columns].any()
+
+    def test_steps_are_the_distances_of_codes(self, example: Example) -> None:
+        steps = self.bind(example).steps(range(3, 9))
+        np.testing.assert_array_equal(np.broadcast_to(steps, (6, 20)), self.spread(example, example.scales)[3:9])
+
+    def test_padding_stands_for_zeros_and_keeps_its_codes(self, example: Example) -> None:
+        coder, stored = self.bind(example, padding=3), self.store(example.codes, example.form)
+        values = self.decode(coder, stored)
+        np.testing.assert_array_equal(values[:, :17], self.values_of(example)[:, :17])
+        assert not values[:, 17:].any()
+        out = stored.copy()
+        coder.encode(values, range(12), out)
+        assert out.tobytes() == stored.tobytes()
+
+    def test_afresh_nothing_added_changes_nothing(self, example: Example) -> None:
+        coder, stored = self.bind(example), self.store(example.codes, example.form)
+        nothing = np.zeros((12, 20), np.float32)
+        again = self.see(coder.start_afresh(), stored, self.decode(coder, stored), nothing, step=5)
+        for role, values in coder.tensors().items():
+            assert again.tensors()[role].tobytes() == values.tobytes()
+
+    def test_afresh_all_values_are_within_reach(self, example: Example) -> None:
+        """Quantisers cut off at most half a step for a zero point that is rounded."""
+        coder, stored = self.bind(example), self.store(example.codes, example.form)
+        values = np.random.default_rng(6).standard_normal((12, 20)).astype(np.float32) + np.float32(0.3)
+        again = self.see(coder.start_afresh(), stored, values, values, step=7)
+        found = self.decode(again, self.encode(again, values, stored))
+        steps = np.abs(self.spread(example, np.asarray(again.tensors()["scales"], np.float64)))
+        assert (np.abs(found - values) <= steps * 1.001 + 1e-6).all()

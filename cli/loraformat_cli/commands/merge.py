@@ -62,6 +62,17 @@ _ONLY_MERGING: Final = frozenset(
     help="Accept activation ranges that a quantised model has of its base.",
 )
 @click.option(
+    "--any-rounding",
+    is_flag=True,
+    default=None,
+    help="With --base-checkpoint: round weights of 4 bits to the nearest codes, though theirs were found otherwise.",
+)
+@click.option(
+    "--on-quantized",
+    type=click.Choice(["requantize", "dequantize"]),
+    help="What becomes of quantised weights that change: codes again, or floats, with other operators for them.",
+)
+@click.option(
     "--external-data",
     type=click.Choice(["copy", "share"]),
     help="share: a small model beside an ONNX base, which refers to the base's data for what does not change.",

@@ -1,0 +1,98 @@
+"""What a plan says of quantised weights: what goes with the codes, where float numbers are, what becomes of them."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Final
+
+from loraformat.bases import BaseModel, DequantisingBase, FloatForm, Weight
+from loraformat.encodings import CODED, ENCODINGS
+from loraformat.matching import Match
+from loraformat.plan import NewForm, PlannedChange, PlannedCompanion, PlannedReference, PlannedWeight, as_matrix
+from loraformat.problems import Problem
+from loraformat.spans import Part
+
+DEQUANTIZE: Final = "dequantize"
+_ENOUGH_BITS: Final = 8
+
+
+def check_codes(changes: Iterable[tuple[Match, Weight, PlannedChange]]) -> Iterator[Problem]:
+    """Yield a problem for every change of a weight whose codes are too few to hold a small one, without float ones."""
+    for match, weight, change in changes:
+        if has_few_bits(weight) and not change.references:
+            found = f"{weight.name!r} is stored in codes of {_count_bits(weight)} bits"
+            yield Problem("LF440", match.want.name, found, "8 bits or more, or its numbers in the base checkpoint")
+
+
+def has_few_bits(weight: Weight) -> bool:
+    """Say whether a weight is quantised so coarsely that decoding, adding and encoding loses what was added."""
+    return weight.coding is not None and _count_bits(weight) < _ENOUGH_BITS
+
+
+def _count_bits(weight: Weight) -> int:
+    encoding = CODED.find(weight.coding.encoding) if weight.coding is not None else None
+    assert encoding is not None, "the base names it"
+    return encoding.bits
+
+
+def plan_references(match: Match, found: Sequence[Match]) -> tuple[PlannedReference, ...]:
+    """Return where the float numbers of a weight are that is stored in a few bits.
+
+    Args:
+        match: the weight in the base.
+        found: the same parameter in the base checkpoint.
+    """
+    if not has_few_bits(match.weight):
+        return ()
+    return tuple(_refer(match, each) for each in found if each.weight.tensor.dtype.family == "float")
+
+
+def _refer(match: Match, reference: Match) -> PlannedReference:
+    tensor = reference.weight.tensor
+    matrix = as_matrix(tensor.shape)
+    part = reference.part or Part(matrix, (0, matrix[0], 1), (0, matrix[1], 1))
+    return PlannedReference(
+        key=reference.weight.key,
+        name=reference.weight.name,
+        file=tensor.extent.path.name,
+        offset=tensor.extent.offset,
+        dtype=tensor.dtype.name,
+        rows=part.rows,
+        columns=part.columns,
+        transposed=reference.transposed,
+        section=reference.section,
+        divisor=match.divisor,
+    )
+
+
+def list_companions(
+    weight: Weight, changes: Sequence[PlannedChange], problems: list[Problem], *, keep_scales: bool
+) -> tuple[PlannedCompanion, ...]:
+    """Return what goes with the codes of a quantised weight; a warning where scales cannot follow.
+
+    Zero points only change where all numbers are quantised afresh.
+    """
+    coding = weight.coding
+    if coding is None:
+        return ()
+    if coding.fixed and not keep_scales:
+        problems.append(Problem("LF442", weight.name, coding.fixed, "scales of its own", severity="warning"))
+    afresh = any(change.references for change in changes) and not coding.zeros_fixed
+    roles = {"scales", "zero_points"} if afresh else {"scales"}
+    written = roles if not coding.fixed and not keep_scales else set()
+    return tuple(
+        PlannedCompanion(role, each.name, each.dtype.name, each.dtype.count_bytes(each.elements), role in written)
+        for role, each in coding.companions.items()
+    )
+
+
+def make_float(weight: PlannedWeight, base: BaseModel, problems: list[Problem]) -> PlannedWeight:
+    """Return the plan of a quantised weight that stands in floats in the output; what speaks against it is kept."""
+    found: FloatForm | Problem = Problem("LF619", weight.name, f"a base of the format {base.format!r}", "an ONNX model")
+    if isinstance(base, DequantisingBase):
+        found = base.find_float_form(weight.key)
+    if isinstance(found, Problem):
+        problems.append(found)
+        return weight
+    encoding = next(name for name, encoding in ENCODINGS if encoding.accepts(found.dtype))
+    new = NewForm(found.name, found.dtype.name, found.shape, encoding, turned=found.turned, padding=found.padding)
+    return replace(weight, new=new)
