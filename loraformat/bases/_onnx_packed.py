@@ -24,7 +24,12 @@ _MEMBERS: Final = (
     ("q", "k", "v"),
 )
 """What the modules of q, k and v are called in families of models; an adapter has one of these sets."""
-_BUILT: Final = re.compile(r"(?<=\.)attn(?=\.)")
+_BUILT: Final = (
+    (re.compile(r"(?<=\.)attn(?=\.)"), "self_attn"),
+    (re.compile(r"(?<=\.)moe(?=\.)"), "mlp"),
+    (re.compile(r"(?<=\.)moe(?=\.)"), "feed_forward"),
+)
+"""What the builder calls modules, and what the model does."""
 _STEPS: Final = 4
 
 
@@ -55,8 +60,14 @@ def _open_attention(site: RawSite) -> Iterator[RawSite]:
 
 def _open_built(sites: Sequence[RawSite]) -> Iterator[RawSite]:
     """Yield what onnxruntime-genai's builder has: other names, q, k and v in one, gate and up apart."""
-    named = [replace(site, module=_BUILT.sub("self_attn", site.module)) for site in sites if site.module]
-    yield from (site for site in named if _BUILT.search(site.module) is None and "self_attn" in site.module)
+    renamed = [
+        replace(site, module=built.sub(own, site.module))
+        for site in sites
+        for built, own in _BUILT
+        if built.search(site.module)
+    ]
+    yield from renamed
+    named = [site for site in (*sites, *renamed) if site.part is None]
     for site in named:
         module, _, last = site.module.rpartition(".")
         sizes = _read_heads(site) if last == "qkv_proj" and site.parameter == "weight" else []
