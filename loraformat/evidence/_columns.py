@@ -13,21 +13,22 @@ from loraformat.matching import Want
 from loraformat.spans import Part, StoredTensor
 
 _TILE_BYTES: Final = 1 << 22
+_MATRIX: Final = 2
 
 
 def is_comparable(want: Want, site: Site) -> bool:
-    """Say whether a whole stored matrix may be a target's weight, or have it among its rows."""
+    """Say whether a whole stored matrix, or an expert's, may be a target's weight, or have it among its rows."""
     weight = site.weight
     if (
         weight is None
         or weight.coding is not None
-        or site.part
+        or (site.part and len(weight.tensor.shape) == _MATRIX)  # One of packed experts is a matrix of its own.
         or site.section
         or want.change.slot not in site.transposed
         or site.parameter != "weight"
     ):
         return False
-    shape = weight.tensor.shape
+    shape = site.stored_shape()
     if min(want.shape) < 0:  # What the factors do not tell, the names must.
         return False
     if len(shape) != 2:
