@@ -299,8 +299,9 @@ def _are_copies(sites: Sequence[Site], weights: Sequence[Weight]) -> bool:
 
 
 def _are_of_one_module(sites: Sequence[Site]) -> bool:
-    """Say whether sites are known to be of one module; of sites without a name nothing is known."""
-    return len({site.module for site in sites}) == 1 and bool(sites[0].module)
+    """Say whether sites are known to be of one module; of several places without a name nothing is known."""
+    same = len({site.module for site in sites}) == 1 and bool(sites[0].module)
+    return same or len({site.id for site in sites}) == 1  # One place under several names.
 
 
 def _prefer_exact(matches: Sequence[Match]) -> tuple[list[Match], list[Want]]:

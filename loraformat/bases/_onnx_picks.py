@@ -4,6 +4,7 @@ The tensor has three dimensions, experts first. Before and after the pick it may
 is or transposes it.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     import onnx
 
 _STEPS: Final = 8
+_WIDE: Final = 8
+_WIDTHS: Final = {6: 4, 7: _WIDE}
+"""Bytes of int32 and int64, by ONNX's numbers for them."""
+_FEW: Final = 8
 _PRODUCTS: Final = frozenset({"MatMul", "Gemm", "com.microsoft.FusedMatMul", "com.microsoft.FusedGemm"})
 _PASSING: Final = frozenset({"Identity", "Cast", "Squeeze", "Unsqueeze"})
 _AFTER: Final = frozenset({"Add", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
@@ -92,28 +97,33 @@ def pick_expert(visit: Visit, experts: int) -> int | str | None:
 
 def _read_index(visit: Visit, position: int, experts: int) -> int | None:
     """Return the one number that an input holds, counted from the front; None where it is none or not constant."""
+    numbers = read_numbers(visit, position)
+    if len(numbers) != 1:
+        return None
+    return numbers[0] + experts if numbers[0] < 0 else numbers[0]
+
+
+def read_numbers(visit: Visit, position: int) -> list[int]:
+    """Return the few whole numbers that an input holds in the graph itself; nothing where it holds none."""
     inputs = visit.node.input
     if position >= len(inputs) or not inputs[position]:
-        return None
+        return []
     trace = trace_constant(visit.scope, inputs[position])
     if trace is None or trace.tensor is None or trace.blocked or any(step.op != "Identity" for step in trace.steps):
-        return None
-    number = _read_number(trace.tensor)
-    return number + experts if number is not None and number < 0 else number
+        return []
+    return _unpack(trace.tensor)
 
 
-def _read_number(tensor: "onnx.TensorProto") -> int | None:
-    """Return the number of a tensor of one, of those that the graph itself holds."""
-    from onnx import TensorProto, numpy_helper
-
-    if tensor.data_type not in (TensorProto.INT64, TensorProto.INT32) or any(size != 1 for size in tensor.dims):
-        return None
-    if tensor.external_data or len(tensor.raw_data) not in (0, 4, 8):
-        return None
-    try:
-        return int(numpy_helper.to_array(tensor).reshape(-1)[0])
-    except (ValueError, IndexError):
-        return None
+def _unpack(tensor: "onnx.TensorProto") -> list[int]:
+    width = _WIDTHS.get(tensor.data_type, 0)
+    count = math.prod(tensor.dims)
+    if not width or not 0 < count <= _FEW or tensor.external_data:
+        return []
+    if tensor.raw_data:
+        raw = bytes(tensor.raw_data)
+        return [int.from_bytes(raw[at : at + width], "little", signed=True) for at in range(0, len(raw), width)]
+    held = tensor.int64_data if width == _WIDE else tensor.int32_data
+    return [int(number) for number in held] if len(held) == count else []
 
 
 def find_product(visit: Visit, position: int) -> Product | None:
