@@ -153,10 +153,16 @@ def cut_rows(site: Site, slot: SlotKind, rows: tuple[int, int] | None) -> Site:
         return site
     shape = site.weight.tensor.shape
     matrix = (shape[0], math.prod(shape[1:]))
-    turned = site.transposed[slot]
-    everything = (0, matrix[0] if turned else matrix[1], 1)
-    part = Part(matrix, everything, (*rows, 1)) if turned else Part(matrix, (*rows, 1), everything)
-    return replace(site, part=part)
+    whole = site.part or Part(matrix, (0, matrix[0], 1), (0, matrix[1], 1))
+    if site.transposed[slot]:
+        return replace(site, part=replace(whole, columns=_cut_line(whole.columns, rows)))
+    return replace(site, part=replace(whole, rows=_cut_line(whole.rows, rows)))
+
+
+def _cut_line(line: tuple[int, int, int], places: tuple[int, int]) -> tuple[int, int, int]:
+    """Return some of the places of a line, counted along it."""
+    kept = range(*line)[slice(*places)]
+    return kept.start, kept.stop, kept.step
 
 
 def list_wants(target: Target) -> list[Want]:

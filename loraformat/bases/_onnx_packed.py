@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from loraformat.bases._onnx_names import OUTPUT_NAME, read_node_path
+from loraformat.bases._onnx_picks import read_numbers
 from loraformat.bases._onnx_scopes import Visit
 from loraformat.bases._onnx_sites import RawSite
 from loraformat.bases._onnx_uses import read_attribute
@@ -25,7 +26,22 @@ _MEMBERS: Final = (
     ("q", "k", "v"),
 )
 """What the modules of q, k and v are called in families of models; an adapter has one of these sets."""
-_BUILT: Final = re.compile(r"(?<=\.)attn(?=\.)")
+_BUILT: Final = tuple(
+    (re.compile(rf"(?<=\.){re.escape(built)}(?=\.|$)"), own)
+    for built, own in (
+        ("attn", "self_attn"),
+        ("attn.o_proj", "self_attn.out_proj"),
+        ("attn.o_proj", "self_attn.dense"),
+        ("moe", "mlp"),
+        ("moe", "feed_forward"),
+        ("mlp.gate_proj", "feed_forward.w1"),
+        ("mlp.up_proj", "feed_forward.w3"),
+        ("mlp.down_proj", "feed_forward.w2"),
+    )
+)
+"""What the builder calls modules, and what models do: one name for what families call by several."""
+_FUSED: Final = {"qkv_proj": _MEMBERS[1], "gate_up_proj": ("gate_proj", "up_proj")}
+"""What the builder puts into one matrix, in this order."""
 _STEPS: Final = 4
 
 
@@ -56,14 +72,21 @@ def _open_attention(site: RawSite) -> Iterator[RawSite]:
 
 def _open_built(sites: Sequence[RawSite]) -> Iterator[RawSite]:
     """Yield what onnxruntime-genai's builder has: other names, q, k and v in one, gate and up apart."""
-    named = [replace(site, module=_BUILT.sub("self_attn", site.module)) for site in sites if site.module]
-    yield from (site for site in named if _BUILT.search(site.module) is None and "self_attn" in site.module)
+    renamed = [
+        replace(site, module=built.sub(own, site.module))
+        for site in sites
+        for built, own in _BUILT
+        if built.search(site.module)
+    ]
+    yield from renamed
+    named = [site for site in (*sites, *renamed) if site.part is None]
     for site in named:
         module, _, last = site.module.rpartition(".")
-        sizes = _read_heads(site) if last == "qkv_proj" and site.parameter == "weight" else []
-        if sizes:
-            yield from _cut(site, [f"{module}.{name}" for name in _MEMBERS[1]], sizes)
-    yield from _join(named, "gate_up_proj", ("gate_proj", "up_proj"))
+        members = _FUSED.get(last, ()) if site.parameter == "weight" else ()
+        sizes = _read_parts(site, len(members)) if members else []
+        if len(sizes) == len(members):
+            yield from _cut(site, [f"{module}.{name}" for name in members], sizes)
+    yield from _join(named, "gate_up_proj", _FUSED["gate_up_proj"])
 
 
 def _join(sites: Iterable[RawSite], whole: str, members: Sequence[str]) -> Iterator[RawSite]:
@@ -100,15 +123,25 @@ def _count_columns(site: RawSite) -> int:
     return dims[0 if site.trace.flipped else 1] if len(dims) == 2 else 0
 
 
-def _read_heads(site: RawSite) -> list[int]:
-    """Return the rows of q, k and v, as the attention that reads their product says; nothing where none does."""
+def _read_parts(site: RawSite, count: int) -> list[int]:
+    """Return the rows of a packed weight's members, as what divides their product says; nothing where none does."""
     visit: Visit | None = site.visit
     for _ in range(_STEPS):
         readers = visit.scope.readers.get(next(iter(visit.node.output), ""), []) if visit is not None else []
         visit = readers[0][0] if len(readers) == 1 else None
         if visit is not None and visit.op == _GROUPED:
-            return _divide(_count_columns(site), _read_counts(visit))
+            return _divide(_count_columns(site), _read_counts(visit)) if count == len(_MEMBERS[1]) else []
+        if visit is not None and visit.op == "Split":
+            return _read_split(visit, _count_columns(site), count)
     return []
+
+
+def _read_split(visit: Visit, columns: int, count: int) -> list[int]:
+    """Return the sizes that a Split along the last axis says; nothing where it does not make `count` of all columns."""
+    if len(visit.node.output) != count or read_attribute(visit.node, "axis", 0) not in (-1, 2):
+        return []
+    sizes = read_numbers(visit, 1) if len(visit.node.input) > 1 else [columns // count] * count
+    return sizes if len(sizes) == count and sum(sizes) == columns and min(sizes) > 0 else []
 
 
 def _read_counts(visit: Visit) -> Mapping[str, int]:

@@ -16,6 +16,7 @@ from loraformat.bases._onnx_names import (
 from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
 from loraformat.bases._onnx_uses import USES, VECTORS, Use, UseReader, read_use, refuse_use
 from loraformat.problems import Problem
+from loraformat.spans import Part
 
 _OF_NODES: Final = frozenset({NODE_NAME, OUTPUT_NAME})
 _EXPORT_AGAIN: Final = "Export with dynamo=True, or with do_constant_folding=False, which keeps the weights' names."
@@ -37,6 +38,9 @@ class RawSite:
         repeated: whether the exporter may have given this path to another module of the same name.
         rows: start and stop of the module's rows in the canonical matrix `(out, in)` that is read; None for all.
         section: as in `Site`.
+        part: where in the stored tensor it is, where that holds several matrices; None for all of it.
+        apart: ids of readers of the tensor that never read this part.
+        doubt: why it is not known how the part lies; empty when it is.
     """
 
     visit: Visit
@@ -50,6 +54,9 @@ class RawSite:
     repeated: bool = False
     rows: tuple[int, int] | None = None
     section: tuple[int, int] | None = None
+    part: Part | None = None
+    apart: frozenset[str] = frozenset()
+    doubt: str = ""
 
     @property
     def obstacle(self) -> Problem | None:
@@ -62,6 +69,8 @@ class RawSite:
             return Problem("LF404", where, found, "a path, or the name of a weight or bias, of its own", _EXPORT_AGAIN)
         if self.use.refusal:
             return Problem("LF403", where, self.use.refusal, "a plain weight of MatMul, Gemm, Conv or Gather")
+        if self.doubt:
+            return Problem("LF447", where, self.doubt, "experts of which it is known how they lie")
         if self.trace.blocked:
             return Problem("LF403", where, f"a weight behind {self.trace.blocked}", "a weight that is stored as it is")
         return None

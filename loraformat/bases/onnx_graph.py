@@ -13,6 +13,7 @@ from loraformat.adapter import SlotKind
 from loraformat.bases import BaseModel, FloatForm, Site, Weight, WeightCopy, WeightFloats
 from loraformat.bases._onnx_coded import find_coded_part, find_coding, find_ranges
 from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
+from loraformat.bases._onnx_experts import find_experts
 from loraformat.bases._onnx_floats import Surgery, join_surgeries, list_unread, plan_surgery
 from loraformat.bases._onnx_packed import expand_packed
 from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
@@ -52,7 +53,7 @@ class OnnxGraph:
         self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
 
     def _find_sites(self, visits: Sequence[Visit]) -> list[RawSite]:
-        return expand_packed(find_sites(visits), self._opened.model.producer_name)
+        return expand_packed([*find_sites(visits), *find_experts(visits)], self._opened.model.producer_name)
 
     def _name_copies(self, found: Sequence[RawSite], sites: Sequence[Site], names: set[str]) -> list[Site]:
         """Return the sites, those that share a weight with the name that a copy of it would have."""
@@ -201,7 +202,7 @@ def _list_sites(opened: OnnxFile, found: Sequence[RawSite], caveat: Problem | No
     readers: dict[int, set[str]] = defaultdict(set)
     for raw in found:
         readers[id(raw.trace.tensor)].update(list_readers(raw.trace))
-    sites = [_make_site(opened, raw, frozenset(readers[id(raw.trace.tensor)])) for raw in found]
+    sites = [_make_site(opened, raw, frozenset(readers[id(raw.trace.tensor)] - raw.apart)) for raw in found]
     return [replace(site, caveat=caveat) for site in sites] if caveat is not None else sites
 
 
@@ -224,6 +225,8 @@ def _make_site(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> Site:
 
 def _find_part(weight: Weight, raw: RawSite, transposed: Mapping[SlotKind, bool]) -> Part | None:
     """Return the rows or columns of the stored matrix that the site's module has; None for all."""
+    if raw.part is not None:
+        return raw.part
     whole = find_coded_part(weight.coding, raw)
     if raw.rows is None:
         return whole
@@ -246,6 +249,8 @@ def _find_weight(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> tup
     coding = find_coding(opened, raw, stored)
     if isinstance(coding, Problem):
         return None, coding
+    if coding is not None and raw.part is not None:
+        return None, Problem("LF403", name, "packed experts that are stored in codes", "a floating-point form")
     if coding is None and stored.dtype.family != "float":
         return None, Problem("LF403", name, f"numbers stored as {stored.dtype.name}", "a floating-point form")
     if not stored.elements:

@@ -13,6 +13,7 @@ from loraformat.matching import Want
 from loraformat.spans import Part, StoredTensor
 
 _TILE_BYTES: Final = 1 << 22
+_MATRIX: Final = 2
 
 
 def is_coded(site: Site) -> bool:
@@ -21,11 +22,12 @@ def is_coded(site: Site) -> bool:
 
 
 def is_comparable(want: Want, site: Site) -> bool:
-    """Say whether a whole stored matrix may be a target's weight, or have it among its rows."""
+    """Say whether a whole stored matrix, or an expert's, may be a target's weight, or have it among its rows."""
     weight = site.weight
     if (
         weight is None
-        or (site.part and not is_coded(site))
+        # One of packed experts is a matrix of its own.
+        or (site.part and not is_coded(site) and len(weight.tensor.shape) == _MATRIX)
         or site.section
         or want.change.slot not in site.transposed
         or site.parameter != "weight"

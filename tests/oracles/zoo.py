@@ -621,9 +621,22 @@ def peft_deltas(model: nn.Module) -> Arrays:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     with torch.no_grad():
         return {
-            name.removeprefix("base_model.model."): layer.get_delta_weight("default").float().numpy().copy()
+            own: delta
             for name, layer in layers.items()
+            for own, delta in _name_deltas(name.removeprefix("base_model.model."), layer)
         }
+
+
+def _name_deltas(name: str, layer: LoraLayer) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield the deltas of a layer: one, or those of the experts of a packed parameter, which PEFT nests."""
+    delta = layer.get_delta_weight("default").float().numpy().copy()
+    parameter = getattr(layer, "parameter_name", None)
+    if parameter is None:
+        yield name, delta
+        return
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    yield from ((f"{name}.{expert}.{parameter}", own) for expert, own in enumerate(delta))
 
 
 # --- exporting -------------------------------------------------------------------------------------------------------

@@ -76,6 +76,41 @@ def make_whisper() -> nn.Module:
     return _randomised(lambda: transformers.WhisperForConditionalGeneration(config))
 
 
+SMALL_MIXTURE = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "use_cache": False,
+    "attn_implementation": "eager",
+}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def make_mixtral() -> nn.Module:
+    """Experts `(experts, out, in)`, gate before up."""
+    return _randomised(lambda: transformers.MixtralForCausalLM(_batched(transformers.MixtralConfig(**SMALL_MIXTURE))))
+
+
+def make_gpt_oss() -> nn.Module:
+    """Experts `(experts, in, out)`, gate and up in turns, biases."""
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5, "pad_token_id": 0}
+    config = transformers.GptOssConfig(**(SMALL_MIXTURE | layers))
+    return _randomised(lambda: transformers.GptOssForCausalLM(_batched(config)))
+
+
+def _batched(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
+    """Choose the only way of computing experts that both exporters follow for all inputs."""
+    config._experts_implementation = "batched_mm"
+    return config
+
+
 def _two_sided() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(14)
     decoder = torch.randint(3, 99, (2, 5), generator=generator)
@@ -96,6 +131,20 @@ zoo.SPECIMENS.update(
             make_qwen2,
             lambda: _tokens(97),
             lambda: LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]),
+            TEXT_AXES,
+        ),
+        Specimen(
+            "mixtral",
+            make_mixtral,
+            lambda: _tokens(97),
+            lambda: LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "o_proj"], target_parameters=EXPERTS),
+            TEXT_AXES,
+        ),
+        Specimen(
+            "gpt_oss",
+            make_gpt_oss,
+            lambda: _tokens(97),
+            lambda: LoraConfig(r=3, lora_alpha=6, target_modules=["k_proj", "v_proj"], target_parameters=EXPERTS),
             TEXT_AXES,
         ),
         Specimen(

@@ -1,0 +1,262 @@
+"""Experts of a mixture in an ONNX graph: matrices of one tensor `(experts, ...)`, of which the graph picks some.
+
+Exporters leave a Gather before a product; onnxruntime has the operator MoE for all of it. How an expert's matrix lies is
+what the product or the operator says, never a guess from a shape; where neither tells, the sites say so (LF447).
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from loraformat.adapter import SlotKind
+from loraformat.bases._onnx_names import NODE_NAME, find_repeated, module_of_node
+from loraformat.bases._onnx_picks import Product, find_arrangement, find_product, pick_expert, trace_packed
+from loraformat.bases._onnx_scopes import Trace, Visit
+from loraformat.bases._onnx_sites import RawSite
+from loraformat.bases._onnx_uses import Use, read_attribute
+from loraformat.limits import MAX_EXPERTS
+from loraformat.spans import Part
+
+Lines = tuple[int, int, int]
+
+GATE_UP: Final = "gate_up_proj"
+_MEMBERS: Final = ("gate_proj", "up_proj")
+_DOWN: Final = "down_proj"
+_PICKING: Final = frozenset({"Gather", "GatherND", "Slice"})
+_MOE: Final = "com.microsoft.MoE"
+_DOTTED: Final = re.compile(r"\w+(\.\w+)+")
+HALVES: Final = "halves"
+TURNS: Final = "turns"
+_FUSIONS: Final = {1: TURNS, 2: HALVES}
+"""How the operator MoE has gate and up in its first weight, by `swiglu_fusion`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """A tensor of experts where the graph reads it.
+
+    Attributes:
+        visit: the node that reads it.
+        position: at which input.
+        trace: where the tensor is.
+        product: what the expert that was picked is multiplied with.
+        expert: the only one that is read here; None for any.
+        module: path of the module that has the tensor.
+        parameter: its name there; empty where nothing tells.
+        evidence: how both are known.
+        stored: how gate and up lie in it, `halves` or `turns`; empty where nothing tells.
+        own: how they lie in the module's own parameter.
+        folded: why its numbers are not the module's own.
+    """
+
+    visit: Visit
+    position: int
+    trace: Trace
+    product: Product
+    expert: int | None
+    module: str = ""
+    parameter: str = ""
+    evidence: str = ""
+    stored: str = ""
+    own: str = ""
+    folded: str = ""
+
+    @property
+    def id(self) -> str:
+        """Words for the place, as in `Site.id`."""
+        return self.visit.describe(self.position)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return tuple(self.trace.tensor.dims) if self.trace.tensor is not None else ()
+
+    @property
+    def turned(self) -> bool:
+        """Whether an expert's stored matrix is the transpose of its `(out, in)`."""
+        return self.product.turned ^ self.trace.flipped
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one expert's matrix, `(out, in)`."""
+        return self.dims[:0:-1] if self.turned else self.dims[1:]
+
+
+def find_experts(visits: Iterable[Visit]) -> list[RawSite]:
+    """Return a site for every expert of every packed tensor, and for gate and up of those that hold both."""
+    packs = _name_by_shape([pack for visit in visits for pack in _find_packs(visit)])
+    by_tensor: dict[int, list[Pack]] = defaultdict(list)
+    for pack in packs:
+        by_tensor[id(pack.trace.tensor)].append(pack)
+    repeated = find_repeated(pack.module for pack in packs if pack.evidence == NODE_NAME)
+    return [
+        replace(site, repeated=pack.evidence == NODE_NAME and pack.module in repeated)
+        for group in by_tensor.values()
+        for pack in group
+        for site in _open(pack, group)
+    ]
+
+
+def _find_packs(visit: Visit) -> Iterator[Pack]:
+    if visit.op == _MOE:
+        yield from _read_operator(visit)
+        return
+    places = (0,) if visit.op in _PICKING else (1, 0) if visit.op == "MatMul" else ()
+    for position in places:
+        trace = trace_packed(visit, position)
+        if trace is None or trace.tensor is None or not 0 < trace.tensor.dims[0] <= MAX_EXPERTS:
+            continue
+        expert = pick_expert(visit, trace.tensor.dims[0])
+        product = find_product(visit, position)
+        if product is None or isinstance(expert, str):
+            return
+        pack = _name(Pack(visit, position, trace, product, expert))
+        arrangement = find_arrangement(product.visit) if product.visit is not None else ""
+        yield replace(pack, stored=arrangement, own=arrangement)
+        return
+
+
+def _name(pack: Pack) -> Pack:
+    """Return the pack with its module's path, as the node and the tensor's name tell it, and the parameter's name."""
+    owner, parameter = _split_name(pack)
+    module, evidence = module_of_node(pack.visit, pack.position, pack.trace, parameter)
+    if owner and (not module or owner.startswith(f"{module}.")):
+        return replace(pack, module=owner, parameter=parameter, evidence="initializer name")
+    return replace(pack, module=module, parameter=parameter, evidence=evidence)
+
+
+def _split_name(pack: Pack) -> tuple[str, str]:
+    """Return module and parameter as the tensor's name has them; nothing for a name that the exporter made up."""
+    steps = (step.node.input[0] for step in pack.trace.steps)
+    own = pack.trace.tensor.name if pack.trace.tensor is not None else ""
+    for name in (pack.visit.node.input[pack.position], *steps, own):
+        if _DOTTED.fullmatch(name):
+            shorter = name.removesuffix(".weight")
+            known = shorter.rpartition(".")[2] in (GATE_UP, _DOWN, *_MEMBERS)
+            owner, _, parameter = (shorter if known else name).rpartition(".")
+            return owner, parameter
+    return "", ""
+
+
+def _name_by_shape(packs: Sequence[Pack]) -> list[Pack]:
+    """Return the packs, those without a parameter's name with the one that the shapes of a gated mixture give.
+
+    Of two tensors of one module whose experts are `(2 n, m)` and `(m, n)`, the first is gate and up, the second down;
+    no two shapes can be read both ways.
+    """
+    groups: dict[str, dict[int, Pack]] = defaultdict(dict)
+    for pack in packs:
+        if pack.module and not pack.parameter:
+            groups[pack.module][id(pack.trace.tensor)] = pack
+    names: dict[int, str] = {}
+    for group in groups.values():
+        pairs = [(a, b) for a in group for b in group if a != b and _is_gated(group[a].shape, group[b].shape)]
+        if len(group) == 2 and len(pairs) == 1:
+            names |= dict(zip(pairs[0], (GATE_UP, _DOWN), strict=True))
+    return [replace(pack, parameter=pack.parameter or names.get(id(pack.trace.tensor), "")) for pack in packs]
+
+
+def _is_gated(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
+    return first == (2 * second[1], second[0])
+
+
+# --- the operator of onnxruntime -------------------------------------------------------------------------------------
+
+
+def _read_operator(visit: Visit) -> Iterator[Pack]:
+    """Yield the weights of MoE: fc1, fc2 and fc3, `(experts, out, in)` or, up to onnxruntime 1.22, `(experts, in, out)`."""
+    fusion = int(read_attribute(visit.node, "swiglu_fusion", 0))
+    kind = next((a.s.decode("utf-8", "replace") for a in visit.node.attribute if a.name == "activation_type"), "")
+    gated = trace_packed(visit, 6) is not None
+    first = GATE_UP if fusion in _FUSIONS else _MEMBERS[0] if gated else ""
+    for position, role in ((2, first), (4, _DOWN if first else ""), (6, _MEMBERS[1])):
+        trace = trace_packed(visit, position)
+        if trace is None or trace.tensor is None or not 0 < trace.tensor.dims[0] <= MAX_EXPERTS:
+            continue
+        readings = (False,) if fusion in _FUSIONS else (False, True)
+        doubt = _find_doubt(trace, readings)
+        for turned in readings:
+            pack = _name(Pack(visit, position, trace, Product(None, turned, doubt=doubt), None))
+            named = replace(pack, module=pack.module if pack.parameter else f"{pack.module}.experts")
+            yield replace(
+                named if pack.module else pack,
+                parameter=pack.parameter or role,
+                stored=_FUSIONS.get(fusion, ""),
+                own=_find_own(visit, fusion),
+                folded=_GEGLU if kind == "geglu" and position == 4 else "",
+            )
+
+
+_GEGLU: Final = "the builder multiplies it by a scale for each expert (Gemma 4)"
+
+
+def _find_doubt(trace: Trace, readings: Sequence[bool]) -> str:
+    rows, columns = trace.tensor.dims[1:] if trace.tensor is not None else (0, 1)
+    if len(readings) == 1 or rows != columns:
+        return ""
+    return f"square experts, {rows} by {columns}, of an operator that has changed which side is the input"
+
+
+def _find_own(visit: Visit, fusion: int) -> str:
+    """Return how gate and up lie in the checkpoint's parameter.
+
+    Only GPT-OSS has them take turns, and only its activation adds one to up (`activation_beta`); the builder puts the
+    halves of others into turns.
+    """
+    if fusion not in _FUSIONS:
+        return ""
+    return TURNS if float(read_attribute(visit.node, "activation_beta", 0.0)) == 1 else HALVES
+
+
+# --- sites -----------------------------------------------------------------------------------------------------------
+
+
+def _open(pack: Pack, group: Sequence[Pack]) -> Iterator[RawSite]:
+    """Yield the sites of one pack; `group` is all that read its tensor."""
+    experts = range(pack.dims[0]) if pack.expert is None else [pack.expert]
+    named = pack.module and pack.parameter
+    for expert in experts:
+        apart = frozenset(other.id for other in group if other.expert not in (None, expert))
+        for name, lines, section in _list_members(pack):
+            yield RawSite(
+                pack.visit,
+                pack.position,
+                pack.trace,
+                Use({SlotKind.LINEAR: pack.product.turned}, pack.product.divisor, pack.product.refusal),
+                f"{pack.module}.{expert}.{name}" if named else "",
+                f"packed experts, {pack.evidence}" if named else "",
+                pack.folded,
+                section=section,
+                part=_place(pack, expert, lines),
+                apart=apart,
+                doubt=pack.product.doubt,
+            )
+
+
+def _list_members(pack: Pack) -> Iterator[tuple[str, Lines, tuple[int, int] | None]]:
+    """Yield what an expert's matrix holds: name, the rows of its `(out, in)`, and which rows of the module these are."""
+    rows = pack.shape[0]
+    half = rows // 2
+    arranged = {HALVES: ((0, half, 1), (half, rows, 1)), TURNS: ((0, rows, 2), (1, rows, 2)), "": ()}[pack.stored]
+    if pack.parameter != GATE_UP or rows % 2:
+        yield pack.parameter, (0, rows, 1), None
+        return
+    if pack.stored == pack.own:
+        yield GATE_UP, (0, rows, 1), None
+    else:
+        for lines, section in zip(arranged, ((0, half), (half, rows)), strict=True):
+            yield GATE_UP, lines, section
+    for name, lines in zip(_MEMBERS, arranged, strict=False):
+        yield name, lines, None
+
+
+def _place(pack: Pack, expert: int, lines: Lines) -> Part:
+    """Return where some rows of an expert's `(out, in)` lie in the stored tensor."""
+    experts, rows, columns = pack.dims
+    start = expert * rows
+    if pack.turned:
+        return Part((experts * rows, columns), (start, start + rows, 1), lines)
+    own = (start + lines[0], start + lines[1], lines[2])
+    return Part((experts * rows, columns), own, (0, columns, 1))

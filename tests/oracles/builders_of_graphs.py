@@ -1,0 +1,71 @@
+"""ONNX models that are not torch's exports: those of onnxruntime-genai's model builder and of Optimum."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import transformers
+import zoo
+
+HEAD_DIM = 16
+"""Of the decoders that are built: onnxruntime's attention with rotary embedding wants a multiple of it."""
+WINDOW = 32
+_SIZES = {"kv_cache_dim": HEAD_DIM, "past_sliding_length": WINDOW}
+"""Of caches that are empty; one that slides has its window's size from the start."""
+
+
+def save_model(specimen: zoo.Specimen, folder: Path) -> Path:
+    """Save a specimen as a model of the hub: configuration, weights, and a tokenizer, which tools want."""
+    if not folder.exists():
+        with zoo.quiet():
+            model = specimen.make()
+            model.save_pretrained(folder)
+            _make_tokenizer(model.config.vocab_size).save_pretrained(folder)
+    return folder
+
+
+def _make_tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(size)}, unk_token="0"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="0", bos_token="1", eos_token="2", pad_token="0"
+    )
+
+
+def build_genai(specimen: zoo.Specimen, folder: Path, precision: str = "fp32") -> Path:
+    """Build a specimen with onnxruntime-genai's model builder, without network."""
+    from onnxruntime_genai.models import builder
+
+    source, output, cache = save_model(specimen, folder / "torch"), folder / precision, folder / "cache"
+    names = ("", str(source), str(output), precision, "cpu", str(cache))
+    with zoo.quiet():
+        options = builder.parse_extra_options(*names, [])
+        builder.create_model(*names, **options)
+    return output / "model.onnx"
+
+
+def run_cached(path: Path, feeds: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """Return the logits of a decoder that takes a cache, here an empty one."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    given = {}
+    for entry in session.get_inputs():
+        if entry.name in feeds:
+            given[entry.name] = feeds[entry.name]
+        else:
+            sizes = [size if isinstance(size, int) else _SIZES.get(size, 0) for size in entry.shape]
+            form = np.float16 if "float16" in entry.type else np.float32
+            given[entry.name] = np.zeros([len(feeds["input_ids"]), *sizes[1:]], form)
+    logits: np.ndarray[Any, Any] = session.run(["logits"], given)[0]
+    return logits
+
+
+def list_domains(path: Path) -> set[str]:
+    """Return the operators of a model that are onnxruntime's own."""
+    model = onnx.load(path, load_external_data=False)
+    return {node.op_type for node in model.graph.node if node.domain == "com.microsoft"}
