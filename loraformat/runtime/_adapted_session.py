@@ -72,12 +72,17 @@ class ServedBase:
         providers: execution providers.
         settings: of onnxruntime, or what makes them; None for the usual ones.
         options: how to merge.
+
+    Attributes:
+        providers: execution providers of new sessions.
+        keeps_merged: whether sessions keep merged weights for each other.
     """
 
     def __init__(
         self, base: OnnxGraph, providers: Providers | None, settings: SessionSettings | None, options: RuntimeOptions
     ) -> None:
         self.providers = providers
+        self.keeps_merged = options.get("keep_merged", False)
         self._base = base
         self._settings = onnxruntime.SessionOptions if settings is None else settings
         self._options = options
@@ -132,18 +137,29 @@ class AdaptedSession(onnxruntime.InferenceSession):  # type: ignore[misc]
         receipt: what was merged, as `merge` says it; None for the base alone.
     """
 
+    cost: SwitchCost
+    receipt: Receipt | None
+
     def __init__(self, base: ServedBase, adapters: Sequence[AdapterArgument]) -> None:
         start = time.perf_counter()
-        order = base.plan(adapters)
-        planned = time.perf_counter()
-        merged, receipt = base.merge(order)
-        done = time.perf_counter()
         self._served_base = base
-        self._merged = merged  # onnxruntime reads the weights where they are.
-        model, settings = base.load(merged)
-        super().__init__(model, settings, providers=base.providers)
+        self._order = base.plan(adapters)
+        self._make(start, base.providers, None)
+
+    def _make(self, start: float, providers: Providers | None, provider_options: Any) -> None:
+        """Merge, and let onnxruntime make the session.
+
+        onnxruntime copies the weights (`AddExternalInitializers` of its C API says so), packed for its kernels mostly:
+        ours are let go, unless sessions to come are to have them.
+        """
+        planned = time.perf_counter()
+        merged, self.receipt = self._served_base.merge(self._order)
+        done = time.perf_counter()
+        model, settings = self._served_base.load(merged)
+        super().__init__(model, settings, providers=providers, provider_options=provider_options)
+        self._sess_options_initial = self._sess_options  # The others point at weights that go now.
+        self._kept = merged.weights if self._served_base.keeps_merged else ()
         end = time.perf_counter()
-        self.receipt = receipt
         self.cost = SwitchCost(
             seconds=end - start,
             planning_seconds=planned - start,
@@ -154,11 +170,15 @@ class AdaptedSession(onnxruntime.InferenceSession):  # type: ignore[misc]
             computed_bytes=sum(weight.nbytes for weight in merged.computed),
         )
 
+    def set_providers(self, providers: Providers | None = None, provider_options: Any = None) -> None:
+        """Make the session anew for other execution providers, as every `InferenceSession` does."""
+        self._make(time.perf_counter(), providers, provider_options)
+
     def switch(self, adapters: Sequence[AdapterArgument] = ()) -> "AdaptedSession":
         """Return the next session: the same base with other adapters, or none; this one stays as it is.
 
-        The base's index and graph are taken over, and so is every merged weight that the next session has in common
-        with one that still lives.
+        The base's index and graph are taken over, its untouched weights stay mapped, and with `keep_merged` so do
+        merged weights that a living session has in common with the next one.
 
         Args:
             adapters: as in `merge`; of those that come and go, give `loraformat.load`ed ones rather than paths.

@@ -1,5 +1,6 @@
-"""Merged weights in memory: computed by the engine of every merge, and taken over where a session has them already."""
+"""Merged weights in memory: computed by the engine of every merge, and taken over where a session has kept them."""
 
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -46,7 +47,7 @@ class MergedWeights:
 
     Attributes:
         weights: in the plan's order.
-        computed: those of them that were computed; the others a session had.
+        computed: those of them that were computed; the others a session had kept.
     """
 
     weights: Sequence[HeldWeight]
@@ -59,7 +60,7 @@ class MergedWeights:
 
 
 class WeightShelf:
-    """The merged weights that living sessions of one base hold."""
+    """The merged weights that living sessions of one base have kept."""
 
     def __init__(self) -> None:
         self._held: WeakValueDictionary[_Key, HeldWeight] = WeakValueDictionary()
@@ -92,7 +93,7 @@ def _compute(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter], e
     sources = index_weights(base)
     written = [list(list_written(weight, sources[weight.key]).values()) for weight in plan.weights]
     spans = {tensor.span: tensor for tensors in written for tensor in tensors}
-    buffers = {span: np.empty(span.length, np.uint8) for span in spans}
+    buffers = {span: _reserve(span.length) for span in spans}
     pieces = [Copy(tensor.file, span.offset, span.length) for span, tensor in spans.items()]
     image = FileImage(base.path, pieces)
     (sums,) = carry_out([Assignment(plan, base, adapters, [image], [MemorySink(buffers.values())])], effort)
@@ -100,6 +101,11 @@ def _compute(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter], e
         HeldWeight({tensor.span: buffers[tensor.span] for tensor in tensors}, total)
         for tensors, total in zip(written, sums, strict=True)
     ]
+
+
+def _reserve(length: int) -> NDArray[np.uint8]:
+    """Return memory that goes back to the system when it is let go; what malloc gives may not, among others' memory."""
+    return np.frombuffer(mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
 
 
 def _list_keys(plan: Plan, adapters: Sequence[WeightedAdapter]) -> Iterator[_Key]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, Unpack
 
 from loraformat.arguments import AdapterArgument, AdapterOptions, EffortOptions, HintOptions, StrPath
 from loraformat.errors import refuse
@@ -13,11 +13,27 @@ if TYPE_CHECKING:
     from loraformat.runtime._adapted_session import AdaptedSession
     from loraformat.runtime._session_options import SessionSettings
 
+_LEAST_VERSION: Final = (1, 21)
+"""The first that looks in a folder for the external data of a model that it is handed over in memory."""
+
 Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
 
 
 class RuntimeOptions(AdapterOptions, HintOptions, EffortOptions, total=False):
-    """What the merge into a session depends on besides base and adapters: as in `PlanOptions` and `WorkOptions`."""
+    """What the merge into a session depends on besides base and adapters.
+
+    Attributes:
+        allow_unmatched: as in `PlanOptions`, like the others up to `accept_ranges`.
+        strip_prefix: the same.
+        allow_zero: the same.
+        ignore_fingerprints: the same.
+        keep_scales: the same.
+        accept_ranges: the same.
+        min_retained: as in `WorkOptions`, like `warn_retained`.
+        warn_retained: the same.
+        keep_merged: keep merged weights beside onnxruntime's copy of them, so that a session to come need not compute
+            those again that it has in common with a living one.
+    """
 
     allow_unmatched: Sequence[str]
     strip_prefix: str | None
@@ -27,6 +43,7 @@ class RuntimeOptions(AdapterOptions, HintOptions, EffortOptions, total=False):
     accept_ranges: bool
     min_retained: float
     warn_retained: float
+    keep_merged: bool
 
 
 def session(
@@ -54,8 +71,8 @@ def session(
         An `onnxruntime.InferenceSession`; its `switch` gives the next one.
 
     Raises:
-        LoraformatError: what `merge` raises; LF810 a base that is no ONNX model, LF811 no onnxruntime, LF812 a graph
-            too large to hand over, LF813 settings that cannot be copied.
+        LoraformatError: what `merge` raises; LF810 a base that is no ONNX model, LF811 no onnxruntime, or an old
+            one, LF812 a graph too large to hand over, LF813 settings that cannot be copied.
     """
     from loraformat.bases.onnx_graph import OnnxGraph
 
@@ -64,8 +81,21 @@ def session(
     opened = open_base(place)
     if not isinstance(opened, OnnxGraph):
         raise refuse("LF810", place, f"a base of the format {opened.format!r}", "an ONNX model")
-    try:
-        from loraformat.runtime._adapted_session import AdaptedSession, ServedBase
-    except ImportError as error:
-        raise refuse("LF811", place, "no onnxruntime", "it installed: pip install 'loraformat[cpu]'") from error
+    _check_onnxruntime()
+    from loraformat.runtime._adapted_session import AdaptedSession, ServedBase
+
     return AdaptedSession(ServedBase(opened, providers, session_options, options), adapters)
+
+
+def _check_onnxruntime() -> None:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise refuse("LF811", "onnxruntime", "no such package", _describe_version(_LEAST_VERSION)) from error
+    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if version < _LEAST_VERSION:
+        raise refuse("LF811", "onnxruntime", onnxruntime.__version__, _describe_version(_LEAST_VERSION))
+
+
+def _describe_version(version: tuple[int, ...]) -> str:
+    return f"{'.'.join(map(str, version))} or later"
