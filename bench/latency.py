@@ -1,17 +1,24 @@
-"""Latency on onnxruntime of a base, its merged model, and of adapters that stay: the comparison of LoRA's Table 1.
+"""Latency on onnxruntime of a base and of all ways to put an adapter on it, in one table: LoRA's Table 1, and more.
 
     python bench/latency.py                                  # 4 layers of 256
     python bench/latency.py --layers 24 --width 1024         # GPT-2 medium's size
+    python bench/latency.py --layers 1 --width 64 --rounds 5 --settings 1x8    # does it run?
 
 The model is a stack of transformer layers (pre-norm, causal attention, four times as wide inside) with random weights.
-Beside it stand
-  base again     the same file in another session: what differs from `base` here is noise
-  merged         `loraformat.merge` of an adapter of rank 8 on all six matrices of each layer
-  run-time LoRA  the same adapter as two more MatMuls beside each matrix
-  Houlsby        bottlenecks after attention and after the inner layers (Houlsby et al. 2019: the paper's Adapter-H)
-  Lin            one bottleneck after the inner layers (Lin et al. 2020; Pfeiffer et al. 2021: the paper's Adapter-L)
-The sessions take turns in random order; printed is each one's 25th percentile, its median, and the difference from
-`base`.
+The adapter is of rank 8 on all six matrices of each layer. Beside the base stand
+  base again           the same file in another session: what differs from `base` here is noise
+  merged               `loraformat.merge`, a file
+  in memory            `loraformat.runtime.session`, no file
+  run time, none       `loraformat.runtime.export_runtime`, the adapter's inputs at their defaults
+  run time, active     the same session with the adapter
+  batched, none        the same with slots, every row without an adapter
+  batched, mixed       every row with another of the slots' adapters (at batch 1 there is one row)
+  Houlsby              bottlenecks after attention and after the inner layers (Houlsby et al. 2019: the paper's
+                       Adapter-H)
+  Lin                  one bottleneck after the inner layers (Lin et al. 2020; Pfeiffer et al. 2021: its Adapter-L)
+They take turns in random order; printed is each one's first quartile, its median, the width between first and third
+quartile, and the difference of its first quartile from that of `base`. Before that, outputs are compared: `in memory`
+must be `merged` to the bit, what has no adapter the base, and the active ones `merged` but for rounding.
 """
 
 import argparse
@@ -20,7 +27,10 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,8 +39,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 import loraformat
 
-SETTINGS = ((1, 128), (8, 128))
 RANK, HEAD = 8, 64
+BOTTLENECKS = ("Houlsby", "Lin")
+TOLERANCE = 1e-3
 
 
 class Graph:
@@ -57,12 +68,7 @@ class Graph:
         return (rng.standard_normal((inner, outer)) / np.sqrt(inner)).astype(np.float32)
 
     def linear(self, x: str, path: str, inner: int, outer: int) -> str:
-        y = self.add("MatMul", x, self.hold(self.random(self.rng, inner, outer)), name=f"/{path}/MatMul")
-        if self.kind == "run-time LoRA":
-            down = self.hold(self.random(self.side, inner, RANK))
-            up = self.hold(self.random(self.side, RANK, outer))
-            y = self.add("Add", y, self.add("MatMul", self.add("MatMul", x, down), up))
-        return y
+        return self.add("MatMul", x, self.hold(self.random(self.rng, inner, outer)), name=f"/{path}/MatMul")
 
     def adapt(self, x: str) -> str:
         """Return a bottleneck with a shortcut."""
@@ -117,15 +123,16 @@ def build(path: Path, kind: str, layers: int, width: int, bottleneck: int) -> Pa
     return path
 
 
-def build_adapter(folder: Path, layers: int, width: int) -> Path:
-    """Write a PEFT folder of rank 8 on all matrices."""
+def build_adapter(folder: Path, layers: int, width: int, seed: int = 2, modules: str = "q,k,v,o,up,down") -> Path:
+    """Write a PEFT folder of rank 8 on the matrices of each layer that are named."""
     import json
 
     from safetensors.numpy import save_file
 
-    rng, tensors = np.random.default_rng(2), {}
+    rng, tensors = np.random.default_rng(seed), {}
     shapes = {f"attn.{name}": (width, width) for name in ("q", "k", "v", "o")}
     shapes |= {"up": (4 * width, width), "down": (width, 4 * width)}
+    shapes = {name: shape for name, shape in shapes.items() if name.removeprefix("attn.") in modules.split(",")}
     for number in range(layers):
         for name, (out, inner) in shapes.items():
             stem = f"base_model.model.layers.{number}.{name}"
@@ -138,35 +145,156 @@ def build_adapter(folder: Path, layers: int, width: int) -> Path:
     return folder
 
 
-def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+@dataclass(frozen=True)
+class Row:
+    """One way to run the model.
+
+    Attributes:
+        session: the session.
+        settings: of a run: the active adapter; None for none.
+        index: whether the session is told which slot each row of the batch takes.
+        slots: the slots that rows take in turn.
+    """
+
+    session: onnxruntime.InferenceSession
+    settings: onnxruntime.RunOptions | None = None
+    index: str = ""
+    slots: int = 0
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the output."""
+        more = {self.index: np.arange(len(feeds["x"])) % self.slots} if self.index else {}
+        return self.session.run(None, {**feeds, **more}, self.settings)[0]
+
+
+def make_options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    options.log_severity_level = 3  # It warns of every input with a default.
+    return options
 
 
-def measure(
-    sessions: dict[str, onnxruntime.InferenceSession], feeds: dict[str, np.ndarray], rounds: int
-) -> dict[str, list[float]]:
-    """Return the milliseconds of each session's runs."""
-    found: dict[str, list[float]] = {name: [] for name in sessions}
-    order = list(sessions)
-    for session in sessions.values():
-        session.run(None, feeds)
+def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(path), make_options(threads), providers=["CPUExecutionProvider"])
+
+
+@dataclass
+class Bench:
+    """The files and the rows of a comparison.
+
+    Attributes:
+        folder: where the files go.
+        arguments: of the command line.
+        rows: what is timed, by name.
+        held: what onnxruntime wants to be kept: adapters of runs.
+    """
+
+    folder: Path
+    arguments: argparse.Namespace
+    rows: dict[str, Row] = field(default_factory=dict)
+    held: list[Any] = field(default_factory=list)
+
+    def open(self) -> None:
+        """Write all models and make all sessions."""
+        layers, width = self.arguments.layers, self.arguments.width
+        size = (layers, width, self.arguments.bottleneck or width // 8)
+        self.base = build(self.folder / "base.onnx", "base", *size)
+        self.adapters = [
+            build_adapter(self.folder / f"adapter{number}", layers, width, 2 + number)
+            for number in range(self.arguments.slots)
+        ]
+        loraformat.merge(self.base, self.adapters[:1], self.folder / "merged.onnx")
+        threads = self.arguments.threads
+        self.rows = {name: Row(open_session(self.base, threads)) for name in ("base", "base again")}
+        self.rows["merged"] = Row(open_session(self.folder / "merged.onnx", threads))
+        in_memory = loraformat.runtime.session(
+            self.base,
+            self.adapters[:1],
+            providers=["CPUExecutionProvider"],
+            session_options=make_options(threads),
+        )
+        self.rows["in memory"] = Row(in_memory)
+        self.open_run_time(threads)
+        for kind in BOTTLENECKS:
+            self.rows[kind] = Row(open_session(build(self.folder / f"{kind}.onnx", kind, *size), threads))
+
+    def open_run_time(self, threads: int) -> None:
+        """Add the rows of adapters that are inputs."""
+        for name, slots in (("run time", 0), ("batched", len(self.adapters))):
+            path = self.folder / f"{name}.onnx"
+            loraformat.runtime.export_runtime(self.base, self.adapters[:1], path, batched=slots)
+            session = open_session(path, threads)
+            chosen = self.adapters if slots else self.adapters[:1]
+            self.rows[f"{name}, none"] = Row(session)
+            index = "adapter_index" if slots else ""
+            self.rows[f"{name}, {'mixed' if slots else 'active'}"] = Row(
+                session, self.activate(path, chosen), index, slots
+            )
+
+    def activate(self, model: Path, adapters: list[Path]) -> onnxruntime.RunOptions:
+        """Return settings of runs with adapters."""
+        path = model.with_suffix(".onnx_adapter")
+        loraformat.runtime.export_adapter(model, adapters, path)
+        adapter, settings = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+        adapter.Load(str(path))
+        settings.add_active_adapter(adapter)
+        self.held.append(adapter)
+        return settings
+
+    def check(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """Stop where rows that must agree do not; the first row of the batch has the adapter everywhere."""
+        outputs = {name: row.run(feeds)[0] for name, row in self.rows.items()}
+        found = {
+            "in memory": (outputs["in memory"], outputs["merged"], 0.0),
+            "run time, none": (outputs["run time, none"], outputs["base"], TOLERANCE),
+            "batched, none": (outputs["batched, none"], outputs["base"], TOLERANCE),
+            "run time, active": (outputs["run time, active"], outputs["merged"], TOLERANCE),
+            "batched, mixed": (outputs["batched, mixed"], outputs["merged"], TOLERANCE),
+        }
+        effect = np.abs(outputs["merged"] - outputs["base"]).max()
+        worst = {name: np.abs(one - other).max() for name, (one, other, _) in found.items()}
+        print(f"the adapter changes outputs by {effect:.2g}; largest differences from what they should be:", end=" ")
+        print(", ".join(f"{name} {difference:.1g}" for name, difference in worst.items()))
+        if any(worst[name] > most * effect for name, (*_, most) in found.items()):
+            raise SystemExit("rows that must agree do not")
+
+
+def measure(rows: Mapping[str, Row], feeds: Mapping[str, np.ndarray], rounds: int) -> dict[str, list[float]]:
+    """Return the milliseconds of each row's runs."""
+    found: dict[str, list[float]] = {name: [] for name in rows}
+    order = list(rows)
+    for row in rows.values():
+        row.run(feeds)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
             start = time.perf_counter()
-            sessions[name].run(None, feeds)
+            rows[name].run(feeds)
             found[name].append(1000 * (time.perf_counter() - start))
     return found
 
 
 def report(setting: tuple[int, int], found: dict[str, list[float]]) -> None:
-    quarters = {name: statistics.quantiles(times, n=4)[0] for name, times in found.items()}
+    quartiles = {name: statistics.quantiles(times, n=4) for name, times in found.items()}
     print(f"batch {setting[0]} x {setting[1]}, {len(found['base'])} rounds, load {os.getloadavg()[0]:.1f}")
-    for name, times in found.items():
-        change = 100 * (quarters[name] / quarters["base"] - 1)
-        print(f"  {name:14} {quarters[name]:9.2f} ms  median {statistics.median(times):9.2f} ms  {change:+6.1f} %")
+    print(f"  {'':18} {'quartile':>9} {'median':>9} {'spread':>9}   to base")
+    for name, (first, median, third) in quartiles.items():
+        change = 100 * (first / quartiles["base"][0] - 1)
+        print(f"  {name:18} {first:6.2f} ms {median:6.2f} ms {third - first:6.2f} ms {change:+7.1f} %")
+
+
+def report_sizes(bench: Bench) -> None:
+    """Print how many bytes more than the base's each way keeps."""
+    data = {kind: (bench.folder / f"{kind}.onnx.data").stat().st_size for kind in ("base", *BOTTLENECKS)}
+    lora = (bench.adapters[0] / "adapter_model.safetensors").stat().st_size
+    more = {"LoRA": lora, **{kind: data[kind] - data["base"] for kind in BOTTLENECKS}}
+    shares = ", ".join(f"{name} {100 * size / data['base']:.1f} %" for name, size in more.items())
+    print(f"base of {data['base'] / 1e6:.1f} MB; weights beside it: {shares}")
+
+
+def parse_settings(text: str) -> list[tuple[int, int]]:
+    pairs = (part.split("x") for part in text.split(","))
+    return [(int(batch), int(length)) for batch, length in pairs]
 
 
 def main() -> None:
@@ -175,29 +303,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256, help="a multiple of 64")
     parser.add_argument("--bottleneck", type=int, default=0, help="of the adapters that stay (default: width / 8)")
+    parser.add_argument("--slots", type=int, default=4, help="adapters that the rows of a batch take in turn")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--settings", type=parse_settings, default="1x1,1x128,8x128", help="batch x length, ...")
     arguments = parser.parse_args()
-    size = (arguments.layers, arguments.width, arguments.bottleneck or arguments.width // 8)
     random.seed(0)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        base = build(folder / "base.onnx", "base", *size)
-        adapter = build_adapter(folder / "adapter", arguments.layers, arguments.width)
-        loraformat.merge(base, [adapter], folder / "merged.onnx")
-        paths = {"base": base, "base again": base, "merged": folder / "merged.onnx"}
-        paths |= {kind: build(folder / f"{kind}.onnx", kind, *size) for kind in ("run-time LoRA", "Houlsby", "Lin")}
-        sessions = {kind: open_session(path, arguments.threads) for kind, path in paths.items()}
-        parameters = {path: path.with_name(f"{path.name}.data").stat().st_size for path in paths.values()}
-    share = {kind: 100 * (parameters[path] / parameters[base] - 1) for kind, path in paths.items()}
-    print(
-        "weights more than the base's: "
-        + ", ".join(f"{kind} {more:.1f} %" for kind, more in share.items() if more > 0.1)
-    )
-    for batch, length in SETTINGS:
-        mask = np.triu(np.full((length, length), -1e9, np.float32), 1)
-        x = np.random.default_rng(3).standard_normal((batch, length, arguments.width)).astype(np.float32)
-        report((batch, length), measure(sessions, {"x": x, "mask": mask}, max(5, arguments.rounds // batch)))
+        bench = Bench(Path(name), arguments)
+        bench.open()
+        report_sizes(bench)
+        for batch, length in arguments.settings:
+            mask = np.triu(np.full((length, length), -1e9, np.float32), 1)
+            x = np.random.default_rng(3).standard_normal((batch, length, arguments.width)).astype(np.float32)
+            feeds = {"x": x, "mask": mask}
+            bench.check(feeds)
+            report((batch, length), measure(bench.rows, feeds, max(10, arguments.rounds // batch)))
 
 
 if __name__ == "__main__":

@@ -101,10 +101,14 @@ _HOMES = {
     "loraformat.validation": ("Verdict",),
     "loraformat.verification": ("Verification",),
 }
+_ROOMS = ("runtime",)
+"""What has a face of its own."""
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"loraformat.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME_OF[name]), name)

@@ -87,6 +87,9 @@ MAX_GRAPH_VISITS: Final = 5_000_000
 KEEP_INLINE_BYTES: Final = 4096
 """Tensor payloads up to this size stay in an ONNX skeleton: shapes and axes, which graphs are read by."""
 
+MAX_PROTOBUF_BYTES: Final = (2 << 30) - 1
+"""No protobuf message may be larger, so no ONNX model that is handed over in memory."""
+
 KEEP_CODES_BYTES: Final = 1 << 18
 """The same for zero points that are written one by one: some bytes for each of a weight's channels."""
 

@@ -1,11 +1,15 @@
-"""Where merged bytes go: into a file, or beside a file that should have them already."""
+"""Where merged bytes go: into a file, beside a file that should have them already, or into memory."""
 
 import os
+from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loraformat.files import copy_range, reserve_bytes, write_at
 from loraformat.images import Copy, FileImage, Literal
@@ -158,3 +162,34 @@ class PatchSink:
 
     def copy(self, piece: Copy, offset: int) -> None:
         """Do nothing: the bytes stand there."""
+
+
+class MemorySink:
+    """Memory, one buffer after another as if they were one file.
+
+    Args:
+        buffers: arrays of bytes; none is empty.
+    """
+
+    def __init__(self, buffers: Iterable[NDArray[np.uint8]]) -> None:
+        self._views = [buffer.data for buffer in buffers]
+        self._starts = list(accumulate((len(view) for view in self._views), initial=0))
+
+    def reserve(self, length: int) -> None:
+        """Do nothing: the buffers have their lengths."""
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Keep bytes at `offset`; they lie in one buffer."""
+        view = memoryview(data).cast("B")
+        index, place = self._locate(offset)
+        self._views[index][place : place + len(view)] = view
+
+    def copy(self, piece: Copy, offset: int) -> None:
+        """Keep bytes of an input file at `offset`; they lie in one buffer."""
+        index, place = self._locate(offset)
+        piece.file.read_into(self._views[index][place : place + piece.length], piece.offset)
+
+    def _locate(self, offset: int) -> tuple[int, int]:
+        """Return which buffer an offset lies in, and where."""
+        index = bisect_right(self._starts, offset) - 1
+        return index, offset - self._starts[index]

@@ -1,15 +1,16 @@
-"""Sinks: a file that is written, one that is patched, and one that is compared."""
+"""Sinks: a file that is written, one that is patched, one that is compared, and memory."""
 
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import loraformat
 from loraformat.images import Copy
-from loraformat.sinks import CompareSink, Difference, FileSink, PatchSink
+from loraformat.sinks import CompareSink, Difference, FileSink, MemorySink, PatchSink
 from loraformat.spans import InputFile
 
 
@@ -126,3 +127,14 @@ def test_a_difference_beyond_the_first_step_has_its_own_offset(tmp_path: Path) -
     copied = CompareSink(InputFile(tmp_path / "found"))
     copied.copy(Copy(InputFile(blank), 0, len(data)), 0)
     assert copied.differences == sink.differences
+
+
+def test_memory_takes_bytes_in_any_order_into_the_buffer_that_they_fall_in(source: InputFile) -> None:
+    buffers = [np.zeros(length, np.uint8) for length in (5, 1, 6)]
+    sink = MemorySink(buffers)
+    sink.reserve(12)
+    sink.copy(Copy(source, 40, 4), 8)
+    sink.write(b"abcde", 0)
+    sink.write(memoryview(np.array([0x6867], "<u2")), 6)
+    sink.write(b"f", 5)
+    assert b"".join(buffer.tobytes() for buffer in buffers) == b"abcdefgh" + bytes(range(40, 44))

@@ -114,6 +114,11 @@ class OnnxGraph:
         return graph
 
     @property
+    def opened(self) -> OnnxFile:
+        """The model's structure, and where its numbers are, for whoever runs it."""
+        return self._opened
+
+    @property
     def files(self) -> Sequence[InputFile]:
         """The model's file and its data files."""
         return self._opened.files

@@ -1,0 +1,205 @@
+"""Sessions of onnxruntime whose weights are replaced before the graph is optimised.
+
+`SessionOptions.add_initializer` would not do: it replaces a weight by its name after the optimisation, in which the
+weight may have become another one by then (transposed, cast, fused), and onnxruntime says nothing.
+`add_external_initializers` comes before it, and takes initializers of the main graph that are external data:
+`ServedGraph` makes them so.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, cast
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from loraformat.accounting import finish_receipt
+from loraformat.arguments import AdapterArgument, EffortOptions, HintOptions, make_effort, read_hints, weigh_adapters
+from loraformat.bases.onnx_graph import OnnxGraph
+from loraformat.errors import refuse
+from loraformat.limits import RETAINED_REFUSE, RETAINED_WARN
+from loraformat.output_forms import Order, list_inputs
+from loraformat.planning import build_plan
+from loraformat.receipt import Receipt
+from loraformat.runtime._held_weights import MergedWeights, WeightShelf
+from loraformat.runtime._served_graph import ServedGraph
+from loraformat.runtime._session_options import SessionSettings, copy_settings
+from loraformat.runtime.sessions import Providers, RuntimeOptions
+from loraformat.spans import InputFile, StoredTensor
+
+_FOLDER_KEY: Final = "session.model_external_initializers_file_folder_path"
+_PLANNING: Final = (
+    "allow_unmatched",
+    "strip_prefix",
+    "allow_zero",
+    "ignore_fingerprints",
+    "keep_scales",
+    "accept_ranges",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchCost:
+    """What it took to make a session.
+
+    Attributes:
+        seconds: from the call to the session; the first session's is without opening the base.
+        planning_seconds: of these, for reading the adapters and finding their targets.
+        merging_seconds: for computing weights.
+        loading_seconds: for onnxruntime to make the session.
+        weights: number of weights that differ from the base's.
+        computed_weights: of these, those that were computed; the others another session had.
+        computed_bytes: bytes of the computed weights.
+    """
+
+    seconds: float
+    planning_seconds: float
+    merging_seconds: float
+    loading_seconds: float
+    weights: int
+    computed_weights: int
+    computed_bytes: int
+
+
+class ServedBase:
+    """A base that sessions are made of, and what they have in common.
+
+    Args:
+        base: the opened base.
+        providers: execution providers.
+        settings: of onnxruntime, or what makes them; None for the usual ones.
+        options: how to merge.
+
+    Attributes:
+        providers: execution providers of new sessions.
+        keeps_merged: whether sessions keep merged weights for each other.
+    """
+
+    def __init__(
+        self, base: OnnxGraph, providers: Providers | None, settings: SessionSettings | None, options: RuntimeOptions
+    ) -> None:
+        self.providers = providers
+        self.keeps_merged = options.get("keep_merged", False)
+        self._base = base
+        self._settings = onnxruntime.SessionOptions if settings is None else settings
+        self._options = options
+        self._effort = make_effort(**cast(EffortOptions, _pick(options, tuple(EffortOptions.__annotations__))))
+        self._hints = read_hints(cast(HintOptions, options))
+        self._graph = ServedGraph(base.opened)
+        self._shelf = WeightShelf()
+
+    def plan(self, adapters: Sequence[AdapterArgument]) -> Order | None:
+        """Return what is to be merged; None for nothing."""
+        weighted = weigh_adapters(adapters, self._options, self._base)
+        if not weighted:
+            return None
+        given = _pick(self._options, _PLANNING)
+        return Order(build_plan(self._base, weighted, self._base.path, hints=self._hints, **given), weighted)
+
+    def merge(self, order: Order | None) -> tuple[MergedWeights, Receipt | None]:
+        """Return merged weights and the receipt; LF906 where a file is not what it was when it was opened."""
+        if order is None:
+            _check_unchanged(self._base.files)
+            return MergedWeights((), ()), None
+        merged = self._shelf.merge(order, self._base, self._effort)
+        sums = [weight.sums for weight in merged.weights]
+        least = self._options.get("min_retained", RETAINED_REFUSE)
+        receipt = finish_receipt(
+            order.plan, self._base, sums, least, self._options.get("warn_retained", RETAINED_WARN), room_bytes=0
+        )
+        _check_unchanged(list_inputs(self._base, [order]))
+        return merged, replace(receipt, output="")
+
+    def load(self, merged: MergedWeights) -> tuple[bytes, onnxruntime.SessionOptions]:
+        """Return the graph with merged weights, and the settings that hold those which are no part of its bytes."""
+        buffers = merged.buffers
+        filled = self._graph.fill(buffers)
+        values = {name: _wrap(tensor, buffers[tensor.span]) for name, tensor in filled.replaced.items()}
+        settings = copy_settings(self._settings)
+        settings.add_session_config_entry(_FOLDER_KEY, str(self._graph.folder))
+        if values:
+            settings.add_external_initializers(list(values), list(values.values()))
+        return filled.model, settings
+
+
+class AdaptedSession(onnxruntime.InferenceSession):  # type: ignore[misc]
+    """A session of a base with adapters merged in memory; `loraformat.runtime.session` makes the first.
+
+    Args:
+        base: what it is made of.
+        adapters: what is merged.
+
+    Attributes:
+        cost: what it took to make.
+        receipt: what was merged, as `merge` says it; None for the base alone.
+    """
+
+    cost: SwitchCost
+    receipt: Receipt | None
+
+    def __init__(self, base: ServedBase, adapters: Sequence[AdapterArgument]) -> None:
+        start = time.perf_counter()
+        self._served_base = base
+        self._order = base.plan(adapters)
+        self._make(start, base.providers, None)
+
+    def _make(self, start: float, providers: Providers | None, provider_options: Any) -> None:
+        """Merge, and let onnxruntime make the session.
+
+        onnxruntime copies the weights (`AddExternalInitializers` of its C API says so), packed for its kernels mostly:
+        ours are let go, unless sessions to come are to have them.
+        """
+        planned = time.perf_counter()
+        merged, self.receipt = self._served_base.merge(self._order)
+        done = time.perf_counter()
+        model, settings = self._served_base.load(merged)
+        super().__init__(model, settings, providers=providers, provider_options=provider_options)
+        self._sess_options_initial = self._sess_options  # The others point at weights that go now.
+        self._kept = merged.weights if self._served_base.keeps_merged else ()
+        end = time.perf_counter()
+        self.cost = SwitchCost(
+            seconds=end - start,
+            planning_seconds=planned - start,
+            merging_seconds=done - planned,
+            loading_seconds=end - done,
+            weights=len(merged.weights),
+            computed_weights=len(merged.computed),
+            computed_bytes=sum(weight.nbytes for weight in merged.computed),
+        )
+
+    def set_providers(self, providers: Providers | None = None, provider_options: Any = None) -> None:
+        """Make the session anew for other execution providers, as every `InferenceSession` does."""
+        self._make(time.perf_counter(), providers, provider_options)
+
+    def switch(self, adapters: Sequence[AdapterArgument] = ()) -> "AdaptedSession":
+        """Return the next session: the same base with other adapters, or none; this one stays as it is.
+
+        The base's index and graph are taken over, its untouched weights stay mapped, and with `keep_merged` so do
+        merged weights that a living session has in common with the next one.
+
+        Args:
+            adapters: as in `merge`; of those that come and go, give `loraformat.load`ed ones rather than paths.
+        """
+        return AdaptedSession(self._served_base, adapters)
+
+
+def _pick(options: RuntimeOptions, names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in names}
+
+
+def _wrap(tensor: StoredTensor, buffer: NDArray[np.uint8]) -> onnxruntime.OrtValue:
+    """Return new numbers of a tensor as onnxruntime takes them, over the same memory."""
+    form = np.dtype(f"u{tensor.dtype.bits // 8}")
+    values = buffer.view(form).reshape(tensor.shape)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values, tensor.dtype.onnx)
+
+
+def _check_unchanged(files: Sequence[InputFile]) -> None:
+    """Raise LF906 where a file has changed, or another one stands in its place, which onnxruntime would read."""
+    for file in files:
+        file.check_unchanged()
+        if not os.path.exists(file.path) or InputFile(file.path).identity != file.identity:
+            raise refuse("LF906", file.path, "another file at its path", "the file that was opened")

@@ -1,0 +1,169 @@
+"""The graph of an ONNX base as onnxruntime takes it from memory: its weights stay in the base's files.
+
+onnxruntime maps external data into memory, so every large initializer is made external here: one of the model's own
+file as well, whose bytes lie in that file as they would in a data file.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from numpy.typing import NDArray
+
+from loraformat.containers._onnx_tensors import iterate_tensors
+from loraformat.containers.onnx_file import OnnxFile
+from loraformat.errors import refuse
+from loraformat.limits import KEEP_INLINE_BYTES, MAX_PROTOBUF_BYTES
+from loraformat.spans import Span, StoredTensor
+
+if TYPE_CHECKING:
+    import onnx
+
+_PAYLOADS: Final = ("raw_data", "float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A graph with new numbers.
+
+    Attributes:
+        model: its bytes, with the numbers that are part of them.
+        replaced: the other numbers, by the names of the initializers that they replace.
+    """
+
+    model: bytes
+    replaced: Mapping[str, StoredTensor]
+
+
+class ServedGraph:
+    """The graph of a base, ready to be filled with new numbers.
+
+    Args:
+        opened: the base; its data files are open.
+
+    Attributes:
+        folder: the folder that the locations in the graph start from: of the files themselves, links followed, since
+            onnxruntime takes no link that leads out of it.
+    """
+
+    def __init__(self, opened: OnnxFile) -> None:
+        import onnx
+
+        real = {file.path: Path(os.path.realpath(file.path)) for file in opened.files}
+        self.folder = Path(os.path.commonpath([path.parent for path in real.values()]))
+        self._locations = {path: path_there.relative_to(self.folder).as_posix() for path, path_there in real.items()}
+        self._opened = opened
+        self._model = onnx.ModelProto()
+        self._model.CopyFrom(opened.model)
+        self._bytes: bytes | None = None
+        self._restore_lost()
+        self._hoist_constants()
+        self._places: dict[Span, list[int]] = defaultdict(list)
+        self._external: dict[Span, list[tuple[str, StoredTensor]]] = defaultdict(list)
+        self._place_tensors()
+
+    def fill(self, merged: Mapping[Span, NDArray[Any]]) -> Filled:
+        """Return the graph with new numbers in the place of some spans of the base; LF812 for one that is too large.
+
+        Args:
+            merged: bytes of the same length for each span, all of them whole tensors.
+        """
+        inside = {index: span for span in merged for index in self._places.get(span, ())}
+        replaced = {name: tensor for span in merged for name, tensor in self._external.get(span, ())}
+        if not inside:
+            self._bytes = self._bytes or self._serialise(self._model)
+            return Filled(self._bytes, replaced)
+        model = type(self._model)()
+        model.CopyFrom(self._model)
+        for index, (_, proto) in enumerate(iterate_tensors(model)):
+            if index in inside:
+                _put_inside(proto, merged[inside[index]].tobytes())
+        return Filled(self._serialise(model), replaced)
+
+    def _serialise(self, model: "onnx.ModelProto") -> bytes:
+        size = model.ByteSize()
+        if size > MAX_PROTOBUF_BYTES:
+            found = f"{size} bytes of weights in Constant nodes, functions and subgraphs"
+            raise refuse("LF812", self._opened.path, found, f"at most {MAX_PROTOBUF_BYTES}")
+        data: bytes = model.SerializeToString()
+        return data
+
+    def _restore_lost(self) -> None:
+        """Take tensors whose numbers are no run of bytes, and not in the skeleton, from the model itself."""
+        import onnx
+
+        if not any(_is_lost(proto) for _, proto in iterate_tensors(self._model)):
+            return
+        whole = onnx.load_model(str(self._opened.path), load_external_data=False)
+        pairs = zip(iterate_tensors(self._model), iterate_tensors(whole), strict=True)
+        for (_, proto), (_, source) in pairs:
+            if _is_lost(proto):
+                proto.CopyFrom(source)
+
+    def _hoist_constants(self) -> None:
+        """Make initializers of the main graph's large Constant nodes, as onnxruntime does itself."""
+        graph = self._model.graph
+        outputs = {entry.name for entry in graph.output}
+        for index in reversed(range(len(graph.node))):
+            node = graph.node[index]
+            if _is_large_constant(node) and node.output[0] not in outputs:
+                tensor = graph.initializer.add()
+                tensor.CopyFrom(node.attribute[0].t)
+                tensor.name = node.output[0]
+                del graph.node[index]
+
+    def _place_tensors(self) -> None:
+        """Say of each tensor where its numbers are: in the graph, or in which file."""
+        main = {tensor.name for tensor in self._model.graph.initializer}
+        for index, (scope, proto) in enumerate(iterate_tensors(self._model)):
+            tensor = self._opened.stored_tensor(proto)
+            if not isinstance(tensor, StoredTensor):
+                continue
+            is_external = proto.data_location == type(proto).EXTERNAL
+            is_large = is_external or tensor.span.length > KEEP_INLINE_BYTES
+            is_outside = is_large and scope == "graph" and proto.name in main
+            if is_outside or is_external:
+                self._point_outside(proto, tensor)
+            elif proto.HasField("segment"):
+                _put_inside(proto, tensor.file.read(tensor.span.offset, tensor.span.length))
+            if is_outside:
+                self._external[tensor.span].append((proto.name, tensor))
+            else:
+                self._places[tensor.span].append(index)
+
+    def _point_outside(self, proto: "onnx.TensorProto", tensor: StoredTensor) -> None:
+        _clear(proto)
+        proto.data_location = type(proto).EXTERNAL
+        for key, value in self._list_entries(tensor):
+            proto.external_data.add(key=key, value=value)
+
+    def _list_entries(self, tensor: StoredTensor) -> Iterator[tuple[str, str]]:
+        yield "location", self._locations[tensor.span.path]
+        yield "offset", str(tensor.span.offset)
+        yield "length", str(tensor.span.length)
+
+
+def _is_large_constant(node: "onnx.NodeProto") -> bool:
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx") or len(node.attribute) != 1:
+        return False
+    segment = node.attribute[0].t.segment
+    return bool(segment.end - segment.begin > KEEP_INLINE_BYTES)
+
+
+def _is_lost(proto: "onnx.TensorProto") -> bool:
+    """Say whether a tensor's numbers were cut out of the skeleton and nothing says where they are."""
+    here = proto.data_location == type(proto).EXTERNAL or proto.HasField("segment") or 0 in proto.dims
+    return not here and not any(getattr(proto, name) for name in _PAYLOADS)
+
+
+def _put_inside(proto: "onnx.TensorProto", data: bytes) -> None:
+    _clear(proto)
+    proto.raw_data = data
+
+
+def _clear(proto: "onnx.TensorProto") -> None:
+    for name in (*_PAYLOADS, "segment", "external_data", "data_location"):
+        proto.ClearField(name)
