@@ -10,6 +10,8 @@ from typing import Any, Final
 from loraformat.adapter import SlotKind
 from loraformat.bases import BaseModel, Site, Weight
 from loraformat.bases._onnx_coded import find_coded_part, find_coding, find_ranges
+from loraformat.bases._onnx_extension import Extension, edit_model, list_names
+from loraformat.bases._onnx_openings import Opening, find_opening
 from loraformat.bases._onnx_packed import expand_packed
 from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite, find_sites
@@ -35,7 +37,9 @@ class OnnxGraph:
         self._tensors = _list_tensors(self._opened)
         visits = GraphIndex(self._opened.model, self.path).visits
         caveat = find_ranges(visits)
-        self.sites: Sequence[Site] = _list_sites(self._opened, self._find_sites(visits), caveat)
+        raw_sites = self._find_sites(visits)
+        self._nodes = {raw.visit.describe(raw.position): raw for raw in reversed(raw_sites)}
+        self.sites: Sequence[Site] = _list_sites(self._opened, raw_sites, caveat)
         self.structure_sha256: str = self._opened.structure_sha256
         self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
 
@@ -85,6 +89,48 @@ class OnnxGraph:
 
     def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
         """Do nothing: protobuf has no checksums."""
+
+    def find_opening(self, site: Site) -> Opening | Problem:
+        """Return where something can be added to what a site's node makes, or why nothing can (LF820)."""
+        return find_opening(self._nodes[site.id])
+
+    def find_mark(self, site: Site) -> str:
+        """Return the name of the first value that a site's node makes."""
+        return str(self._nodes[site.id].visit.node.output[0])
+
+    def read_metadata(self, key: str) -> str | None:
+        """Return the model's own annotation of this key."""
+        return next((entry.value for entry in self._opened.model.metadata_props if entry.key == key), None)
+
+    def list_names(self) -> set[str]:
+        """Return the names of all values in the model's graphs and functions."""
+        return list_names(self._opened.model)
+
+    @property
+    def ir_version(self) -> int:
+        """The version of ONNX's format that the model says it has."""
+        return int(self._opened.model.ir_version)
+
+    def describe_extended_images(
+        self,
+        output: Path,
+        extension: Extension,
+        fresh: str,
+        *,
+        share: bool,
+        is_taken: Callable[[Path], bool] = os.path.lexists,
+    ) -> list[FileImage]:
+        """Return the files of this model with more in its graph; all else of it is as it is.
+
+        Args:
+            output: as in `describe_images`, like `fresh` and `is_taken`.
+            extension: what is new.
+            fresh: the same.
+            share: whether it refers to this one's data files, beside which it then stands.
+            is_taken: the same.
+        """
+        edits = edit_model(self._opened.file, self._opened.model, extension)
+        return self._opened.extended_images(output, edits, fresh, share=share, is_taken=is_taken)
 
     def encode_receipt(self, text: str) -> bytes:
         """Return the text as protobuf stores it."""

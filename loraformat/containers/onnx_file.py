@@ -215,10 +215,41 @@ class OnnxFile:
             is_taken: says whether a path is another file's.
         """
         output = output.absolute()
+        data, leaves = self._copy_data(output, fresh, is_taken)
+        leaves += [Leaf(Edit(field.start, field.end - field.start, ()), None) for field in self._receipts]
+        pieces = edit_file(self.file, splice(leaves), _receipt_entry(blank_bytes))
+        return [*data, FileImage(output, pieces)]
+
+    def extended_images(
+        self,
+        output: Path,
+        edits: Sequence[Leaf],
+        fresh: str,
+        *,
+        share: bool,
+        is_taken: Callable[[Path], bool] = os.path.lexists,
+    ) -> list[FileImage]:
+        """Return the files of a model with more in its graph: data files first, the model last.
+
+        Args:
+            output: where it will stand; in the folder of this one if it shares the data files.
+            edits: what is new in the model's file.
+            fresh: digits to insert into the name of a data file that is taken.
+            share: whether it refers to the data files of this one rather than to copies.
+            is_taken: says whether a path is another file's.
+        """
+        output = output.absolute()
+        data, leaves = ([], []) if share else self._copy_data(output, fresh, is_taken)
+        return [*data, FileImage(output, edit_file(self.file, splice([*leaves, *edits])))]
+
+    def _copy_data(
+        self, output: Path, fresh: str, is_taken: Callable[[Path], bool]
+    ) -> tuple[list[FileImage], list[Leaf]]:
+        """Return copies of the data files, and the edits after which a model at `output` refers to them."""
         names = DataNames(self.path.name, output, fresh, is_taken)
         chosen: dict[Path, PurePosixPath] = {}
         data: list[FileImage] = []
-        leaves = [Leaf(Edit(field.start, field.end - field.start, ()), None) for field in self._receipts]
+        leaves: list[Leaf] = []
         for site in self._externals:
             file, old = self._open_data(site.location), PurePosixPath(site.location)
             if file.path not in chosen:
@@ -231,8 +262,7 @@ class OnnxFile:
             if "checksum" in site.entries:  # A digest of the old data file.
                 entry = site.entries["checksum"]
                 leaves.append(Leaf(Edit(entry.field.start, entry.field.end - entry.field.start, ()), entry.parent))
-        pieces = edit_file(self.file, splice(leaves), _receipt_entry(blank_bytes))
-        return [*data, FileImage(output, pieces)]
+        return data, leaves
 
     def sharing_images(
         self,

@@ -1,0 +1,26 @@
+"""Adapters on a model that runs: as inputs of the model itself, in onnxruntime's own way.
+
+runtime.export_runtime("base.onnx", ["style.safetensors"], "base.lora.onnx")
+runtime.export_adapter("base.lora.onnx", ["style.safetensors"], "style.onnx_adapter")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loraformat.runtime.adapters import adapter_feeds, export_adapter
+    from loraformat.runtime.export import export_runtime
+
+__all__ = ["adapter_feeds", "export_adapter", "export_runtime"]
+
+_HOMES = {
+    "adapter_feeds": "loraformat.runtime.adapters",
+    "export_adapter": "loraformat.runtime.adapters",
+    "export_runtime": "loraformat.runtime.export",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
