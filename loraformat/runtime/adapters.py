@@ -1,28 +1,23 @@
 """Adapters for a model with run-time inputs: the arrays that go into them, and `.onnx_adapter` files of these."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Unpack, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
 from loraformat.arguments import AdapterArgument, AdapterOptions, HintOptions, StrPath, read_hints, weigh_adapters
 from loraformat.bases.onnx_graph import OnnxGraph
-from loraformat.containers._new_tensors import NewTensor
-from loraformat.containers.onnx_adapter import write_onnx_adapter
 from loraformat.errors import error_for, refuse
 from loraformat.loading import list_files
 from loraformat.outputs import PendingOutput, check_output
 from loraformat.plan import WeightedAdapter
 from loraformat.problems import Problem
+from loraformat.runtime.factors import Array, Pair, write_pairs
 from loraformat.runtime.layouts import Layout, RuntimeInputs, read_inputs
 from loraformat.runtime.opening import open_model
 from loraformat.runtime.targets import Served, ServedAdapter, ServeOptions, serve
 
-Array = NDArray[Any]
 _LISTED: Final = 8
 
 
@@ -88,7 +83,7 @@ def export_adapter(
     force = options.get("force", False)
     check_output(place, [*files, *(file.path for file in filled.model.files)], force=force)
     with PendingOutput([place], force=force) as pending:
-        write_onnx_adapter(pending.descriptors[0], [tensor for pair in filled.pairs for tensor in pair.tensors()], {})
+        write_pairs(pending.descriptors[0], filled.pairs)
         pending.commit()
     return ExportedAdapter(
         str(place),
@@ -103,75 +98,7 @@ def adapter_feeds(
     model: StrPath, adapters: Sequence[AdapterArgument], **options: Unpack[AdapterExportOptions]
 ) -> dict[str, Array]:
     """Return adapters as feeds for `InferenceSession.run`; the arguments are those of `export_adapter`."""
-    pairs = _fill(model, adapters, options).pairs
-    return {name: cast(Callable[[], Array], make)() for pair in pairs for name, _, _, make in pair.tensors()}
-
-
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """One pair of inputs, and what goes into it.
-
-    Attributes:
-        layout: the inputs.
-        slots: size of the stack; 0 for none.
-        found: for each slot the changes that are added up in it; one list for all where there is no stack.
-    """
-
-    layout: Layout
-    slots: int
-    found: Sequence[Sequence[Served]]
-
-    @property
-    def rank(self) -> int:
-        """The rank of the arrays: the largest of a stack."""
-        return max(sum(each.rank for each in changes) for changes in self.found)
-
-    def tensors(self) -> list[NewTensor]:
-        """Return A and B, each computed when it is asked for."""
-        stack = (self.slots,) if self.slots else ()
-        down, up = ((*stack, *shape) for shape in self.layout.list_shapes(self.rank))
-        dtype = self.layout.dtype
-        return [
-            (self.layout.down, dtype, down, lambda: self._make(down, _put_down)),
-            (self.layout.up, dtype, up, lambda: self._make(up, _put_up)),
-        ]
-
-    def _make(self, shape: tuple[int, ...], put: Callable[[Layout, Array, Served, range], None]) -> Array:
-        whole: Array = np.zeros(shape, np.float32)
-        for slot, changes in enumerate(self.found):
-            start = 0
-            for change in changes:
-                put(self.layout, whole[slot] if self.slots else whole, change, range(start, start + change.rank))
-                start += change.rank
-        return _round(whole, self.layout)
-
-
-def _put_down(layout: Layout, room: Array, change: Served, ranks: range) -> None:
-    """Put A of one change at its ranks."""
-    right = change.read_product().right
-    if layout.form == "conv":
-        room[ranks.start : ranks.stop] = right.reshape(len(ranks), *room.shape[1:])
-    else:
-        room[:, ranks.start : ranks.stop] = right.T
-
-
-def _put_up(layout: Layout, room: Array, change: Served, ranks: range) -> None:
-    """Put B of one change at its ranks, and at the columns of its module."""
-    left = change.read_product().left
-    if layout.form == "conv":
-        room[slice(*change.rows), ranks.start : ranks.stop] = left.reshape(*left.shape, *room.shape[2:])
-    else:
-        room[ranks.start : ranks.stop, slice(*change.rows)] = left.T
-
-
-def _round(values: Array, layout: Layout) -> Array:
-    """Return numbers in the form of the inputs; LF503 where one becomes infinite."""
-    with np.errstate(over="ignore"):
-        rounded = values.astype(layout.dtype.numpy())
-    if not np.isfinite(rounded.astype(np.float32)).all():
-        largest = float(np.abs(values).max())
-        raise refuse("LF503", layout.name, f"{largest:g}", f"numbers that {layout.dtype.name} holds")
-    return rounded
+    return {name: make() for pair in _fill(model, adapters, options).pairs for name, _, make in pair.tensors()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +108,7 @@ class _Filled:
     model: OnnxGraph
     weighted: Sequence[WeightedAdapter]
     served: Sequence[ServedAdapter]
-    pairs: Sequence[_Pair]
+    pairs: Sequence[Pair]
 
 
 def _fill(model: StrPath, adapters: Sequence[AdapterArgument], options: AdapterExportOptions) -> _Filled:
@@ -196,7 +123,7 @@ def _fill(model: StrPath, adapters: Sequence[AdapterArgument], options: AdapterE
     return _Filled(opened, weighted, served, _pair(opened, inputs, served))
 
 
-def _pair(model: OnnxGraph, inputs: RuntimeInputs, served: Sequence[ServedAdapter]) -> list[_Pair]:
+def _pair(model: OnnxGraph, inputs: RuntimeInputs, served: Sequence[ServedAdapter]) -> list[Pair]:
     """Return what goes into which inputs; LF830 where a change has none."""
     by_mark = inputs.by_mark()
     count = inputs.slots or 1
@@ -214,7 +141,7 @@ def _pair(model: OnnxGraph, inputs: RuntimeInputs, served: Sequence[ServedAdapte
             found[layout.name][position if inputs.slots else 0].append(change)
     if problems:
         raise error_for(problems)
-    return [_Pair(layouts[name], inputs.slots, found[name]) for name in sorted(found)]
+    return [Pair(layouts[name], inputs.slots, found[name]) for name in sorted(found)]
 
 
 def _fits(layout: Layout, change: Served) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loraformat.bases._onnx_extension import Addition
 from loraformat.bases._onnx_openings import Opening, Product
 from loraformat.runtime.layouts import Layout
+from loraformat.runtime.targets import Served
 
 if TYPE_CHECKING:
     import onnx
@@ -31,10 +32,12 @@ class Branch:
     Attributes:
         layout: the inputs.
         openings: the nodes, of one kind.
+        changes: the changes of all adapters that are added there.
     """
 
     layout: Layout
     openings: tuple[Opening, ...]
+    changes: tuple[Served, ...]
 
     @property
     def path(self) -> str:

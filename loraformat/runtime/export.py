@@ -2,27 +2,29 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack, cast
 
 from loraformat.arguments import AdapterArgument, AdapterOptions, HintOptions, StrPath, read_hints, weigh_adapters
 from loraformat.bases._onnx_extension import Addition, Extension
-from loraformat.bases._onnx_openings import Opening
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.errors import error_for, refuse
 from loraformat.loading import list_files
 from loraformat.output_forms import require_shared
-from loraformat.outputs import check_apart
+from loraformat.outputs import PendingOutput, check_apart, check_output, output_errors
 from loraformat.placing import Place, check_places, open_place
 from loraformat.plan import SHARE
 from loraformat.problems import Problem
+from loraformat.runtime.adapters import ExportedAdapter
 from loraformat.runtime.batched import build_batched, build_sizes, describe_index, refuse_batched
-from loraformat.runtime.branches import Branch, Names, build_branch, describe_inputs, name_form
-from loraformat.runtime.layouts import RUNTIME_KEY, Layout, RuntimeInputs
+from loraformat.runtime.branches import Branch, Names, build_branch, describe_inputs
+from loraformat.runtime.factors import Pair, write_pairs
+from loraformat.runtime.grouping import plan_branches
+from loraformat.runtime.layouts import RUNTIME_KEY, RuntimeInputs
 from loraformat.runtime.opening import open_model
-from loraformat.runtime.targets import Served, ServedAdapter, ServeOptions, serve
+from loraformat.runtime.targets import ServedAdapter, ServeOptions, serve
 from loraformat.sinks import FileSink, put_image
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ class ExportOptions(AdapterOptions, HintOptions, ServeOptions, total=False):
     """All options of `export_runtime`.
 
     Attributes:
+        adapters_out: a folder for the adapters too, as `NAME.onnx_adapter` each; in a model with slots they are one
+            stack, `stack.onnx_adapter`. It is made if it is missing.
         batched: how many adapters the rows of a batch choose from; 0 where all rows of a run have one.
         external_data: `share` has the model refer to the base's data files, beside which it must stand; else they are
             copied.
@@ -43,6 +47,7 @@ class ExportOptions(AdapterOptions, HintOptions, ServeOptions, total=False):
         durable: wait until the disk has the bytes before the output is moved into place.
     """
 
+    adapters_out: StrPath | None
     batched: int
     external_data: str | None
     force: bool
@@ -57,6 +62,7 @@ class RuntimeExport:
         output: its path.
         inputs: what was added.
         served: for each adapter that was named, how many of its changes have an input.
+        adapters: the adapters' own files, where they were asked for.
         left_out: names of targets that were left out, as allowed.
         problems: warnings and notes.
     """
@@ -64,6 +70,7 @@ class RuntimeExport:
     output: str
     inputs: RuntimeInputs
     served: Mapping[str, int]
+    adapters: tuple[ExportedAdapter, ...]
     left_out: tuple[str, ...]
     problems: tuple[Problem, ...]
 
@@ -73,6 +80,7 @@ class RuntimeExport:
             "output": self.output,
             **self.inputs.as_json(),
             "served": dict(self.served),
+            "adapters": [each.as_json() for each in self.adapters],
             "left_out": list(self.left_out),
             "problems": [dict(problem.as_json()) for problem in self.problems],
         }
@@ -102,7 +110,8 @@ def export_runtime(
     weighted = weigh_adapters(targets_of, options, opened)
     own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
     served = [serve(opened, item, hints, own) for item in weighted]
-    inputs, extension = _extend(opened, plan_branches(opened, served), options.get("batched", 0))
+    branches = plan_branches(opened, served)
+    inputs, extension = _extend(opened, branches, options.get("batched", 0))
     place = Path(output)
     share = _check_sharing(opened, place, options.get("external_data"))
     fresh = sha256(inputs.as_text().encode()).hexdigest()[:8]
@@ -110,14 +119,51 @@ def export_runtime(
     for item in weighted:
         check_apart(place, [file.path for file in list_files(item.adapter)])
     durable, force = options.get("durable", False), options.get("force", False)
-    _write(Place(place, "", opened, images, force, durable), opened)
+    folder = options.get("adapters_out")
+    stacks = _list_stacks(Path(folder), branches, served, inputs) if folder is not None else []
+    _write(Place(place, "", opened, images, force, durable), opened, stacks)
     return RuntimeExport(
         str(place),
         inputs,
         {each.name: len(each.served) for each in served},
+        tuple(stack.report for stack in stacks),
         tuple(name for each in served for name in each.left_out),
         tuple(problem for each in served for problem in each.problems),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """An adapter's own file, yet to be written."""
+
+    report: ExportedAdapter
+    pairs: Sequence[Pair]
+
+
+def _list_stacks(
+    folder: Path, branches: Sequence[Branch], served: Sequence[ServedAdapter], inputs: RuntimeInputs
+) -> list[_Stack]:
+    """Return the adapters as they are written beside the model."""
+    if inputs.batched and len(served) > inputs.batched:
+        raise refuse("LF829", folder, f"{len(served)} adapters", f"at most {inputs.batched}, one for each slot")
+    names = [each.name for each in served]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None and not inputs.batched:
+        raise refuse("LF601", folder, f"several adapters called {twice}", "a name for each")
+    groups = [("stack", served)] if inputs.batched else [(each.name, [each]) for each in served]
+    return [_make_stack(folder / f"{name}.onnx_adapter", branches, group, inputs) for name, group in groups]
+
+
+def _make_stack(
+    path: Path, branches: Sequence[Branch], served: Sequence[ServedAdapter], inputs: RuntimeInputs
+) -> _Stack:
+    pairs: list[Pair] = []
+    for branch in branches:
+        found = [[each for each in adapter.served if each in branch.changes] for adapter in served]
+        if any(found):
+            pairs.append(Pair(branch.layout, inputs.slots, found))
+    ranks = {pair.layout.name: pair.rank for pair in pairs}
+    return _Stack(ExportedAdapter(str(path), tuple(each.name for each in served), ranks, (), ()), pairs)
 
 
 def _check_base(base: OnnxGraph) -> None:
@@ -142,92 +188,24 @@ def _check_sharing(base: OnnxGraph, output: Path, asked: str | None) -> bool:
     return True
 
 
-def _write(place: Place, base: OnnxGraph) -> None:
+def _write(place: Place, base: OnnxGraph, stacks: Sequence[_Stack]) -> None:
+    """Write the model and the adapters' files; they appear when all are whole."""
     check_places([place])
-    with open_place(place) as pending:
+    paths = [Path(stack.report.output) for stack in stacks]
+    if paths:
+        with output_errors(paths[0].parent):
+            paths[0].parent.mkdir(exist_ok=True)
+    for path in paths:
+        check_output(path, [file.path for file in base.files], force=place.force)
+    with open_place(place) as pending, PendingOutput(paths, force=place.force, durable=place.durable) as beside:
+        for stack, descriptor in zip(stacks, beside.descriptors, strict=True):
+            write_pairs(descriptor, stack.pairs)
         for image, descriptor in zip(place.images, pending.descriptors, strict=True):
             put_image(FileSink(descriptor, image.path), image)
         for file in base.files:
             file.check_unchanged()
+        beside.commit()
         pending.commit()
-
-
-@dataclass(slots=True)
-class _Group:
-    """Changes that act on the same nodes.
-
-    Attributes:
-        openings: the nodes, by where they stand.
-        found: the changes.
-    """
-
-    openings: Mapping[tuple[str, int], Opening]
-    found: list[Served] = field(default_factory=list)
-
-
-def plan_branches(base: OnnxGraph, adapters: Sequence[ServedAdapter]) -> list[Branch]:
-    """Return a branch for all nodes that changes of the adapters act on; LF820, LF826 where there can be none."""
-    groups: dict[frozenset[tuple[str, int]], _Group] = {}
-    problems: list[Problem] = []
-    for change in (change for adapter in adapters for change in adapter.served):
-        openings: dict[tuple[str, int], Opening] = {}
-        for site in change.sites:
-            opening = base.find_opening(site)
-            if isinstance(opening, Problem):
-                where = f"{change.target.name} at {opening.where}"
-                problems.append(replace(opening, where=where))
-            else:
-                openings[opening.place] = opening
-        groups.setdefault(frozenset(openings), _Group(openings)).found.append(change)
-    if problems:
-        raise error_for(problems)
-    problems = _find_overlaps(list(groups.values()))
-    if problems:
-        raise error_for(problems)
-    names = Names(set())
-    return sorted((_make_branch(base, group, names) for group in groups.values()), key=lambda each: each.layout.name)
-
-
-def _find_overlaps(groups: Sequence[_Group]) -> list[Problem]:
-    """Return a problem where changes act on some nodes together and on others apart."""
-    owners: dict[tuple[str, int], _Group] = {}
-    problems = []
-    for group in groups:
-        for place in group.openings:
-            other = owners.setdefault(place, group)
-            if other is not group:
-                where = f"{other.found[0].target.name} and {group.found[0].target.name}"
-                found = f"both act on the node at {place[1]} of the {place[0]}, and on others apart"
-                problems.append(Problem("LF826", where, found, "the same nodes for both"))
-    return problems
-
-
-def _make_branch(base: OnnxGraph, group: _Group, names: Names) -> Branch:
-    openings = tuple(group.openings[place] for place in sorted(group.openings))
-    first = group.found[0]
-    forms = {(name_form(opening.product), opening.dtype.name) for opening in openings}
-    sizes = {(each.change.shape[1:], each.out) for each in group.found}
-    if len(forms) != 1 or len(sizes) != 1:
-        found = f"nodes of {len(forms)} kinds and {len(sizes)} shapes"
-        raise refuse("LF826", first.target.name, found, "nodes that are of one kind")
-    layout = Layout(
-        names.take(_name_branch(base, first)),
-        name_form(openings[0].product),
-        openings[0].dtype,
-        first.change.shape[1],
-        first.out,
-        tuple(first.change.shape[2:]),
-    )
-    return Branch(layout, openings)
-
-
-def _name_branch(base: OnnxGraph, served: Served) -> str:
-    """Return the target's name; where the node is of several modules, or of a part of one, the name that it has."""
-    if served.is_whole:
-        return served.target.name
-    here = [site for site in base.sites if site.id == served.sites[0].id]
-    whole = next((site.module for site in here if site.module and site.weight and site.weight.name), "")
-    return whole or served.target.name
 
 
 def _extend(base: OnnxGraph, branches: Sequence[Branch], batched: int) -> tuple[RuntimeInputs, Extension]:

@@ -41,7 +41,7 @@ class ServeOptions(TypedDict, total=False):
     ignore_fingerprints: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Served:
     """One change of one target, and the node whose product it is added to.
 
