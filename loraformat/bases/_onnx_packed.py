@@ -17,6 +17,7 @@ from loraformat.bases._onnx_uses import read_attribute
 _BUILDER: Final = "onnxruntime-genai"
 _ATTENTION: Final = "com.microsoft.Attention"
 _GROUPED: Final = "com.microsoft.GroupQueryAttention"
+_NBITS: Final = "com.microsoft.MatMulNBits"
 _MEMBERS: Final = (
     ("query", "key", "value"),
     ("q_proj", "k_proj", "v_proj"),
@@ -93,6 +94,8 @@ def _cut(site: RawSite, modules: Sequence[str], sizes: Sequence[int]) -> Iterato
 
 def _count_columns(site: RawSite) -> int:
     """Return the size of what the operator puts out: the columns of its `(in, out)` matrix."""
+    if site.visit.op == _NBITS:
+        return int(read_attribute(site.visit.node, "N", 0))
     dims = site.trace.tensor.dims if site.trace.tensor is not None else ()
     return dims[0 if site.trace.flipped else 1] if len(dims) == 2 else 0
 
