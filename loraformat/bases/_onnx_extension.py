@@ -89,8 +89,8 @@ def _encode_entry(key: str, value: str) -> bytes:
 
 
 def list_names(model: "onnx.ModelProto") -> set[str]:
-    """Return the names of all values in a model's graphs and functions."""
-    names = {name for function in model.functions for name in (*function.input, *_name_outputs(function.node))}
+    """Return the names of all values and nodes in a model's graphs and functions."""
+    names = {name for function in model.functions for name in (*function.input, *_list_node_names(function.node))}
     pending = [model.graph]
     pending += [graph for function in model.functions for graph in _list_inner(function.node)]
     while pending:
@@ -98,13 +98,13 @@ def list_names(model: "onnx.ModelProto") -> set[str]:
         entries = chain(graph.input, graph.output, graph.value_info, graph.initializer)
         names.update(entry.name for entry in entries)
         names.update(sparse.values.name for sparse in graph.sparse_initializer)
-        names.update(_name_outputs(graph.node))
+        names.update(_list_node_names(graph.node))
         pending += _list_inner(graph.node)
     return names
 
 
-def _name_outputs(nodes: "Sequence[onnx.NodeProto]") -> list[str]:
-    return [name for node in nodes for name in node.output]
+def _list_node_names(nodes: "Sequence[onnx.NodeProto]") -> list[str]:
+    return [name for node in nodes for name in (node.name, *node.output)]
 
 
 def _list_inner(nodes: "Sequence[onnx.NodeProto]") -> "list[onnx.GraphProto]":

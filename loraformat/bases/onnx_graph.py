@@ -103,7 +103,7 @@ class OnnxGraph:
         return next((entry.value for entry in self._opened.model.metadata_props if entry.key == key), None)
 
     def list_names(self) -> set[str]:
-        """Return the names of all values in the model's graphs and functions."""
+        """Return the names of all values and nodes in the model's graphs and functions."""
         return list_names(self._opened.model)
 
     @property

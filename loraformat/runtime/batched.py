@@ -71,7 +71,7 @@ def build_batched(branch: Branch, names: Names, sizes: Sizes) -> list[Addition]:
 
     Args:
         branch: the branch.
-        names: gives names to values.
+        names: gives names to values and nodes.
         sizes: from `build_sizes`.
     """
     return [_build_at(branch, opening, names, sizes) for opening in branch.openings]

@@ -51,7 +51,7 @@ def name_form(product: Product) -> str:
 
 
 class Names:
-    """Gives new names to values of a graph.
+    """Gives new names to values and nodes of a graph.
 
     Args:
         taken: the names that it has.
@@ -75,7 +75,7 @@ class Chain:
 
     Args:
         path: what their names begin with.
-        names: gives names to values.
+        names: gives names.
     """
 
     def __init__(self, path: str, names: Names) -> None:
@@ -87,9 +87,9 @@ class Chain:
         """Add a node; return the name of what it makes."""
         from onnx import helper
 
-        path = f"{self._path}/{role}/{op}"
-        made = output or self._names.take(f"{path}_output_0")
-        self.nodes.append(helper.make_node(op, list(inputs), [made], name=path, domain=domain, **more))
+        name = self._names.take(f"{self._path}/{role}/{op}")
+        made = output or self._names.take(f"{name}_output_0")
+        self.nodes.append(helper.make_node(op, list(inputs), [made], name=name, domain=domain, **more))
         return made
 
 
@@ -98,7 +98,7 @@ def build_branch(branch: Branch, names: Names) -> list[Addition]:
 
     Args:
         branch: the branch.
-        names: gives names to values.
+        names: gives names to values and nodes.
     """
     return [_build_at(branch, opening, names) for opening in branch.openings]
 
