@@ -79,16 +79,13 @@ MAX_SKELETON_BYTES: Final = 1_000_000_000
 """An ONNX graph without its weights. Below the 2 GiB that protobuf libraries can parse."""
 
 MAX_PROTOBUF_BYTES: Final = 2**31 - 1
-"""A model's own file, data files aside: protobuf libraries count its bytes in 31 bits."""
+"""A model's own file, data files aside, or a model in memory: protobuf libraries count its bytes in 31 bits."""
 
 MAX_GRAPH_VISITS: Final = 5_000_000
 """Nodes walked with functions expanded; nested calls can multiply without end."""
 
 KEEP_INLINE_BYTES: Final = 4096
 """Tensor payloads up to this size stay in an ONNX skeleton: shapes and axes, which graphs are read by."""
-
-MAX_PROTOBUF_BYTES: Final = (2 << 30) - 1
-"""No protobuf message may be larger, so no ONNX model that is handed over in memory."""
 
 KEEP_CODES_BYTES: Final = 1 << 18
 """The same for zero points that are written one by one: some bytes for each of a weight's channels."""

@@ -138,7 +138,7 @@ def find_product(visit: Visit, position: int) -> Product | None:
             return None
         visit, position = readers[0]
         turn = _read_turn(visit) if visit.op == "Transpose" else False
-        if turn is None or position and visit.op not in _PRODUCTS:
+        if turn is None or (position and visit.op not in _PRODUCTS):
             return None
         if visit.op not in _PASSING | _PRODUCTS | {"Transpose"}:
             return None

@@ -73,12 +73,36 @@ def describe_copy(model: ModelParts, wanted: Wanted) -> list[FileImage]:
     It differs in its receipt, which is the last entry of the file, in the names of its data files, and in what
     `wanted.copies` add.
     """
+    dropped = find_dropped(model.file, model.graph, wanted.change)
+    data, leaves, places = _copy_data(model, wanted, dropped)
+    leaves += _drop_receipts(model)
+    leaves += add_copies(model.file, model.graph, wanted.copies, places)
+    leaves += change_graph(model.file, model.graph, wanted.change, dropped, places)
+    return [*data, _make_model(model, leaves, wanted)]
+
+
+def describe_extended(model: ModelParts, wanted: Wanted, edits: Sequence[Leaf], *, share: bool) -> list[FileImage]:
+    """Return the files of a model with more in its graph, without a receipt: data files first, the model last.
+
+    Args:
+        model: the base.
+        wanted: the output; in the base's folder if it shares its data files.
+        edits: what is new in the model's file.
+        share: whether it refers to the base's data files rather than to copies.
+    """
+    data, leaves = ([], []) if share else _copy_data(model, wanted, ())[:2]
+    return [*data, FileImage(wanted.output.absolute(), edit_file(model.file, splice([*leaves, *edits])))]
+
+
+def _copy_data(
+    model: ModelParts, wanted: Wanted, dropped: Sequence[Field]
+) -> tuple[list[FileImage], list[Leaf], dict[str, tuple[str, int]]]:
+    """Return copies of the data files, the edits that refer to them, and where added tensors lie in them."""
     output = wanted.output.absolute()
     names = DataNames(model.file.path.name, output, wanted.fresh, wanted.is_taken)
     chosen: dict[Path, PurePosixPath] = {}
     data: list[FileImage] = []
-    leaves = _drop_receipts(model)
-    dropped = find_dropped(model.file, model.graph, wanted.change)
+    leaves: list[Leaf] = []
     places: dict[str, tuple[str, int]] = {}
     for site in model.externals:
         file, old = model.data[site.location], PurePosixPath(site.location)
@@ -96,9 +120,7 @@ def describe_copy(model: ModelParts, wanted: Wanted) -> list[FileImage]:
         if "checksum" in site.entries:  # A digest of the old data file.
             entry = site.entries["checksum"]
             leaves.append(Leaf(Edit(entry.field.start, entry.field.end - entry.field.start, ()), entry.parent))
-    leaves += add_copies(model.file, model.graph, wanted.copies, places)
-    leaves += change_graph(model.file, model.graph, wanted.change, dropped, places)
-    return [*data, _make_model(model, leaves, wanted)]
+    return data, leaves, places
 
 
 def describe_sharing(model: ModelParts, wanted: Wanted, touched: Sequence[Span]) -> list[FileImage]:

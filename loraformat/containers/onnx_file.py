@@ -16,11 +16,11 @@ from loraformat.containers import TensorFile
 from loraformat.containers._onnx_copies import GraphStep, InputEdit, TensorCopy
 from loraformat.containers._onnx_external import read_external
 from loraformat.containers._onnx_floats import GraphChange, NodeEdit, TensorFloats
-from loraformat.containers._onnx_images import ModelParts, Wanted, describe_copy, describe_sharing
+from loraformat.containers._onnx_images import ModelParts, Wanted, describe_copy, describe_extended, describe_sharing
 from loraformat.containers._onnx_skeleton import build_skeleton
 from loraformat.containers._onnx_tensors import SharedBytes, iterate_tensors
 from loraformat.containers._onnx_walk import walk_model
-from loraformat.containers._protobuf import decode_varint
+from loraformat.containers._protobuf import Leaf, decode_varint
 from loraformat.dtypes import BY_ONNX, Dtype
 from loraformat.errors import LoraformatError, refuse
 from loraformat.files import resolve_inside
@@ -238,6 +238,26 @@ class OnnxFile:
             change: what else changes in the graph.
         """
         return describe_copy(self._parts(), Wanted(output, blank_bytes, fresh, is_taken, copies, change))
+
+    def extended_images(
+        self,
+        output: Path,
+        edits: Sequence[Leaf],
+        fresh: str,
+        *,
+        share: bool,
+        is_taken: Callable[[Path], bool] = os.path.lexists,
+    ) -> list[FileImage]:
+        """Return the files of a model with more in its graph: data files first, the model last.
+
+        Args:
+            output: where it will stand; in the folder of this one if it shares the data files.
+            edits: what is new in the model's file.
+            fresh: digits to insert into the name of a data file that is taken.
+            share: whether it refers to the data files of this one rather than to copies.
+            is_taken: says whether a path is another file's.
+        """
+        return describe_extended(self._parts(), Wanted(output, 0, fresh, is_taken), edits, share=share)
 
     def sharing_images(
         self,

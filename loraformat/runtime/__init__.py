@@ -1,9 +1,31 @@
-"""Adapters on a model that runs on onnxruntime.
+"""Adapters on a model that runs on onnxruntime: merged in memory, or as inputs of the model itself.
 
-`session` merges into memory: an `onnxruntime.InferenceSession` of a base with adapters, which gives the next one with
-others. onnxruntime is imported when a session is made.
+runtime.session("base.onnx", [("style.safetensors", 0.8)])
+
+runtime.export_runtime("base.onnx", ["style.safetensors"], "base.lora.onnx")
+runtime.export_adapter("base.lora.onnx", ["style.safetensors"], "style.onnx_adapter")
 """
 
-from loraformat.runtime.sessions import RuntimeOptions, session
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["RuntimeOptions", "session"]
+if TYPE_CHECKING:
+    from loraformat.runtime.adapters import adapter_feeds, export_adapter
+    from loraformat.runtime.export import export_runtime
+    from loraformat.runtime.sessions import RuntimeOptions, session
+
+__all__ = ["RuntimeOptions", "adapter_feeds", "export_adapter", "export_runtime", "session"]
+
+_HOMES = {
+    "RuntimeOptions": "loraformat.runtime.sessions",
+    "adapter_feeds": "loraformat.runtime.adapters",
+    "export_adapter": "loraformat.runtime.adapters",
+    "export_runtime": "loraformat.runtime.export",
+    "session": "loraformat.runtime.sessions",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,6 +1,5 @@
 """ONNX models that are not torch's exports: those of onnxruntime-genai's model builder and of Optimum."""
 
-import sys
 from pathlib import Path
 from typing import Any
 

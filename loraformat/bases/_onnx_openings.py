@@ -1,0 +1,229 @@
+"""Where something can be added to what a node of an ONNX graph makes of its weight, while the model runs.
+
+The product x·W is wanted in floating point, with x beside it. Where the graph computes in whole numbers, both are
+looked for further up and down: before x is quantised, and after the product has its scale. A bias, and a rounding of
+the product to whole numbers and back, come first: what is added is then not rounded with it, and runtimes still see
+the patterns that they fuse.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from loraformat.bases._onnx_scopes import Scope, Visit, trace_constant
+from loraformat.bases._onnx_sites import RawSite
+from loraformat.bases._onnx_uses import read_attribute
+from loraformat.dtypes import BY_ONNX, Dtype
+from loraformat.problems import Problem
+
+if TYPE_CHECKING:
+    import onnx
+
+_FLOAT: Final = 1
+_FLOATS: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
+_STEPS: Final = 6
+_CONV_ATTRIBUTES: Final = frozenset({"auto_pad", "dilations", "kernel_shape", "pads", "strides"})
+_QUANTISERS: Final = frozenset({"DynamicQuantizeLinear", "QuantizeLinear"})
+
+
+class Product(StrEnum):
+    """How a node applies its weight, which tells how two thin factors are applied beside it.
+
+    `right`: Y = X·W, x `(..., in)`. `left`: Y = W·X, x `(..., in, n)`. `table`: rows of W, x the numbers of rows.
+    `kernel`: a convolution.
+    """
+
+    RIGHT = "right"
+    LEFT = "left"
+    TABLE = "table"
+    KERNEL = "kernel"
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Where the product of x and two factors can be added to the product of x and a weight.
+
+    Attributes:
+        product: how the weight is applied.
+        dtype: number form in which the sum is computed.
+        x: the value that the weight is applied to, floating-point but for a table.
+        maker: the node whose first output the sum takes the place of.
+        visit: the node that applies the weight.
+        copied: the attributes with which x is applied to the first factor too.
+    """
+
+    product: Product
+    dtype: Dtype
+    x: str
+    maker: Visit
+    visit: Visit
+    copied: "Mapping[str, onnx.AttributeProto]" = field(default_factory=dict)
+
+    @property
+    def value(self) -> str:
+        """The value that the sum takes the place of."""
+        return str(self.maker.node.output[0])
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Where the maker stands: the label of its graph, and its position there."""
+        return self.maker.scope.label, self.maker.index
+
+
+_PRODUCTS: Final[Mapping[str, tuple[Product | None, ...]]] = {
+    "MatMul": (Product.LEFT, Product.RIGHT),
+    "Gemm": (None, Product.RIGHT),
+    "Conv": (None, Product.KERNEL),
+    "Gather": (Product.TABLE,),
+    "MatMulInteger": (None, Product.RIGHT),
+    "com.microsoft.DynamicQuantizeMatMul": (None, Product.RIGHT),
+    "com.microsoft.FusedMatMul": (None, Product.RIGHT),
+    "com.microsoft.MatMulIntegerToFloat": (None, Product.RIGHT),
+    "com.microsoft.MatMulNBits": (None, Product.RIGHT),
+}
+"""Operator to the product for each input that may hold the weight; with the weight as the first, x is the second."""
+
+_REASONS: Final[Mapping[str, str]] = {
+    "com.microsoft.Attention": "the operator goes on to the attention, and puts out no product",
+    "com.microsoft.EmbedLayerNormalization": "the operator goes on to the norm, and puts out no rows of the table",
+    "com.microsoft.FusedConv": "the operator goes on to an activation, and puts out no product",
+    "com.microsoft.FusedGemm": "the operator goes on to an activation, and puts out no product",
+    "com.microsoft.QGemm": "the operator computes in whole numbers only",
+    "ConvInteger": "the operator computes in whole numbers only",
+    "QLinearConv": "the operator computes in whole numbers only",
+    "QLinearMatMul": "the operator computes in whole numbers only",
+}
+_MENDS: Final[Mapping[str, str]] = {
+    "com.microsoft.Attention": "Give the model as it was before it was optimised, and let onnxruntime optimise that.",
+    "com.microsoft.FusedConv": "Give the model as it was before it was optimised, and let onnxruntime optimise that.",
+    "com.microsoft.FusedGemm": "Give the model as it was before it was optimised, and let onnxruntime optimise that.",
+}
+_EXPECTED: Final = "a MatMul, Gemm, Conv, Gather or MatMulNBits, or one of their kin"
+
+
+def find_opening(raw: RawSite) -> Opening | Problem:
+    """Return where something can be added to what a site's node makes, or why nothing can (LF820)."""
+    visit = raw.visit
+    products = _PRODUCTS.get(visit.op, ())
+    product = products[raw.position] if raw.position < len(products) else None
+    if product is None:
+        found = _REASONS.get(visit.op, f"the operator {visit.op} has its weight as input {raw.position}")
+        return _refuse(visit, found, _MENDS.get(visit.op, ""))
+    if visit.call is not None:
+        return _refuse(visit, "a node of a function, which its callers share", "Inline the functions (onnx.inliner).")
+    dtype = _find_form(raw)
+    if dtype is None or dtype.name not in _FLOATS:
+        return _refuse(visit, f"numbers computed as {'nobody knows what' if dtype is None else dtype.name}")
+    x, maker = _find_x(raw), _find_maker(visit)
+    if x is None or maker is None:
+        return _refuse(visit, "codes of whole numbers without their floats beside them")
+    return Opening(product, dtype, x, maker, visit, _copy_attributes(raw))
+
+
+def _refuse(visit: Visit, found: str, mend: str = "") -> Problem:
+    return Problem("LF820", f"{visit.op} {visit.node.name!r}", found, _EXPECTED, mend)
+
+
+def _find_form(raw: RawSite) -> Dtype | None:
+    """Return the number form of the node's product, once it is a float, as the weight's way to it tells."""
+    op, inputs = raw.visit.op, raw.visit.node.input
+    if op in {"MatMulInteger", "com.microsoft.DynamicQuantizeMatMul"}:
+        return BY_ONNX[_FLOAT]
+    scales = {"com.microsoft.MatMulNBits": 2, "com.microsoft.MatMulIntegerToFloat": 3}.get(op)
+    if scales is not None:
+        return _find_constant_form(raw.visit.scope, inputs[scales])
+    for step in raw.trace.steps:
+        if step.op == "Cast":
+            return BY_ONNX.get(int(read_attribute(step.node, "to", 0)))
+        if step.op == "DequantizeLinear":
+            return _find_constant_form(step.scope, step.node.input[1])
+    return BY_ONNX.get(raw.trace.tensor.data_type) if raw.trace.tensor is not None else None
+
+
+def _find_constant_form(scope: Scope, name: str) -> Dtype | None:
+    trace = trace_constant(scope, name)
+    return BY_ONNX.get(trace.tensor.data_type) if trace is not None and trace.tensor is not None else None
+
+
+def _find_x(raw: RawSite) -> str | None:
+    """Return the value that the weight is applied to, as it was before it was quantised; None where that is not there.
+
+    A value of a graph around the node's own is as good.
+    """
+    visit = raw.visit
+    x = visit.node.input[1 if raw.position == 0 else 0]
+    if visit.op not in {"MatMulInteger", "com.microsoft.MatMulIntegerToFloat"}:
+        return str(x)
+    made_by = visit.scope.producer(x)
+    if not isinstance(made_by, Visit) or made_by.op not in _QUANTISERS or made_by.scope is not visit.scope:
+        return None
+    return str(made_by.node.input[0])
+
+
+def _find_maker(visit: Visit) -> Visit | None:
+    """Return what makes the value to add to: the node itself, or what follows it and belongs to the product."""
+    current: Visit = visit
+    if visit.op == "MatMulInteger":
+        scaled = _find_scaled(visit)
+        if scaled is None:
+            return None
+        current = scaled
+    seen: set[str] = set()
+    for _ in range(_STEPS):
+        follower = _find_follower(current)
+        if follower is None or follower.op in seen:
+            break
+        seen.add(follower.op)
+        current = follower
+    return current
+
+
+def _find_scaled(visit: Visit) -> Visit | None:
+    """Return the Mul after which a product of codes is a float: that by both scales."""
+    for follower in _follow(visit):
+        if follower.op == "Mul":
+            return follower
+        if follower.op != "Cast":
+            return None
+    return None
+
+
+def _follow(visit: Visit) -> Iterator[Visit]:
+    """Yield the nodes after one, as long as each is the only one to read what the last has made."""
+    current: Visit | None = visit
+    for _ in range(_STEPS):
+        current = _only_reader(current) if current is not None else None
+        if current is None:
+            return
+        yield current
+
+
+def _only_reader(visit: Visit) -> Visit | None:
+    name = visit.node.output[0]
+    readers = visit.scope.readers.get(name, ())
+    if len(readers) != 1 or name in visit.scope.outputs or readers[0][0].scope is not visit.scope:
+        return None
+    return readers[0][0]
+
+
+def _find_follower(visit: Visit) -> Visit | None:
+    """Return the addition of a bias, or the pair that rounds to whole numbers and back, that reads a product alone."""
+    reader = _only_reader(visit)
+    if reader is None:
+        return None
+    if reader.op == "Add":
+        other = next((name for name in reader.node.input if name != visit.node.output[0]), "")
+        trace = trace_constant(visit.scope, other) if other else None
+        is_bias = trace is not None and trace.tensor is not None and len(trace.tensor.dims) == 1
+        return reader if is_bias else None
+    if reader.op == "QuantizeLinear" and reader.node.input[0] == visit.node.output[0]:
+        back = _only_reader(reader)
+        return back if back is not None and back.op == "DequantizeLinear" else None
+    return None
+
+
+def _copy_attributes(raw: RawSite) -> "Mapping[str, onnx.AttributeProto]":
+    """Return what a convolution does besides its kernel, or that x is turned first."""
+    wanted = _CONV_ATTRIBUTES if raw.visit.op == "Conv" else frozenset({"transA"})
+    return {attribute.name: attribute for attribute in raw.visit.node.attribute if attribute.name in wanted}

@@ -1,0 +1,156 @@
+"""Adapters for a model with run-time inputs: the arrays that go into them, and `.onnx_adapter` files of these."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Unpack, cast
+
+from loraformat.arguments import AdapterArgument, AdapterOptions, HintOptions, StrPath, read_hints, weigh_adapters
+from loraformat.bases.onnx_graph import OnnxGraph
+from loraformat.errors import error_for, refuse
+from loraformat.loading import list_files
+from loraformat.outputs import PendingOutput, check_output
+from loraformat.plan import WeightedAdapter
+from loraformat.problems import Problem
+from loraformat.runtime.factors import Array, Pair, write_pairs
+from loraformat.runtime.layouts import Layout, RuntimeInputs, read_inputs
+from loraformat.runtime.opening import open_model
+from loraformat.runtime.targets import Served, ServedAdapter, ServeOptions, serve
+
+_LISTED: Final = 8
+
+
+class AdapterExportOptions(AdapterOptions, HintOptions, ServeOptions, total=False):
+    """All options of `export_adapter`.
+
+    Attributes:
+        force: replace an existing output.
+    """
+
+    force: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedAdapter:
+    """An `.onnx_adapter` file, as it was written.
+
+    Attributes:
+        output: its path.
+        adapters: the names of what is in it, in order; in a stack the first is slot 0.
+        ranks: the rank of each pair of inputs that it fills, by the pair's name.
+        left_out: names of targets that were left out, as allowed.
+        problems: warnings and notes.
+    """
+
+    output: str
+    adapters: tuple[str, ...]
+    ranks: Mapping[str, int]
+    left_out: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the record for `--json`."""
+        return {
+            "output": self.output,
+            "adapters": list(self.adapters),
+            "ranks": dict(self.ranks),
+            "left_out": list(self.left_out),
+            "problems": [dict(problem.as_json()) for problem in self.problems],
+        }
+
+
+def export_adapter(
+    model: StrPath, adapters: Sequence[AdapterArgument], output: StrPath, **options: Unpack[AdapterExportOptions]
+) -> ExportedAdapter:
+    """Write adapters as one file that onnxruntime loads for a model with run-time inputs.
+
+    Where all rows of a run have one adapter, several are added up: their ranks are, and nothing is rounded that would
+    not be. In a model with slots each is one of the stack, the first slot 0.
+
+    Args:
+        model: from `export_runtime`.
+        adapters: paths or loaded adapters, each alone or as `(adapter, weight)`.
+        output: the `.onnx_adapter` file to make.
+        options: `AdapterExportOptions` says what there is.
+
+    Raises:
+        LoraformatError: with every target that the model has no input for, by name.
+    """
+    filled = _fill(model, adapters, options)
+    place = Path(output)
+    files = [path.path for item in filled.weighted for path in list_files(item.adapter)]
+    force = options.get("force", False)
+    check_output(place, [*files, *(file.path for file in filled.model.files)], force=force)
+    with PendingOutput([place], force=force) as pending:
+        write_pairs(pending.descriptors[0], filled.pairs)
+        pending.commit()
+    return ExportedAdapter(
+        str(place),
+        tuple(item.name for item in filled.weighted),
+        {pair.layout.name: pair.rank for pair in filled.pairs},
+        tuple(name for each in filled.served for name in each.left_out),
+        tuple(problem for each in filled.served for problem in each.problems),
+    )
+
+
+def adapter_feeds(
+    model: StrPath, adapters: Sequence[AdapterArgument], **options: Unpack[AdapterExportOptions]
+) -> dict[str, Array]:
+    """Return adapters as feeds for `InferenceSession.run`; the arguments are those of `export_adapter`."""
+    return {name: make() for pair in _fill(model, adapters, options).pairs for name, _, make in pair.tensors()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """Adapters, and the inputs of a model that they fill."""
+
+    model: OnnxGraph
+    weighted: Sequence[WeightedAdapter]
+    served: Sequence[ServedAdapter]
+    pairs: Sequence[Pair]
+
+
+def _fill(model: StrPath, adapters: Sequence[AdapterArgument], options: AdapterExportOptions) -> _Filled:
+    opened = open_model(model)
+    inputs = read_inputs(opened)
+    weighted = weigh_adapters(adapters, options, opened)
+    if inputs.batched and len(weighted) > inputs.batched:
+        raise refuse("LF829", opened.path, f"{len(weighted)} adapters", f"at most {inputs.batched}, one for each slot")
+    hints = read_hints(cast(HintOptions, options))
+    own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
+    served = [serve(opened, item, hints, own) for item in weighted]
+    return _Filled(opened, weighted, served, _pair(opened, inputs, served))
+
+
+def _pair(model: OnnxGraph, inputs: RuntimeInputs, served: Sequence[ServedAdapter]) -> list[Pair]:
+    """Return what goes into which inputs; LF830 where a change has none."""
+    by_mark = inputs.by_mark()
+    count = inputs.slots or 1
+    found: dict[str, list[list[Served]]] = defaultdict(lambda: [[] for _ in range(count)])
+    layouts: dict[str, Layout] = {}
+    problems: list[Problem] = []
+    for position, adapter in enumerate(served):
+        for change in adapter.served:
+            marks = {model.find_mark(site) for site in change.sites}
+            layout = next((by_mark[mark] for mark in sorted(marks) if mark in by_mark), None)
+            if layout is None or marks != set(layout.marks) or not _fits(layout, change):
+                problems.append(_refuse_change(adapter.name, change, layout))
+                continue
+            layouts[layout.name] = layout
+            found[layout.name][position if inputs.slots else 0].append(change)
+    if problems:
+        raise error_for(problems)
+    return [Pair(layouts[name], inputs.slots, found[name]) for name in sorted(found)]
+
+
+def _fits(layout: Layout, change: Served) -> bool:
+    return (layout.width, layout.out, layout.kernel) == (change.change.shape[1], change.out, change.change.shape[2:])
+
+
+def _refuse_change(adapter: str, change: Served, layout: Layout | None) -> Problem:
+    if layout is None:
+        return Problem("LF830", f"{adapter}: {change.target.name}", "no input for it", "one")
+    found = f"the inputs {layout.name!r} for {layout.out} by {layout.width} at {', '.join(layout.marks[:_LISTED])}"
+    expected = f"inputs for {change.out} by {change.change.shape[1]} at all nodes of the target"
+    return Problem("LF830", f"{adapter}: {change.target.name}", found, expected)
