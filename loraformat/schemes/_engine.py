@@ -216,11 +216,13 @@ class TableScheme(TableReader):
         """Return the tensors under this scheme's names."""
         memory = find_memory(adapter.provenance, self.name)
         problems = check_holds(self.name, self.holds, adapter)
-        names = self.naming.write([target.name for target in adapter.targets], facts, memory)
-        scales = self.scale.write(adapter.targets, memory)
+        refused = {problem.where for problem in problems}
+        targets = [target for target in adapter.targets if target.name not in refused]
+        names = self.naming.write([target.name for target in targets], facts, memory)
+        scales = self.scale.write(targets, memory)
         problems += names.problems + scales.problems
         tensors: dict[str, Factor] = {}
-        for target in adapter.targets:
+        for target in targets:
             if target.name in names.modules:
                 problems += self._place(target, names.modules[target.name], scales, memory, tensors)
         return WrittenBundle(

@@ -5,8 +5,9 @@ What a target cannot keep is moved into its factors, by the rules of `rescaling`
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Final
 
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, Target
@@ -114,6 +115,7 @@ class FiledScheme(TableScheme):
         fits: what is done to the targets before they are written, in order.
         container: in what the tensors are written.
         file_name: what the file is called in its folder; empty for a single file.
+        other_files: other names of it, each with the container that it says.
         config_name: what the configuration is called.
         annotates: whether the container has a place for annotations.
     """
@@ -121,6 +123,7 @@ class FiledScheme(TableScheme):
     fits: tuple[Fit, ...] = ()
     container: str = "safetensors"
     file_name: str = ""
+    other_files: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     config_name: str = ""
     annotates: bool = True
 
@@ -135,6 +138,7 @@ class FiledScheme(TableScheme):
             written,
             container=self.container,
             file_name=self.file_name,
+            other_files=self.other_files,
             config_name=self.config_name,
             metadata=written.metadata if self.annotates else {},
             problems=(*against, *problems, *written.problems),

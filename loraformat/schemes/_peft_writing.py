@@ -54,6 +54,7 @@ def write_folder(adapter: Adapter, keys: Mapping[str, str], problems: list[Probl
         metadata={"format": "pt"} | annotate(carried),
         config=_write_config(adapter, {names[target.name]: target for target in adapter.targets}),
         file_name=FACTORS_FILE,
+        other_files={"adapter_model.bin": "torch_zip"},
         config_name=CONFIG_FILE,
         problems=tuple(problems),
     )

@@ -96,5 +96,6 @@ SCHEME: Final = _Mlx(
     names="mlx",
     fits=(_keep_lengths_of_tokens, level_multipliers, pad_ranks),
     file_name="adapters.safetensors",
+    other_files={"adapters.npz": "npz", "*_adapters.npz": "npz"},
     config_name="adapter_config.json",
 )

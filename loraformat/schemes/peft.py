@@ -14,8 +14,7 @@ from loraformat.errors import LoraformatError, refuse
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.operations import find_origins
 from loraformat.problems import Problem
-from loraformat.schemes import ALL_SLOTS, Bundle, Holds, StatedScale, WrittenBundle
-from loraformat.schemes._checking import ConfigReading
+from loraformat.schemes import ALL_SLOTS, Bundle, ConfigReading, Holds, StatedScale, WrittenBundle
 from loraformat.schemes._engine import check_holds
 from loraformat.schemes._memory import recall
 from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
