@@ -12,7 +12,8 @@ from typing import Final
 
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, Target
 from loraformat.base_facts import BaseFacts
-from loraformat.operations import Pad, derive
+from loraformat.derived import derive
+from loraformat.operations import Pad
 from loraformat.problems import Problem
 from loraformat.rescaling import rescale
 from loraformat.schemes import WrittenBundle

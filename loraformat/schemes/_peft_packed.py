@@ -7,16 +7,14 @@ first is innermost, under `base_layer.`.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Final
 
 from loraformat.adapter import Factor
+from loraformat.derived import KeptFactor, LastRead, derive
 from loraformat.limits import MAX_EXPERTS
+from loraformat.operations import BlockDiagonal, Take
 from loraformat.problems import Problem
-from loraformat.schemes._derived import DerivedFactor, LastRead
+from loraformat.row_orders import Permute
 from loraformat.schemes._peft_config import PeftConfig
 
 A: Final = "lora_A.weight"
@@ -105,24 +103,17 @@ def split_experts(
         module, _, parameter = name.rpartition(".")
         return [(module if parameter == "weight" else name, dict(factors))]
     module, _, parameter = name.rpartition(".")
-    split: list[tuple[str, dict[str, Factor]]] = []
-    for expert in range(experts):
-        rows, columns = slice(expert * rank, (expert + 1) * rank), slice(expert, None, experts)
-        sizes = (rank, down.shape[1]), (up.shape[0], rank)
-        own: dict[str, Factor] = {
-            A: DerivedFactor(f"{down.name}[{expert}]", sizes[0], down, partial(_take_rows, rows), last),
-            B: DerivedFactor(f"{up.name}[{expert}]", sizes[1], up, partial(_take_columns, columns), last),
-        }
-        split.append((f"{module}.{expert}.{parameter}", own))
-    return split
+    kept = KeptFactor(down, last), KeptFactor(derive(Permute((rank, experts), (1, 0), axis=1), up), last)
+    return [
+        (f"{module}.{expert}.{parameter}", _take_expert(kept, slice(expert * rank, (expert + 1) * rank)))
+        for expert in range(experts)
+    ]
 
 
-def _take_rows(rows: slice, stored: NDArray[Any]) -> NDArray[Any]:
-    return np.array(stored[rows], order="C")
-
-
-def _take_columns(columns: slice, stored: NDArray[Any]) -> NDArray[Any]:
-    return np.array(stored[:, columns], order="C")
+def _take_expert(pair: tuple[Factor, Factor], own: slice) -> dict[str, Factor]:
+    """Return one expert's rows of A and columns of B, which lie together."""
+    down, up = pair
+    return {A: derive(Take(own.start, own.stop), down), B: derive(Take(own.start, own.stop, axis=1), up)}
 
 
 def check_square(name: str, factors: Mapping[str, Factor], config: PeftConfig) -> list[Problem]:
@@ -159,8 +150,9 @@ def expand_blocks(
         if factor is None or len(factor.shape) != 2 or factor.shape[0] % count or len(matched) > 1:
             found = f"{role} {factor.shape if factor else 'missing'} for {count} blocks"
             return Problem("LF203", name, found, "rows that divide into the blocks, in one of A and B")
-        shape = (factor.shape[0], factor.shape[1] * count)
-        expanded[role] = DerivedFactor(factor.name, shape, factor, partial(_place_blocks, count), last)
+        rows, kept = factor.shape[0] // count, KeptFactor(factor, last)
+        blocks = [derive(Take(block * rows, (block + 1) * rows), kept) for block in range(count)]
+        expanded[role] = derive(BlockDiagonal(), *blocks)
     return expanded
 
 
@@ -168,15 +160,6 @@ def _names_part(patterns: object, name: str) -> bool:
     """Say whether PEFT's patterns, which are texts inside a name, fit."""
     listed: Sequence[object] = patterns if isinstance(patterns, list | tuple) else ()
     return any(isinstance(pattern, str) and pattern in name for pattern in listed)
-
-
-def _place_blocks(count: int, compact: NDArray[Any]) -> NDArray[Any]:
-    rows, columns = compact.shape[0] // count, compact.shape[1]
-    placed: NDArray[Any] = np.zeros((compact.shape[0], columns * count), compact.dtype)
-    for block in range(count):
-        own = slice(block * rows, (block + 1) * rows)
-        placed[own, block * columns : (block + 1) * columns] = compact[own]
-    return placed
 
 
 _OUT: Final = ".base_layer.out_proj"

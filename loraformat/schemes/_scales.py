@@ -9,9 +9,9 @@ from typing import Final, Protocol
 import numpy as np
 
 from loraformat.adapter import Factor, Scaling, ScalingRule, Target
+from loraformat.derived import NewFactor
 from loraformat.dtypes import BY_NAME
 from loraformat.errors import refuse
-from loraformat.operations import NewFactor
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, StatedScale
 from loraformat.strict_json import JsonValue

@@ -13,8 +13,8 @@ import numpy as np
 
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts, read_facts
+from loraformat.derived import NewFactor
 from loraformat.errors import LoraformatError, refuse
-from loraformat.operations import NewFactor
 from loraformat.schemes import Bundle, Holds, Layout, StatedScale
 from loraformat.schemes import WrittenBundle as Written
 from loraformat.schemes._engine import Marks

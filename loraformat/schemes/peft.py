@@ -10,9 +10,9 @@ from typing import Final
 
 from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts
+from loraformat.derived import find_origins
 from loraformat.errors import LoraformatError, refuse
 from loraformat.manifest import MANIFEST_KEY
-from loraformat.operations import find_origins
 from loraformat.problems import Problem
 from loraformat.schemes import ALL_SLOTS, Bundle, ConfigReading, Holds, StatedScale, WrittenBundle
 from loraformat.schemes._engine import check_holds

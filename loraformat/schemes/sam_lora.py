@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Final
 
 from loraformat.adapter import Adapter, Factor
-from loraformat.operations import Concatenate, derive
+from loraformat.derived import derive
+from loraformat.operations import Concatenate
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, StatedScale
 from loraformat.schemes._engine import Marks, TableReader

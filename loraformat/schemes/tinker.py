@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Final
 
 from loraformat.adapter import Adapter, Factor, ScalingRule
+from loraformat.derived import derive
 from loraformat.errors import refuse
-from loraformat.operations import Reshape, Take, derive
+from loraformat.operations import Reshape, Take
 from loraformat.schemes import Bundle, StatedScale
 from loraformat.schemes._engine import NOISE, Alias, Marks, TableReader
 from loraformat.schemes._naming import PlainNaming

@@ -7,7 +7,8 @@ that its B gets rows of zeros for the rest. Nothing says how strongly it acts. S
 from typing import Final
 
 from loraformat.adapter import Factor
-from loraformat.operations import Pad, Take, derive
+from loraformat.derived import derive
+from loraformat.operations import Pad, Take
 from loraformat.schemes._engine import NOISE, Alias, Marks, TableReader
 from loraformat.schemes._naming import ComponentNaming
 from loraformat.schemes._scales import StatedAlone

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from builders import MemoryFactor, find_errors
 from loraformat.adapter import Adapter, SlotKind
+from loraformat.derived import KeptFactor, LastRead, derive
+from loraformat.operations import Take
 from loraformat.schemes import NOT_STATED, Bundle
-from loraformat.schemes._derived import DerivedFactor, LastRead
 from loraformat.schemes.peft import SCHEME
 from schemes.test_peft import CONFIG, LINEAR, make_bundle
 
@@ -203,15 +204,13 @@ def test_slices_of_one_tensor_are_cut_from_one_reading() -> None:
 
     sources = [Counted(name, np.arange(12.0).reshape(4, 3)) for name in "abc"]
     last = LastRead()
-    factors = [
-        DerivedFactor(f"{source.name}{row}", (3,), source, lambda array, row=row: array[row].copy(), last)
-        for source in sources[:2]
-        for row in range(4)
-    ]
+    factors = [derive(Take(row, row + 1), KeptFactor(source, last)) for source in sources[:2] for row in range(4)]
     for first, second in zip(factors[:4], factors[4:], strict=True):
         np.testing.assert_array_equal(first.read(), second.read())
     assert counted == ["a", "b"]
-    DerivedFactor("c", (3,), sources[2], lambda array: array[0].copy(), last).read()
+    derive(Take(0, 1), KeptFactor(sources[2], last)).read()
     factors[0].read()
     assert counted == ["a", "b", "c", "a"]
-    assert (factors[0].elements, factors[0].dtype.name, factors[0].file) == (3, "float64", None)
+    assert [(each.name, each.shape, each.elements, each.dtype.name) for each in factors[:1]] == [
+        ("a", (1, 3), 3, "float64")
+    ]
