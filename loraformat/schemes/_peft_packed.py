@@ -7,10 +7,12 @@ first is innermost, under `base_layer.`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from loraformat.adapter import Factor
 from loraformat.derived import KeptFactor, LastRead, derive
+from loraformat.errors import refuse
 from loraformat.limits import MAX_EXPERTS
 from loraformat.operations import BlockDiagonal, Take
 from loraformat.problems import Problem
@@ -19,8 +21,8 @@ from loraformat.schemes._peft_config import PeftConfig
 
 A: Final = "lora_A.weight"
 B: Final = "lora_B.weight"
-_WRAPPED: Final = ".base_layer"
-_ORDER: Final = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+WRAPPED: Final = ".base_layer"
+ORDER: Final = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """Parameters of transformers' experts, in the order in which they are defined."""
 
 _SURE_OF_SQUARES: Final = (0, 19, 1)
@@ -29,8 +31,8 @@ _SURE_OF_SQUARES: Final = (0, 19, 1)
 
 def find_module(name: str) -> str:
     """Return the module of a target, without the wrappers that nest its parameters."""
-    while name.endswith(_WRAPPED):
-        name = name.removesuffix(_WRAPPED)
+    while name.endswith(WRAPPED):
+        name = name.removesuffix(WRAPPED)
     return name
 
 
@@ -44,7 +46,7 @@ def list_parameters(module: str, config: PeftConfig) -> list[str]:
         inside = module == owner or module.endswith(f".{owner}")
         if inside if owner else not _is_targeted(module, config):
             found.append(parameter)
-    known = [parameter for parameter in _ORDER if parameter in found]
+    known = [parameter for parameter in ORDER if parameter in found]
     return list(known) if len(known) == len(found) else found
 
 
@@ -68,12 +70,12 @@ def name_parameter(name: str, levels: Mapping[str, Mapping[str, Factor]], config
     if not parameters:
         return None
     nested = [each for each in levels if find_module(each) == module]
-    depth = (len(name) - len(module)) // len(_WRAPPED)
+    depth = (len(name) - len(module)) // len(WRAPPED)
     if len(nested) != len(parameters) or depth >= len(parameters):
         found = f"{len(nested)} pairs of factors, and the parameters {', '.join(parameters)}"
         return Problem("LF225", name, found, "one pair for each")
     shapes = [tuple(levels[each][role].shape for role in (A, B) if role in levels[each]) for each in nested]
-    if not set(parameters) <= set(_ORDER) and len(set(shapes)) < len(shapes):
+    if not set(parameters) <= set(ORDER) and len(set(shapes)) < len(shapes):
         found = f"factors of one shape for {', '.join(parameters)}, in an order that is not known"
         return Problem("LF225", name, found, "shapes that tell them apart")
     return parameters[len(parameters) - 1 - depth]
@@ -136,24 +138,42 @@ def expand_blocks(
     name: str, factors: Mapping[str, Factor], config: PeftConfig, last: LastRead
 ) -> dict[str, Factor] | Problem:
     """Return the factors of a BD-LoRA target with the compact one put block-diagonally in place."""
-    stated = config.fields.get("use_bdlora")
-    if not stated:
-        return dict(factors)
-    count = stated.get("nblocks") if isinstance(stated, Mapping) else None
-    if not isinstance(stated, Mapping) or not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        return Problem("LF213", f"{config.where}: use_bdlora", f"{stated!r:.80}", "an object with nblocks")
-    fields = (("target_modules_bd_a", A), ("target_modules_bd_b", B))
-    matched = [role for field, role in fields if _names_part(stated.get(field), name)]
+    stated = list_blocks(name, config)
     expanded = dict(factors)
-    for role in matched:
+    for role in stated.roles:
         factor = factors.get(role)
-        if factor is None or len(factor.shape) != 2 or factor.shape[0] % count or len(matched) > 1:
-            found = f"{role} {factor.shape if factor else 'missing'} for {count} blocks"
+        if factor is None or len(factor.shape) != 2 or factor.shape[0] % stated.count or len(stated.roles) > 1:
+            found = f"{role} {factor.shape if factor else 'missing'} for {stated.count} blocks"
             return Problem("LF203", name, found, "rows that divide into the blocks, in one of A and B")
-        rows, kept = factor.shape[0] // count, KeptFactor(factor, last)
-        blocks = [derive(Take(block * rows, (block + 1) * rows), kept) for block in range(count)]
+        rows, kept = factor.shape[0] // stated.count, KeptFactor(factor, last)
+        blocks = [derive(Take(block * rows, (block + 1) * rows), kept) for block in range(stated.count)]
         expanded[role] = derive(BlockDiagonal(), *blocks)
     return expanded
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """What BD-LoRA stores of a target in compact form.
+
+    Attributes:
+        count: how many blocks.
+        roles: which factors.
+    """
+
+    count: int
+    roles: tuple[str, ...]
+
+
+def list_blocks(name: str, config: PeftConfig) -> Blocks:
+    """Return which factors of a target are stored as blocks; raises LF213 for a configuration that does not say it."""
+    stated = config.fields.get("use_bdlora")
+    if not stated:
+        return Blocks(1, ())
+    count = stated.get("nblocks") if isinstance(stated, Mapping) else None
+    if not isinstance(stated, Mapping) or not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise refuse("LF213", f"{config.where}: use_bdlora", f"{stated!r:.80}", "an object with nblocks")
+    fields = (("target_modules_bd_a", A), ("target_modules_bd_b", B))
+    return Blocks(count, tuple(role for field, role in fields if _names_part(stated.get(field), name)))
 
 
 def _names_part(patterns: object, name: str) -> bool:

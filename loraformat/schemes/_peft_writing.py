@@ -4,9 +4,11 @@ The raw configuration that an adapter brings along is written as it was where it
 fields that hold ranks, scales and names are made anew, and the rest stays.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 from loraformat.adapter import Adapter, Factor, Scaling, Target
@@ -17,6 +19,8 @@ from loraformat.schemes._lora_config import describe_lora
 from loraformat.schemes._memory import COMPONENT_KEY, annotate
 from loraformat.schemes._naming import find_denoiser, split_component
 from loraformat.schemes._peft_config import PeftConfig
+from loraformat.schemes._peft_packed import list_parameters
+from loraformat.schemes._peft_packing import Packed, compress_blocks, pack_experts
 from loraformat.schemes._peft_patterns import fits_whole
 from loraformat.strict_json import JsonValue
 
@@ -24,13 +28,15 @@ FACTORS_FILE: Final = "adapter_model.safetensors"
 CONFIG_FILE: Final = "adapter_config.json"
 _PREFIX: Final = "base_model.model."
 _WHERE: Final = "the provenance"
-_PACKING: Final = ("target_parameters", "use_bdlora", "enable_lora")
-"""Options under which one stored tensor is several factors."""
+_SLICES: Final = "enable_lora"
+_SURE_OF_SIDES: Final = "0.19.1"
+"""The first PEFT that reads packed parameters by the module, not by the place of their axes."""
 _OWN_TYPES: Final = ("LORA", "TRAINABLE_TOKENS")
 _FLAGS: Final = ("use_dora", "lora_bias", "fan_in_fan_out")
 _EVERYWHERE: Final = "all-linear"
 Targets: TypeAlias = Mapping[str, Target]
 """Targets by the path of their module in the model."""
+_NONE: Final[Targets] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +97,15 @@ def place(targets: Targets, ends: Mapping[str, str]) -> tuple[dict[str, Factor],
 
 def fill_lora(adapter: Adapter, targets: Targets, ends: Mapping[str, str]) -> Folder:
     """Return the folder of `peft_type` LORA; `ends` says how the key of a role ends."""
-    tensors, problems = place(targets, ends)
-    return Folder(tensors, _write_config(adapter, targets), [*_find_packed(adapter), *problems])
+    raw = dict(find_raw(adapter))
+    kept = raw if raw.get("peft_type") in _OWN_TYPES else {}
+    compact = compress_blocks(targets, kept)
+    packed = pack_experts(targets if compact is None else compact, kept)
+    if compact is None:  # Written in full, which acts alike.
+        kept = {name: value for name, value in kept.items() if name != "use_bdlora"}
+    tensors, problems = place(packed.plain, ends)
+    config = _write_config(adapter, kept, packed)
+    return Folder(tensors | packed.tensors, config, [*_find_slices(adapter, kept), *packed.problems, *problems])
 
 
 def find_raw(adapter: Adapter) -> Mapping[str, Any]:
@@ -101,15 +114,12 @@ def find_raw(adapter: Adapter) -> Mapping[str, Any]:
     return raw if isinstance(raw, Mapping) else {}
 
 
-def _find_packed(adapter: Adapter) -> list[Problem]:
-    """Return the options of the source under which its tensors were not one for each target: they stay apart."""
-    fields = find_raw(adapter)
+def _find_slices(adapter: Adapter, kept: Mapping[str, Any]) -> list[Problem]:
+    """Return a problem of slices of a fused weight, whose factors were taken apart."""
+    if not kept.get(_SLICES):
+        return []
     where = adapter.source or "the adapter"
-    return [
-        Problem("LF312", where, f"{field} of the source, whose tensors were taken apart", "plain factors")
-        for field in _PACKING
-        if fields.get(field)
-    ]
+    return [Problem("LF312", where, f"{_SLICES} of the source, whose tensors were taken apart", "plain factors")]
 
 
 def _name_modules(adapter: Adapter, problems: list[Problem]) -> dict[str, str]:
@@ -135,22 +145,27 @@ def begin_config(adapter: Adapter) -> dict[str, JsonValue]:
     }
 
 
-def _write_config(adapter: Adapter, targets: Targets) -> dict[str, JsonValue]:
-    kept = dict(find_raw(adapter))
-    low_rank = {name: target for name, target in targets.items() if target.rank}
-    if kept.get("peft_type") not in _OWN_TYPES:
-        kept = {}
-    if kept and says_the_same(kept, low_rank) and _says_tokens(kept, targets):
-        return kept
+def _write_config(adapter: Adapter, kept: Mapping[str, Any], packed: Packed) -> dict[str, JsonValue]:
+    low_rank = {name: target for name, target in packed.plain.items() if target.rank}
+    if kept and says_the_same(kept, low_rank, packed.parameters) and _says_tokens(kept, packed.plain):
+        return dict(kept)
     tokens: dict[str, JsonValue] = {
-        name: target.options["token_indices"] for name, target in targets.items() if "token_indices" in target.options
+        name: target.options["token_indices"]
+        for name, target in packed.plain.items()
+        if "token_indices" in target.options
     }
-    saved = sorted(name for name, target in targets.items() if not target.rank and target.kind == "replace")
+    saved = sorted(name for name, target in packed.plain.items() if not target.rank and target.kind == "replace")
     extra: dict[str, JsonValue] = {"modules_to_save": saved or None}
     if tokens:
         extra["trainable_token_indices"] = tokens
+    ranked = low_rank | packed.parameters
+    numbers = describe_lora(ranked) if ranked else {}
+    if packed.parameters:
+        names: dict[str, JsonValue] = {"target_modules": sorted(low_rank), "target_parameters": [*packed.parameters]}
+        numbers |= names
+        extra.setdefault("peft_version", kept.get("peft_version") or _SURE_OF_SIDES)
     own: dict[str, JsonValue] = {"peft_type": "LORA"}
-    return begin_config(adapter) | kept | own | (describe_lora(low_rank) if low_rank else {}) | extra
+    return begin_config(adapter) | dict(kept) | own | numbers | extra
 
 
 def _says_tokens(fields: Mapping[str, Any], targets: Targets) -> bool:
@@ -159,19 +174,29 @@ def _says_tokens(fields: Mapping[str, Any], targets: Targets) -> bool:
     return all(config.tokens_of(name) == target.options.get("token_indices") for name, target in targets.items())
 
 
-def says_the_same(fields: Mapping[str, Any], targets: Targets) -> bool:
-    """Say whether a configuration names every target, and gives it the rank and scale that it has."""
+def says_the_same(fields: Mapping[str, Any], targets: Targets, parameters: Targets = _NONE) -> bool:
+    """Say whether a configuration names every target and parameter, and gives it the rank and scale that it has."""
     config = PeftConfig(fields, _WHERE, True)
-    wanted = describe_lora(targets) if targets else {}
+    every = {**targets, **parameters}
+    wanted = describe_lora(every) if every else {}
     try:
         numbers = all(
             (config.rank_of(name, 0), _scaling(config, name)) == (target.rank, target.scaling)
-            for name, target in targets.items()
+            for name, target in every.items()
         )
-        named = all(is_covered(config, name) for name in targets)
-        return numbers and named and all(config.flag(flag) == bool(wanted.get(flag)) for flag in _FLAGS if targets)
+        named = all(is_covered(config, name) for name in targets) and _names_parameters(config, parameters)
+        return numbers and named and all(config.flag(flag) == bool(wanted.get(flag)) for flag in _FLAGS if every)
     except LoraformatError:
         return False
+
+
+def _names_parameters(config: PeftConfig, parameters: Targets) -> bool:
+    """Say whether a configuration targets just these parameters of their modules."""
+    own: dict[str, set[str]] = defaultdict(set)
+    for name in parameters:
+        module, _, parameter = name.rpartition(".")
+        own[module].add(parameter)
+    return all(set(list_parameters(module, config)) == names for module, names in own.items())
 
 
 def is_covered(config: PeftConfig, name: str) -> bool:
