@@ -49,8 +49,8 @@ class _Route:
     new: str
 
 
-Speller = Callable[[SpellingTable, str], str | None]
-"""From a table and a component to the spelling that is wanted; None where the table does not matter."""
+Speller = Callable[[Reading, str], str | None]
+"""From a reading of a component's names to the spelling that is wanted; None where its table does not matter."""
 
 
 def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, list[Problem]]:
@@ -62,10 +62,12 @@ def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, li
         return adapter, []
     earlier = find_texts(find_memory(adapter.provenance, SPELLING_KEY), names)
 
-    def spell(table: SpellingTable, component: str) -> str | None:
-        usual = table.schemes[names].spelling if names in table.schemes else None
+    def spell(reading: Reading, component: str) -> str | None:
+        known = reading.table.schemes.get(names)
+        if known is None or reading.spelling in known.also:
+            return reading.spelling if known else None
         own = earlier.get(component)
-        return own if usual is not None and own in table.spellings else usual
+        return own if own in reading.table.spellings else known.spelling
 
     return _respell(adapter, spell, facts)
 
@@ -83,7 +85,7 @@ def respell_like(adapter: Adapter, model: Adapter, facts: BaseFacts) -> tuple[Ad
         for reading in read_names(paths):
             if not reading.missed:
                 known.setdefault(reading.table.name, reading.spelling)
-    return _respell(adapter, lambda table, component: known.get(table.name), facts)
+    return _respell(adapter, lambda reading, component: known.get(reading.table.name), facts)
 
 
 def _respell(adapter: Adapter, speller: Speller, facts: BaseFacts) -> tuple[Adapter, list[Problem]]:
@@ -123,7 +125,7 @@ def _respell(adapter: Adapter, speller: Speller, facts: BaseFacts) -> tuple[Adap
 def _remember_spelling(scheme: str, owner: str, route: _Route) -> dict[str, JsonValue]:
     """Return the spelling that a source used, where it is not the one that its scheme is written in."""
     names = route.table.schemes.get(scheme)
-    return {scheme: {owner: route.old}} if names is not None and names.spelling != route.old else {}
+    return {scheme: {owner: route.old}} if names is not None and route.old in names.also else {}
 
 
 def _choose_route(
@@ -135,7 +137,7 @@ def _choose_route(
         for reading in read_names(split_component(target.name)[1] for target in targets)
         if not reading.missed and _may_be(reading, component)
     ]
-    spelled = [(reading, speller(reading.table, component)) for reading in readings]
+    spelled = [(reading, speller(reading, component)) for reading in readings]
     routes = [_Route(reading.table, reading.spelling, new) for reading, new in spelled if new is not None]
     unchanged = [route for route in routes if route.old == route.new]
     settled = {route.table.name for route in unchanged}  # The names agree in the other spellings of these tables.

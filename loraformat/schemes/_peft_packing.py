@@ -64,12 +64,12 @@ def pack_experts(targets: Targets, raw: Mapping[str, Any]) -> Packed:
             wrappers = WRAPPED * (len(ordered) - 1 - index)
             _pack(f"{module}.{parameter}", f"{module}{wrappers}", experts, packed)
     for name in sorted(targets.keys() - taken):
-        module = _find_lone_module(name, config)
-        if module is None:
+        owner = _find_lone_module(name, config)
+        if owner is None:
             packed.plain[name] = targets[name]
         else:
-            packed.parameters[name if module != name else f"{name}.weight"] = targets[name]
-            packed.tensors |= {f"{module}.{role}": factor for role, factor in targets[name].factors.items()}
+            packed.parameters[name if owner != name else f"{name}.weight"] = targets[name]
+            packed.tensors |= {f"{owner}.{role}": factor for role, factor in targets[name].factors.items()}
     return packed
 
 

@@ -14,9 +14,9 @@ from typing import Final
 from loraformat.adapter import Adapter, Factor, ScalingRule, SlotKind, Target
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, Holds, Layout, StatedScale
-from loraformat.schemes._engine import Marks
 from loraformat.schemes._experts import EXPERTS_A, EXPERTS_B, is_stack, join_stacks, part_stacks
 from loraformat.schemes._files import FiledScheme, level_multipliers, multiplier_of, pad_ranks
+from loraformat.schemes._marks import Marks
 from loraformat.schemes._memory import find_memory
 from loraformat.schemes._naming import PlainNaming
 from loraformat.schemes._one_scale import ConfigScale, inner

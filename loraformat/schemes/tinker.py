@@ -12,8 +12,9 @@ from loraformat.adapter import Adapter, Factor, ScalingRule
 from loraformat.derived import LastRead
 from loraformat.errors import refuse
 from loraformat.schemes import Bundle, StatedScale
-from loraformat.schemes._engine import NOISE, Alias, Marks, TableReader
+from loraformat.schemes._engine import TableReader
 from loraformat.schemes._experts import take_expert
+from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._naming import PlainNaming
 from loraformat.schemes._one_scale import ConfigScale
 from loraformat.schemes._table import NameTable, Row

@@ -9,7 +9,8 @@ from typing import Final
 from loraformat.adapter import Factor
 from loraformat.derived import derive
 from loraformat.operations import Pad, Take
-from loraformat.schemes._engine import NOISE, Alias, Marks, TableReader
+from loraformat.schemes._engine import TableReader
+from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._naming import ComponentNaming
 from loraformat.schemes._scales import StatedAlone
 from loraformat.schemes._table import NameTable, Row, Turn

@@ -181,7 +181,11 @@ def gpt2() -> list[Row]:
 def write(name: str, title: str, rows: list[Row], classes: dict[str, str]) -> None:
     """Write a table; `classes` is model type to the architecture that GGUF has for it."""
     spellings = {spelling for row in rows for spelling in row["paths"]}
-    schemes = {scheme: {"spelling": spelling} for scheme, spelling in SCHEMES.items() if spelling in spellings}
+    schemes: dict[str, dict[str, Any]] = {
+        scheme: {"spelling": spelling} for scheme, spelling in SCHEMES.items() if spelling in spellings
+    }
+    if "transformers-5" in spellings:
+        schemes["peft"]["also"] = ["transformers-5"]
     table(
         name,
         title,
