@@ -13,11 +13,11 @@ from loraformat.adapter import Adapter
 from loraformat.base_facts import NO_FACTS, BaseFacts, read_facts
 from loraformat.bases import BASES, BaseFormat, BaseModel
 from loraformat.containers import CONTAINERS, Container
+from loraformat.derived import find_origins
 from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.flat_yaml import parse_flat_yaml
 from loraformat.known_scales import find_scale
 from loraformat.manifest import MANIFEST_KEY
-from loraformat.operations import find_origins
 from loraformat.problems import Problem
 from loraformat.recognition import PEFT_TYPE, Recognised, recognise_config, recognise_files, recognise_tensors
 from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, FolderScheme, Layout, Scheme, StatedScale

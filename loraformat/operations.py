@@ -1,58 +1,23 @@
 """What a conversion does to tensors: operations that can be undone, and `Scale`, the only one that can round.
 
-A conversion never edits tensors in place. It builds `DerivedFactor`s, each an operation over other factors, which read
-and compute when their own numbers are asked for: nothing is held for all targets at once. All but `Scale` move numbers
-without looking at them, so any number form passes bit by bit. The tree is at the same time the record of what is done,
-for `convert --dry-run`.
+All but `Scale` move numbers without looking at them, so any number form passes bit by bit. `row_orders.py` has those
+that only put rows in another order.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loraformat.adapter import Factor
+from loraformat.derived import Moves, Shape, name_axis
 from loraformat.dtypes import BY_NAME, Dtype
-
-Shape = tuple[int, ...]
-
-
-class Operation(Protocol):
-    """One step; raises ValueError where its sources do not fit it."""
-
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """Return the shape of the result for sources of these shapes."""
-        ...
-
-    def dtype(self, dtypes: Sequence[Dtype]) -> Dtype:
-        """Return the number form of the result."""
-        ...
-
-    def apply(self, arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-        """Return the result."""
-        ...
-
-    def __str__(self) -> str:
-        """Say what is done, in few words."""
-        ...
-
-
-class _Moves:
-    """An operation that moves numbers and leaves their form alone."""
-
-    __slots__ = ()
-
-    def dtype(self, dtypes: Sequence[Dtype]) -> Dtype:
-        if len(set(dtypes)) != 1:
-            raise ValueError(f"sources of the number forms {', '.join(sorted({each.name for each in dtypes}))}")
-        return dtypes[0]
 
 
 @dataclass(frozen=True, slots=True)
-class Transpose(_Moves):
+class Transpose(Moves):
     """Exchange the axes: `axes[i]` is the source's axis that becomes axis i."""
 
     axes: tuple[int, ...] = (1, 0)
@@ -77,7 +42,7 @@ class Transpose(_Moves):
 
 
 @dataclass(frozen=True, slots=True)
-class Reshape(_Moves):
+class Reshape(Moves):
     """The same numbers in the same order under another shape."""
 
     to: Shape
@@ -97,7 +62,7 @@ class Reshape(_Moves):
 
 
 @dataclass(frozen=True, slots=True)
-class Take(_Moves):
+class Take(Moves):
     """A range of one axis."""
 
     start: int
@@ -117,14 +82,11 @@ class Take(_Moves):
         return np.ascontiguousarray(arrays[0][index])
 
     def __str__(self) -> str:
-        return f"{_AXIS_WORDS.get(self.axis, f'axis {self.axis}')} {self.start}:{self.stop}"
-
-
-_AXIS_WORDS = {0: "rows", 1: "columns"}
+        return f"{name_axis(self.axis)} {self.start}:{self.stop}"
 
 
 @dataclass(frozen=True, slots=True)
-class Concatenate(_Moves):
+class Concatenate(Moves):
     """The sources one after the other along an axis."""
 
     axis: int = 0
@@ -142,11 +104,11 @@ class Concatenate(_Moves):
         return np.concatenate(arrays, axis=self.axis)
 
     def __str__(self) -> str:
-        return f"concatenate {_AXIS_WORDS.get(self.axis, f'axis {self.axis}')}"
+        return f"concatenate {name_axis(self.axis)}"
 
 
 @dataclass(frozen=True, slots=True)
-class BlockDiagonal(_Moves):
+class BlockDiagonal(Moves):
     """The sources `(out, rank, 1 ...)` as blocks on a diagonal `(sum of out, sum of rank, 1 ...)`, zeros elsewhere."""
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
@@ -169,7 +131,7 @@ class BlockDiagonal(_Moves):
 
 
 @dataclass(frozen=True, slots=True)
-class Pad(_Moves):
+class Pad(Moves):
     """Zeros before and after, along an axis."""
 
     before: int
@@ -195,113 +157,8 @@ class Pad(_Moves):
         return Take(self.before, self.before + shape[self.axis], self.axis)
 
     def __str__(self) -> str:
-        what = _AXIS_WORDS.get(self.axis, f"axis {self.axis}")
+        what = name_axis(self.axis)
         return f"pad {what} with {self.before} zeros before and {self.after} after"
-
-
-@dataclass(frozen=True, slots=True)
-class Permute(_Moves):
-    """Another order of one axis: seen as `blocks`, its parts are put in the order `order`.
-
-    Rotary embeddings pair the rows of a head in two ways. Half-split to interleaved is `blocks (heads, 2, half)` and
-    `order (0, 2, 1)`; the way back is `blocks (heads, half, 2)` and the same order.
-
-    Attributes:
-        blocks: sizes whose product is that of the axis.
-        order: `order[i]` is the block axis that becomes the i-th.
-        axis: which axis.
-    """
-
-    blocks: tuple[int, ...]
-    order: tuple[int, ...]
-    axis: int = 0
-
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """Return the same shape."""
-        (sizes,) = shapes
-        if self.axis >= len(sizes) or math.prod(self.blocks) != sizes[self.axis]:
-            raise ValueError(f"blocks {self.blocks} of axis {self.axis} of a tensor of shape {sizes}")
-        return sizes
-
-    def apply(self, arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-        """Return the array in the new order."""
-        indices = np.arange(math.prod(self.blocks)).reshape(self.blocks).transpose(self.order).reshape(-1)
-        return np.ascontiguousarray(np.take(arrays[0], indices, axis=self.axis))
-
-    def undo(self) -> "Permute":
-        """Return the operation that leads back."""
-        blocks = tuple(self.blocks[axis] for axis in self.order)
-        return Permute(blocks, tuple(self.order.index(axis) for axis in range(len(self.order))), self.axis)
-
-    def __str__(self) -> str:
-        return f"permute {_AXIS_WORDS.get(self.axis, f'axis {self.axis}')} {list(self.blocks)} to {list(self.order)}"
-
-
-@dataclass(frozen=True, slots=True)
-class GroupHeads(_Moves):
-    """The rows of q, k and v, one below the other, in groups: the q heads of a key-value head, then its k and its v.
-
-    Megatron stores fused attention so, and splits it among its processes by groups.
-
-    Attributes:
-        heads: heads of q.
-        kv_heads: heads of k and of v, which is the number of groups.
-        head_dim: rows of one head.
-        undone: whether it leads from the groups back to q, k and v.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    undone: bool = False
-
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """Return the same shape."""
-        (sizes,) = shapes
-        if not sizes or sizes[0] != (self.heads + 2 * self.kv_heads) * self.head_dim or self.heads % self.kv_heads:
-            raise ValueError(f"{self} of a tensor of shape {sizes}")
-        return sizes
-
-    def apply(self, arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-        """Return the rows in the new order."""
-        rows = np.arange((self.heads + 2 * self.kv_heads) * self.head_dim)
-        ends = self.heads * self.head_dim, (self.heads + self.kv_heads) * self.head_dim
-        parts = [part.reshape(self.kv_heads, -1) for part in np.split(rows, ends)]
-        order = np.concatenate(parts, axis=1).reshape(-1)
-        return np.ascontiguousarray(arrays[0][np.argsort(order) if self.undone else order])
-
-    def undo(self) -> "GroupHeads":
-        """Return the operation that leads back."""
-        return GroupHeads(self.heads, self.kv_heads, self.head_dim, not self.undone)
-
-    def __str__(self) -> str:
-        what = f"{self.heads} heads in {self.kv_heads} groups"
-        return f"rows from {what} to q, k, v" if self.undone else f"rows of q, k, v to {what}"
-
-
-@dataclass(frozen=True, slots=True)
-class SwapHalves(_Moves):
-    """The second half of an axis before the first; its own way back."""
-
-    axis: int = 0
-
-    def shape(self, shapes: Sequence[Shape]) -> Shape:
-        """Return the same shape."""
-        (sizes,) = shapes
-        if self.axis >= len(sizes) or sizes[self.axis] % 2:
-            raise ValueError(f"halves of axis {self.axis} of a tensor of shape {sizes}")
-        return sizes
-
-    def apply(self, arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
-        """Return the swapped array."""
-        return np.roll(arrays[0], arrays[0].shape[self.axis] // 2, axis=self.axis)
-
-    def undo(self) -> "SwapHalves":
-        """Return the operation that leads back."""
-        return self
-
-    def __str__(self) -> str:
-        return f"swap halves of {_AXIS_WORDS.get(self.axis, f'axis {self.axis}')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,86 +188,3 @@ class Scale:
 
     def __str__(self) -> str:
         return f"scale by {self.factor:.9g} as {self.form}"
-
-
-@dataclass(frozen=True, slots=True)
-class DerivedFactor:
-    """A tensor that an operation makes of others when it is read.
-
-    Attributes:
-        name: what it is called in messages: that of its first source.
-        operation: what is done.
-        sources: to what.
-        dtype: its number form.
-        shape: its dimensions.
-    """
-
-    name: str
-    operation: Operation
-    sources: tuple[Factor, ...]
-    dtype: Dtype
-    shape: Shape
-
-    @property
-    def elements(self) -> int:
-        """The number of elements."""
-        return math.prod(self.shape)
-
-    def read(self) -> NDArray[Any]:
-        """Read the sources and return what the operation makes of them."""
-        return self.operation.apply([source.read() for source in self.sources])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class NewFactor:
-    """A tensor that no source has, such as an alpha that its source keeps in a configuration."""
-
-    name: str
-    array: NDArray[Any]
-
-    @property
-    def dtype(self) -> Dtype:
-        """Its number form."""
-        return BY_NAME[self.array.dtype.name]
-
-    @property
-    def shape(self) -> Shape:
-        """Its dimensions."""
-        return self.array.shape
-
-    @property
-    def elements(self) -> int:
-        """The number of elements."""
-        return int(self.array.size)
-
-    def read(self) -> NDArray[Any]:
-        """Return its numbers."""
-        return self.array
-
-
-def derive(operation: Operation, *sources: Factor) -> Factor:
-    """Return the tensor that `operation` makes of `sources`; raises ValueError where they do not fit."""
-    dtype = operation.dtype([source.dtype for source in sources])
-    shape = operation.shape([source.shape for source in sources])
-    return DerivedFactor(sources[0].name, operation, sources, dtype, shape)
-
-
-def find_origins(factor: Factor) -> Iterator[Factor]:
-    """Yield the stored tensors that a factor is made of, from left to right.
-
-    Whoever makes factors of others says of which: by `sources`, or by `source` where it is one.
-    """
-    single = getattr(factor, "source", None)
-    sources = getattr(factor, "sources", () if single is None else (single,))
-    if not sources:
-        yield factor
-    for source in sources:
-        yield from find_origins(source)
-
-
-def list_steps(factor: Factor) -> list[str]:
-    """Return what is done to make a factor, innermost first, each step once."""
-    if not isinstance(factor, DerivedFactor):
-        return []
-    inner = [step for source in factor.sources for step in list_steps(source)]
-    return list(dict.fromkeys([*inner, str(factor.operation)]))

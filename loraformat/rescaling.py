@@ -13,7 +13,8 @@ from typing import Final
 import numpy as np
 
 from loraformat.adapter import Factor, Scaling, Target
-from loraformat.operations import Scale, derive
+from loraformat.derived import derive
+from loraformat.operations import Scale
 from loraformat.problems import Problem
 
 _MULTIPLIED: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(

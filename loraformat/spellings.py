@@ -81,10 +81,12 @@ class SchemeNames:
     Attributes:
         spelling: of this table's own component.
         prefixes: the scheme's prefix to the component that it stands for, the one to write first.
+        also: other spellings that it takes as they are.
     """
 
     spelling: str
     prefixes: Mapping[str, str]
+    also: tuple[str, ...] = ()
 
 
 class SpellingTable:
@@ -112,7 +114,7 @@ class SpellingTable:
         self.widths: frozenset[int] = frozenset(fields.get("widths", ()))
         self.classes: frozenset[str] = frozenset(fields.get("classes", ()))
         self.schemes: Mapping[str, SchemeNames] = {
-            name: SchemeNames(each["spelling"], each.get("prefixes", {}))
+            name: SchemeNames(each["spelling"], each.get("prefixes", {}), tuple(each.get("also", ())))
             for name, each in fields.get("schemes", {}).items()
         }
         self.architectures: Mapping[str, str] = fields.get("architectures", {})

@@ -28,8 +28,15 @@ from loraformat.problems import Problem, Severity
 from loraformat.recognition import recognise_config
 from loraformat.resolve import resolve
 from loraformat.rules import check_adapter, is_mergeable, refuse_kind
-from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, Scheme, StatedScale
-from loraformat.schemes._checking import ChecksBundle, ReadsConfig
+from loraformat.schemes import (
+    NOT_STATED,
+    SCHEMES,
+    Bundle,
+    CheckingScheme,
+    ConfiguredScheme,
+    Scheme,
+    StatedScale,
+)
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import read_small
 from loraformat.strict_json import JsonValue, parse_json_object
@@ -119,7 +126,7 @@ def _distinct(problems: Iterable[Problem]) -> Iterable[Problem]:
 def _judge(path: Path, stated: StatedScale, base: BaseModel | None) -> Verdict:
     bundle, _ = open_bundle(path)
     scheme, _ = choose_scheme(bundle, None)
-    problems = scheme.check(bundle) if isinstance(scheme, ChecksBundle) else []
+    problems = scheme.check(bundle) if isinstance(scheme, CheckingScheme) else []
     try:
         adapter, implied = _read(scheme, bundle, stated)
     except LoraformatError as error:
@@ -169,7 +176,7 @@ def _judge_config(path: Path, file: Path) -> Verdict:
     """Return the verdict on a configuration alone: what it announces, and what of it stands against a merge."""
     fields = _read_config(file)
     bundle = Bundle(path, {}, config=fields)
-    scheme = next((each for _, each in SCHEMES if isinstance(each, ReadsConfig) and each.detect(bundle)), None)
+    scheme = next((each for _, each in SCHEMES if isinstance(each, ConfiguredScheme) and each.detect(bundle)), None)
     unmergeable = recognise_config(fields)
     if scheme is None and unmergeable is not None:
         raise error_for([unmergeable.as_problem(file)])
@@ -177,7 +184,7 @@ def _judge_config(path: Path, file: Path) -> Verdict:
         found = next((what for names, what in _FOREIGN_CONFIGS if names <= fields.keys()), None)
         found = found or f"a JSON object with {', '.join(sorted(fields)[:6]) or 'nothing'}"
         raise refuse("LF121", file, found, "PEFT's adapter_config.json, with peft_type")
-    assert isinstance(scheme, ReadsConfig), "chosen so"
+    assert isinstance(scheme, ConfiguredScheme), "chosen so"
     reading = scheme.check_config(bundle)
     unknown = [
         refuse_kind(kind, f"{path}: {field}", f"announced by {field}")

@@ -10,22 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from builders import MemoryFactor
-from loraformat.operations import (
-    BlockDiagonal,
-    Concatenate,
-    DerivedFactor,
-    NewFactor,
-    Pad,
-    Permute,
-    Reshape,
-    Scale,
-    SwapHalves,
-    Take,
-    Transpose,
-    derive,
-    find_origins,
-    list_steps,
-)
+from loraformat.derived import DerivedFactor, NewFactor, derive, find_origins, list_steps
+from loraformat.operations import BlockDiagonal, Concatenate, Pad, Reshape, Scale, Take, Transpose
+from loraformat.row_orders import Permute, SwapHalves
 
 FORMS = (np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.float64, np.int8)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from loraformat.adapter import Adapter, Factor
-from loraformat.operations import NewFactor, find_origins, list_steps
+from loraformat.derived import NewFactor, find_origins, list_steps
 from loraformat.problems import Problem
 
 

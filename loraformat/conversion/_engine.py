@@ -12,7 +12,7 @@ from loraformat.conversion._proof import Proof, prove
 from loraformat.conversion._respelling import respell, respell_like
 from loraformat.conversion._writing import check_outputs, pending_files
 from loraformat.errors import error_for, refuse
-from loraformat.loading import choose_scheme, list_files, open_bundle
+from loraformat.loading import choose_scheme, list_files, open_bundle, read_bundle
 from loraformat.problems import Problem
 from loraformat.schemes import (
     SCHEMES,
@@ -151,7 +151,7 @@ def read_source(path: Path, scheme: str | None, stated: StatedScale, facts: Base
     reader, evidence = choose_scheme(bundle, scheme)
     own = reader.find_facts(bundle) if isinstance(reader, KnowingScheme) else NO_FACTS
     bundle = replace(bundle, facts=facts.complete(own))
-    return Source(path, bundle, reader.read(bundle, stated), evidence)
+    return Source(path, bundle, read_bundle(reader, bundle, stated), evidence)
 
 
 def find_writer(name: str) -> WritingScheme:
@@ -167,7 +167,8 @@ def find_writer(name: str) -> WritingScheme:
 
 def convert_source(source: Source, scheme: WritingScheme, facts: BaseFacts, rounding: Rounding) -> Converted:
     """Convert in memory; what stands against it is among the problems."""
-    adapter, found = respell(source.adapter, scheme.names, facts)
+    names = scheme.names if source.adapter.scheme != scheme.name else ""  # In its own scheme it keeps its spelling.
+    adapter, found = respell(source.adapter, names, facts)
     written = scheme.write(adapter, facts)
     problems = [*source.adapter.problems, *found, *written.problems]
     if rounding.allowed:

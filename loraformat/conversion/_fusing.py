@@ -13,7 +13,8 @@ import numpy as np
 
 from loraformat.adapter import Factor, Scaling, ScalingRule, Target
 from loraformat.base_facts import BaseFacts
-from loraformat.operations import BlockDiagonal, Concatenate, DerivedFactor, NewFactor, Take, derive
+from loraformat.derived import DerivedFactor, KeptFactor, NewFactor, derive
+from loraformat.operations import BlockDiagonal, Concatenate, Take
 from loraformat.problems import Problem
 from loraformat.rescaling import rescale
 from loraformat.spans import StoredTensor
@@ -264,6 +265,7 @@ def _share_down(targets: Sequence[Target]) -> bool:
 
 
 def _is_same(one: Factor, other: Factor) -> bool:
+    one, other = (each.source if isinstance(each, KeptFactor) else each for each in (one, other))
     if one is other:
         return True
     if (one.dtype, one.shape) != (other.dtype, other.shape):

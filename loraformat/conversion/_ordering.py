@@ -7,8 +7,9 @@ from typing import Final
 from loraformat.adapter import Factor, Target
 from loraformat.base_facts import BaseFacts
 from loraformat.conversion._fusing import row_roles
-from loraformat.operations import GroupHeads, Operation, Permute, SwapHalves, derive
+from loraformat.derived import Operation, derive
 from loraformat.problems import Problem
+from loraformat.row_orders import GroupHeads, Permute, SwapHalves
 from loraformat.spellings import Order
 
 Rule = Callable[[Target, Factor, Order, BaseFacts, bool], "Operation | None"]

@@ -14,7 +14,7 @@ from loraformat.base_facts import BaseFacts
 from loraformat.conversion._fusing import Made, describe_parts, fuse, split
 from loraformat.conversion._ordering import reorder
 from loraformat.problems import Problem
-from loraformat.schemes._memory import COMPONENT_KEY, MODEL_KEY, find_memory
+from loraformat.schemes._memory import COMPONENT_KEY, MODEL_KEY, SPELLING_KEY, find_memory, find_texts
 from loraformat.schemes._naming import DENOISERS, split_component
 from loraformat.spellings import ModuleRow, Place, Reading, SpellingTable, read_names
 from loraformat.strict_json import JsonValue
@@ -49,8 +49,8 @@ class _Route:
     new: str
 
 
-Speller = Callable[[SpellingTable], str | None]
-"""From a table to the spelling that is wanted; None where the table does not matter."""
+Speller = Callable[[Reading, str], str | None]
+"""From a reading of a component's names to the spelling that is wanted; None where its table does not matter."""
 
 
 def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, list[Problem]]:
@@ -60,7 +60,16 @@ def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, li
     """
     if not names:
         return adapter, []
-    return _respell(adapter, lambda table: table.schemes[names].spelling if names in table.schemes else None, facts)
+    earlier = find_texts(find_memory(adapter.provenance, SPELLING_KEY), names)
+
+    def spell(reading: Reading, component: str) -> str | None:
+        known = reading.table.schemes.get(names)
+        if known is None or reading.spelling in known.also:
+            return reading.spelling if known else None
+        own = earlier.get(component)
+        return own if own in reading.table.spellings else known.spelling
+
+    return _respell(adapter, spell, facts)
 
 
 def respell_like(adapter: Adapter, model: Adapter, facts: BaseFacts) -> tuple[Adapter, list[Problem]]:
@@ -76,13 +85,14 @@ def respell_like(adapter: Adapter, model: Adapter, facts: BaseFacts) -> tuple[Ad
         for reading in read_names(paths):
             if not reading.missed:
                 known.setdefault(reading.table.name, reading.spelling)
-    return _respell(adapter, lambda table: known.get(table.name), facts)
+    return _respell(adapter, lambda reading, component: known.get(reading.table.name), facts)
 
 
 def _respell(adapter: Adapter, speller: Speller, facts: BaseFacts) -> tuple[Adapter, list[Problem]]:
     result = Respelled()
     known = adapter.provenance.get(FUSED)
     models = dict(find_memory(adapter.provenance, MODEL_KEY))
+    spellings = dict(find_memory(adapter.provenance, SPELLING_KEY))
     groups: dict[str, list[Target]] = defaultdict(list)
     for target in adapter.targets:
         groups[split_component(target.name)[0]].append(target)
@@ -99,17 +109,23 @@ def _respell(adapter: Adapter, speller: Speller, facts: BaseFacts) -> tuple[Adap
             result.targets += [replace(each, name=f"{prefix}{split_component(each.name)[1]}") for each in targets]
         else:
             models[owner] = route.table.name
+            spellings |= _remember_spelling(adapter.scheme, owner, route)
             _respell_component(prefix, targets, route, facts, known if isinstance(known, Mapping) else {}, result)
     provenance = {name: value for name, value in adapter.provenance.items() if name not in (FUSED, COMPONENT_KEY)}
     names_left = {target.name for target in result.targets}
     kept = {name: parts for name, parts in known.items() if name in names_left} if isinstance(known, Mapping) else {}
     if kept or result.fused:
         provenance[FUSED] = {**kept, **result.fused}
-    if models:
-        provenance[MODEL_KEY] = models
+    provenance |= {key: memory for key, memory in ((MODEL_KEY, models), (SPELLING_KEY, spellings)) if memory}
     ordered = tuple(sorted(result.targets, key=lambda target: target.name))
     absorbed = (*adapter.absorbed, *result.absorbed)
     return replace(adapter, targets=ordered, provenance=provenance, absorbed=absorbed), result.problems
+
+
+def _remember_spelling(scheme: str, owner: str, route: _Route) -> dict[str, JsonValue]:
+    """Return the spelling that a source used, where it is not the one that its scheme is written in."""
+    names = route.table.schemes.get(scheme)
+    return {scheme: {owner: route.old}} if names is not None and route.old in names.also else {}
 
 
 def _choose_route(
@@ -121,9 +137,11 @@ def _choose_route(
         for reading in read_names(split_component(target.name)[1] for target in targets)
         if not reading.missed and _may_be(reading, component)
     ]
-    spelled = [(reading, speller(reading.table)) for reading in readings]
+    spelled = [(reading, speller(reading, component)) for reading in readings]
     routes = [_Route(reading.table, reading.spelling, new) for reading, new in spelled if new is not None]
     unchanged = [route for route in routes if route.old == route.new]
+    settled = {route.table.name for route in unchanged}  # The names agree in the other spellings of these tables.
+    routes = [route for route in routes if route in unchanged or route.table.name not in settled]
     if unchanged and len(unchanged) == len(routes):
         return unchanged[0], None
     for test in (_by_name(remembered), _by_class(facts), _by_width(targets)):
@@ -133,8 +151,7 @@ def _choose_route(
     if len(tables) > 1:
         found = " or ".join(sorted(route.table.title for route in routes))
         return None, Problem("LF316", component or "the names", found, "names of one model")
-    # One table may read the same names in two spellings, where these agree.
-    return next((route for route in routes if route.old == route.new), routes[0] if routes else None), None
+    return (routes[0] if routes else None), None
 
 
 def _may_be(reading: Reading, component: str) -> bool:

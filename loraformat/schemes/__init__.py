@@ -1,6 +1,6 @@
 """Naming schemes: one file each, between named tensors and adapters."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -106,6 +106,8 @@ class WrittenBundle:
         config: the configuration beside it, or None.
         container: name of the container, a file in `loraformat/containers/` that can write.
         file_name: what the file is called in its folder; empty for a scheme of single files.
+        other_files: other names that its readers look for, `*` for any text, each with the container that it says; an
+            output of such a name is the file itself, without annotations.
         config_name: what the configuration is called.
         problems: what the scheme has no place for, or would round.
         stated: what a reader of the files must be told, for a scheme that has no place for a scale.
@@ -116,6 +118,7 @@ class WrittenBundle:
     config: Mapping[str, JsonValue] | None = None
     container: str = "safetensors"
     file_name: str = ""
+    other_files: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     config_name: str = ""
     problems: tuple[Problem, ...] = ()
     stated: StatedScale = NOT_STATED
@@ -173,6 +176,39 @@ class KnowingScheme(Scheme, Protocol):
 
     def find_facts(self, bundle: Bundle) -> BaseFacts:
         """Return what they say."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigReading:
+    """What a configuration without tensors says.
+
+    Attributes:
+        described: what it announces, in a few words.
+        kinds: the adapter kinds that its tensors would have, each with the field that says so.
+        problems: what stands against a merge whatever the tensors are, and what is odd.
+    """
+
+    described: str
+    kinds: Mapping[str, str]
+    problems: Sequence[Problem]
+
+
+@runtime_checkable
+class CheckingScheme(Scheme, Protocol):
+    """A scheme that knows what is legal but odd."""
+
+    def check(self, bundle: Bundle) -> list[Problem]:
+        """Return what is odd about tensors and configuration; does not raise."""
+        ...
+
+
+@runtime_checkable
+class ConfiguredScheme(Scheme, Protocol):
+    """A scheme with a configuration that means something without its tensors."""
+
+    def check_config(self, bundle: Bundle) -> ConfigReading:
+        """Return what the configuration of a bundle without tensors says; does not raise."""
         ...
 
 

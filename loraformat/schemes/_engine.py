@@ -6,7 +6,7 @@ stands (`ScalePlace`), and by which marks it is known (`Marks`). Everything else
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from loraformat.adapter import Adapter, BaseBinding, Factor, Target
@@ -16,9 +16,18 @@ from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, Holds, StatedScale, WrittenBundle
 from loraformat.schemes._groups import name_kind, rank_of, slot_of
+from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._memory import PROVENANCE_KEY, annotate, find_memory, find_texts, recall
 from loraformat.schemes._naming import NamesRead, Naming
-from loraformat.schemes._scales import Module, ScalePlace, ScalesWritten, read_options, remember_options, write_options
+from loraformat.schemes._scales import (
+    Module,
+    ScalePlace,
+    ScalesWritten,
+    find_homeless_options,
+    read_options,
+    remember_options,
+    write_options,
+)
 from loraformat.schemes._table import NameTable
 from loraformat.strict_json import JsonValue
 
@@ -26,58 +35,8 @@ _STALE: Final = ("sshs_", PROVENANCE_KEY, MANIFEST_KEY)
 """Annotations that are about the bytes of one file, and must not be copied into another."""
 
 
-@dataclass(frozen=True, slots=True)
-class Marks:
-    """By what a scheme is known.
-
-    Attributes:
-        keys: expressions that a key of the scheme matches, from its start.
-        neutral: expressions of keys that may stand in files of several schemes, and do not count.
-        others: expressions of keys that speak against the scheme, whatever else is there.
-        asks: further conditions on the bundle, all of which must hold.
-    """
-
-    keys: tuple[str, ...]
-    neutral: tuple[str, ...] = (r".+\.alpha$",)
-    others: tuple[str, ...] = ()
-    asks: tuple[Callable[[Bundle], bool], ...] = ()
-
-    def find(self, bundle: Bundle) -> str | None:
-        """Return the evidence in words, or None: more than half of the keys that count must be of the scheme."""
-        if MANIFEST_KEY in bundle.metadata or not all(ask(bundle) for ask in self.asks):
-            return None
-        matches = [_joined(self.keys).match(key) and key for key in bundle.tensors]
-        hits = [key for key in matches if key]
-        if not hits or any(_joined(self.others).match(key) for key in bundle.tensors if self.others):
-            return None
-        counted = [key for key in bundle.tensors if key in set(hits) or not _joined(self.neutral).match(key)]
-        if 2 * len(hits) <= len(counted):
-            return None
-        return f"{len(hits)} of {len(bundle.tensors)} tensors are called like {min(hits)}"
-
-
-_EXPRESSIONS: dict[tuple[str, ...], re.Pattern[str]] = {}
-
-
-def _joined(expressions: tuple[str, ...]) -> re.Pattern[str]:
-    if expressions not in _EXPRESSIONS:
-        _EXPRESSIONS[expressions] = re.compile("|".join(f"(?:{each})" for each in expressions) or r"(?!)")
-    return _EXPRESSIONS[expressions]
-
-
-@dataclass(frozen=True, slots=True)
-class Alias:
-    """An older or noisy way to write a key: the expression and the key as the table knows it."""
-
-    expression: str
-    key: str
-
-
-NOISE: Final = tuple(
-    Alias(rf"^((?:.*\.)?){re.escape(word)}(.*)$", r"\1\2")
-    for word in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-)
-"""Prefixes that wrappers of training frameworks leave in names."""
+Fit = Callable[[Sequence[Target]], tuple[list[Target], list[Problem]]]
+"""Makes targets fit into a scheme; returns them with what that cost."""
 
 
 @dataclass(slots=True)
@@ -194,9 +153,11 @@ class TableScheme(TableReader):
 
     Attributes:
         holds: what it has a place for.
+        fits: what is done to the targets before they are written, in order.
     """
 
     holds: Holds = field(kw_only=True)
+    fits: tuple[Fit, ...] = ()
 
     def _remember(self, bundle: Bundle, names: NamesRead, groups: Mapping[str, _Group]) -> dict[str, JsonValue]:
         """Return the file's own annotations, and the keys that would be written otherwise."""
@@ -216,11 +177,15 @@ class TableScheme(TableReader):
         """Return the tensors under this scheme's names."""
         memory = find_memory(adapter.provenance, self.name)
         problems = check_holds(self.name, self.holds, adapter)
-        names = self.naming.write([target.name for target in adapter.targets], facts, memory)
-        scales = self.scale.write(adapter.targets, memory)
-        problems += names.problems + scales.problems
+        refused = {problem.where for problem in problems}
+        held = tuple(target for target in adapter.targets if target.name not in refused)
+        fitted, found = self.fit(replace(adapter, targets=held))
+        targets = fitted.targets
+        names = self.naming.write([target.name for target in targets], facts, memory)
+        scales = self.scale.write(targets, memory)
+        problems += found + names.problems + scales.problems
         tensors: dict[str, Factor] = {}
-        for target in adapter.targets:
+        for target in targets:
             if target.name in names.modules:
                 problems += self._place(target, names.modules[target.name], scales, memory, tensors)
         return WrittenBundle(
@@ -229,6 +194,15 @@ class TableScheme(TableReader):
             config=scales.config,
             problems=tuple(problems),
         )
+
+    def fit(self, adapter: Adapter) -> tuple[Adapter, list[Problem]]:
+        """Return the adapter with targets that the scheme can hold, and what that cost."""
+        targets: Sequence[Target] = adapter.targets
+        problems: list[Problem] = []
+        for fit in self.fits:
+            targets, found = fit(targets)
+            problems += found
+        return replace(adapter, targets=tuple(targets)), problems
 
     def _place(
         self,
@@ -240,7 +214,7 @@ class TableScheme(TableReader):
     ) -> list[Problem]:
         """Put the tensors of one target under their keys; return what has no row, and keys that are taken."""
         odd = find_texts(memory, "keys")
-        problems = []
+        problems = find_homeless_options(target)
         beside = {**scales.sidecars.get(target.name, {}), **write_options(target, memory)}
         for role, factor in {**target.factors, **beside}.items():
             row = self.rows.find(role, target.kind)

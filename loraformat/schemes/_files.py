@@ -5,17 +5,19 @@ What a target cannot keep is moved into its factors, by the rules of `rescaling`
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Final
 
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, Target
 from loraformat.base_facts import BaseFacts
-from loraformat.operations import Pad, derive
+from loraformat.derived import derive
+from loraformat.operations import Pad
 from loraformat.problems import Problem
 from loraformat.rescaling import rescale
 from loraformat.schemes import WrittenBundle
-from loraformat.schemes._engine import TableScheme, check_holds
+from loraformat.schemes._engine import TableScheme
 
 _SAME: Final = 1e-12
 """Scales that differ by less are one number that was rounded on different ways."""
@@ -103,48 +105,32 @@ def _move(targets: Sequence[Target], scaling_for: Callable[[Target], Scaling]) -
     return moved, problems
 
 
-Fit = Callable[[Sequence[Target]], tuple[list[Target], list[Problem]]]
-
-
 @dataclass(frozen=True)
 class FiledScheme(TableScheme):
     """A table scheme with files of its own.
 
     Attributes:
-        fits: what is done to the targets before they are written, in order.
         container: in what the tensors are written.
         file_name: what the file is called in its folder; empty for a single file.
+        other_files: other names of it, each with the container that it says.
         config_name: what the configuration is called.
         annotates: whether the container has a place for annotations.
     """
 
-    fits: tuple[Fit, ...] = ()
     container: str = "safetensors"
     file_name: str = ""
+    other_files: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     config_name: str = ""
     annotates: bool = True
 
     def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
-        """Return the tensors under this scheme's names, after the targets were made to fit."""
-        against = check_holds(self.name, self.holds, adapter)
-        refused = {problem.where for problem in against}
-        held = tuple(target for target in adapter.targets if target.name not in refused)
-        fitted, problems = self.fit(replace(adapter, targets=held))
-        written = super().write(fitted, facts)
+        """Return the tensors under this scheme's names, in files of its own."""
+        written = super().write(adapter, facts)
         return replace(
             written,
             container=self.container,
             file_name=self.file_name,
+            other_files=self.other_files,
             config_name=self.config_name,
             metadata=written.metadata if self.annotates else {},
-            problems=(*against, *problems, *written.problems),
         )
-
-    def fit(self, adapter: Adapter) -> tuple[Adapter, list[Problem]]:
-        """Return the adapter with targets that the scheme can hold."""
-        targets: Sequence[Target] = adapter.targets
-        problems: list[Problem] = []
-        for fit in self.fits:
-            targets, found = fit(targets)
-            problems += found
-        return replace(adapter, targets=tuple(targets)), problems

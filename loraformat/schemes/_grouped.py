@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from loraformat.adapter import Factor
-from loraformat.operations import Concatenate, NewFactor, Pad, Take, derive
+from loraformat.derived import NewFactor, derive
+from loraformat.operations import Concatenate, Pad, Take
 
 FUSED = "fused"
 """The provenance that says of which parts a fused target is made, and their ranks; 0 where they share one A."""

@@ -8,7 +8,7 @@ from loraformat.schemes._scales import BOUNDED
 
 _RANK_AXES: Final = (
     *(("lora_A.weight", 0), ("lora_B.weight", 1), ("lora_embedding_A", 0), ("hada_w1_b", 0), ("lokr_t2", 0)),
-    *(("lokr_w2_b", 0), ("lokr_w1_b", 0), ("a2.weight", 0)),
+    *(("lokr_w2_b", 0), ("lokr_w1_b", 0), ("a2.weight", 0), ("experts_A", 1)),
 )
 """Where factors show a rank: a role and the axis."""
 _KINDS_TOGETHER: Final[Mapping[frozenset[str], str]] = {

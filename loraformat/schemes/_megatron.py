@@ -7,7 +7,7 @@ Megatron-Bridge 0.3, peft; NVIDIA/NeMo, export/utils/lora_converter.py.
 
 from typing import Final
 
-from loraformat.schemes._engine import NOISE, Alias
+from loraformat.schemes._marks import NOISE, Alias
 from loraformat.schemes._table import NameTable, Row
 
 _LAYER: Final = r"^((?:.*\.)?decoder\.layers\.\d+)"

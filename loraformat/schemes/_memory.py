@@ -15,6 +15,8 @@ COMPONENT_KEY: Final = "component"
 """The part of a provenance that says which component names without one belong to."""
 MODEL_KEY: Final = "model"
 """The part of a provenance that says by which table a component's names were respelled."""
+SPELLING_KEY: Final = "spelling"
+"""The part that says, for a scheme, which component had names in another spelling than the scheme is written in."""
 
 
 def recall(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -7,22 +7,22 @@ first is innermost, under `base_layer.`.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, Final
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass
+from typing import Final
 
 from loraformat.adapter import Factor
+from loraformat.derived import KeptFactor, LastRead, derive
+from loraformat.errors import refuse
 from loraformat.limits import MAX_EXPERTS
+from loraformat.operations import BlockDiagonal, Take
 from loraformat.problems import Problem
-from loraformat.schemes._derived import DerivedFactor, LastRead
+from loraformat.row_orders import Permute
 from loraformat.schemes._peft_config import PeftConfig
 
 A: Final = "lora_A.weight"
 B: Final = "lora_B.weight"
-_WRAPPED: Final = ".base_layer"
-_ORDER: Final = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+WRAPPED: Final = ".base_layer"
+ORDER: Final = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 """Parameters of transformers' experts, in the order in which they are defined."""
 
 _SURE_OF_SQUARES: Final = (0, 19, 1)
@@ -31,8 +31,8 @@ _SURE_OF_SQUARES: Final = (0, 19, 1)
 
 def find_module(name: str) -> str:
     """Return the module of a target, without the wrappers that nest its parameters."""
-    while name.endswith(_WRAPPED):
-        name = name.removesuffix(_WRAPPED)
+    while name.endswith(WRAPPED):
+        name = name.removesuffix(WRAPPED)
     return name
 
 
@@ -46,7 +46,7 @@ def list_parameters(module: str, config: PeftConfig) -> list[str]:
         inside = module == owner or module.endswith(f".{owner}")
         if inside if owner else not _is_targeted(module, config):
             found.append(parameter)
-    known = [parameter for parameter in _ORDER if parameter in found]
+    known = [parameter for parameter in ORDER if parameter in found]
     return list(known) if len(known) == len(found) else found
 
 
@@ -70,12 +70,12 @@ def name_parameter(name: str, levels: Mapping[str, Mapping[str, Factor]], config
     if not parameters:
         return None
     nested = [each for each in levels if find_module(each) == module]
-    depth = (len(name) - len(module)) // len(_WRAPPED)
+    depth = (len(name) - len(module)) // len(WRAPPED)
     if len(nested) != len(parameters) or depth >= len(parameters):
         found = f"{len(nested)} pairs of factors, and the parameters {', '.join(parameters)}"
         return Problem("LF225", name, found, "one pair for each")
     shapes = [tuple(levels[each][role].shape for role in (A, B) if role in levels[each]) for each in nested]
-    if not set(parameters) <= set(_ORDER) and len(set(shapes)) < len(shapes):
+    if not set(parameters) <= set(ORDER) and len(set(shapes)) < len(shapes):
         found = f"factors of one shape for {', '.join(parameters)}, in an order that is not known"
         return Problem("LF225", name, found, "shapes that tell them apart")
     return parameters[len(parameters) - 1 - depth]
@@ -105,24 +105,17 @@ def split_experts(
         module, _, parameter = name.rpartition(".")
         return [(module if parameter == "weight" else name, dict(factors))]
     module, _, parameter = name.rpartition(".")
-    split: list[tuple[str, dict[str, Factor]]] = []
-    for expert in range(experts):
-        rows, columns = slice(expert * rank, (expert + 1) * rank), slice(expert, None, experts)
-        sizes = (rank, down.shape[1]), (up.shape[0], rank)
-        own: dict[str, Factor] = {
-            A: DerivedFactor(f"{down.name}[{expert}]", sizes[0], down, partial(_take_rows, rows), last),
-            B: DerivedFactor(f"{up.name}[{expert}]", sizes[1], up, partial(_take_columns, columns), last),
-        }
-        split.append((f"{module}.{expert}.{parameter}", own))
-    return split
+    kept = KeptFactor(down, last), KeptFactor(derive(Permute((rank, experts), (1, 0), axis=1), up), last)
+    return [
+        (f"{module}.{expert}.{parameter}", _take_expert(kept, slice(expert * rank, (expert + 1) * rank)))
+        for expert in range(experts)
+    ]
 
 
-def _take_rows(rows: slice, stored: NDArray[Any]) -> NDArray[Any]:
-    return np.array(stored[rows], order="C")
-
-
-def _take_columns(columns: slice, stored: NDArray[Any]) -> NDArray[Any]:
-    return np.array(stored[:, columns], order="C")
+def _take_expert(pair: tuple[Factor, Factor], own: slice) -> dict[str, Factor]:
+    """Return one expert's rows of A and columns of B, which lie together."""
+    down, up = pair
+    return {A: derive(Take(own.start, own.stop), down), B: derive(Take(own.start, own.stop, axis=1), up)}
 
 
 def check_square(name: str, factors: Mapping[str, Factor], config: PeftConfig) -> list[Problem]:
@@ -145,38 +138,48 @@ def expand_blocks(
     name: str, factors: Mapping[str, Factor], config: PeftConfig, last: LastRead
 ) -> dict[str, Factor] | Problem:
     """Return the factors of a BD-LoRA target with the compact one put block-diagonally in place."""
+    stated = list_blocks(name, config)
+    expanded = dict(factors)
+    for role in stated.roles:
+        factor = factors.get(role)
+        if factor is None or len(factor.shape) != 2 or factor.shape[0] % stated.count or len(stated.roles) > 1:
+            found = f"{role} {factor.shape if factor else 'missing'} for {stated.count} blocks"
+            return Problem("LF203", name, found, "rows that divide into the blocks, in one of A and B")
+        rows, kept = factor.shape[0] // stated.count, KeptFactor(factor, last)
+        blocks = [derive(Take(block * rows, (block + 1) * rows), kept) for block in range(stated.count)]
+        expanded[role] = derive(BlockDiagonal(), *blocks)
+    return expanded
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """What BD-LoRA stores of a target in compact form.
+
+    Attributes:
+        count: how many blocks.
+        roles: which factors.
+    """
+
+    count: int
+    roles: tuple[str, ...]
+
+
+def list_blocks(name: str, config: PeftConfig) -> Blocks:
+    """Return which factors of a target are stored as blocks; raises LF213 for a configuration that does not say it."""
     stated = config.fields.get("use_bdlora")
     if not stated:
-        return dict(factors)
+        return Blocks(1, ())
     count = stated.get("nblocks") if isinstance(stated, Mapping) else None
     if not isinstance(stated, Mapping) or not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        return Problem("LF213", f"{config.where}: use_bdlora", f"{stated!r:.80}", "an object with nblocks")
+        raise refuse("LF213", f"{config.where}: use_bdlora", f"{stated!r:.80}", "an object with nblocks")
     fields = (("target_modules_bd_a", A), ("target_modules_bd_b", B))
-    matched = [role for field, role in fields if _names_part(stated.get(field), name)]
-    expanded = dict(factors)
-    for role in matched:
-        factor = factors.get(role)
-        if factor is None or len(factor.shape) != 2 or factor.shape[0] % count or len(matched) > 1:
-            found = f"{role} {factor.shape if factor else 'missing'} for {count} blocks"
-            return Problem("LF203", name, found, "rows that divide into the blocks, in one of A and B")
-        shape = (factor.shape[0], factor.shape[1] * count)
-        expanded[role] = DerivedFactor(factor.name, shape, factor, partial(_place_blocks, count), last)
-    return expanded
+    return Blocks(count, tuple(role for field, role in fields if _names_part(stated.get(field), name)))
 
 
 def _names_part(patterns: object, name: str) -> bool:
     """Say whether PEFT's patterns, which are texts inside a name, fit."""
     listed: Sequence[object] = patterns if isinstance(patterns, list | tuple) else ()
     return any(isinstance(pattern, str) and pattern in name for pattern in listed)
-
-
-def _place_blocks(count: int, compact: NDArray[Any]) -> NDArray[Any]:
-    rows, columns = compact.shape[0] // count, compact.shape[1]
-    placed: NDArray[Any] = np.zeros((compact.shape[0], columns * count), compact.dtype)
-    for block in range(count):
-        own = slice(block * rows, (block + 1) * rows)
-        placed[own, block * columns : (block + 1) * columns] = compact[own]
-    return placed
 
 
 _OUT: Final = ".base_layer.out_proj"

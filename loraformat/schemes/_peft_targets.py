@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import Factor, Scaling, ScalingRule, SlotKind, Target
+from loraformat.derived import LastRead
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, StatedScale
-from loraformat.schemes._derived import LastRead
 from loraformat.schemes._peft_config import PeftConfig
 from loraformat.schemes._peft_groups import BASE, LORA, REPLACE, TOKENS, Group
 from loraformat.schemes._peft_packed import (

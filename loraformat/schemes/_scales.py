@@ -9,10 +9,11 @@ from typing import Final, Protocol
 import numpy as np
 
 from loraformat.adapter import Factor, Scaling, ScalingRule, Target
+from loraformat.derived import NewFactor
 from loraformat.dtypes import BY_NAME
 from loraformat.errors import refuse
-from loraformat.operations import NewFactor
 from loraformat.problems import Problem
+from loraformat.rescaling import rescale
 from loraformat.schemes import Bundle, StatedScale
 from loraformat.strict_json import JsonValue
 
@@ -179,6 +180,24 @@ class StatedAlone:
     def write(self, targets: Sequence[Target], remembered: Mapping[str, JsonValue]) -> ScalesWritten:
         """Return nothing: the targets must have been folded before."""
         return ScalesWritten()
+
+
+def fold_rankless(targets: Sequence[Target]) -> tuple[list[Target], list[Problem]]:
+    """Return targets without a rank, whose alpha would count for nothing, with a scale of 1, and what that cost."""
+    moved = [target if target.rank or target.kind in BOUNDED else None for target in targets]
+    rescaled = [rescale(target, UNIT) for target, same in zip(targets, moved, strict=True) if same is None]
+    made = iter(rescaled)
+    return [same or next(made).target for same in moved], [each.problem for each in rescaled if each.problem]
+
+
+def find_homeless_options(target: Target) -> list[Problem]:
+    """Return the options of a target for which `write_options` has no place."""
+    bound = {"constraint"} if target.kind in BOUNDED else set()
+    left = sorted(set(target.options) - {ON_INPUT} - bound)
+    return [
+        Problem("LF312", target.name, f"{name} {target.options[name]!r:.80}", "an option that it can state")
+        for name in left
+    ]
 
 
 def read_alpha(module: Module) -> float | None:

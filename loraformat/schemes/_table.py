@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from loraformat.adapter import Factor
-from loraformat.operations import Reshape, Transpose, derive
+from loraformat.derived import derive
+from loraformat.operations import Reshape, Transpose
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from typing import Final
 from loraformat.adapter import Adapter, ScalingRule
 from loraformat.errors import refuse
 from loraformat.schemes import Bundle, Layout, StatedScale
-from loraformat.schemes._engine import Marks, TableReader
+from loraformat.schemes._engine import TableReader
+from loraformat.schemes._marks import Marks
 from loraformat.schemes._naming import PlainNaming
 from loraformat.schemes._one_scale import ConfigScale, inner
 from loraformat.schemes._table import NameTable, Row

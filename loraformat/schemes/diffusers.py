@@ -13,8 +13,9 @@ from typing import Final
 from loraformat.adapter import SlotKind, Target
 from loraformat.errors import LoraformatError
 from loraformat.schemes import Bundle, Holds, StatedScale
-from loraformat.schemes._engine import NOISE, Alias, Marks, TableScheme
+from loraformat.schemes._engine import TableScheme
 from loraformat.schemes._lora_config import describe_lora
+from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._memory import find_texts
 from loraformat.schemes._naming import COMPONENTS, ComponentNaming, split_component
 from loraformat.schemes._peft_config import PeftConfig

@@ -9,10 +9,11 @@ from typing import Final
 
 from loraformat.adapter import SlotKind
 from loraformat.schemes import LORA_SLOTS, Holds
-from loraformat.schemes._engine import NOISE, Alias, Marks, TableScheme
+from loraformat.schemes._engine import TableScheme
 from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS
+from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._naming import ComponentNaming
-from loraformat.schemes._scales import AlphaTensors
+from loraformat.schemes._scales import AlphaTensors, fold_rankless
 from loraformat.schemes._table import NameTable, Row
 
 _PREFIXES: Final = {
@@ -55,5 +56,6 @@ SCHEME: Final = TableScheme(
     ),
     holds=Holds(kinds=LYCORIS_KINDS, slots=LORA_SLOTS | {SlotKind.PARAMETER}),
     names="dotted",
+    fits=(fold_rankless,),
     aliases=(*NOISE, Alias(r"^(.*)\.lora_([AB])$", r"\1.lora_\2.weight")),
 )

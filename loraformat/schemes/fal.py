@@ -8,7 +8,8 @@ a configuration beside it, it is a PEFT folder, and read as one. Source: hugging
 from typing import Final
 
 from loraformat.schemes import Bundle
-from loraformat.schemes._engine import NOISE, Alias, Marks, TableReader
+from loraformat.schemes._engine import TableReader
+from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._naming import ComponentNaming
 from loraformat.schemes._scales import ALPHA, AlphaTensors
 from loraformat.schemes._table import NameTable, Row

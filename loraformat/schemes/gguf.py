@@ -1,11 +1,13 @@
 """GGUF adapters (llama.cpp, Ollama, LM Studio): `blk.0.attn_q.weight.lora_a` and the base's architecture.
 
-A is `(rank, in)` and B `(out, rank)` as elsewhere; only the A of `token_embd` is stored `(vocabulary, rank)`. One alpha
-for all targets, over each one's own rank; 0 means a scale of 1. Where the architecture has interleaved rotary rows, so
-have q and k: the tables of `spec/names/` say where. Source: llama.cpp, src/llama-adapter.cpp, convert_lora_to_gguf.py.
+A is `(rank, in)` and B `(out, rank)` as elsewhere, of experts with their number before these axes; only the A of
+`token_embd` is stored `(vocabulary, rank)`. One alpha for all targets, over each one's own rank; 0 means a scale of 1.
+Where the architecture has interleaved rotary rows, so have q and k: the tables of `spec/names/` say where. Source:
+llama.cpp, src/llama-adapter.cpp, convert_lora_to_gguf.py.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -16,8 +18,9 @@ from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, 
 from loraformat.base_facts import BaseFacts
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, Holds, StatedScale, WrittenBundle
-from loraformat.schemes._engine import Marks
+from loraformat.schemes._experts import EXPERTS_A, EXPERTS_B, is_stack, join_stacks, part_stacks
 from loraformat.schemes._files import UNIT, FiledScheme, alpha_of, level_alphas
+from loraformat.schemes._marks import Marks
 from loraformat.schemes._memory import PROVENANCE_KEY, find_memory, find_texts
 from loraformat.schemes._one_scale import check_number, state
 from loraformat.schemes._patterned import PatternedNaming
@@ -32,12 +35,20 @@ _FIXED: Final[Mapping[str, JsonValue]] = {"general.type": "adapter", "adapter.ty
 _NAMES: Final = r"blk\.\d+\.[a-z0-9_.]+|token_embd|output(?:_norm)?|cls(?:\.output)?|position_embd"
 
 
+_EXPERT: Final = re.compile(r"(blk\.\d+\.ffn_\w+_exps)\.(\d+)")
+
+
 def _is_table(factor: Factor) -> bool:
     return factor.name.startswith("token_embd.")
 
 
-def _is_packed(factor: Factor) -> bool:
-    return len(factor.shape) == 3
+def _name_expert(stack: str, expert: int) -> str:
+    return f"{stack}.{expert}"
+
+
+def _find_stack(name: str) -> tuple[str, int] | None:
+    match = _EXPERT.fullmatch(name)
+    return (match[1], int(match[2])) if match is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +86,19 @@ class _Gguf(FiledScheme):
         """Return the architecture, which an adapter states as its base does."""
         architecture = _read_text(bundle.metadata.get(_ARCHITECTURE))
         return BaseFacts(str(bundle.path), architecture=architecture) if architecture else BaseFacts()
+
+    def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
+        """Return the adapter; every expert of a stack is a target of its own, `blk.0.ffn_up_exps.3`."""
+        said = _read_text(bundle.metadata.get(PROVENANCE_KEY))
+        texts = {name: text for name, text in bundle.metadata.items() if name != PROVENANCE_KEY}
+        known = replace(bundle, metadata=texts | ({PROVENANCE_KEY: said} if said else {}))
+        return part_stacks(super().read(known, stated), _name_expert)
+
+    def fit(self, adapter: Adapter) -> tuple[Adapter, list[Problem]]:
+        """Return the adapter with one alpha for all targets, and experts in stacks."""
+        fitted, problems = super().fit(adapter)
+        targets, against = join_stacks(fitted.targets, _find_stack)
+        return replace(fitted, targets=tuple(targets)), [*problems, *against]
 
     def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
         """Return tensors and key-values; the architecture is the base's, or the one that the adapter had."""
@@ -118,8 +142,8 @@ SCHEME: Final = _Gguf(
     title="GGUF: one file, the names of llama.cpp, one alpha",
     rows=NameTable(
         [
-            Row("weight.lora_a", "packed experts", "experts_A", fits=_is_packed),
-            Row("weight.lora_b", "packed experts", "experts_B", fits=_is_packed),
+            Row("weight.lora_a", "lora", EXPERTS_A, fits=is_stack),
+            Row("weight.lora_b", "lora", EXPERTS_B, fits=is_stack),
             Row("weight.lora_a", "lora", "lora_embedding_A", TRANSPOSED, fits=_is_table),
             Row("weight.lora_b", "lora", "lora_embedding_B", fits=_is_table),
             Row("weight.lora_a", "lora", "lora_A.weight"),

@@ -11,10 +11,11 @@ from typing import Final
 from loraformat.adapter import Adapter, SlotKind
 from loraformat.problems import Problem
 from loraformat.schemes import LORA_SLOTS, Bundle, Holds, StatedScale
-from loraformat.schemes._engine import NOISE, Alias, Marks, TableScheme
+from loraformat.schemes._engine import TableScheme
 from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS
+from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._naming import ComponentNaming
-from loraformat.schemes._scales import AlphaTensors
+from loraformat.schemes._scales import AlphaTensors, fold_rankless
 from loraformat.schemes._table import NameTable, Row
 
 _PREFIXES: Final = {
@@ -70,5 +71,6 @@ SCHEME: Final = Kohya(
     ),
     holds=Holds(kinds=LYCORIS_KINDS, slots=LORA_SLOTS | {SlotKind.PARAMETER}),
     names="kohya",
+    fits=(fold_rankless,),
     aliases=(*NOISE, Alias(r"^(lora_[^.]*[^_.])_\.(lora_(?:up|down)\.weight)$", r"\1.\2")),
 )

@@ -13,13 +13,13 @@ import numpy as np
 
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts, read_facts
+from loraformat.derived import NewFactor
 from loraformat.errors import LoraformatError, refuse
-from loraformat.operations import NewFactor
 from loraformat.schemes import Bundle, Holds, Layout, StatedScale
 from loraformat.schemes import WrittenBundle as Written
-from loraformat.schemes._engine import Marks
 from loraformat.schemes._files import FiledScheme, level_multipliers, multiplier_of, pad_ranks
 from loraformat.schemes._grouped import FUSED, Groups, gather, place_rows
+from loraformat.schemes._marks import Marks
 from loraformat.schemes._one_scale import ConfigScale
 from loraformat.schemes._patterned import PatternedNaming
 from loraformat.schemes._table import NameTable, Row

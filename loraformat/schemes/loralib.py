@@ -14,9 +14,9 @@ from loraformat.base_facts import BaseFacts
 from loraformat.errors import refuse
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, Holds, StatedScale, WrittenBundle
-from loraformat.schemes._engine import Marks
 from loraformat.schemes._files import FiledScheme, alpha_of, level_alphas
 from loraformat.schemes._grouped import Groups, place_rows
+from loraformat.schemes._marks import Marks
 from loraformat.schemes._naming import PlainNaming
 from loraformat.schemes._scales import StatedAlone
 from loraformat.schemes._table import NameTable, Row

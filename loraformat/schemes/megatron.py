@@ -2,7 +2,8 @@
 
 from typing import Final
 
-from loraformat.schemes._engine import Marks, TableReader
+from loraformat.schemes._engine import TableReader
+from loraformat.schemes._marks import Marks
 from loraformat.schemes._megatron import ALIASES, CANONICAL, KEYS, ROWS
 from loraformat.schemes._naming import PlainNaming
 from loraformat.schemes._scales import StatedAlone

@@ -10,8 +10,8 @@ from typing import Final
 from loraformat.adapter import ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts, read_facts
 from loraformat.schemes import Bundle, Holds, Layout
-from loraformat.schemes._engine import Marks
 from loraformat.schemes._files import FiledScheme, level_multipliers, multiplier_of, pad_ranks
+from loraformat.schemes._marks import Marks
 from loraformat.schemes._one_scale import ConfigScale, inner
 from loraformat.schemes._patterned import PatternedNaming
 from loraformat.schemes._table import NameTable, Row

@@ -1,18 +1,23 @@
 """mlx-lm: `adapters.safetensors` (older: `adapters.npz`) and a configuration that is not PEFT's, under the same name.
 
-A is stored `(in, rank)` and B `(rank, out)`; of an embedding `(vocabulary, rank)` and `(rank, dim)`. One rank and one
+A is stored `(in, rank)` and B `(rank, out)`; of an embedding `(vocabulary, rank)` and `(rank, dim)`; of the experts of
+a `switch_mlp`, which some models call `experts`, `(experts, rank, in)` and `(experts, out, rank)`. One rank and one
 `scale` for all modules; the scale is the multiplier itself. Source: ml-explore/mlx-lm 0.32, tuner/utils.py, lora.py.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Final
 
-from loraformat.adapter import Factor, ScalingRule, SlotKind, Target
+from loraformat.adapter import Adapter, Factor, ScalingRule, SlotKind, Target
 from loraformat.problems import Problem
-from loraformat.schemes import Bundle, Holds, Layout
-from loraformat.schemes._engine import Marks
+from loraformat.schemes import Bundle, Holds, Layout, StatedScale
+from loraformat.schemes._experts import EXPERTS_A, EXPERTS_B, is_stack, join_stacks, part_stacks
 from loraformat.schemes._files import FiledScheme, level_multipliers, multiplier_of, pad_ranks
+from loraformat.schemes._marks import Marks
+from loraformat.schemes._memory import find_memory
 from loraformat.schemes._naming import PlainNaming
 from loraformat.schemes._one_scale import ConfigScale, inner
 from loraformat.schemes._table import TRANSPOSED, NameTable, Row
@@ -20,16 +25,17 @@ from loraformat.strict_json import JsonValue
 
 _EMBEDDING: Final = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte)\.[a-z_]+$")
 _BLOCK: Final = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.\d+\.(.+)$")
+_STACK: Final = ".switch_mlp"
+_EXPERTS: Final = ".experts"
+_EXPERT: Final = re.compile(r"(?P<module>.+)\.experts\.(?P<expert>\d+)\.(?P<projection>(?:gate|up|down)_proj|w[123])")
+_MIXTRAL: Final = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+"""What Mixtral calls the projections of an expert."""
 _MARKS: Final = ("fine_tune_type", "lora_parameters", "lora_layers")
 """Fields of the configuration that only mlx-lm's has; `lora_layers` in older ones."""
 
 
 def _is_table(factor: Factor) -> bool:
     return len(factor.shape) < 3 and _EMBEDDING.search(factor.name) is not None
-
-
-def _is_packed(factor: Factor) -> bool:
-    return len(factor.shape) == 3
 
 
 def _find_scale(config: Mapping[str, JsonValue]) -> JsonValue:
@@ -58,6 +64,27 @@ def _keep_lengths_of_tokens(targets: Sequence[Target]) -> tuple[list[Target], li
     ]
 
 
+def _name_expert(stack: str, expert: int) -> str:
+    """Return what transformers calls one expert of a stack."""
+    owner, _, projection = stack.rpartition(".")
+    module = owner.removesuffix(_STACK).removesuffix(_EXPERTS)
+    return f"{module}{_EXPERTS}.{expert}.{_own_names(module).get(projection, projection)}"
+
+
+def _own_names(module: str) -> Mapping[str, str]:
+    return _MIXTRAL if module.endswith(".block_sparse_moe") else {}
+
+
+def _find_stack(name: str, stack: str = _STACK) -> tuple[str, int] | None:
+    """Return the stack that mlx-lm has an expert in, and its number."""
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return None
+    own = {theirs: ours for ours, theirs in _own_names(match["module"]).items()}
+    projection = own.get(match["projection"], match["projection"])
+    return f"{match['module']}{stack}.{projection}", int(match["expert"])
+
+
 class _Mlx(FiledScheme):
     layout = Layout(
         ("adapters.safetensors", "adapters.npz", "*_adapters.safetensors", "*_adapters.npz"), ("adapter_config.json",)
@@ -68,14 +95,33 @@ class _Mlx(FiledScheme):
         fields = [name for name in _MARKS if name in (bundle.config or {})]
         return f"adapter_config.json with {fields[0]}" if fields else self.marks.find(bundle)
 
+    def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
+        """Return the adapter; every expert of a stack is a target of its own."""
+        adapter = super().read(bundle, stated)
+        plain = [target.name for target in adapter.targets if EXPERTS_A in target.factors and _STACK not in target.name]
+        parted = part_stacks(adapter, _name_expert)
+        if not plain:
+            return parted
+        memory = {**find_memory(adapter.provenance, self.name), "stack": _EXPERTS}
+        return replace(parted, provenance={**adapter.provenance, self.name: memory})
+
+    def fit(self, adapter: Adapter) -> tuple[Adapter, list[Problem]]:
+        """Return the adapter with targets that the scheme can hold, experts in stacks."""
+        fitted, problems = super().fit(adapter)
+        stack = find_memory(adapter.provenance, self.name).get("stack")
+        targets, against = join_stacks(
+            fitted.targets, partial(_find_stack, stack=stack if stack == _EXPERTS else _STACK)
+        )
+        return replace(fitted, targets=tuple(targets)), [*problems, *against]
+
 
 SCHEME: Final = _Mlx(
     name="mlx",
     title="mlx-lm: adapters.safetensors and adapter_config.json",
     rows=NameTable(
         [
-            Row("lora_a", "packed experts", "experts_A", fits=_is_packed),
-            Row("lora_b", "packed experts", "experts_B", fits=_is_packed),
+            Row("lora_a", "lora", EXPERTS_A, fits=is_stack),
+            Row("lora_b", "lora", EXPERTS_B, fits=is_stack),
             Row("lora_a", "lora", "lora_embedding_A", TRANSPOSED, fits=_is_table),
             Row("lora_b", "lora", "lora_embedding_B", TRANSPOSED, fits=_is_table),
             Row("m", "dora", "m", fits=_is_table),
@@ -96,5 +142,6 @@ SCHEME: Final = _Mlx(
     names="mlx",
     fits=(_keep_lengths_of_tokens, level_multipliers, pad_ranks),
     file_name="adapters.safetensors",
+    other_files={"adapters.npz": "npz", "*_adapters.npz": "npz"},
     config_name="adapter_config.json",
 )

@@ -6,8 +6,9 @@
 
 from typing import Final
 
-from loraformat.schemes._engine import Marks, TableReader
+from loraformat.schemes._engine import TableReader
 from loraformat.schemes._lycoris import LYCORIS_ROWS
+from loraformat.schemes._marks import Marks
 from loraformat.schemes._naming import ComponentNaming
 from loraformat.schemes._scales import AlphaTensors
 from loraformat.schemes._table import NameTable, Row

@@ -8,8 +8,8 @@ from typing import Final
 
 from loraformat.adapter import SlotKind
 from loraformat.schemes import Bundle, Holds
-from loraformat.schemes._engine import Marks
 from loraformat.schemes._files import FiledScheme, fold_scales
+from loraformat.schemes._marks import Marks
 from loraformat.schemes._naming import PlainNaming
 from loraformat.schemes._one_scale import Folded
 from loraformat.schemes._table import TRANSPOSED, NameTable, Row

@@ -10,21 +10,21 @@ from typing import Final
 
 from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts
+from loraformat.derived import find_origins
 from loraformat.errors import LoraformatError, refuse
 from loraformat.manifest import MANIFEST_KEY
-from loraformat.operations import find_origins
 from loraformat.problems import Problem
-from loraformat.schemes import ALL_SLOTS, Bundle, Holds, StatedScale, WrittenBundle
-from loraformat.schemes._checking import ConfigReading
+from loraformat.schemes import ALL_SLOTS, Bundle, ConfigReading, Holds, StatedScale, WrittenBundle
 from loraformat.schemes._engine import check_holds
 from loraformat.schemes._memory import recall
 from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
 from loraformat.schemes._peft_config import PeftConfig, read_config
 from loraformat.schemes._peft_groups import BASE, COPY, REPLACE, TOKENS, Group, compose, is_buffer, note_left_out
+from loraformat.schemes._peft_other import fill_other, find_type
 from loraformat.schemes._peft_targets import TargetReader
 from loraformat.schemes._peft_type import SHARED, PeftType, spread_shared
 from loraformat.schemes._peft_types import TYPES
-from loraformat.schemes._peft_writing import write_folder
+from loraformat.schemes._peft_writing import fill_lora, write_folder
 from loraformat.schemes._table import Name, NameTable, Row
 
 _PREFIX: Final = "base_model.model."
@@ -81,6 +81,10 @@ TABLE: Final = NameTable(
     ]
 )
 
+_ENDS: Final = {row.role: row.pattern for row in reversed(TABLE.rows) if "{" not in row.pattern}
+_OTHER_KINDS: Final = frozenset({row.kind for row in TYPES.values()} | {"miss_bat"}) - {REPLACE}
+"""Kinds of other types than LORA."""
+
 
 class Peft:
     """The scheme `peft`."""
@@ -89,7 +93,8 @@ class Peft:
     title = "PEFT: adapter_config.json and adapter_model.safetensors"
     names = "peft"
     holds = Holds(
-        kinds=frozenset({row.kind for row in TABLE.rows} - {BASE, COPY} | {"lora and replace"}), slots=ALL_SLOTS
+        kinds=frozenset({row.kind for row in TABLE.rows} - {BASE, COPY} | {"lora and replace"} | _OTHER_KINDS),
+        slots=ALL_SLOTS,
     )
 
     def detect(self, bundle: Bundle) -> str | None:
@@ -134,8 +139,17 @@ class Peft:
 
     def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
         """Return the adapter as a folder; its own configuration where that still says the same."""
-        keys = {row.role: row.pattern for row in reversed(TABLE.rows) if "{" not in row.pattern}
-        return write_folder(adapter, keys, check_holds(self.name, self.holds, adapter))
+        against = check_holds(self.name, self.holds, adapter)
+        other = find_type(adapter, TYPES)
+        if other is not None:
+            return write_folder(adapter, lambda of, targets: fill_other(of, targets, other, TYPES[other]), against)
+        expected = "one peft_type for the folder, and the configuration of the training run"
+        against += [
+            Problem("LF312", target.name, f"the kind {target.kind!r}", expected)
+            for target in adapter.targets
+            if target.kind in _OTHER_KINDS
+        ]
+        return write_folder(adapter, lambda of, targets: fill_lora(of, targets, _ENDS), against)
 
     def _read_other(self, bundle: Bundle, config: PeftConfig, other: PeftType) -> Adapter:
         """Return an adapter of another type than LORA."""
@@ -156,7 +170,7 @@ class Peft:
             base=BaseBinding(config.text("base_model_name_or_path"), config.text("revision")),
             scheme=self.name,
             source=str(bundle.path),
-            provenance={"peft": dict(bundle.config)} if bundle.config else {},
+            provenance=recall(bundle.metadata) | ({"peft": dict(bundle.config)} if bundle.config else {}),
             problems=(*problems, *other.find_obstacles(config), *left),
         )
 

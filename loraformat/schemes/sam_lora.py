@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import Final
 
 from loraformat.adapter import Adapter, Factor
-from loraformat.operations import Concatenate, derive
+from loraformat.derived import derive
+from loraformat.operations import Concatenate
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, StatedScale
-from loraformat.schemes._engine import Marks, TableReader
+from loraformat.schemes._engine import TableReader
 from loraformat.schemes._grouped import Groups, place_rows
+from loraformat.schemes._marks import Marks
 from loraformat.schemes._naming import PlainNaming
 from loraformat.schemes._one_scale import Folded
 from loraformat.schemes._table import NameTable, Row

@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import Final
 
 from loraformat.adapter import Adapter, Factor, ScalingRule
+from loraformat.derived import LastRead
 from loraformat.errors import refuse
-from loraformat.operations import Reshape, Take, derive
 from loraformat.schemes import Bundle, StatedScale
-from loraformat.schemes._engine import NOISE, Alias, Marks, TableReader
+from loraformat.schemes._engine import TableReader
+from loraformat.schemes._experts import take_expert
+from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._naming import PlainNaming
 from loraformat.schemes._one_scale import ConfigScale
 from loraformat.schemes._table import NameTable, Row
@@ -44,12 +46,12 @@ def _part_experts(module: str, projection: str, down: Factor, up: Factor) -> dic
     if len(down.shape) != 3 or len(up.shape) != 3 or len(counts) > 1:
         found = f"shapes {down.shape} and {up.shape}"
         raise refuse("LF203", f"{module}.{projection}", found, "(experts, rank, in) and (experts, out, rank)")
-    parts: dict[str, Factor] = {}
-    for expert in range(max(counts, default=1)):
-        for letter, factor in (("A", down), ("B", up)):
-            one = factor if factor.shape[0] == 1 else derive(Take(expert, expert + 1), factor)
-            parts[f"{module}.{expert}.{projection}.lora_{letter}.weight"] = derive(Reshape(factor.shape[1:]), one)
-    return parts
+    last = LastRead()
+    return {
+        f"{module}.{expert}.{projection}.lora_{letter}.weight": take_expert(factor, expert, last)
+        for expert in range(max(counts, default=1))
+        for letter, factor in (("A", down), ("B", up))
+    }
 
 
 SCHEME: Final = _Tinker(

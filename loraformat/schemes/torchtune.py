@@ -9,8 +9,8 @@ from typing import Final
 
 from loraformat.adapter import ScalingRule, SlotKind, Target
 from loraformat.schemes import Holds
-from loraformat.schemes._engine import Marks
 from loraformat.schemes._files import FiledScheme, alpha_of, level_multipliers, pad_ranks
+from loraformat.schemes._marks import Marks
 from loraformat.schemes._one_scale import ConfigScale
 from loraformat.schemes._patterned import PatternedNaming
 from loraformat.schemes._table import NameTable, Row

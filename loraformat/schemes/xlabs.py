@@ -7,8 +7,10 @@ that its B gets rows of zeros for the rest. Nothing says how strongly it acts. S
 from typing import Final
 
 from loraformat.adapter import Factor
-from loraformat.operations import Pad, Take, derive
-from loraformat.schemes._engine import NOISE, Alias, Marks, TableReader
+from loraformat.derived import derive
+from loraformat.operations import Pad, Take
+from loraformat.schemes._engine import TableReader
+from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._naming import ComponentNaming
 from loraformat.schemes._scales import StatedAlone
 from loraformat.schemes._table import NameTable, Row, Turn

@@ -52,6 +52,43 @@ PARTS: Final = {
 }
 """Spelling to role to path; `qkv` and `gate_up` for one weight that is several elsewhere."""
 
+EXPERTS: Final = {
+    "transformers": {
+        **{role: f"model.layers.{{i}}.mlp.experts.{{e}}.{role}_proj" for role in ("gate", "up", "down")},
+        "router": "model.layers.{i}.mlp.gate",
+    },
+    "transformers-5": {
+        "gate_up": "model.layers.{i}.mlp.experts.{e}.gate_up_proj",
+        "down": "model.layers.{i}.mlp.experts.{e}.down_proj",
+        "router": "model.layers.{i}.mlp.gate",
+    },
+    "mixtral": {
+        **{
+            role: f"model.layers.{{i}}.block_sparse_moe.experts.{{e}}.w{n}"
+            for n, role in ((1, "gate"), (2, "down"), (3, "up"))
+        },
+        "router": "model.layers.{i}.block_sparse_moe.gate",
+    },
+    "meta": {
+        **{role: f"layers.{{i}}.feed_forward.experts.{{e}}.w{n}" for n, role in ((1, "gate"), (2, "down"), (3, "up"))},
+        "router": "layers.{i}.feed_forward.gate",
+    },
+    "gguf": {
+        **{role: f"blk.{{i}}.ffn_{role}_exps.{{e}}" for role in ("gate", "up", "down")},
+        "router": "blk.{i}.ffn_gate_inp",
+    },
+}
+"""Spelling to role to path of an expert; those of `transformers-5` and of `gguf` lie in one tensor for all."""
+
+SHARED: Final = {
+    **{
+        role: (f"model.layers.{{i}}.mlp.shared_expert.{role}_proj", f"blk.{{i}}.ffn_{role}_shexp")
+        for role in ("gate", "up", "down")
+    },
+    "router": ("model.layers.{i}.mlp.shared_expert_gate", "blk.{i}.ffn_gate_inp_shexp"),
+}
+"""Role to path of Qwen's shared expert, in transformers and in GGUF."""
+
 ENDS: Final = {
     "transformers": ("model.embed_tokens", "lm_head"),
     "meta": ("tok_embeddings", "output"),
@@ -100,6 +137,24 @@ def decoder(spellings: list[str], interleaved: list[str]) -> list[Row]:
     return rows + [{"paths": {spelling: ENDS[spelling][end] for spelling in spellings}} for end in range(2)]
 
 
+def experts(spellings: dict[str, str]) -> list[Row]:
+    """Return the rows of experts; `spellings` is that of a table to what it is called above."""
+    named = {spelling: EXPERTS[names] for spelling, names in spellings.items()}
+    fused = {
+        spelling: names["gate_up"] if "gate_up" in names else [names["gate"], names["up"]]
+        for spelling, names in named.items()
+    }
+    rows: list[Row] = [{"paths": fused, "shares": [1, 1]}]
+    return rows + [
+        {"paths": {spelling: names[role] for spelling, names in named.items()}} for role in ("down", "router")
+    ]
+
+
+def also_in_5(rows: list[Row]) -> list[Row]:
+    """Return the rows with the spelling of transformers 5, which differs in experts alone."""
+    return [{**row, "paths": {**row["paths"], "transformers-5": row["paths"]["transformers"]}} for row in rows]
+
+
 def phi3() -> list[Row]:
     """Return the rows of Phi-3, which is fused in transformers, and in GGUF as well."""
     spellings = ["transformers", "gguf", "torchtune", "litgpt"]
@@ -126,7 +181,11 @@ def gpt2() -> list[Row]:
 def write(name: str, title: str, rows: list[Row], classes: dict[str, str]) -> None:
     """Write a table; `classes` is model type to the architecture that GGUF has for it."""
     spellings = {spelling for row in rows for spelling in row["paths"]}
-    schemes = {scheme: {"spelling": spelling} for scheme, spelling in SCHEMES.items() if spelling in spellings}
+    schemes: dict[str, dict[str, Any]] = {
+        scheme: {"spelling": spelling} for scheme, spelling in SCHEMES.items() if spelling in spellings
+    }
+    if "transformers-5" in spellings:
+        schemes["peft"]["also"] = ["transformers-5"]
     table(
         name,
         title,
@@ -141,11 +200,17 @@ def write(name: str, title: str, rows: list[Row], classes: dict[str, str]) -> No
 def main() -> None:
     """Write the tables."""
     every = list(PARTS)
-    llama = {"llama": "llama", "mistral": "llama", "granite": "granite", "smollm3": "smollm3"}
-    write("llama-decoder", "Llama and Mistral", decoder(every, ["meta", "torchtune", "gguf"]), llama)
+    llama = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "granite": "granite", "smollm3": "smollm3"}
+    rows = also_in_5(decoder(every, ["meta", "torchtune", "gguf"]))
+    rows += experts({"transformers": "mixtral", "transformers-5": "transformers-5", "meta": "meta", "gguf": "gguf"})
+    write("llama-decoder", "Llama and Mistral", rows, llama)
     qwen = {"qwen2": "qwen2", "qwen3": "qwen3", "seed_oss": "seed_oss", "exaone4": "exaone4", "olmo2": "olmo2"}
+    qwen |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe"}
     no_meta = [spelling for spelling in every if spelling != "meta"]
-    write("qwen-decoder", "Qwen2 and Qwen3, and others of their layout", decoder(no_meta, []), qwen)
+    shared: list[Row] = [{"paths": {"transformers": one, "gguf": two}} for one, two in SHARED.values()]
+    rows = also_in_5([*decoder(no_meta, []), *shared])
+    rows += experts({spelling: spelling for spelling in ("transformers", "transformers-5", "gguf")})
+    write("qwen-decoder", "Qwen2 and Qwen3, and others of their layout", rows, qwen)
     gemma = {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"}
     no_megatron = [spelling for spelling in no_meta if not spelling.startswith("megatron")]
     write("gemma-decoder", "Gemma", decoder(no_megatron, ["torchtune"]), gemma)

@@ -276,6 +276,7 @@ def schemes(spelling: str, kohya: dict[str, str], comfy: dict[str, str]) -> dict
         "kohya": {"spelling": spelling, "prefixes": kohya},
         "dotted": {"spelling": spelling, "prefixes": comfy},
         "diffusers": {"spelling": "diffusers"},
+        "peft": {"spelling": "diffusers"},
     }
 
 

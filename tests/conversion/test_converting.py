@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -98,6 +99,37 @@ def test_an_own_configuration_comes_back_as_it_was(tmp_path: Path) -> None:
     config = [json.loads((each / "adapter_config.json").read_text()) for each in (folder, tmp_path / "out")]
     assert config[0] == config[1]
     assert _read(folder / "adapter_model.safetensors") == _read(tmp_path / "out" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "other"),
+    [
+        ("mlx", "adapters.npz", "adapters.safetensors"),
+        ("mlx", "0000100_adapters.npz", "adapters.safetensors"),
+        ("peft", "adapter_model.bin", "adapter_model.safetensors"),
+    ],
+)
+def test_an_output_called_as_a_file_of_the_folder_is_that_file(
+    scheme: str, name: str, other: str, tmp_path: Path
+) -> None:
+    """The name says the container too; the configuration stands beside it, and both are read again."""
+    dice = np.random.default_rng(0)
+    source = write_peft(tmp_path / "in", {"a.q": (dice.standard_normal((2, 5)), dice.standard_normal((6, 2)))}, alpha=3)
+    loraformat.convert(source, scheme, tmp_path / name, verify=True)
+    assert (tmp_path / name).read_bytes()[:2] == b"PK"
+    assert {path.name for path in tmp_path.iterdir()} == {"in", name, "adapter_config.json"}
+    assert codes(lambda: loraformat.convert(source, scheme, tmp_path / name)) == ("LF601",)
+    (tmp_path / "folder").mkdir()
+    loraformat.convert(tmp_path / name, scheme, tmp_path / "folder" / other, verify=True)
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {other, "adapter_config.json"}
+    assert [(target.name, target.scale) for target in load_adapter(tmp_path / "folder").targets] == [("a.q", 1.5)]
+
+
+def test_a_form_that_the_container_lacks(tmp_path: Path) -> None:
+    factors = {"a.q": (np.ones((2, 5), ml_dtypes.bfloat16), np.ones((6, 2), ml_dtypes.bfloat16))}
+    source = write_peft(tmp_path / "in", factors, alpha=3)
+    assert codes(lambda: loraformat.convert(source, "mlx", tmp_path / "adapters.npz")) == ("LF132",)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_plan_says_how_every_tensor_is_made(flux: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraformat.operations import GroupHeads
+from loraformat.row_orders import GroupHeads
 
 
 @given(kv_heads=st.integers(1, 4), per=st.integers(1, 4), head_dim=st.integers(1, 3), columns=st.integers(1, 3))

@@ -19,10 +19,10 @@ from builders import MemoryFactor, find_errors
 from loraformat.adapter import Adapter, Factor, Target
 from loraformat.base_facts import NO_FACTS, BaseFacts
 from loraformat.conversion._engine import Converted, Rounding, Source, convert_source, verify_bundle
+from loraformat.derived import find_origins
 from loraformat.errors import LoraformatError
 from loraformat.loading import choose_scheme
 from loraformat.manifest import MANIFEST_KEY
-from loraformat.operations import find_origins
 from loraformat.problems import Problem
 from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, Scheme, StatedScale, WritingScheme, WrittenBundle
 

@@ -13,6 +13,8 @@ HEADS, KV_HEADS, HEAD_DIM, HIDDEN, MLP, VOCABULARY = 4, 2, 6, 10, 14, 9
 COUNTS = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden": HIDDEN}
 LLAMA = BaseFacts("config.json", counts=COUNTS, architecture="llama")
 QWEN = BaseFacts("config.json", counts=COUNTS, architecture="qwen2")
+QWEN_MOE = BaseFacts("config.json", counts=COUNTS, architecture="qwen3_moe")
+MIXTRAL = BaseFacts("config.json", counts=COUNTS, architecture="mixtral")
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
 
 Modules = Mapping[str, tuple[int, int]]
@@ -76,3 +78,16 @@ def factors(
 def tensors(arrays: Mapping[str, Any]) -> dict[str, Factor]:
     """Return factors in memory."""
     return {name: MemoryFactor(name, np.asarray(array)) for name, array in arrays.items()}
+
+
+EXPERTS = 3
+
+
+def stacks(modules: Modules, down: str, up: str, *, rank: int = 3, dtype: Any = np.float32) -> dict[str, Factor]:
+    """Return factors of all experts in one: A `(experts, rank, in)` and B `(experts, out, rank)`."""
+    dice = np.random.default_rng(len(modules) + 1)
+    arrays: dict[str, Any] = {}
+    for name, (out, inner) in modules.items():
+        arrays[f"{name}{down}"] = dice.standard_normal((EXPERTS, rank, inner)).astype(dtype)
+        arrays[f"{name}{up}"] = dice.standard_normal((EXPERTS, out, rank)).astype(dtype)
+    return tensors(arrays)

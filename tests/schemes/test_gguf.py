@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from builders import MemoryFactor
+from builders import MemoryFactor, write_config, write_tensors
 from laws.scheme_laws import SchemeLaws, find_against
 from loraformat.adapter import Scaling, ScalingRule, SlotKind
 from loraformat.base_facts import NO_FACTS, BaseFacts
@@ -160,9 +161,58 @@ def test_values_are_those_of_an_adapter(tmp_path: Path) -> None:
             assert np.array_equal(factor.read(), after.factors[role].read())
 
 
-def test_norms_and_packed_experts_are_named_for_what_they_are() -> None:
-    packed = {"blk.0.ffn_up_exps.weight.lora_a": (5, 3, 10), "blk.0.ffn_up_exps.weight.lora_b": (5, 14, 3)}
-    norm = {"blk.0.attn_norm.weight": (10,)}
-    tensors = d.tensors({name: np.zeros(shape, np.float32) for name, shape in (packed | norm).items()})
-    experts, norms = sorted(SCHEME.read(bundle_of(tensors), NOT_STATED).targets, key=lambda target: target.kind)
-    assert (experts.kind, norms.kind, norms.slot) == ("packed experts", "replace", SlotKind.PARAMETER)
+STACKS = {f"blk.1.ffn_{role}_exps": d.SHAPES[role] for role in ("gate", "up", "down")}
+
+
+class TestExperts(TestGguf):
+    """Experts lie in one tensor."""
+
+    facts = d.QWEN_MOE
+
+    def examples(self) -> Mapping[str, Bundle]:
+        attention = d.factors({"blk.1.attn_q": d.SHAPES["q"]}, A, B)
+        values = VALUES | {"general.architecture": '"qwen3moe"'}
+        return {"stacks": bundle_of(attention | d.stacks(STACKS, A, B), values)}
+
+
+def test_every_expert_is_a_target_of_its_own_and_norms_are_named() -> None:
+    norm = d.tensors({"blk.0.attn_norm.weight": np.zeros(10, np.float32)})
+    bundle = bundle_of(d.stacks(STACKS, A, B) | norm)
+    targets = {target.name: target for target in SCHEME.read(bundle, NOT_STATED).targets}
+    assert len(targets) == 3 * d.EXPERTS + 1
+    assert (targets["blk.0.attn_norm"].kind, targets["blk.0.attn_norm"].slot) == ("replace", SlotKind.PARAMETER)
+    target = targets["blk.1.ffn_gate_exps.2"]
+    assert (target.kind, target.slot, target.rank, target.scale) == ("lora", SlotKind.LINEAR, 3, 16 / 3)
+    stored = bundle.tensors["blk.1.ffn_gate_exps.weight.lora_b"].read()
+    assert np.array_equal(target.factors["lora_B.weight"].read(), stored[2])
+
+
+def test_stacks_become_modules_and_parameters_and_come_back(tmp_path: Path) -> None:
+    """The names that transformers 5 has for experts are remembered; gate and up are one parameter there."""
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "qwen3_moe"}', encoding="utf-8")
+    shapes = {"lora_A.weight": (d.EXPERTS * 2, d.HIDDEN), "lora_B.weight": (2 * d.MLP, 2 * d.EXPERTS)}
+    down = {"lora_A.weight": (d.EXPERTS * 2, d.MLP), "lora_B.weight": (d.HIDDEN, 2 * d.EXPERTS)}
+    module, dice = "base_model.model.model.layers.1.mlp.experts", np.random.default_rng(0)
+    arrays = {f"{module}.base_layer.{role}": dice.standard_normal(shape) for role, shape in shapes.items()}
+    arrays |= {f"{module}.{role}": dice.standard_normal(shape) for role, shape in down.items()}
+    fields = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": []}
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    write_tensors(
+        folder / "adapter_model.safetensors", {name: each.astype(np.float32) for name, each in arrays.items()}
+    )
+    write_config(folder, {"r": 2, "lora_alpha": 6, "peft_version": "0.21.2", **fields})
+    done = convert(folder, "gguf", tmp_path / "a.gguf", base=config, verify=True)
+    assert done.proof is not None
+    assert (done.proof.relative, done.account.refused) == (0.0, ())
+    named = {"blk.1.ffn_gate_exps", "blk.1.ffn_up_exps", "blk.1.ffn_down_exps"}
+    assert {target.name.rpartition(".")[0] for target in load_adapter(tmp_path / "a.gguf").targets} == named
+    convert(tmp_path / "a.gguf", "mlx", tmp_path / "mlx", base=config, verify=True)
+    convert(tmp_path / "mlx", "peft", tmp_path / "back", base=config, verify=True)
+    one, other = (load_file(each / "adapter_model.safetensors") for each in (folder, tmp_path / "back"))
+    assert {name: each.tobytes() for name, each in one.items()} == {
+        name: each.tobytes() for name, each in other.items()
+    }
+    configs = [json.loads((each / "adapter_config.json").read_text()) for each in (folder, tmp_path / "back")]
+    assert configs[0] == configs[1]

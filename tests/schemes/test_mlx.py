@@ -97,14 +97,78 @@ def test_a_scale_that_is_not_there(config: Any, code: str) -> None:
     assert SCHEME.read(bundle, StatedScale(alpha=6.0)).targets[0].scale == 2.0
 
 
-def test_packed_experts_are_named_and_not_taken_for_convolutions() -> None:
-    packed = {
-        "model.layers.0.mlp.switch_mlp.up_proj.lora_a": (5, 3, 10),
-        "model.layers.0.mlp.switch_mlp.up_proj.lora_b": (5, 14, 3),
-    }
-    bundle = bundle_of(d.tensors({name: np.zeros(shape, np.float32) for name, shape in packed.items()}))
-    (target,) = SCHEME.read(bundle, NOT_STATED).targets
-    assert target.kind == "packed experts"
+STACKS = {f"model.layers.{{i}}.mlp.switch_mlp.{role}_proj": d.SHAPES[role] for role in ("gate", "up", "down")}
+
+
+def of_block(modules: d.Modules) -> d.Modules:
+    return {name.format(i=1): sizes for name, sizes in modules.items()}
+
+
+class TestExperts(SchemeLaws):
+    """Models with experts, whose factors lie in one tensor."""
+
+    scheme = SCHEME
+    facts = d.QWEN_MOE
+
+    def examples(self) -> Mapping[str, Bundle]:
+        attention = d.factors({"model.layers.1.self_attn.q_proj": d.SHAPES["q"]}, A, B, transposed=True)
+        own = {name.replace("switch_mlp", "experts"): sizes for name, sizes in of_block(STACKS).items()}
+        return {
+            "switch_mlp": bundle_of(attention | d.stacks(of_block(STACKS), A, B)),
+            "float16": bundle_of(d.stacks(of_block(STACKS), A, B, dtype=np.float16)),
+            "experts": bundle_of(d.stacks(own, A, B)),
+        }
+
+
+class TestMixtral(SchemeLaws):
+    """Experts with names of their own."""
+
+    scheme = SCHEME
+    facts = d.MIXTRAL
+
+    def examples(self) -> Mapping[str, Bundle]:
+        own = {name.replace("mlp.switch", "block_sparse_moe.switch"): sizes for name, sizes in of_block(STACKS).items()}
+        return {"block_sparse_moe": bundle_of(d.stacks(own, A, B))}
+
+
+def test_every_expert_is_a_target_of_its_own() -> None:
+    bundle = bundle_of(d.stacks(of_block(STACKS), A, B))
+    targets = {target.name: target for target in SCHEME.read(bundle, NOT_STATED).targets}
+    assert len(targets) == 3 * d.EXPERTS
+    target = targets["model.layers.1.mlp.experts.2.down_proj"]
+    assert (target.kind, target.slot, target.rank, target.scale) == ("lora", SlotKind.LINEAR, 3, 20.0)
+    for role, end in (("lora_A.weight", A), ("lora_B.weight", B)):
+        stored = bundle.tensors[f"model.layers.1.mlp.switch_mlp.down_proj{end}"].read()
+        assert np.array_equal(target.factors[role].read(), stored[2])
+    own = {"model.layers.0.block_sparse_moe.switch_mlp.up_proj": d.SHAPES["up"]}
+    (first, *_) = SCHEME.read(bundle_of(d.stacks(own, A, B)), NOT_STATED).targets
+    assert first.name == "model.layers.0.block_sparse_moe.experts.0.w3"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "code"),
+    [
+        ({A: (5, 3, 10)}, "LF201"),
+        ({A: (5, 3, 10), B: (4, 14, 3)}, "LF203"),
+        ({A: (5, 3, 10), B: (5, 14, 2)}, "LF203"),
+        ({A: (5000, 1, 1), B: (5000, 1, 1)}, "LF203"),
+        ({A: (5, 3, 10), B: (3, 14)}, "LF201"),
+    ],
+)
+def test_stacks_that_do_not_fit(shapes: Mapping[str, tuple[int, ...]], code: str) -> None:
+    tensors = d.tensors({f"m.switch_mlp.up_proj{end}": np.zeros(shape, np.float32) for end, shape in shapes.items()})
+    assert [problem.code for problem in SCHEME.read(bundle_of(tensors), NOT_STATED).problems] == [code]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "code"), [({0: 2, 2: 2}, "LF134"), ({0: 2, 1: 3}, None), ({0: 2, 1: 2}, None)], ids=str
+)
+def test_experts_that_one_tensor_cannot_hold(ranks: Mapping[int, int], code: str | None) -> None:
+    """A lower rank is padded, as elsewhere; an expert without factors is not made up."""
+    names = {f"m.experts.{expert}.up_proj": rank for expert, rank in ranks.items()}
+    adapter = make(names, dict.fromkeys(names, Scaling(ScalingRule.MULTIPLIER, 4.0)))
+    found = SCHEME.write(adapter, NO_FACTS).problems
+    assert {problem.code for problem in found if problem.severity == "error"} == ({code} if code else set())
 
 
 def make(ranks: Mapping[str, int], scalings: Mapping[str, Scaling]) -> Adapter:

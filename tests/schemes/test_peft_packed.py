@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,14 @@ import pytest
 from numpy.typing import NDArray
 
 from builders import MemoryFactor, find_errors
+from laws.scheme_laws import SchemeLaws
 from loraformat.adapter import Adapter, SlotKind
-from loraformat.schemes import NOT_STATED, Bundle
-from loraformat.schemes._derived import DerivedFactor, LastRead
+from loraformat.base_facts import NO_FACTS
+from loraformat.derived import KeptFactor, LastRead, derive
+from loraformat.operations import Take
+from loraformat.schemes import NOT_STATED, Bundle, WrittenBundle
 from loraformat.schemes.peft import SCHEME
+from schemes import decoders as d
 from schemes.test_peft import CONFIG, LINEAR, make_bundle
 
 E, R, OUT, IN = 3, 2, 7, 5
@@ -30,6 +35,66 @@ def read(shapes: Mapping[str, Any], **fields: Any) -> Adapter:
 def codes(shapes: Mapping[str, Any], **fields: Any) -> list[str]:
     bundle = make_bundle(shapes, {**NAMED, **fields})
     return [problem.code for problem in find_errors(lambda: SCHEME.read(bundle, NOT_STATED))]
+
+
+BLOCKS = {"nblocks": 2, "target_modules_bd_a": ["o_proj"], "target_modules_bd_b": ["q_proj"], "match_strict": True}
+
+
+class TestPacked(SchemeLaws):
+    """One stored tensor is several factors, and comes back as it was."""
+
+    scheme = SCHEME
+    facts = d.QWEN_MOE
+
+    def examples(self) -> Mapping[str, Bundle]:
+        both = {**NAMED, "target_parameters": BOTH}
+        lone = {"model.layers.0.mlp.gate": LINEAR, "model.layers.0.sinks": LINEAR}
+        blocks = {
+            "m.o_proj": {"lora_A.weight": (4, 3), "lora_B.weight": (8, 4)},
+            "m.q_proj": {"lora_A.weight": (4, 6), "lora_B.weight": (8, 2)},
+        }
+        return {
+            "experts": make_bundle({X: OTHER, f"{X}.base_layer": {**PACKED, "lora_B.weight": (14, R * E)}}, both),
+            "float16": make_bundle({X: PACKED}, {**NAMED, "target_parameters": BOTH[1:]}, dtype=np.float16),
+            "without experts": make_bundle(lone, {**NAMED, "target_parameters": ["mlp.gate.weight", "sinks.table"]}),
+            "blocks": make_bundle(blocks, {**NAMED, "r": 4, "use_bdlora": BLOCKS}),
+        }
+
+
+def write_own(shapes: Mapping[str, Any], fields: Mapping[str, Any], **changes: Any) -> WrittenBundle:
+    """Return what is written of an adapter after its configuration was changed."""
+    adapter = SCHEME.read(make_bundle(shapes, {**NAMED, **fields}), NOT_STATED)
+    raw = {**adapter.provenance["peft"], **changes}
+    return SCHEME.write(replace(adapter, provenance={"peft": raw}), NO_FACTS)
+
+
+def test_blocks_that_are_none_any_more_are_written_in_full() -> None:
+    shapes = {"m.q_proj": {"lora_A.weight": (4, 6), "lora_B.weight": (8, 4)}}
+    written = write_own(shapes, {"r": 4}, use_bdlora=BLOCKS)
+    assert not written.problems
+    assert written.config is not None
+    assert "use_bdlora" not in written.config
+    assert written.tensors["base_model.model.m.q_proj.lora_B.weight"].shape == (8, 4)
+
+
+def test_names_of_parameters_are_packed_without_a_word_of_the_source() -> None:
+    """No expert has a module `gate_up_proj`; `down_proj` beside it is a parameter too, alone it is a module."""
+    shapes = {X: OTHER, f"{X}.base_layer": PACKED}
+    adapter = SCHEME.read(make_bundle(shapes, {**NAMED, "target_parameters": BOTH}), NOT_STATED)
+    written = SCHEME.write(replace(adapter, provenance={}), NO_FACTS)
+    assert not written.problems
+    assert written.config is not None
+    assert written.config["target_parameters"] == [f"{X}.{name}" for name in ("gate_up_proj", "down_proj")]
+    again = SCHEME.read(Bundle(Path("again"), written.tensors, config=written.config), NOT_STATED)
+    assert [target.name for target in again.targets] == [target.name for target in adapter.targets]
+    alone = replace(adapter, targets=tuple(each for each in adapter.targets if "down" in each.name), provenance={})
+    assert len(SCHEME.write(alone, NO_FACTS).tensors) == 2 * E
+
+
+def test_experts_that_are_not_all_there_are_not_packed() -> None:
+    adapter = SCHEME.read(make_bundle({X: PACKED}, {**NAMED, "target_parameters": BOTH[1:]}), NOT_STATED)
+    some = replace(adapter, targets=adapter.targets[::2])
+    assert [problem.code for problem in SCHEME.write(some, NO_FACTS).problems] == ["LF134"]
 
 
 def test_each_expert_is_a_target_of_its_own() -> None:
@@ -203,15 +268,13 @@ def test_slices_of_one_tensor_are_cut_from_one_reading() -> None:
 
     sources = [Counted(name, np.arange(12.0).reshape(4, 3)) for name in "abc"]
     last = LastRead()
-    factors = [
-        DerivedFactor(f"{source.name}{row}", (3,), source, lambda array, row=row: array[row].copy(), last)
-        for source in sources[:2]
-        for row in range(4)
-    ]
+    factors = [derive(Take(row, row + 1), KeptFactor(source, last)) for source in sources[:2] for row in range(4)]
     for first, second in zip(factors[:4], factors[4:], strict=True):
         np.testing.assert_array_equal(first.read(), second.read())
     assert counted == ["a", "b"]
-    DerivedFactor("c", (3,), sources[2], lambda array: array[0].copy(), last).read()
+    derive(Take(0, 1), KeptFactor(sources[2], last)).read()
     factors[0].read()
     assert counted == ["a", "b", "c", "a"]
-    assert (factors[0].elements, factors[0].dtype.name, factors[0].file) == (3, "float64", None)
+    assert [(each.name, each.shape, each.elements, each.dtype.name) for each in factors[:1]] == [
+        ("a", (1, 3), 3, "float64")
+    ]

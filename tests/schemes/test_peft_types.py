@@ -1,6 +1,7 @@
 """PEFT's types other than LORA: what becomes of their keys, fields and versions."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from builders import MemoryFactor, find_errors
-from loraformat.adapter import Adapter, Scaling, ScalingRule, SlotKind
+from laws.scheme_laws import SchemeLaws
+from loraformat.adapter import Adapter, Scaling, ScalingRule, SlotKind, Target
+from loraformat.base_facts import NO_FACTS
 from loraformat.errors import LoraformatError
 from loraformat.kinds import KINDS
 from loraformat.schemes import NOT_STATED, Bundle
@@ -237,3 +240,102 @@ def test_tables_of_other_types_mean_other_things() -> None:
     shapes = {"m.q.lora_A": (2, 5), "m.q.lora_B": (6, 2), "m.q.lora_E": (2, 1)}
     bundle = make_bundle("ADALORA", shapes, rank_pattern={"m.q": [True, False]}, target_modules=["q", "k"])
     assert SCHEME.check(bundle) == []
+
+
+# --- written ---------------------------------------------------------------------------------------------------------
+
+SD1 = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_"
+
+
+def lokr(left: tuple[int, int], right: tuple[int, int], *ranks: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of w1 and w2; each is whole where its rank is 0."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for role, (rows, columns), rank in zip(("lokr_w1", "lokr_w2"), (left, right), ranks, strict=True):
+        whole = {role: (rows, columns)}
+        shapes |= {f"{role}_a": (rows, rank), f"{role}_b": (rank, columns)} if rank else whole
+    return shapes
+
+
+class TestOtherTypes(SchemeLaws):
+    """Folders that go to LyCORIS' schemes and come back."""
+
+    scheme = SCHEME
+
+    def examples(self) -> Mapping[str, Bundle]:
+        loha = {f"{SD1}{name}.{key[4:]}": shape for name in "qk" for key, shape in LOHA.items()}
+        core = {f"conv_in.{role}": (2, 8) for role in ("hada_w1_a", "hada_w2_a")}
+        core |= {f"conv_in.{role}": (2, 4) for role in ("hada_w1_b", "hada_w2_b")}
+        core |= {"conv_in.hada_t1": (2, 2, 3, 3), "conv_in.hada_t2": (2, 2, 3, 3)}
+        fields = {"target_modules": ["to_q", "to_k", "conv_in"]}
+        pair = {f"{SD1}q.{role}": shape for role, shape in lokr((2, 3), (9, 8), 0, 2).items()}
+        whole = {f"{SD1}k.{role}": shape for role, shape in lokr((2, 3), (3, 5), 0, 0).items()}
+        return {
+            "LoHa": make_bundle("LOHA", {**loha, **core}, r=2, alpha=3, use_effective_conv2d=True, **fields),
+            "LoKr": make_bundle("LOKR", {**pair, **whole}, r=2, alpha=3, **fields),
+            "(IA)³": make_bundle("IA3", {"m.k.ia3_l": (6, 1), "m.down.ia3_l": (1, 5)}, feedforward_modules=["down"]),
+            "HRA": make_bundle("HRA", {"m.k.hra_u": (6, 2)}, r=2, apply_GS=True),
+        }
+
+
+def adapter_of(kind: str, modules: Mapping[str, Shapes], scaling: Scaling) -> Adapter:
+    """Return an adapter that brings no configuration; the rank is that of the second factor of a product."""
+    targets = []
+    for name, shapes in modules.items():
+        factors = {role: MemoryFactor(role, np.ones(shape, np.float32)) for role, shape in shapes.items()}
+        rank = next((shape[0] for role, shape in shapes.items() if role.endswith("_b")), 0)
+        targets.append(Target(name, kind, SlotKind.LINEAR, factors, rank, scaling))
+    return Adapter(tuple(targets))
+
+
+UNIT = Scaling(ScalingRule.MULTIPLIER, 1.0)
+ALPHA = Scaling(ScalingRule.ALPHA_OVER_RANK, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "scaling", "fields"),
+    [
+        (lokr((2, 2), (9, 8), 0, 2), ALPHA, {"r": 2, "alpha": 3, "decompose_both": False, "decompose_factor": 2}),
+        (lokr((2, 3), (3, 4), 0, 0), UNIT, {"r": 4, "alpha": 4, "decompose_both": False, "decompose_factor": -1}),
+        (lokr((6, 6), (7, 9), 2, 2), ALPHA, {"r": 2, "alpha": 3, "decompose_both": True, "decompose_factor": -1}),
+    ],
+)
+def test_a_configuration_of_lokr_is_found(shapes: Shapes, scaling: Scaling, fields: Mapping[str, Any]) -> None:
+    written = SCHEME.write(adapter_of("lokr", {"m.q": shapes}, scaling), NO_FACTS)
+    assert not written.problems
+    assert written.config is not None
+    assert {name: written.config[name] for name in fields} == fields
+    (target,) = read(Bundle(Path("adapter"), written.tensors, config=written.config)).targets
+    assert target.scale == scaling.effective(2)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        lokr((2, 3), (9, 10), 0, 6),  # PEFT has w2 whole from rank 5 on
+        lokr((6, 6), (7, 9), 3, 2),  # two ranks
+        lokr((6, 6), (7, 9), 4, 4),  # w1 whole from rank 3 on
+        lokr((4, 3), (9, 8), 0, 2),  # 36 rows and 24 columns: no factor gives 4 and 3
+    ],
+)
+def test_what_peft_would_make_otherwise_is_refused(shapes: Shapes) -> None:
+    written = SCHEME.write(adapter_of("lokr", {"m.q": shapes}, ALPHA), NO_FACTS)
+    assert [problem.code for problem in written.problems] == ["LF312"]
+
+
+def test_two_types_in_one_folder_are_refused() -> None:
+    loha = {key[4:]: shape for key, shape in LOHA.items()}
+    both = [adapter_of("loha", {"m.q": loha}, ALPHA), adapter_of("lokr", {"m.k": lokr((2, 3), (9, 8), 0, 2)}, ALPHA)]
+    mixed = Adapter(tuple(target for each in both for target in each.targets))
+    assert {problem.where for problem in SCHEME.write(mixed, NO_FACTS).problems} == {"m.q", "m.k"}
+
+
+def test_a_configuration_that_says_something_else_by_now_is_not_kept() -> None:
+    adapter = read(make_bundle("LOHA", LOHA, r=2, alpha=8, target_modules=["q"], rank_dropout=0.5))
+    stronger = replace(adapter, targets=tuple(replace(each, scaling=ALPHA) for each in adapter.targets))
+    written = SCHEME.write(stronger, NO_FACTS)
+    assert not written.problems
+    assert written.config is not None
+    assert (written.config["alpha"], written.config["target_modules"]) == (3, ["m.q"])
+    other = read(make_bundle("HRA", {"m.k.hra_u": (6, 2)}, r=2, apply_GS=True))
+    changed = replace(other, targets=tuple(replace(each, options={"apply_GS": False}) for each in other.targets))
+    assert [problem.code for problem in SCHEME.write(changed, NO_FACTS).problems] == ["LF312"]

@@ -1,0 +1,132 @@
+"""Folders of PEFT's types other than LORA: with the configuration that they came with, or one made for LoHa and LoKr.
+
+PEFT makes factors of the shapes that its configuration says, and loads no others. So whatever is written is read once
+more, without its numbers, and must say what the adapter says.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from loraformat.adapter import Adapter, ScalingRule, Target
+from loraformat.errors import LoraformatError
+from loraformat.problems import Problem
+from loraformat.schemes._lora_config import exact_pattern
+from loraformat.schemes._peft_config import PeftConfig
+from loraformat.schemes._peft_groups import REPLACE
+from loraformat.schemes._peft_kronecker import complete_lokr
+from loraformat.schemes._peft_type import PeftType
+from loraformat.schemes._peft_writing import Folder, begin_config, find_raw, is_covered, place
+from loraformat.strict_json import JsonValue
+
+_SAME: Final = 1e-12
+_SHARING: Final = frozenset({"VERA", "PVERA", "RANDLORA", "VBLORA", "TINYLORA"})
+"""Types whose targets share factors, which PEFT stores once."""
+_LORA_KINDS: Final = frozenset({"lora", "dora", "tokens"})
+Targets = Mapping[str, Target]
+Config = dict[str, JsonValue]
+
+
+def find_type(adapter: Adapter, types: Mapping[str, PeftType]) -> str | None:
+    """Return the `peft_type` that an adapter came with, or that its kinds are of; None where it is LORA's."""
+    kinds = {target.kind for target in adapter.targets} - {REPLACE}
+    stated = find_raw(adapter).get("peft_type")
+    if isinstance(stated, str) and stated in types and not kinds & _LORA_KINDS:
+        return stated
+    return next((name for name in _COMPLETE if kinds == {types[name].kind}), None)
+
+
+def fill_other(adapter: Adapter, targets: Targets, name: str, row: PeftType) -> Folder:
+    """Return the folder of `peft_type` `name` for targets by the path of their module."""
+    where = adapter.source or "the adapter"
+    if name in _SHARING:
+        return Folder({}, {}, [Problem("LF312", where, f"peft_type {name!r}", "a type without shared factors")])
+    ends = {"weight": "weight", "bias": "bias"} | {role: end for end, role in row.roles.items()}
+    tensors, problems = place(targets, ends)
+    raw = find_raw(adapter)
+    if raw and not _find_against(row, raw, targets):
+        return Folder(tensors, dict(raw), problems)
+    if name not in _COMPLETE:
+        found = f"targets that are not those of its configuration, of peft_type {name!r}"
+        return Folder(tensors, {}, [*problems, Problem("LF312", where, found, "the configuration of the training run")])
+    config = begin_config(adapter) | _describe(targets, name)
+    factored = {each: target for each, target in targets.items() if target.kind != REPLACE}
+    against = _COMPLETE[name](factored, config) or _find_against(row, config, targets)
+    return Folder(tensors, config, [*problems, *against])
+
+
+def _find_against(row: PeftType, fields: Mapping[str, Any], targets: Targets) -> list[Problem]:
+    """Return the targets that a reader of this configuration would take for something else."""
+    config = PeftConfig(fields, "adapter_config.json", True)
+    try:
+        return [
+            problem
+            for name, target in targets.items()
+            if target.kind != REPLACE
+            for problem in _compare(name, target, row, config)
+        ]
+    except LoraformatError as error:
+        return list(error.problems)
+
+
+def _compare(name: str, target: Target, row: PeftType, config: PeftConfig) -> Iterator[Problem]:
+    again = row.read_target(name, target.factors, config)
+    if isinstance(again, Problem):
+        yield again
+        return
+    both = [(each.kind, each.slot, each.rank, dict(each.options)) for each in (target, again)]
+    if both[0] != both[1] or not math.isclose(again.scale, target.scale, rel_tol=_SAME):
+        found, expected = (f"{each.kind}, rank {each.rank}, scale {each.scale:g}" for each in (target, again))
+        options = [f", {dict(each.options)}" if each.options else "" for each in (target, again)]
+        yield Problem("LF312", target.name, found + options[0], f"{expected}{options[1]}, as PEFT reads it")
+    elif not is_covered(config, name):
+        yield Problem("LF312", target.name, "a name that target_modules does not say", "one of its own")
+
+
+def _describe(targets: Targets, name: str) -> Config:
+    """Return the fields that LoHa and LoKr have in common."""
+    factored = {each: target for each, target in targets.items() if target.kind != REPLACE}
+    ranks = {each: stated_rank(target) for each, target in factored.items()}
+    alphas = {each: _alpha(target, ranks[each]) for each, target in factored.items()}
+    rank, alpha = _usual(ranks.values()), _usual(alphas.values())
+    saved: list[JsonValue] = [*sorted(set(targets) - set(factored))]
+    return {
+        "peft_type": name,
+        "r": rank,
+        "alpha": alpha,
+        "rank_pattern": {exact_pattern(each): own for each, own in ranks.items() if own != rank},
+        "alpha_pattern": {exact_pattern(each): own for each, own in alphas.items() if own != alpha},
+        "target_modules": sorted(factored),
+        "modules_to_save": saved or None,
+    }
+
+
+def _usual(values: Any) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def stated_rank(target: Target) -> int:
+    """Return a target's rank; for whole factors one from which on PEFT has them whole, by which nothing is rounded."""
+    widest = max(size for factor in target.factors.values() for size in factor.shape[:2])
+    return target.rank or 1 << (widest - 1).bit_length()
+
+
+def _alpha(target: Target, rank: int) -> int | float:
+    is_alpha = target.rank and target.scaling.rule is ScalingRule.ALPHA_OVER_RANK
+    value = target.scaling.value if is_alpha else target.scale * rank
+    return int(value) if float(value).is_integer() and abs(value) < 2**53 else value
+
+
+def _complete_loha(targets: Targets, config: Config) -> Sequence[Problem]:
+    config["use_effective_conv2d"] = any("hada_t1" in target.factors for target in targets.values())
+    return ()
+
+
+_COMPLETE: Final[Mapping[str, Callable[[Targets, Config], Sequence[Problem]]]] = {
+    "LOHA": _complete_loha,
+    "LOKR": lambda targets, config: complete_lokr(
+        {name: (target, stated_rank(target)) for name, target in targets.items()}, config
+    ),
+}
+"""`peft_type` to what else its configuration says; returns what PEFT cannot hold."""
