@@ -9,8 +9,8 @@ from typing import Final
 
 from loraformat.adapter import SlotKind
 from loraformat.schemes import LORA_SLOTS, Holds
-from loraformat.schemes._engine import NOISE, Alias, Marks, TableScheme
-from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS
+from loraformat.schemes._engine import NOISE, Alias, Marks
+from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS, LycorisScheme
 from loraformat.schemes._naming import ComponentNaming
 from loraformat.schemes._scales import AlphaTensors
 from loraformat.schemes._table import NameTable, Row
@@ -27,7 +27,7 @@ _NATIVE: Final = (
     r"(?:double_blocks|single_blocks|joint_blocks|input_blocks|middle_block|output_blocks|final_layer)(?=\.)"
 )
 
-SCHEME: Final = TableScheme(
+SCHEME: Final = LycorisScheme(
     name="dotted",
     title="dotted native names: ComfyUI, ai-toolkit, diffusion-pipe, OneTrainer",
     rows=NameTable(
