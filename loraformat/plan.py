@@ -65,6 +65,7 @@ class PlannedChange:
         row_factors: what each canonical row of the module's weight was multiplied by before it was stored, and its
             change with it; empty for nothing.
         shape: canonical shape of the parameter, `(out, in, *kernel)` of a weight; empty where the factors tell it.
+        extent: the largest `(out, in)` of all weights that the adapter changes; empty where nothing follows from it.
     """
 
     adapter: int
@@ -80,6 +81,7 @@ class PlannedChange:
     part: Part | None = None
     row_factors: tuple[float, ...] = ()
     shape: tuple[int, ...] = ()
+    extent: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any, Final
 from loraformat.bases import BaseModel
 from loraformat.errors import error_for
 from loraformat.evidence import Hints
+from loraformat.extents import measure_together
 from loraformat.kinds import KINDS, Nature
 from loraformat.matching import Match, NewBias
 from loraformat.new_sizes import follow_weights
@@ -55,8 +56,10 @@ class _Found:
         if not resolution.matches and not resolution.problems:
             found = "none of its targets, all left out on request"
             self.problems.append(Problem("LF401", item.name, found, "at least one"))
+        extents, problems = measure_together(resolution.matches)
+        self.problems += problems
         for match in resolution.matches:
-            change = _plan_change(position, match, item)
+            change = _plan_change(position, match, item, extents.get(match.target.name, ()))
             self.problems += _check_scale(change)
             for weight in match.weights:
                 self.changes[weight.key].append(WeightChange(match, weight, change))
@@ -241,7 +244,7 @@ def _check_weight(item: WeightedAdapter, *, allow_zero: bool) -> list[Problem]:
     return []
 
 
-def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedChange:
+def _plan_change(position: int, match: Match, item: WeightedAdapter, extent: tuple[int, ...] = ()) -> PlannedChange:
     target, change = match.target, match.change
     kind = KINDS.find(target.kind)
     weight = item.weight / match.divisor
@@ -261,6 +264,7 @@ def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedC
         part=match.part,
         row_factors=match.row_factors,
         shape=change.shape if change.shape != match.want.shape else (),
+        extent=extent,
     )
 
 

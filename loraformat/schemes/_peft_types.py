@@ -57,6 +57,12 @@ def _scale_adalora(config: PeftConfig, factors: Factors) -> float:
     return (alpha if alpha > 0 else first_rank) / (first_rank + 1e-5)
 
 
+def _halve_rank(target: Target, config: PeftConfig) -> Target:
+    """Return a target whose rank, where no factor shows it, is half of the numbers in its middle."""
+    middle = target.factors.get("pvera_lambda_d")
+    return target if target.rank or middle is None else replace(target, rank=middle.elements // 2)
+
+
 def _drop_empty(target: Target, config: PeftConfig) -> Target | Problem:
     if target.rank:
         return target
@@ -129,13 +135,14 @@ TYPES: Final[Mapping[str, PeftType]] = {
         "vera",
         _same("vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B"),
         rank=(("vera_lambda_d", 0),),
-        obstacles=(_NOT_SAVED,),
+        drawn=("vera_A", "vera_B"),
     ),
     "PVERA": PeftType(
         "pvera",
         _same("pvera_lambda_b", "pvera_lambda_d", "pvera_A", "pvera_B"),
         rank=(("pvera_B", 1),),
-        obstacles=(_NOT_SAVED,),
+        adjust=_halve_rank,
+        drawn=("pvera_A", "pvera_B"),
     ),
     "ADALORA": PeftType(
         "adalora",

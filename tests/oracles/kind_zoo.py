@@ -193,6 +193,12 @@ SPECIMENS: dict[str, Specimen] = {
     "boft": Specimen(lambda t: peft.BOFTConfig(boft_block_size=4, target_modules=t), (*LINEAR, "conv", "point")),
     "vera": Specimen(lambda t: peft.VeraConfig(r=5, target_modules=t), LINEAR),
     "vera turned": Specimen(lambda t: peft.VeraConfig(r=5, fan_in_fan_out=True, target_modules=t), ("turned",)),
+    "vera drawn": Specimen(
+        lambda t: peft.VeraConfig(r=5, save_projection=False, projection_prng_key=11, target_modules=t), LINEAR
+    ),
+    "pvera drawn": Specimen(
+        lambda t: peft.PveraConfig(r=5, save_projection=False, projection_prng_key=12, target_modules=t), LINEAR
+    ),
     "pvera": Specimen(lambda t: peft.PveraConfig(r=5, target_modules=t), LINEAR),
     "hra": Specimen(lambda t: peft.HRAConfig(r=4, target_modules=t), (*LINEAR, "conv", "point")),
     "hra gs": Specimen(lambda t: peft.HRAConfig(r=4, apply_GS=True, target_modules=t), (*LINEAR, "conv")),

@@ -107,8 +107,10 @@ def test_factors_that_all_share() -> None:
     assert [target.name for target in adapter.targets] == ["m.q", "m.v"]
     assert len({id(target.factors["vera_A"]) for target in adapter.targets}) == 1
     assert not errors(make_bundle("VERA", {**lambdas, **shared}))
-    codes = errors(make_bundle("VERA", lambdas, save_projection=False))
-    assert set(codes) == {"LF201", "LF232"}
+    drawn = make_bundle("VERA", lambdas, save_projection=False, projection_prng_key=5)
+    assert not errors(drawn)
+    assert [target.options for target in read(drawn).targets] == [{"projection_prng_key": 5, "sharing": 2}] * 2
+    assert set(errors(make_bundle("VERA", lambdas))) == {"LF230"}
 
 
 def test_a_target_s_own_copy_comes_first() -> None:
