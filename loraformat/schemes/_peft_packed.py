@@ -1,4 +1,4 @@
-"""LoRA of packed parameters (PEFT's `target_parameters`), of blocks (BD-LoRA) and of torch's MultiheadAttention.
+"""LoRA of packed parameters (PEFT's `target_parameters`), of blocks (BD-LoRA), of slices, of torch's MultiheadAttention.
 
 Packed experts lie in one pair of factors: A `(experts * r, in)`, expert by expert, and B `(out, r * experts)`, in
 which the experts of one rank stand side by side. Each expert becomes a target of its own, `<experts>.3.down_proj`.
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from loraformat.adapter import Factor
 from loraformat.limits import MAX_EXPERTS
+from loraformat.operations import Reshape, derive
 from loraformat.problems import Problem
 from loraformat.schemes._derived import DerivedFactor, LastRead
 from loraformat.schemes._peft_config import PeftConfig
@@ -162,6 +163,21 @@ def expand_blocks(
         shape = (factor.shape[0], factor.shape[1] * count)
         expanded[role] = DerivedFactor(factor.name, shape, factor, partial(_place_blocks, count), last)
     return expanded
+
+
+def merge_slices(name: str, factors: Mapping[str, Factor], config: PeftConfig) -> dict[str, Factor] | Problem | None:
+    """Return the factors of slices of a fused weight (PEFT 0.2), of which B is the weight of a grouped convolution.
+
+    None where a target is none of these.
+    """
+    stated, up = config.fields.get("enable_lora"), factors.get(B)
+    if not stated or up is None or len(up.shape) != 3:
+        return None
+    if not isinstance(stated, list | tuple) or not all(isinstance(each, bool) for each in stated):
+        return Problem("LF213", f"{config.where}: enable_lora", f"{stated!r:.80}", "a list of true and false")
+    if up.shape[2] != 1:
+        return Problem("LF203", name, f"{B} {up.shape}", "(rows, r, 1)")
+    return {**factors, B: derive(Reshape(up.shape[:2]), up)}
 
 
 def _names_part(patterns: object, name: str) -> bool:

@@ -414,9 +414,8 @@ GROUPS = (
         "merged linear",
         lambda fields: is_lora(fields) and bool(fields.get("enable_lora")),
         1,
-        "LF209",
+        None,
         "PEFT 0.2's MergedLinear: factors of slices of a fused weight.",
-        "enable_lora",
     ),
     Group(
         "KaSA",
