@@ -1,4 +1,4 @@
-"""LoRA of packed parameters (PEFT's `target_parameters`), of blocks (BD-LoRA), of slices, of torch's MultiheadAttention.
+"""LoRA of packed parameters (PEFT's `target_parameters`), of blocks (BD-LoRA), slices and torch's MultiheadAttention.
 
 Packed experts lie in one pair of factors: A `(experts * r, in)`, expert by expert, and B `(out, r * experts)`, in
 which the experts of one rank stand side by side. Each expert becomes a target of its own, `<experts>.3.down_proj`.
