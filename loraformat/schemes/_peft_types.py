@@ -16,6 +16,7 @@ from loraformat.schemes._peft_type import Barrier, Factors, PeftType, read_numbe
 from loraformat.strict_json import JsonValue
 
 _ORDER: Final = "which target has which vector follows from the order of the base's modules, which no file says"
+_COIFLET: Final = "coiflets, of whose filters this version has none; db1 to db10 and sym2 to sym10 it has"
 _NOT_SAVED: Final = Barrier(
     "save_projection", lambda saved: saved is False, "the random factors were not saved", True, "LF232"
 )
@@ -158,8 +159,8 @@ TYPES: Final[Mapping[str, PeftType]] = {
         "waveft",
         _same("waveft_spectrum"),
         scale="scaling",
-        options={"random_loc_seed": 777, "use_idwt": True},
-        obstacles=(Barrier("use_idwt", lambda used: used is not False, "its numbers are wavelet coefficients", True),),
+        options={"random_loc_seed": 777, "use_idwt": True, "wavelet_family": "db1"},
+        obstacles=(Barrier("wavelet_family", lambda name: str(name).startswith("coif"), _COIFLET, "db1"),),
     ),
     "RANDLORA": PeftType(
         "randlora",
