@@ -18,6 +18,7 @@ class BaseFacts:
         counts: `heads`, `kv_heads`, `head_dim`, `experts`, `hidden` ... by name.
         architecture: what it calls its own class or architecture, such as `FluxTransformer2DModel` or `llama`.
         config: its own configuration.
+        kernels: shapes of the convolutions' weights, `(out, in / groups, *kernel)`, by module path.
     """
 
     source: str = ""
@@ -25,6 +26,7 @@ class BaseFacts:
     counts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     architecture: str = ""
     config: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
     def complete(self, other: "BaseFacts") -> "BaseFacts":
         """Return these facts, and the other's where there are none."""
@@ -34,6 +36,7 @@ class BaseFacts:
             {**other.counts, **self.counts},
             self.architecture or other.architecture,
             self.config or other.config,
+            self.kernels or other.kernels,
         )
 
     def count(self, expression: str) -> int | None:

@@ -30,6 +30,9 @@ MAX_NAME_BYTES: Final = 4096
 MAX_DIMS: Final = 8
 """Dimensions of one tensor; a 3-d convolution has five."""
 
+MAX_DRAWN: Final = 1 << 28
+"""Random numbers that are drawn again from a seed, a gibibyte; VeRA of rank 1024 on a 70B model takes 38 million."""
+
 MAX_EXPERTS: Final = 4096
 """Experts in one packed tensor. Models have some hundreds."""
 

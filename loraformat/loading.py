@@ -9,7 +9,7 @@ from os.path import isdir
 from pathlib import Path
 from typing import Final
 
-from loraformat.adapter import Adapter
+from loraformat.adapter import Adapter, SlotKind
 from loraformat.base_facts import NO_FACTS, BaseFacts, read_facts
 from loraformat.bases import BASES, BaseFormat, BaseModel
 from loraformat.containers import CONTAINERS, Container
@@ -20,7 +20,7 @@ from loraformat.known_scales import find_scale
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.recognition import PEFT_TYPE, Recognised, recognise_config, recognise_files, recognise_tensors
-from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, FolderScheme, Layout, Scheme, StatedScale
+from loraformat.schemes import NOT_STATED, SCHEMES, AmbiguousScheme, Bundle, FolderScheme, Layout, Scheme, StatedScale
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, read_small
 from loraformat.strict_json import JsonValue, parse_json_object
@@ -64,7 +64,7 @@ def load_adapter(path: Path, scheme: str | None = None, stated: StatedScale = NO
 
 
 def load_for_base(path: Path, scheme: str | None, stated: StatedScale, base: BaseModel) -> Adapter:
-    """Read an adapter as `load_adapter` does; one that cannot be read without its base is read with what `base` says.
+    """Read an adapter as `load_adapter` does; one that its file alone does not tell is read with what `base` says.
 
     Raises:
         LoraformatError: as `load_adapter`.
@@ -75,7 +75,8 @@ def load_for_base(path: Path, scheme: str | None, stated: StatedScale, base: Bas
         if not _NEED_BASE.intersection(error.codes):
             raise
     else:
-        if not _NEED_BASE.intersection(problem.code for problem in adapter.problems):
+        needed = _NEED_BASE.intersection(problem.code for problem in adapter.problems)
+        if not needed and not isinstance(SCHEMES.find(adapter.scheme), AmbiguousScheme):
             return adapter
     return read_adapter(path, scheme, stated, find_facts(base))[0]
 
@@ -201,7 +202,9 @@ def find_facts(base: BaseModel) -> BaseFacts:
     path = base.path
     config = path / _BASE_CONFIG if isdir(path) else path.with_name(_BASE_CONFIG)
     fields: Mapping[str, JsonValue] = parse_json_object(read_small(config), config) if config.exists() else {}
-    return read_facts(fields, str(path), frozenset(site.module for site in base.sites if site.module))
+    facts = read_facts(fields, str(path), frozenset(site.module for site in base.sites if site.module))
+    convolutions = (site for site in base.sites if site.weight and SlotKind.CONV in site.transposed)
+    return replace(facts, kernels={site.module: site.stored_shape() for site in convolutions})
 
 
 def is_base(path: Path) -> bool:

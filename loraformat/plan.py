@@ -97,6 +97,7 @@ class PlannedChange:
         row_order: which canonical row each stored one is; empty where they are in order.
         shape: canonical shape of the parameter, `(out, in, *kernel)` of a weight; empty where the factors tell it.
         references: where the float numbers are that it changes, where the base has them in a few bits.
+        extent: the largest `(out, in)` of all weights that the adapter changes; empty where nothing follows from it.
     """
 
     adapter: int
@@ -114,6 +115,7 @@ class PlannedChange:
     row_order: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
     references: tuple[PlannedReference, ...] = ()
+    extent: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from loraformat.bases import BaseModel
 from loraformat.coded_plans import DEQUANTIZE, check_codes, make_float, plan_references
 from loraformat.errors import error_for
 from loraformat.evidence import Clues, Hints
+from loraformat.extents import measure_together
 from loraformat.kinds import KINDS, Nature
 from loraformat.matching import Match, NewBias
 from loraformat.new_sizes import follow_weights
@@ -56,8 +57,10 @@ class _Found:
         if not resolution.matches and not resolution.problems:
             found = "none of its targets, all left out on request"
             self.problems.append(Problem("LF401", item.name, found, "at least one"))
+        extents, problems = measure_together(resolution.matches)
+        self.problems += problems
         for match in resolution.matches:
-            change = _plan_change(position, match, item)
+            change = _plan_change(position, match, item, extents.get(match.target.name, ()))
             references = clues.reference.get((match.target.name, match.want.parameter), ())
             change = replace(change, references=plan_references(match, references))
             self.problems += _check_scale(change)
@@ -264,7 +267,7 @@ def _check_weight(item: WeightedAdapter, *, allow_zero: bool) -> list[Problem]:
     return []
 
 
-def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedChange:
+def _plan_change(position: int, match: Match, item: WeightedAdapter, extent: tuple[int, ...] = ()) -> PlannedChange:
     target, change = match.target, match.change
     kind = KINDS.find(target.kind)
     weight = item.weight / match.divisor
@@ -285,6 +288,7 @@ def _plan_change(position: int, match: Match, item: WeightedAdapter) -> PlannedC
         row_factors=match.row_factors,
         row_order=match.row_order,
         shape=change.shape if change.shape != match.want.shape else (),
+        extent=extent,
     )
 
 

@@ -144,7 +144,7 @@ class WeightWork:
         kind = KINDS.find(target.kind)
         assert kind is not None, "the plan checked it"
         change = _find_change(kind.changes(target), planned)
-        change = replace(change, shape=planned.shape) if planned.shape else change
+        change = replace(change, shape=planned.shape or change.shape, extent=planned.extent)
         factors = {role: self._read_factor(target, role, change) for role in change.roles}
         if change.nature is Nature.FUNCTION_OF_BASE:
             return cast(MappingKind, kind).map(target, change, factors)

@@ -59,6 +59,8 @@ class Change:
         shared: whether it is meant for all tables that a model ties together, though only one is named.
         is_optional: whether a base without the parameter has nothing to change: a bias that is scaled with its weight.
         is_flat: whether it may as well be a kernel `(out, in, *kernel)`, since its factors only know the matrix.
+        extent: `(out, in)`, each the largest of all weights that the adapter changes together with this one
+            (`SizedTogether`); empty until all have been found.
     """
 
     parameter: str
@@ -71,6 +73,7 @@ class Change:
     shared: bool = False
     is_optional: bool = False
     is_flat: bool = False
+    extent: tuple[int, ...] = ()
 
 
 class Delta(Protocol):
@@ -234,6 +237,32 @@ class SizedByBase(Kind, Protocol):
 
     def check_size(self, target: Target, change: Change) -> list[Problem]:
         """Return what is wrong with the shape of `change`, all of whose sizes are known by now; may read indices."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What a target shares with others of its adapter, and how many they are.
+
+    Attributes:
+        what: what it is; equal for all of them.
+        targets: how many have it.
+    """
+
+    what: str
+    targets: int
+
+
+@runtime_checkable
+class SizedTogether(Kind, Protocol):
+    """A kind of which some numbers follow from the sizes of all weights that an adapter changes."""
+
+    def sharing(self, target: Target) -> Sharing | None:
+        """Return what follows from the sizes of several weights; None for a target that holds all its numbers."""
+        ...
+
+    def check_extent(self, target: Target, change: Change) -> list[Problem]:
+        """Return what is wrong with the extent of `change`, which is known by now."""
         ...
 
 

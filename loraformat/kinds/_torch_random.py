@@ -2,9 +2,11 @@
 
 `torch.Generator().manual_seed(s)` is the Mersenne Twister MT19937 with the lower 32 bits of the seed, as numpy's
 `RandomState` has it; `torch.randperm` for fewer than 2³²/20 numbers is a forward Fisher-Yates shuffle over its words.
+A uniform float32 is the lower 24 bits of a word, times the width of the interval, plus its begin, rounded once.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -34,6 +36,24 @@ def draw_permutation(numbers: int, first: int, seed: int) -> NDArray[np.intp]:
         entries[place] = moved.get(other, other)
         moved[other] = moved.get(place, place)
     return entries
+
+
+def draw_uniform(seed: int, runs: Sequence[tuple[int, float]]) -> list[NDArray[np.float32]]:
+    """Return what `tensor.uniform_(-bound, bound)` gives for one float32 tensor after the other of one generator.
+
+    Args:
+        seed: the seed.
+        runs: numbers of each tensor, and its bound.
+    """
+    words = _draw_words(sum(numbers for numbers, _ in runs), seed)
+    drawn, place = [], 0
+    for numbers, bound in runs:
+        low, high = np.float32(-bound), np.float32(bound)
+        parts = (words[place : place + numbers] & 0xFFFFFF).astype(np.float64) * 2.0**-24
+        parts *= np.float64(high - low)  # Products of two 24-bit numbers and their sum with a third: exact in float64.
+        drawn.append((parts + np.float64(low)).astype(np.float32))
+        place += numbers
+    return drawn
 
 
 def _draw_words(count: int, seed: int) -> NDArray[np.uint32]:

@@ -1,8 +1,9 @@
-"""WaveFT without a wavelet: some numbers of the change are trained, at places that a seed tells (arXiv 2505.12532).
+"""WaveFT: some wavelet coefficients of the change are trained, at places that a seed tells (arXiv 2505.12532).
 
     waveft_spectrum (n): the numbers at the first n places of a permutation of all out·in
 
-With `use_idwt`, PEFT's default, they are wavelet coefficients: not supported.
+With `use_idwt`, PEFT's default, they are coefficients of one step of a wavelet transform of the family
+`wavelet_family`; otherwise they are numbers of the change itself.
 """
 
 from collections.abc import Mapping
@@ -15,8 +16,9 @@ from loraformat.adapter import Target
 from loraformat.kinds import Change, Delta
 from loraformat.kinds._axes import Layout
 from loraformat.kinds._deltas import sort_sparse
-from loraformat.kinds._factored import MATRICES, FactoredKind, Option, count, name_options
+from loraformat.kinds._factored import MATRICES, FactoredKind, count, flag, name_options, one_of
 from loraformat.kinds._torch_random import check_places, draw_permutation
+from loraformat.kinds._wavelets import WAVELETS, make_filters, place_waves
 from loraformat.problems import Problem
 
 
@@ -24,12 +26,13 @@ class Waveft(FactoredKind):
     """The kind `waveft`."""
 
     name = "waveft"
-    formula = "W + s·S, S zero but for n numbers"
-    source = "arXiv 2505.12532; PEFT WAVEFT with use_idwt=False"
+    formula = "W + s·idwt(S), S zero but for n numbers"
+    source = "arXiv 2505.12532; PEFT WAVEFT"
     layouts = (Layout(MATRICES, {"waveft_spectrum": "n"}),)
     options = name_options(
         random_loc_seed=count(least=0),
-        use_idwt=Option(lambda value: value is False, "false: wavelets are not supported"),
+        use_idwt=flag(),
+        wavelet_family=one_of(*WAVELETS),
     )
     rank_axis = ""
 
@@ -40,11 +43,14 @@ class Waveft(FactoredKind):
     def delta(self, target: Target, change: Change, factors: Mapping[str, NDArray[Any]], scale: float) -> Delta:
         """Return the change as `(out, in)`."""
         spectrum = factors["waveft_spectrum"]
-        values = (spectrum.astype(np.float64) * scale).astype(spectrum.dtype)
+        values = spectrum.astype(np.float64) * scale
         out, inner = change.shape
         places = draw_permutation(out * inner, len(values), int(self.option(target, "random_loc_seed")))
         rows, columns = np.divmod(places, inner)
-        return sort_sparse((out, inner), rows, columns, values)
+        if not self.option(target, "use_idwt"):
+            return sort_sparse((out, inner), rows, columns, values.astype(spectrum.dtype))
+        filters = make_filters(self.option(target, "wavelet_family"))
+        return place_waves((out, inner), (rows, columns), values, filters)
 
 
 KIND: Final = Waveft()

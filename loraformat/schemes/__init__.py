@@ -171,6 +171,17 @@ class FolderScheme(Scheme, Protocol):
 
 
 @runtime_checkable
+class AmbiguousScheme(Scheme, Protocol):
+    """A scheme whose tensors may be of several kinds, which only the base tells apart.
+
+    Attributes:
+        told_by_base: which kinds.
+    """
+
+    told_by_base: frozenset[str]
+
+
+@runtime_checkable
 class KnowingScheme(Scheme, Protocol):
     """A scheme whose files say something about the base."""
 

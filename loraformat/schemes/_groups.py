@@ -18,8 +18,15 @@ _KINDS_TOGETHER: Final[Mapping[frozenset[str], str]] = {
     frozenset({"dora", "lokr"}): "dora_lokr",
     frozenset({"lycoris_oft", "rescaled"}): "lycoris_oft",
     frozenset({"lycoris_boft", "rescaled"}): "lycoris_boft",
-    frozenset({"diff", "lora", "dora"}): "diff and dora",
-    frozenset({"diff", "lora", "locon"}): "diff and locon",
+    frozenset({"diff_b"}): "diff",
+    frozenset({"diff", "diff_b"}): "diff",
+    frozenset({"diff_b", "lora"}): "lora",
+    **{
+        frozenset({*differences, *kinds}): f"diff and {kinds[-1]}"
+        for differences in (("diff",), ("diff_b",), ("diff", "diff_b"))
+        for kinds in (("lora", "dora"), ("lora", "locon"))
+    },
+    frozenset({"diff", "diff_b", "lora"}): "diff and lora",
 }
 """What the rows of one module make together."""
 

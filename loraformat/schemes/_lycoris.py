@@ -1,13 +1,29 @@
 """The tensors of kohya's LoRA and of LyCORIS, which stand beside each other in flat and in dotted files.
 
-Source: KohakuBlueleaf/LyCORIS, the `weight_list` of its modules; kohya-ss/sd-scripts, networks/lora.py.
+Source: KohakuBlueleaf/LyCORIS, the `weight_list` of its modules; kohya-ss/sd-scripts, networks/lora.py. A `diff_b`
+beside a LoRA, as ComfyUI extracts them, is added to the bias whatever alpha is (comfyanonymous/ComfyUI, comfy/lora.py):
+here it is a `lora_B.bias`, which the scale multiplies, divided by it.
 """
 
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
-from loraformat.adapter import Factor
+from loraformat.adapter import Adapter, Factor, Target
+from loraformat.base_facts import BaseFacts
+from loraformat.derived import derive
+from loraformat.operations import Scale
+from loraformat.schemes import Bundle, StatedScale, WrittenBundle
+from loraformat.schemes._engine import TableScheme
+from loraformat.schemes._memory import find_memory
 from loraformat.schemes._scales import ALPHA, ON_INPUT
 from loraformat.schemes._table import COLUMN, Row
+
+_ADDED: Final = "diff_b"
+_SCALED: Final = "lora_B.bias"
+_UNCLEAR: Final = "diff and lora"
+_BIASES: Final = "biases"
+"""The part of a provenance that says how biases beside a LoRA were called."""
 
 
 def _is_column(factor: Factor) -> bool:
@@ -32,7 +48,7 @@ LYCORIS_ROWS: Final = (
     *(Row(role, "lokr", role) for role in _LOKR),
     *(Row(role, "lycoris_glora", role) for role in _GLORA),
     Row("diff", "diff", "diff"),
-    Row("diff_b", "diff", "diff_b"),
+    Row(_ADDED, _ADDED, _ADDED),
     Row("w_norm", "diff", "w_norm"),
     Row("b_norm", "diff", "b_norm"),
     Row("oft_blocks", "lycoris_oft", "oft_blocks", fits=_is_diagonal),
@@ -49,3 +65,58 @@ LYCORIS_KINDS: Final = frozenset(
     | {"lycoris_oft", "lycoris_boft", "diff", "replace", "diff and lora", "diff and dora", "diff and locon"}
 )
 """What these rows can hold: the kinds, and the kinds that they make together."""
+
+
+@dataclass(frozen=True)
+class LycorisScheme(TableScheme):
+    """A table with these rows.
+
+    Attributes:
+        only_added: whether `diff_b` is the one name that it has for a bias beside a LoRA.
+    """
+
+    only_added: bool = False
+
+    def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
+        """Return the adapter, biases beside a LoRA as it has them."""
+        adapter = super().read(bundle, stated)
+        if not any(_is_biased(target) for target in adapter.targets):
+            return adapter
+        targets = tuple(_divide(target) if _is_biased(target) else target for target in adapter.targets)
+        memory = {**find_memory(adapter.provenance, self.name), _BIASES: _ADDED}
+        return replace(adapter, targets=targets, provenance={**adapter.provenance, self.name: memory})
+
+    def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
+        """Return the tensors; biases beside a LoRA are called as they were."""
+        if self.only_added or _were_added(adapter.provenance):
+            adapter = replace(adapter, targets=tuple(map(_multiply, adapter.targets)))
+        return super().write(adapter, facts)
+
+
+def _is_biased(target: Target) -> bool:
+    return target.kind == "lora" and _ADDED in target.factors
+
+
+def _were_added(provenance: Mapping[str, Any]) -> bool:
+    return any(isinstance(memory, Mapping) and memory.get(_BIASES) == _ADDED for memory in provenance.values())
+
+
+def _divide(target: Target) -> Target:
+    """Return a LoRA with what is added to its bias as the scale would multiply it; float64 keeps every digit."""
+    if not target.scale or _SCALED in target.factors:
+        return replace(target, kind=_UNCLEAR)
+    added = target.factors[_ADDED]
+    scaled = added if target.scale == 1 else derive(Scale(1 / target.scale, "float64"), added)
+    rest = {role: factor for role, factor in target.factors.items() if role != _ADDED}
+    return replace(target, factors={**rest, _SCALED: scaled})
+
+
+def _multiply(target: Target) -> Target:
+    """Return a LoRA with what its bias adds in the end, in the number form of B."""
+    if target.kind != "lora" or _SCALED not in target.factors:
+        return target
+    scaled, form = target.factors[_SCALED], target.factors["lora_B.weight"].dtype.name
+    as_it_is = target.scale == 1 and scaled.dtype.name != "float64"
+    added = scaled if as_it_is else derive(Scale(target.scale, form), scaled)
+    rest = {role: factor for role, factor in target.factors.items() if role != _SCALED}
+    return replace(target, factors={**rest, _ADDED: added})

@@ -48,7 +48,6 @@ _BASE_CHANGING: Final = ("pissa", "olora", "corda", "lora_ga")
 _OBSTACLES: Final = (
     _Obstacle("kasa_config", _is_set, "it cuts singular values off the base (KaSA)"),
     _Obstacle("layer_replication", _is_set, "it repeats layers of the base, which has fewer than the adapter"),
-    _Obstacle("enable_lora", _is_set, "it adapts slices of a fused weight (MergedLinear of PEFT 0.2)"),
     _Obstacle(
         "init_lora_weights",
         lambda value: isinstance(value, str) and value.lower().startswith(_BASE_CHANGING),

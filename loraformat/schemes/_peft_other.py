@@ -59,19 +59,17 @@ def fill_other(adapter: Adapter, targets: Targets, name: str, row: PeftType) -> 
 def _find_against(row: PeftType, fields: Mapping[str, Any], targets: Targets) -> list[Problem]:
     """Return the targets that a reader of this configuration would take for something else."""
     config = PeftConfig(fields, "adapter_config.json", True)
+    factored = {name: target for name, target in targets.items() if target.kind != REPLACE}
     try:
-        return [
-            problem
-            for name, target in targets.items()
-            if target.kind != REPLACE
-            for problem in _compare(name, target, row, config)
-        ]
+        again = {
+            name: row.read_target(name, target.factors, config, len(factored)) for name, target in factored.items()
+        }
+        return [problem for name, target in factored.items() for problem in _compare(name, target, again[name], config)]
     except LoraformatError as error:
         return list(error.problems)
 
 
-def _compare(name: str, target: Target, row: PeftType, config: PeftConfig) -> Iterator[Problem]:
-    again = row.read_target(name, target.factors, config)
+def _compare(name: str, target: Target, again: Target | Problem, config: PeftConfig) -> Iterator[Problem]:
     if isinstance(again, Problem):
         yield again
         return

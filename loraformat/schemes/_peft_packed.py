@@ -1,4 +1,4 @@
-"""LoRA of packed parameters (PEFT's `target_parameters`), of blocks (BD-LoRA) and of torch's MultiheadAttention.
+"""LoRA of packed parameters (PEFT's `target_parameters`), of blocks (BD-LoRA), slices and torch's MultiheadAttention.
 
 Packed experts lie in one pair of factors: A `(experts * r, in)`, expert by expert, and B `(out, r * experts)`, in
 which the experts of one rank stand side by side. Each expert becomes a target of its own, `<experts>.3.down_proj`.
@@ -14,7 +14,7 @@ from loraformat.adapter import Factor
 from loraformat.derived import KeptFactor, LastRead, derive
 from loraformat.errors import refuse
 from loraformat.limits import MAX_EXPERTS
-from loraformat.operations import BlockDiagonal, Take
+from loraformat.operations import BlockDiagonal, Reshape, Take
 from loraformat.problems import Problem
 from loraformat.row_orders import Permute
 from loraformat.schemes._peft_config import PeftConfig
@@ -174,6 +174,21 @@ def list_blocks(name: str, config: PeftConfig) -> Blocks:
         raise refuse("LF213", f"{config.where}: use_bdlora", f"{stated!r:.80}", "an object with nblocks")
     fields = (("target_modules_bd_a", A), ("target_modules_bd_b", B))
     return Blocks(count, tuple(role for field, role in fields if _names_part(stated.get(field), name)))
+
+
+def merge_slices(name: str, factors: Mapping[str, Factor], config: PeftConfig) -> dict[str, Factor] | Problem | None:
+    """Return the factors of slices of a fused weight (PEFT 0.2), of which B is the weight of a grouped convolution.
+
+    None where a target is none of these.
+    """
+    stated, up = config.fields.get("enable_lora"), factors.get(B)
+    if not stated or up is None or len(up.shape) != 3:
+        return None
+    if not isinstance(stated, list | tuple) or not all(isinstance(each, bool) for each in stated):
+        return Problem("LF213", f"{config.where}: enable_lora", f"{stated!r:.80}", "a list of true and false")
+    if up.shape[2] != 1:
+        return Problem("LF203", name, f"{B} {up.shape}", "(rows, r, 1)")
+    return {**factors, B: derive(Reshape(up.shape[:2]), up)}
 
 
 def _names_part(patterns: object, name: str) -> bool:

@@ -13,11 +13,13 @@ from loraformat.schemes._peft_config import PeftConfig
 from loraformat.schemes._peft_groups import BASE, LORA, REPLACE, TOKENS, Group
 from loraformat.schemes._peft_packed import (
     A,
+    B,
     check_square,
     count_additions,
     expand_blocks,
     find_attention,
     find_module,
+    merge_slices,
     name_parameter,
     split_experts,
 )
@@ -68,6 +70,14 @@ class TargetReader:
         if isinstance(factors, Problem):
             self._problems.append(factors)
             return []
+        slices = merge_slices(name, factors, self._config)
+        if isinstance(slices, Problem):
+            self._problems.append(slices)
+            return []
+        if slices is not None:
+            options = {"enable_lora": self._config.fields["enable_lora"]}
+            own = replace(self._make(name, name, slices, "merged_linear"), options=options)
+            return [replace(own, rank=self._config.rank_of(name, slices[B].shape[1]))]
         attention = find_attention(name, self._factors)
         if attention is not None:
             return [self._read_projection(attention, factors, kind)]

@@ -70,6 +70,7 @@ class PeftType:
         adjust: what is done with a target in the end; it may become a problem.
         scaling: how its scale follows where neither field says it.
         obstacles: fields under which it cannot be merged.
+        drawn: roles that all targets share, and that are drawn again from a seed where they were not saved.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class PeftType:
     adjust: Callable[[Target, PeftConfig], Target | Problem] = field(default=lambda target, config: target)
     scaling: Callable[[PeftConfig, Factors], float] = field(default=lambda config, factors: 1.0)
     obstacles: Sequence["Barrier"] = ()
+    drawn: Sequence[str] = ()
 
     @property
     def table(self) -> NameTable:
@@ -91,8 +93,8 @@ class PeftType:
         rows += [Row(_with_adapter(end), self.kind, role) for end, role in self.roles.items()]
         return NameTable([*rows, *_REPLACED])
 
-    def read_target(self, name: str, factors: Factors, config: PeftConfig) -> Target | Problem:
-        """Return the target that these factors are, or why there is none."""
+    def read_target(self, name: str, factors: Factors, config: PeftConfig, targets: int) -> Target | Problem:
+        """Return the target that these factors are, one of several, or why there is none."""
         rank = next((_size(factors[role], axis) for role, axis in self.rank if role in factors), 0)
         options = {each: config.fields.get(each, default) for each, default in self.options.items()}
         target = Target(
@@ -102,7 +104,7 @@ class PeftType:
             factors=factors,
             rank=rank,
             scaling=self._find_scaling(name, rank, factors, config),
-            options={**options, **self.more(config, name, factors)},
+            options={**options, **self.more(config, name, factors), **self._find_seed(factors, config, targets)},
         )
         return self.adjust(target, config)
 
@@ -120,6 +122,12 @@ class PeftType:
         if any(role in factors and len(factors[role].shape) > 2 for role in self.convolves):
             return SlotKind.CONV
         return SlotKind.LINEAR_TRANSPOSED if config.flag("fan_in_fan_out") else SlotKind.LINEAR
+
+    def _find_seed(self, factors: Factors, config: PeftConfig, targets: int) -> Mapping[str, JsonValue]:
+        """Return what factors are drawn by that were left out of the file."""
+        if not self.drawn or config.fields.get("save_projection") is not False or set(self.drawn) & set(factors):
+            return {}
+        return {"projection_prng_key": config.fields.get("projection_prng_key", 0), "sharing": targets}
 
     def _find_scaling(self, name: str, rank: int, factors: Factors, config: PeftConfig) -> Scaling:
         if self.scale:

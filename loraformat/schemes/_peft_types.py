@@ -16,6 +16,7 @@ from loraformat.schemes._peft_type import Barrier, Factors, PeftType, read_numbe
 from loraformat.strict_json import JsonValue
 
 _ORDER: Final = "which target has which vector follows from the order of the base's modules, which no file says"
+_COIFLET: Final = "coiflets, of whose filters this version has none; db1 to db10 and sym2 to sym10 it has"
 _NOT_SAVED: Final = Barrier(
     "save_projection", lambda saved: saved is False, "the random factors were not saved", True, "LF232"
 )
@@ -55,6 +56,12 @@ def _scale_adalora(config: PeftConfig, factors: Factors) -> float:
     first_rank = read_number(config, "init_r", config.fields.get("init_r", 12))
     alpha = read_number(config, "lora_alpha", config.fields.get("lora_alpha", 8))
     return (alpha if alpha > 0 else first_rank) / (first_rank + 1e-5)
+
+
+def _halve_rank(target: Target, config: PeftConfig) -> Target:
+    """Return a target whose rank, where no factor shows it, is half of the numbers in its middle."""
+    middle = target.factors.get("pvera_lambda_d")
+    return target if target.rank or middle is None else replace(target, rank=middle.elements // 2)
 
 
 def _drop_empty(target: Target, config: PeftConfig) -> Target | Problem:
@@ -129,13 +136,14 @@ TYPES: Final[Mapping[str, PeftType]] = {
         "vera",
         _same("vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B"),
         rank=(("vera_lambda_d", 0),),
-        obstacles=(_NOT_SAVED,),
+        drawn=("vera_A", "vera_B"),
     ),
     "PVERA": PeftType(
         "pvera",
         _same("pvera_lambda_b", "pvera_lambda_d", "pvera_A", "pvera_B"),
         rank=(("pvera_B", 1),),
-        obstacles=(_NOT_SAVED,),
+        adjust=_halve_rank,
+        drawn=("pvera_A", "pvera_B"),
     ),
     "ADALORA": PeftType(
         "adalora",
@@ -151,8 +159,8 @@ TYPES: Final[Mapping[str, PeftType]] = {
         "waveft",
         _same("waveft_spectrum"),
         scale="scaling",
-        options={"random_loc_seed": 777, "use_idwt": True},
-        obstacles=(Barrier("use_idwt", lambda used: used is not False, "its numbers are wavelet coefficients", True),),
+        options={"random_loc_seed": 777, "use_idwt": True, "wavelet_family": "db1"},
+        obstacles=(Barrier("wavelet_family", lambda name: str(name).startswith("coif"), _COIFLET, "db1"),),
     ),
     "RANDLORA": PeftType(
         "randlora",

@@ -9,8 +9,7 @@ from typing import Final
 
 from loraformat.adapter import SlotKind
 from loraformat.schemes import LORA_SLOTS, Holds
-from loraformat.schemes._engine import TableScheme
-from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS
+from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS, LycorisScheme
 from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._naming import ComponentNaming
 from loraformat.schemes._scales import AlphaTensors, fold_rankless
@@ -28,7 +27,7 @@ _NATIVE: Final = (
     r"(?:double_blocks|single_blocks|joint_blocks|input_blocks|middle_block|output_blocks|final_layer)(?=\.)"
 )
 
-SCHEME: Final = TableScheme(
+SCHEME: Final = LycorisScheme(
     name="dotted",
     title="dotted native names: ComfyUI, ai-toolkit, diffusion-pipe, OneTrainer",
     rows=NameTable(

@@ -11,8 +11,7 @@ from typing import Final
 from loraformat.adapter import Adapter, SlotKind
 from loraformat.problems import Problem
 from loraformat.schemes import LORA_SLOTS, Bundle, Holds, StatedScale
-from loraformat.schemes._engine import TableScheme
-from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS
+from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS, LycorisScheme
 from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._naming import ComponentNaming
 from loraformat.schemes._scales import AlphaTensors, fold_rankless
@@ -35,7 +34,7 @@ _SPLIT: Final = "split_qkv=True"
 
 
 @dataclass(frozen=True)
-class Kohya(TableScheme):
+class Kohya(LycorisScheme):
     """The scheme `kohya`."""
 
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
@@ -72,5 +71,6 @@ SCHEME: Final = Kohya(
     holds=Holds(kinds=LYCORIS_KINDS, slots=LORA_SLOTS | {SlotKind.PARAMETER}),
     names="kohya",
     fits=(fold_rankless,),
+    only_added=True,
     aliases=(*NOISE, Alias(r"^(lora_[^.]*[^_.])_\.(lora_(?:up|down)\.weight)$", r"\1.\2")),
 )

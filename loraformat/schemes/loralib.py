@@ -1,9 +1,12 @@
 """loralib, the library of the LoRA paper: `<module>.lora_A` in a torch checkpoint, which says nothing of the scale.
 
 A MergedLinear has a group of rows of A for each of the parts that `enable_lora` names; the file does not keep that
-mask. Two groups are q and v, as in all of the paper's own code. Source: microsoft/LoRA, loralib/layers.py, utils.py.
+mask. Two groups are q and v, as in all of the paper's own code. The factors of a ConvLoRA look like those of a linear
+layer; only where the base is known, and has a convolution there, are they taken for what they are. Source:
+microsoft/LoRA, loralib/layers.py, utils.py.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +23,7 @@ from loraformat.schemes._marks import Marks
 from loraformat.schemes._naming import PlainNaming
 from loraformat.schemes._scales import StatedAlone
 from loraformat.schemes._table import NameTable, Row
+from loraformat.strict_json import JsonValue
 
 _MASKS: Final[Mapping[int, tuple[int, ...]]] = {2: (0, 2), 3: (0, 1, 2)}
 """Number of groups to the parts of q, k, v that they are."""
@@ -34,6 +38,8 @@ def _is_table(factor: Factor) -> bool:
 
 
 class _Loralib(FiledScheme):
+    told_by_base = frozenset({"lora", "conv_lora"})
+
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter; merged layers become targets of the summed rank."""
         merged = _find_merged(bundle)
@@ -42,7 +48,9 @@ class _Loralib(FiledScheme):
             up = tensors[f"{module}.lora_B"]
             tensors[f"{module}.lora_B"] = place_rows(up, _divide(module, up, count, bundle))
         adapter = super().read(replace(bundle, tensors=tensors), stated)
-        targets = tuple(_finish(target, merged.get(target.name, 1)) for target in adapter.targets)
+        targets = tuple(
+            _see_kernel(_finish(target, merged.get(target.name, 1)), bundle.facts.kernels) for target in adapter.targets
+        )
         notes = [
             Problem("LF343", module, f"{count} groups, read as those of q and v", "enable_lora", severity="warning")
             for module, count in merged.items()
@@ -86,6 +94,24 @@ def _finish(target: Target, groups: int) -> Target:
         scaling = replace(scaling, value=scaling.value * groups)
     slot = SlotKind.LINEAR_TRANSPOSED if _CONV1D.search(target.name) and target.rank else target.slot
     return replace(target, scaling=scaling, slot=slot)
+
+
+def _see_kernel(target: Target, kernels: Mapping[str, tuple[int, ...]]) -> Target:
+    """Return a target as that of a convolution, where the base has one of as many numbers as B·A.
+
+    loralib's own layer has it in a module of its own, `conv`.
+    """
+    down, up = target.factors.get("lora_A.weight"), target.factors.get("lora_B.weight")
+    name = next((name for name in (target.name, f"{target.name}.conv") if name in kernels), None)
+    if name is None or down is None or up is None or len(down.shape) != 2 or len(up.shape) != 2:
+        return target
+    _, inner, *kernel = kernels[name]
+    size = kernel[0]
+    groups = down.shape[1] // (inner * size)
+    if set(kernel) != {size} or target.rank % size or up.shape[0] * down.shape[1] != math.prod(kernels[name]):
+        return target
+    options: dict[str, JsonValue] = {"kernel_size": size, "groups": groups, "axes": len(kernel)}
+    return replace(target, name=name, kind="conv_lora", slot=SlotKind.CONV, rank=target.rank // size, options=options)
 
 
 SCHEME: Final = _Loralib(

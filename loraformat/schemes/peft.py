@@ -155,10 +155,11 @@ class Peft:
         """Return an adapter of another type than LORA."""
         groups, problems = _group(bundle, other.table)
         factors = spread_shared({name: group.factors for name, group in groups.items()})
+        saved = {name for name in factors if groups[name].kinds == {REPLACE}}
         found = [
             _read_saved(name, groups[name].factors)
-            if groups[name].kinds == {REPLACE}
-            else other.read_target(name, factors[name], config)
+            if name in saved
+            else other.read_target(name, factors[name], config, len(factors) - len(saved))
             for name in sorted(factors)
         ]
         targets = [each for each in found if isinstance(each, Target)]

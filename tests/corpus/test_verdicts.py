@@ -387,11 +387,9 @@ GROUPS = (
     Group(
         "forms that are not merged",
         lambda fields: (
-            fields["peft_type"] in NOT_MERGED
-            or (fields["peft_type"] == "TINYLORA" and fields.get("weight_tying") != 1)
-            or (fields["peft_type"] == "WAVEFT" and fields.get("use_idwt") is not False)
+            fields["peft_type"] in NOT_MERGED or (fields["peft_type"] == "TINYLORA" and fields.get("weight_tying") != 1)
         ),
-        19,
+        18,
         "LF209",
         "What they add cannot be told from the file, or is not computed; none is LoRA, and none may be taken for it.",
         "",
@@ -399,7 +397,7 @@ GROUPS = (
     Group(
         "other forms",
         lambda fields: fields["peft_type"] in OTHER_FORMS,
-        64,
+        65,
         None,
         "Kinds of their own, each merged by its own formula.",
     ),
@@ -414,9 +412,8 @@ GROUPS = (
         "merged linear",
         lambda fields: is_lora(fields) and bool(fields.get("enable_lora")),
         1,
-        "LF209",
+        None,
         "PEFT 0.2's MergedLinear: factors of slices of a fused weight.",
-        "enable_lora",
     ),
     Group(
         "KaSA",

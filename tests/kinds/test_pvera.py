@@ -1,5 +1,7 @@
 """PVeRA: VeRA of the first halves."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -39,6 +41,16 @@ class TestPvera(KindLaws):
 
     def examples(self) -> st.SearchStrategy[Example]:
         return pvera_examples()
+
+
+def test_the_rank_without_shared_factors_is_half_of_the_middle() -> None:
+    arrays = {"pvera_lambda_b": np.ones(5), "pvera_lambda_d": np.ones(6)}
+    options = {"projection_prng_key": 1, "sharing": 1}
+    target = make_target("pvera", SlotKind.LINEAR, arrays, 3, options=options)
+    assert not KIND.check(target)
+    change = replace(KIND.changes(target)[0], shape=(5, 4), extent=(7, 6))
+    assert [factor.shape for factor in KIND.share(target, change, arrays)] == [(6, 6), (7, 3)]
+    assert [p.code for p in KIND.check(make_target("pvera", SlotKind.LINEAR, arrays, 2, options=options))] == ["LF205"]
 
 
 def test_halves_that_are_none() -> None:

@@ -1,5 +1,7 @@
 """VeRA against the paper's formula, with shared factors that are larger than the weight."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -29,11 +31,51 @@ def vera_examples(draw: st.DrawFn) -> Example:
     return added(target, dense, terms=8 + rank, shape=(out, inner))
 
 
+def draw_again(seed: int, *shapes: tuple[int, int]) -> list[np.ndarray]:
+    """Return what torch's generator gives: the lower 24 bits of each word of numpy's own Mersenne Twister."""
+    words, drawn = np.random.RandomState(seed), []
+    for rows, columns in shapes:
+        bound = np.float32(np.sqrt(3.0) * (np.sqrt(2.0) / np.sqrt(columns)))
+        numbers = words.randint(0, 2**32, rows * columns, np.uint32) % 2**24 / 2**24
+        drawn.append((numbers * np.float64(bound + bound) - bound).astype(np.float32).reshape(rows, columns))
+    return drawn
+
+
+@st.composite
+def drawn_examples(draw: st.DrawFn) -> Example:
+    (out, inner), rank, seed = draw_sizes(draw), draw(st.integers(1, 4)), draw(st.integers(0, 2**32))
+    factors = draw_factors(draw, {"vera_lambda_b": (out,), "vera_lambda_d": (rank,)})
+    options = {"projection_prng_key": seed, "sharing": 1}
+    target = make_target("vera", draw(st.sampled_from(MATRICES)), factors, rank, options=options)
+    down, up = draw_again(seed % 2**32, (rank, inner), (out, rank))
+
+    def dense(arrays: Arrays) -> np.ndarray:
+        return (arrays["vera_lambda_b"][:, None] * up) @ (arrays["vera_lambda_d"][:, None] * down)
+
+    return added(target, dense, terms=8 + rank, shape=(out, inner), bound=20.0 * rank)
+
+
 class TestVera(KindLaws):
     kind = KIND
 
     def examples(self) -> st.SearchStrategy[Example]:
-        return vera_examples()
+        return st.one_of(vera_examples(), drawn_examples())
+
+
+def test_a_seed_alone_is_not_enough() -> None:
+    arrays = {"vera_lambda_b": np.ones(5), "vera_lambda_d": np.ones(2)}
+    options = {"projection_prng_key": 0}
+    problems = KIND.check(make_target("vera", SlotKind.LINEAR, arrays, 2, options=options))
+    assert [problem.code for problem in problems] == ["LF230"]
+    assert "sharing" in problems[0].found
+
+
+def test_no_more_numbers_are_drawn_than_memory_holds() -> None:
+    arrays = {"vera_lambda_b": np.ones(5), "vera_lambda_d": np.ones(2)}
+    target = make_target("vera", SlotKind.LINEAR, arrays, 2, options={"projection_prng_key": 0, "sharing": 2})
+    change = replace(main_change(KIND, target, shape=(5, 3)), extent=(5, 2**27 - 5))
+    assert not KIND.check_extent(target, change)
+    assert [p.code for p in KIND.check_extent(target, replace(change, extent=(6, 2**27 - 5)))] == ["LF235"]
 
 
 def make(**shapes: tuple[int, ...]):

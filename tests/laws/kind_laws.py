@@ -90,7 +90,7 @@ def whole(delta: Delta, dtype: Any) -> NDArray[Any]:
 def main_change(kind: Kind, target: Target, parameter: str = "weight", shape: tuple[int, ...] = ()) -> Change:
     """Return what a target does to its weight, besides replacing it, or to the only parameter that it changes.
 
-    `shape` is that of the base, where the factors do not tell it.
+    `shape` is that of the base, where the factors do not tell it; the adapter changes nothing larger.
     """
     found = kind.changes(target)
     changes = [change for change in found if change.parameter == parameter] or list(found)
@@ -99,7 +99,7 @@ def main_change(kind: Kind, target: Target, parameter: str = "weight", shape: tu
         assert UNKNOWN not in change.shape
         return change
     assert fits_shape(shape, change.shape)
-    return replace(change, shape=shape)
+    return replace(change, shape=shape, extent=shape[:2])
 
 
 def floats(arrays: Mapping[str, NDArray[Any]]) -> Any:

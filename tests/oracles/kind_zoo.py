@@ -31,6 +31,7 @@ class Parts(nn.Module):
         super().__init__()
         self.lin = nn.Linear(24, 12)
         self.wide = nn.Linear(12, 36, bias=False)
+        self.odd = nn.Linear(11, 17)
         self.turned = Conv1D(36, 24)
         self.conv = nn.Conv2d(4, 6, (3, 3), padding=1)
         self.point = nn.Conv2d(8, 6, 1)
@@ -53,6 +54,7 @@ def make_inputs(form: torch.dtype) -> dict[str, torch.Tensor]:
     return {
         "lin": draw(5, 24),
         "wide": draw(5, 12),
+        "odd": draw(5, 11),
         "turned": draw(5, 24),
         "conv": draw(2, 4, 7, 5),
         "point": draw(2, 8, 4, 3),
@@ -193,6 +195,12 @@ SPECIMENS: dict[str, Specimen] = {
     "boft": Specimen(lambda t: peft.BOFTConfig(boft_block_size=4, target_modules=t), (*LINEAR, "conv", "point")),
     "vera": Specimen(lambda t: peft.VeraConfig(r=5, target_modules=t), LINEAR),
     "vera turned": Specimen(lambda t: peft.VeraConfig(r=5, fan_in_fan_out=True, target_modules=t), ("turned",)),
+    "vera drawn": Specimen(
+        lambda t: peft.VeraConfig(r=5, save_projection=False, projection_prng_key=11, target_modules=t), LINEAR
+    ),
+    "pvera drawn": Specimen(
+        lambda t: peft.PveraConfig(r=5, save_projection=False, projection_prng_key=12, target_modules=t), LINEAR
+    ),
     "pvera": Specimen(lambda t: peft.PveraConfig(r=5, target_modules=t), LINEAR),
     "hra": Specimen(lambda t: peft.HRAConfig(r=4, target_modules=t), (*LINEAR, "conv", "point")),
     "hra gs": Specimen(lambda t: peft.HRAConfig(r=4, apply_GS=True, target_modules=t), (*LINEAR, "conv")),
@@ -209,6 +217,15 @@ SPECIMENS: dict[str, Specimen] = {
         tolerance=2e-5,
     ),
     "waveft": Specimen(lambda t: peft.WaveFTConfig(n_frequency=40, use_idwt=False, target_modules=t), LINEAR),
+    **{
+        f"waveft {family}": Specimen(
+            lambda t, family=family: peft.WaveFTConfig(  # type: ignore[misc]
+                n_frequency=40, wavelet_family=family, target_modules=t
+            ),
+            (*LINEAR, "odd"),
+        )
+        for family in ("db1", "db2", "db7", "sym4", "sym9")
+    },
     "randlora": Specimen(lambda t: peft.RandLoraConfig(r=5, randlora_alpha=7, target_modules=t), LINEAR),
     "vblora": Specimen(
         lambda t: peft.VBLoRAConfig(r=3, num_vectors=9, vector_length=4, topk=2, target_modules=t), LINEAR

@@ -86,3 +86,30 @@ def test_it_loads_what_we_write(tmp_path: Path) -> None:
     assert set(stored) == set(source)
     assert all(torch.equal(stored[name], source[name]) for name in source)
     model.load_state_dict(stored, strict=False)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_convolution_is_known_by_the_base(tmp_path: Path, size: int, groups: int) -> None:
+    """Of the file alone its factors are those of a linear layer."""
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(size)
+    layer = lora.Conv2d(4, 6, size, groups=groups, r=3, lora_alpha=6, merge_weights=False).double()
+    model = torch.nn.ModuleDict({"stem": layer})
+    save_file(
+        {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name},
+        tmp_path / "base.safetensors",
+    )
+    images = torch.randn(2, 4, 7, 5, dtype=torch.float64)
+    with torch.no_grad():
+        before = layer(images)
+        for factor in (layer.lora_A, layer.lora_B):
+            torch.nn.init.normal_(factor)
+        expected = layer(images)
+        torch.save(lora.lora_state_dict(model), tmp_path / "lora.pt")
+        loraformat.merge(tmp_path / "base.safetensors", [tmp_path / "lora.pt"], tmp_path / "m.safetensors", alpha=6)
+        layer.conv.weight.copy_(load_file(tmp_path / "m.safetensors")["stem.conv.weight"])
+        found = layer.conv(images)
+    assert (expected - before).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

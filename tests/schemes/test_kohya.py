@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from builders import MemoryFactor
+import loraformat
+from builders import MemoryFactor, write_tensors
 from laws.scheme_laws import SchemeLaws, store
 from loraformat.adapter import Scaling, ScalingRule, SlotKind
 from loraformat.base_facts import NO_FACTS, BaseFacts
@@ -82,6 +84,11 @@ class TestKohya(SchemeLaws):
             "a core": bundle_of(payload(CONV, TUCKER) | payload(TO_Q, {"diff": (8, 5)})),
             "DoRA of LoHa and of LoKr": bundle_of(
                 payload(TO_Q, LOHA | {"dora_scale": (8, 1)}) | payload(TO_K, LOKR | {"dora_scale": (1, 15)})
+            ),
+            "LoRA with biases": bundle_of(
+                payload(TO_Q, {DOWN: (3, 5), UP: (8, 3), "diff_b": (8,)})
+                | numbers(TO_Q, alpha=np.float32(5))
+                | payload(TO_K, {DOWN: (2, 5), UP: (8, 2), "diff_b": (8,)})
             ),
             "GLoRA": bundle_of(payload(TO_Q, GLORA)),
             "(IA)³": bundle_of(
@@ -301,3 +308,28 @@ def test_parts_with_lengths_of_inputs_are_not_fused() -> None:
     against = [problem for problem in converted.problems if problem.severity == "error"]
     assert {problem.code for problem in against} == {"LF315"}
     assert any("dora_scale" in problem.found for problem in against)
+
+
+def test_what_is_added_to_a_bias_beside_a_lora_is_not_scaled(tmp_path: Path) -> None:
+    """ComfyUI adds `diff_b` as it is, whatever alpha says of the weight."""
+    dice, module = np.random.default_rng(2), "diffusion_model.blocks.0.cross_attn.k"
+    down, up, added = (dice.standard_normal(shape).astype(np.float32) for shape in ((3, 5), (8, 3), (8,)))
+    tensors = {f"{module}.{DOWN}": down, f"{module}.{UP}": up, f"{module}.diff_b": added}
+    tensors[f"{module}.alpha"] = np.array(2.0, np.float32)
+    adapter = write_tensors(tmp_path / "wan.safetensors", tensors)
+    weight, bias = dice.standard_normal((8, 5)).astype(np.float32), dice.standard_normal(8).astype(np.float32)
+    name = module.removeprefix("diffusion_model.")
+    base = write_tensors(tmp_path / "base.safetensors", {f"{name}.weight": weight, f"{name}.bias": bias})
+    loraformat.merge(base, [(adapter, 0.5)], tmp_path / "merged.safetensors")
+    merged = load_file(tmp_path / "merged.safetensors")
+    np.testing.assert_array_equal(merged[f"{name}.bias"], (bias + 0.5 * added.astype(np.float64)).astype(np.float32))
+    np.testing.assert_allclose(merged[f"{name}.weight"], weight + 0.5 * 2 / 3 * up @ down, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("more", [{"diff": (8, 5)}, {"lora_B.bias": (8,)}])
+def test_two_changes_of_one_parameter_are_refused(more: Mapping[str, tuple[int, ...]]) -> None:
+    """ComfyUI lets one of them win in silence."""
+    bundle = bundle_of(payload("diffusion_model.x", {DOWN: (2, 5), UP: (8, 2), "diff_b": (8,), **more}))
+    (target,) = DOTTED.read(bundle, NOT_STATED).targets
+    assert target.kind == "diff and lora"
+    assert KINDS.find(target.kind) is None

@@ -92,3 +92,16 @@ def test_what_is_written_says_what_its_reader_must_be_told() -> None:
     assert written.stated == StatedScale(alpha=12.0)
     assert [(problem.code, problem.severity) for problem in written.problems] == [("LF345", "warning")]
     assert "lora_alpha = 12" in str(written.problems[0])
+
+
+def test_factors_of_a_convolution_are_told_by_the_base() -> None:
+    arrays = {"stem.lora_A": np.ones((6, 12), np.float32), "stem.lora_B": np.ones((15, 6), np.float32)}
+    kernels = {"stem.conv": (5, 4, 3, 3)}
+    bundle = Bundle(Path("lora.pt"), d.tensors(arrays), facts=BaseFacts(kernels=kernels))
+    (target,) = SCHEME.read(bundle, StatedScale(alpha=6)).targets
+    assert (target.name, target.kind, target.slot) == ("stem.conv", "conv_lora", SlotKind.CONV)
+    assert (target.rank, target.scale) == (2, 3.0)
+    assert target.options == {"kernel_size": 3, "groups": 1, "axes": 2}
+    for other in ({"stem": (5, 4, 3, 1)}, {"stem": (6, 4, 3, 3)}, {}):
+        bundle = Bundle(Path("lora.pt"), d.tensors(arrays), facts=BaseFacts(kernels=other))
+        assert SCHEME.read(bundle, StatedScale(alpha=6)).targets[0].kind == "lora"

@@ -106,7 +106,6 @@ STANDING = {
     "use_qalora": ([True], [False, None]),
     "kasa_config": ([{"beta": 1}], [None]),
     "layer_replication": ([[[0, 4], [2, 5]]], [None, []]),
-    "enable_lora": ([[True, False, True]], [None]),
     "init_lora_weights": (
         ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "PiSSA", "OLoRA"],
         [True, False, None, "gaussian", "eva", "orthogonal", "loftq", "mica"],

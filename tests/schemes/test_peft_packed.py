@@ -14,6 +14,7 @@ from laws.scheme_laws import SchemeLaws
 from loraformat.adapter import Adapter, SlotKind
 from loraformat.base_facts import NO_FACTS
 from loraformat.derived import KeptFactor, LastRead, derive
+from loraformat.kinds import KINDS
 from loraformat.operations import Take
 from loraformat.schemes import NOT_STATED, Bundle, WrittenBundle
 from loraformat.schemes.peft import SCHEME
@@ -278,3 +279,31 @@ def test_slices_of_one_tensor_are_cut_from_one_reading() -> None:
     assert [(each.name, each.shape, each.elements, each.dtype.name) for each in factors[:1]] == [
         ("a", (1, 3), 3, "float64")
     ]
+
+
+SLICES = {"lora_A.weight": (4, 5), "lora_B.weight": (6, 2, 1)}
+Q_AND_V = [True, False, True]
+
+
+def test_slices_of_a_fused_weight() -> None:
+    """PEFT 0.2 took loralib's MergedLinear over; its B is the weight of a grouped convolution."""
+    (target,) = read({"m.q": SLICES}, r=2, lora_alpha=6, enable_lora=Q_AND_V).targets
+    assert (target.kind, target.rank, target.scale) == ("merged_linear", 2, 3.0)
+    assert target.options == {"enable_lora": Q_AND_V}
+    assert target.factors["lora_B.weight"].shape == (6, 2)
+    kind = KINDS.find("merged_linear")
+    assert kind is not None
+    assert not kind.check(target)
+    assert kind.changes(target)[0].shape == (9, 5)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "stated", "code"),
+    [
+        (SLICES, "q and v", "LF213"),
+        (SLICES, [1, 0, 1], "LF213"),
+        ({**SLICES, "lora_B.weight": (6, 2, 3)}, Q_AND_V, "LF203"),
+    ],
+)
+def test_slices_that_are_not_stated(shapes: Mapping[str, Any], stated: Any, code: str) -> None:
+    assert code in codes({"m.q": shapes}, r=2, enable_lora=stated)
