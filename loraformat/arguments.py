@@ -21,6 +21,7 @@ StrPath: TypeAlias = str | os.PathLike[str]
 AdapterSource: TypeAlias = StrPath | Adapter
 AdapterArgument: TypeAlias = AdapterSource | tuple[AdapterSource, float]
 
+STRUCTURE: Final = "structure"
 _ADAPTER_SUFFIXES: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz"})
 
 
@@ -45,10 +46,13 @@ class HintOptions(TypedDict, total=False):
         map: a file that says which weight a target is, as `resolve --json` prints it.
         base_checkpoint: the torch checkpoint that an ONNX base was exported from: its numbers find weights without
             names, verify those found by names, and tell what exporters folded into them.
+        resolve: `structure` also finds layers by what they do in the graph, where the graph is a single stack of
+            transformer layers and all names are lost.
     """
 
     map: StrPath | None
     base_checkpoint: StrPath | None
+    resolve: str | None
 
 
 class PlanOptions(AdapterOptions, HintOptions, total=False):
@@ -202,9 +206,12 @@ def check_sharing(plan: Plan, base: BaseModel, options: Mapping[str, object]) ->
 
 def read_hints(options: HintOptions) -> Hints:
     """Return what targets may be found by, the files read that the options name."""
-    path, checkpoint = options.get("map"), options.get("base_checkpoint")
+    path, checkpoint, way = options.get("map"), options.get("base_checkpoint"), options.get("resolve")
+    if way not in (None, STRUCTURE):
+        raise refuse("LF425", "--resolve", str(way), STRUCTURE)
     mapped = read_map(Path(path)) if path is not None else {}
-    return Hints(mapped, open_base(Path(checkpoint)) if checkpoint is not None else None)
+    opened = open_base(Path(checkpoint)) if checkpoint is not None else None
+    return Hints(mapped, opened, structure=way == STRUCTURE)
 
 
 def make_effort(**options: Unpack[EffortOptions]) -> Effort:

@@ -195,7 +195,7 @@ def _resolve_adapter(found: _Found, position: int, item: WeightedAdapter, wishes
     if any(problem.severity == "error" for problem in checked):
         found.counts.append(0)
         return
-    clues = gather_clues(item.adapter, hints, strip_prefix=wishes.strip_prefix)
+    clues = gather_clues(item.adapter, found.base, hints, strip_prefix=wishes.strip_prefix)
     resolution = resolve(
         item.adapter,
         found.base.sites,

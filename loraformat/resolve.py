@@ -15,7 +15,8 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from loraformat.adapter import Adapter
-from loraformat.bases import OF_TENSORS, TENSOR_NAME, BaseModel, Site, Weight
+from loraformat.bases import OF_TENSORS, TENSOR_NAME, BaseModel, Site, StructuredBase, Weight
+from loraformat.errors import refuse
 from loraformat.evidence import Clues, Hints, Lookup, find_candidates
 from loraformat.evidence.values import STRATEGY as VALUES
 from loraformat.evidence.values import verify_values
@@ -108,6 +109,8 @@ def resolve(
     unspoken = [want for want in missing if want not in spoken]
     lost = [(want.name, names[want.target.name], lookup.indexes[want.parameter]) for want in unspoken]
     lacking = [each for each in lacking if each.want not in allowed]
+    if unspoken:  # Then what a strategy has to say for itself is why.
+        problems = [replace(problem, severity="error") for problem in problems]
     problems += report_missing(lost) + shared + report_collisions(matches)
     problems += report_dropped(matches) + report_renamed(matches) + _report_biases(lacking, wanted=new_biases)
     left_out = tuple(want.name for want in allowed)
@@ -128,10 +131,14 @@ def locate_reference(
     return found
 
 
-def gather_clues(adapter: Adapter, hints: Hints, *, strip_prefix: str | None = None) -> Clues:
-    """Return what there is to find the targets of an adapter by, besides names."""
+def gather_clues(adapter: Adapter, base: BaseModel, hints: Hints, *, strip_prefix: str | None = None) -> Clues:
+    """Return what there is to find the targets of an adapter in a base by, besides names; LF425 for no graph."""
     reference = locate_reference(adapter, hints.checkpoint, strip_prefix=strip_prefix) if hints.checkpoint else {}
-    return Clues(hints.mapped, reference)
+    if not hints.structure:
+        return Clues(hints.mapped, reference)
+    if not isinstance(base, StructuredBase):
+        raise refuse("LF425", base.path, f"a base of the format {base.format!r}", "an ONNX model")
+    return Clues(hints.mapped, reference, base.find_roles())
 
 
 def _match_all(lookup: Lookup, *, ignore_fingerprints: bool) -> tuple[list[Match], list[Want], list[Problem]]:
@@ -139,7 +146,7 @@ def _match_all(lookup: Lookup, *, ignore_fingerprints: bool) -> tuple[list[Match
     usual = _usual_relation(found)
     matches: list[Match] = []
     missing: list[Want] = []
-    problems: list[Problem] = []
+    problems = lookup.problems
     for want, candidates in found.items():
         opened = open_slot(want, [candidate.site for candidate in candidates]) if candidates else want
         outcome = _match_verified(opened, candidates, usual, lookup)
@@ -286,7 +293,7 @@ def _match_weight(want: Want, sites: Sequence[Site], candidate: Candidate) -> Ma
     if misfit is not None:
         return misfit
     transposed, divisor, *_ = manners.pop()
-    evidence = sites[0].evidence if candidate.strategy == _NAMES else candidate.strategy
+    evidence = candidate.evidence or (sites[0].evidence if candidate.strategy == _NAMES else candidate.strategy)
     found = Match(want, weights, tuple(sites), transposed, divisor, evidence, candidate.relation)
     verified = (candidate.verified,) if candidate.verified else ()
     return replace(found, strategy=candidate.strategy, verified=verified)

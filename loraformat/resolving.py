@@ -84,7 +84,7 @@ def resolve_one(base: BaseModel, item: WeightedAdapter, hints: Hints, options: M
     problems = check_adapter(item.adapter)
     if any(problem.severity == "error" for problem in problems):
         return Resolved((), tuple(problems))
-    clues = gather_clues(item.adapter, hints, strip_prefix=options.get("strip_prefix"))
+    clues = gather_clues(item.adapter, base, hints, strip_prefix=options.get("strip_prefix"))
     found = resolve(item.adapter, base.sites, clues=clues, **options)
     divisors = {site.id: site.divisor for site in base.sites}
     targets = sorted(

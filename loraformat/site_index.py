@@ -29,12 +29,14 @@ class Candidate:
         relation: what had to be added to or dropped from the target's name.
         strategy: how it was found.
         verified: what of its numbers was compared, and agrees; empty for nothing.
+        evidence: by what, where neither the site nor the strategy's name says it.
     """
 
     site: Site
     relation: str
     strategy: str = "names"
     verified: str = ""
+    evidence: str = ""
 
 
 class SiteIndex:

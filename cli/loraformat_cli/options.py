@@ -69,6 +69,11 @@ def hint_options(function: Decorated) -> Decorated:
             "those found by names, and tells what was folded into them.",
         ),
         click.option(
+            "--resolve",
+            type=click.Choice(["structure"]),
+            help="Find layers by what they do in the graph too, where no name is left: a single stack only.",
+        ),
+        click.option(
             "--map", type=path, metavar="FILE", help="Which weight a target is, as `loraformat resolve --json` has it."
         ),
     ):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases import BaseModel, FloatForm, Site, Weight, WeightCopy, WeightFloats
+from loraformat.bases import BaseModel, FloatForm, Roles, Site, Weight, WeightCopy, WeightFloats
 from loraformat.bases._onnx_coded import find_coded_part, find_coding, find_ranges
 from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
 from loraformat.bases._onnx_experts import find_experts
@@ -20,6 +20,7 @@ from loraformat.bases._onnx_openings import Opening, find_opening
 from loraformat.bases._onnx_packed import expand_packed
 from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite, find_sites
+from loraformat.bases._onnx_structure import find_roles
 from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, TensorFloats, open_onnx
 from loraformat.images import FileImage
 from loraformat.problems import Problem
@@ -120,6 +121,14 @@ class OnnxGraph:
     def opened(self) -> OnnxFile:
         """The model's structure, and where its numbers are, for whoever runs it."""
         return self._opened
+
+    def find_roles(self) -> Roles:
+        """Return what the linear layers of the main graph do, as far as the flow of values tells."""
+        visits = self._index.visits
+        opset = max(
+            (each.version for each in self._opened.model.opset_import if each.domain in ("", "ai.onnx")), default=0
+        )
+        return find_roles(visits, find_sites(visits), opset)
 
     @property
     def files(self) -> Sequence[InputFile]:

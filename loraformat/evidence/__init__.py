@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from loraformat.bases import BaseModel, Site
+from loraformat.bases import BaseModel, Roles, Site
 from loraformat.matching import Match, Want
+from loraformat.problems import Problem
 from loraformat.registry import Registry
 from loraformat.site_index import Candidate, SiteIndex
 
@@ -41,10 +42,12 @@ class Clues:
     Attributes:
         mapped: weights by target and parameter.
         reference: where the torch checkpoint of the base has each target's parameter.
+        roles: what the layers of the base do, where the user asks for it.
     """
 
     mapped: Mapping[tuple[str, str], MappedWeight] = field(default_factory=dict)
     reference: Mapping[tuple[str, str], Sequence[Match]] = field(default_factory=dict)
+    roles: Roles | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,12 @@ class Hints:
     Attributes:
         mapped: weights by target and parameter.
         checkpoint: the torch checkpoint that the base was exported from.
+        structure: whether what a layer does may tell which one it is.
     """
 
     mapped: Mapping[tuple[str, str], MappedWeight] = field(default_factory=dict)
     checkpoint: BaseModel | None = None
+    structure: bool = False
 
 
 class Lookup:
@@ -78,6 +83,8 @@ class Lookup:
         self.indexes = {parameter: SiteIndex(sites, parameter) for parameter in {want.parameter for want in wants}}
         self.kept: dict[Any, Any] = {}
         """What strategies have read of weights, to be read once."""
+        self.problems: list[Problem] = []
+        """What strategies have to say of their own."""
 
     def reference(self, want: Want) -> Sequence[Match]:
         """Return where the torch checkpoint has what a target changes; nothing where there is none."""

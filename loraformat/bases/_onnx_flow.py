@@ -1,0 +1,203 @@
+"""The flow of values through a graph between its linear layers."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from math import prod
+from typing import Final
+
+import numpy as np
+
+from loraformat.adapter import SlotKind
+from loraformat.bases._onnx_scopes import Scope, Visit, trace_constant
+from loraformat.bases._onnx_sites import RawSite
+
+_DATA_FIRST: Final = frozenset(
+    {"Reshape", "Expand", "Slice", "Unsqueeze", "Squeeze", "Tile", "Split", "Pad", "ReduceMean", "Clip", "Gather"}
+)
+"""Operators of whose inputs only the first is data; the others say how."""
+_SHAPES: Final = frozenset({"Shape", "Size", "ConstantOfShape", "Constant"})
+"""What these put out says nothing of values."""
+_LAST_BY_DEFAULT: Final = 13
+"""The version from which a Softmax is over the last axis unless it says otherwise."""
+_QUANTISING: Final = "DynamicQuantizeLinear"
+_INT64: Final = 7
+_SCALAR_FORMS: Final = {1: np.float32, 10: np.float16, 11: np.float64}
+
+Value = tuple[int, str]
+"""A scope, by identity, and a name in it."""
+
+
+@dataclass(slots=True)
+class Slice:
+    """What a value is made of, back to the nearest linear layers.
+
+    Attributes:
+        layers: nodes of the layers, in the order in which they were met.
+        visits: the nodes between.
+        values: the values between.
+    """
+
+    layers: list[Visit] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
+    values: set[Value] = field(default_factory=set)
+
+    @property
+    def ops(self) -> set[str]:
+        """Operators between."""
+        return {visit.op for visit in self.visits}
+
+    @property
+    def layer(self) -> Visit | None:
+        """The one layer that it comes from, None for none or several."""
+        return self.layers[0] if len(self.layers) == 1 else None
+
+
+class Flow:
+    """A main graph, and which of its nodes are linear layers.
+
+    Args:
+        visits: all nodes.
+        found: the sites.
+        opset: version of ONNX's own operators.
+
+    Attributes:
+        visits: the nodes of the main graph.
+        sites: its linear layers, by their nodes.
+        softmax_axis: the axis of a Softmax that does not say.
+    """
+
+    def __init__(self, visits: Iterable[Visit], found: Iterable[RawSite], opset: int) -> None:
+        self.softmax_axis = -1 if opset >= _LAST_BY_DEFAULT else 1
+        self.visits = [visit for visit in visits if visit.scope.path == ()]
+        self.sites: dict[Visit, RawSite] = {}
+        for raw in found:
+            if raw.visit.scope.path == () and _is_linear(raw):
+                self.sites.setdefault(raw.visit, raw)
+
+    def read(self, layer: Visit) -> tuple[Scope, str]:
+        """Return the value that a linear layer is applied to, before it is quantised."""
+        position = 1 if self.sites[layer].position == 0 else 0
+        scope, name = layer.scope.find(layer.node.input[position])
+        made_by = scope.producers.get(name)
+        if isinstance(made_by, Visit) and made_by.op == _QUANTISING:
+            return made_by.scope.find(made_by.node.input[0])
+        return scope, name
+
+    def trace_back(self, scope: Scope, name: str) -> Slice:
+        """Follow a value back to the nearest linear layers, and to inputs of the model."""
+        found, pending = Slice(), [scope.find(name)]
+        while pending:
+            where, own = pending.pop()
+            if (id(where), own) in found.values:
+                continue
+            found.values.add((id(where), own))
+            made_by = where.producers.get(own)
+            if not isinstance(made_by, Visit) or made_by.op in _SHAPES or made_by.op == _QUANTISING:
+                continue
+            if made_by in self.sites:
+                if made_by not in found.layers:
+                    found.layers.append(made_by)
+                continue
+            if made_by not in found.visits:
+                found.visits.append(made_by)
+            pending += [where.find(each) for each in _list_data(made_by)]
+        return found
+
+    def read_back(self, layer: Visit) -> Slice:
+        """Follow what a layer is applied to back to the layers before it."""
+        return self.trace_back(*self.read(layer))
+
+    def list_readers(self, visit: Visit, passing: Set[str]) -> Iterator[tuple[Visit, int]]:
+        """Yield the nodes that read a node's results, and where, through operators that only pass them on."""
+        pending, seen = list(visit.node.output), set(visit.node.output)
+        while pending:
+            for reader, position in visit.scope.readers.get(pending.pop(), ()):
+                if reader.op in passing or (reader.op == _QUANTISING and position == 0):
+                    outputs = [name for name in list(reader.node.output)[:1] if name not in seen]
+                    pending += outputs
+                    seen.update(outputs)
+                elif reader.op not in _SHAPES:
+                    yield reader, position
+
+    def list_after(self, visit: Visit) -> set[Visit]:
+        """Return every node of the main graph that hangs on a node's results."""
+        pending, seen = [visit], {visit}
+        while pending:
+            for name in pending.pop().node.output:
+                fresh = {reader for reader, _ in visit.scope.readers.get(name, ())} - seen
+                seen |= fresh
+                pending += fresh
+        return seen - {visit}
+
+
+def _is_linear(raw: RawSite) -> bool:
+    tensor = raw.trace.tensor
+    whole = raw.parameter == "weight" and raw.rows is None and raw.section is None
+    return whole and SlotKind.LINEAR in raw.use.orientations and tensor is not None and len(tensor.dims) > 1
+
+
+def _list_data(visit: Visit) -> Sequence[str]:
+    inputs = list(visit.node.input)
+    if visit.op == "Where":
+        return inputs[1:]
+    return [name for name in (inputs[:1] if visit.op in _DATA_FIRST else inputs) if name]
+
+
+def read_scalar(visit: Visit, position: int) -> float | None:
+    """Return the one floating-point number that a node reads at a position; None where it reads something else."""
+    trace = trace_constant(visit.scope, visit.node.input[position]) if position < len(visit.node.input) else None
+    tensor = trace.tensor if trace is not None and not trace.blocked else None
+    form = _SCALAR_FORMS.get(tensor.data_type) if tensor is not None else None
+    if tensor is None or form is None or prod(tensor.dims) != 1:
+        return None
+    if tensor.raw_data:
+        return float(np.frombuffer(tensor.raw_data, form)[0])
+    typed = [*tensor.float_data, *tensor.double_data]
+    return float(typed[0]) if typed else None
+
+
+def multiply_scalars(visits: Iterable[Visit]) -> float:
+    """Return the product of all single numbers that Mul, Div and products of matrices multiply by."""
+    total = 1.0
+    for visit in visits:
+        if visit.op == "Mul":
+            factors = [number for position in (0, 1) if (number := read_scalar(visit, position)) is not None]
+            total *= prod(factors)
+        elif visit.op == "Div":
+            total /= read_scalar(visit, 1) or 1.0
+        elif visit.op == "com.microsoft.FusedMatMul":
+            total *= next((a.f for a in visit.node.attribute if a.name == "alpha"), 1.0)
+    return total
+
+
+def read_last_size(reshape: Visit) -> int:
+    """Return the last size that a Reshape gives, 0 where the graph does not say."""
+    scope, name = reshape.scope.find(reshape.node.input[1])
+    made_by = scope.producers.get(name)
+    if isinstance(made_by, Visit) and made_by.op == "Concat":
+        scope, name = made_by.scope, made_by.node.input[-1]
+    trace = trace_constant(scope, name)
+    tensor = trace.tensor if trace is not None and not trace.blocked else None
+    if tensor is None or tensor.data_type != _INT64:
+        return 0
+    sizes = np.frombuffer(tensor.raw_data, np.int64).tolist() if tensor.raw_data else list(tensor.int64_data)
+    return max(0, sizes[-1]) if sizes else 0
+
+
+def reads_vector(visit: Visit) -> bool:
+    """Say whether a node reads a constant vector."""
+    traces = (trace_constant(visit.scope, name) for name in visit.node.input if name)
+    return any(
+        t is not None and t.tensor is not None and len(t.tensor.dims) == 1 and t.tensor.dims[0] > 1 for t in traces
+    )
+
+
+def sizes(raw: RawSite) -> tuple[int, int]:
+    """Return rows and columns `(out, in)` of a linear layer."""
+    if raw.visit.op == "com.microsoft.MatMulNBits":
+        numbers: Mapping[str, int] = {each.name: each.i for each in raw.visit.node.attribute}
+        return numbers.get("N", 0), numbers.get("K", 0)
+    assert raw.trace.tensor is not None, "chosen so"
+    rows, columns = list(raw.trace.tensor.dims)[:2]
+    turned = raw.use.orientations[SlotKind.LINEAR] ^ raw.trace.flipped
+    return (columns, rows) if turned else (rows, columns)

@@ -1,0 +1,324 @@
+"""Roles of layers in graphs without names: every target comes to its own weight, or none does and it is said why."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import loraformat
+from builders import write_peft, write_tensors
+from graphs import Array, Net, dyadic, dyadic_factors, linear_net, product, stored_weights, write_model
+from loraformat.bases import Role
+from loraformat.evidence.structure import read_role
+
+HIDDEN, HEAD, INNER, RANK = 12, 8, 20, 2
+NAMES = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "first": "mlp.fc1",
+    "second": "mlp.fc2",
+}
+SHAPES = {"value": (2 * HEAD, HIDDEN), "output": (HIDDEN, 2 * HEAD), "down": (HIDDEN, INNER), "second": (HIDDEN, INNER)}
+SHAPES |= dict.fromkeys(("query", "key"), (HEAD, HIDDEN)) | dict.fromkeys(("gate", "up", "first"), (INNER, HIDDEN))
+
+
+@dataclass
+class Stack:
+    """A stack of transformer layers in which nothing has a name that says anything.
+
+    The flags say in what it is not as usual.
+    """
+
+    layers: int = 2
+    gated: bool = True
+    scale: float | None = HEAD**-0.5
+    axis: int = -1
+    flags: frozenset[str] = frozenset()
+    net: Net = field(default_factory=Net)
+    weights: dict[tuple[int, str], str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rng, self.count, self.number = np.random.default_rng(5), 0, 0
+        x = self.net.feed("x")
+        while self.number < self.layers:
+            attended = self.attend(x)
+            x = self.block(attended, x if "parallel" in self.flags else attended)
+            self.number += 1
+        if "classifier" in self.flags:  # An activation between two layers, as behind a pooler, and nothing added.
+            x = self.linear(self.op("Tanh", self.linear(x, "pool", (9, HIDDEN))), "class", (5, 9))
+        self.net.op("Identity", [x], self.net.result("y"), "last")
+
+    def op(self, kind: str, *inputs: str, **more: Any) -> str:
+        self.count += 1
+        swapped = kind in ("Mul", "Add") and "swapped" in self.flags
+        return self.net.op(kind, inputs[::-1] if swapped else inputs, f"v{self.count}", f"n{self.count}", **more)
+
+    def constant(self, array: Any) -> str:
+        return self.net.weight(f"c{len(self.net.initializers)}", np.asarray(array, np.float32))
+
+    def linear(self, x: str, role: str, shape: tuple[int, int] | None = None) -> str:
+        w = dyadic(self.rng, *(shape or SHAPES[role]))
+        if "uneven" in self.flags and self.number == 1 and role in ("gate", "up", "down"):
+            w = np.concatenate([w, w], axis=1 if role == "down" else 0)
+        known = self.weights.get((0, role)) if "shared" in self.flags and role == "key" else None
+        self.weights[self.number, role] = known or self.constant(w.T)
+        return self.op("MatMul", x, self.weights[self.number, role])
+
+    def norm(self, x: str) -> str:
+        return (
+            self.op("Tanh", x)
+            if "normless" in self.flags
+            else self.op("Mul", x, self.constant(np.linspace(0.5, 1.5, HIDDEN)))
+        )
+
+    def attend(self, x: str) -> str:
+        normed = self.norm(x)
+        q, k, v = (self.linear(normed, role) for role in ("query", "key", "value"))
+        scores = self.op("MatMul", q, self.op("Transpose", k, perm=[1, 0]))
+        if "turned" in self.flags:
+            scores = self.op("Transpose", scores, perm=[1, 0])
+        if self.scale is not None:
+            scores = self.op("Mul", scores, self.constant(self.scale))
+        if "masked" in self.flags:  # A mask is multiplied too, by a number that is no scale.
+            mask = self.op("Mul", self.op("Sub", self.constant(1), self.net.inputs[0].name), self.constant(-3e38))
+            scores = self.op("Add", scores, self.op("ReduceMax", mask, keepdims=0))
+        shares = self.op("Softmax", scores, axis=self.axis)
+        if "contexts" in self.flags:
+            self.op("MatMul", shares, self.op("Tanh", v))
+        context = self.op("MatMul", shares, v)
+        out = self.linear(context, "output")
+        if "outputs" in self.flags:
+            self.linear(context, "other", SHAPES["output"])
+        return self.op("Add", x, out)
+
+    def block(self, x: str, read: str) -> str:
+        if "no blocks" in self.flags:
+            return x
+        normed = self.norm(read)
+        if not self.gated:
+            inner = self.op("Relu", self.linear(normed, "first"))
+            down = self.linear(inner, "second")
+        else:
+            gate, up = self.linear(normed, "gate"), self.linear(normed, "up")
+            active = self.op("Mul", gate, self.op("Sigmoid", gate))
+            other = self.op("Relu", up) if "two active" in self.flags else up
+            down = self.linear(self.op("Mul", active, other), "down")
+        if "two blocks" in self.flags:
+            again = self.linear(self.op("Relu", self.linear(normed, "x1", SHAPES["first"])), "x2", SHAPES["second"])
+            down = self.op("Add", down, again)
+            return self.op("Add", self.op("Add", x, down), again)
+        return self.op("Add", x, down) if "no residual" not in self.flags else down
+
+    def roles(self) -> list[str]:
+        return ["query", "key", "value", "output", *(("gate", "up", "down") if self.gated else ("first", "second"))]
+
+
+class Case:
+    """A stack as a file, and an adapter of all its layers, or of some."""
+
+    def __init__(self, folder: Path, stack: Stack, *, first: int = 0, layers: int | None = None) -> None:
+        rng = np.random.default_rng(6)
+        self.stack, self.folder = stack, folder
+        self.factors, self.deltas = {}, {}
+        for number in range(first, stack.layers if layers is None else layers):
+            for role in stack.roles():
+                name = f"model.layers.{number}.{NAMES[role]}"
+                self.factors[name] = dyadic_factors(rng, *SHAPES[role], RANK)
+                if (number, role) in stack.weights:
+                    self.deltas[stack.weights[number, role]] = product(self.factors[name])
+        self.base = write_model(folder / "base.onnx", stack.net.model())
+        self.adapter = write_peft(folder / "adapter", self.factors, alpha=float(RANK))
+
+    def merge(self, **options: Any) -> dict[str, Array]:
+        loraformat.merge(self.base, [self.adapter], self.folder / "merged.onnx", **options)
+        return stored_weights(self.folder / "merged.onnx")
+
+    def refused(self, **options: Any) -> tuple[set[str], str]:
+        with pytest.raises(loraformat.LoraformatError) as caught:
+            self.merge(resolve="structure", **options)
+        assert not (self.folder / "merged.onnx").exists()
+        assert not loraformat.resolve_targets(self.base, self.adapter, resolve="structure").targets
+        return set(caught.value.codes), str(caught.value)
+
+
+SOUND = [
+    Stack(),
+    Stack(gated=False),
+    Stack(layers=1),
+    Stack(layers=3, gated=False),
+    Stack(flags=frozenset({"swapped"})),
+    Stack(flags=frozenset({"masked"})),
+    Stack(gated=False, flags=frozenset({"classifier", "swapped"})),
+]
+
+
+@pytest.mark.parametrize("stack", SOUND, ids=lambda s: f"{s.layers}-{s.gated}-{'-'.join(sorted(s.flags))}")
+def test_every_layer_takes_in_its_own_change(tmp_path: Path, stack: Stack) -> None:
+    case = Case(tmp_path, stack)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        case.merge()
+    assert set(caught.value.codes) == {"LF401"}
+    before, after = stored_weights(case.base), case.merge(resolve="structure")
+    assert len(case.deltas) == len(case.factors)
+    for name, old in before.items():
+        wanted = old + case.deltas[name].T.astype(np.float32) if name in case.deltas else old
+        np.testing.assert_array_equal(after[name], wanted, err_msg=name)
+    assert loraformat.verify(tmp_path / "merged.onnx", case.base, [case.adapter], resolve="structure").holds
+
+
+def test_what_resolve_prints(tmp_path: Path) -> None:
+    case = Case(tmp_path, Stack())
+    found = loraformat.resolve_targets(case.base, case.adapter, resolve="structure")
+    assert {(t.strategy, t.evidence) for t in found.targets if t.target.endswith("1.self_attn.k_proj")} == {
+        ("structure", "key of layer 1")
+    }
+    assert {t.target: t.weight for t in found.targets} == {
+        f"model.layers.{number}.{NAMES[role]}": weight for (number, role), weight in case.stack.weights.items()
+    }
+
+
+def differing(*flags: str, **options: Any) -> Stack:
+    return Stack(flags=frozenset(flags), **options)
+
+
+UNSOUND = {
+    "the scale is folded into a weight": (differing(scale=None), "multiplies its scores by 1, with heads of 8"),
+    "half of it is": (differing(scale=HEAD**-0.25), "multiplies its scores by 0.594604"),
+    "as for heads of half the size": (differing(scale=(HEAD / 2) ** -0.5), "multiplies its scores by 0.5"),
+    "the Softmax is over queries": (differing(axis=0), "over the axis 0"),
+    "the scores are turned": (differing("turned"), "not between two products"),
+    "two products of one Softmax": (differing("contexts"), "not between two products"),
+    "two layers behind one attention": (differing("outputs"), "one layer each"),
+    "both factors are active": (differing("two active"), "0 blocks"),
+    "two blocks behind one attention": (differing("two blocks"), "0 blocks"),
+    "a block that is not added to its input": (differing("no residual"), "0 blocks"),
+    "no blocks": (differing("no blocks"), "0 blocks"),
+    "attention and block side by side": (differing("parallel"), "0 blocks"),
+    "no norm before the layers": (differing("normless"), "what a norm puts out"),
+    "a layer unlike the others": (differing("uneven"), "layer 1 is not like layer 0"),
+    "a tensor in two layers": (differing("shared"), "a tensor that two layers read"),
+}
+
+
+@pytest.mark.parametrize("case", UNSOUND)
+def test_a_graph_that_is_not_surely_such_a_stack_tells_nothing(tmp_path: Path, case: str) -> None:
+    stack, words = UNSOUND[case]
+    codes, text = Case(tmp_path, stack).refused()
+    assert codes == {"LF425", "LF401"}
+    assert words in text
+
+
+@pytest.mark.parametrize(("layers", "asked"), [(2, 1), (2, 3), (3, 2)])
+def test_another_number_of_layers_than_the_adapters(tmp_path: Path, layers: int, asked: int) -> None:
+    codes, text = Case(tmp_path, Stack(layers=layers), layers=asked).refused()
+    assert codes == {"LF425", "LF401"}
+    assert f"{layers} layers in the graph" in text
+
+
+def test_an_adapter_of_the_last_layers(tmp_path: Path) -> None:
+    case = Case(tmp_path, Stack(layers=3), first=1)
+    before, after = stored_weights(case.base), case.merge(resolve="structure")
+    assert {name for name, old in before.items() if (old != after[name]).any()} == set(case.deltas)
+
+
+def test_targets_of_two_stacks(tmp_path: Path) -> None:
+    case = Case(tmp_path, Stack())
+    factors = {name.replace("model.layers.1", "text.layers.1"): pair for name, pair in case.factors.items()}
+    case.adapter = write_peft(tmp_path / "two", factors, alpha=float(RANK))
+    codes, text = case.refused()
+    assert codes == {"LF425", "LF401"}
+    assert "several stacks" in text
+
+
+def test_targets_without_a_role_are_not_found(tmp_path: Path) -> None:
+    case = Case(tmp_path, Stack())
+    more = case.factors | {"lm_head": case.factors["model.layers.0.mlp.down_proj"]}
+    case.adapter = write_peft(tmp_path / "more", more, alpha=float(RANK))
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        case.merge(resolve="structure")
+    assert caught.value.codes == ("LF401",)
+    case.merge(resolve="structure", allow_unmatched=["lm_head"])
+
+
+def test_a_name_that_says_otherwise_speaks_against_all(tmp_path: Path) -> None:
+    """The node that reads the keys' weight is called after the queries' module."""
+    stack = Stack()
+    node = next(node for node in stack.net.nodes if stack.weights[0, "key"] in node.input)
+    node.name = "/model/layers.0/self_attn/q_proj/MatMul"
+    case = Case(tmp_path, stack)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        case.merge(resolve="structure")
+    assert set(caught.value.codes) == {"LF425", "LF401"}
+    assert "not the query of layer 0" in str(caught.value)
+
+
+def test_names_that_agree_are_taken_and_the_rest_is_found(tmp_path: Path) -> None:
+    stack = Stack()
+    node = next(node for node in stack.net.nodes if stack.weights[0, "key"] in node.input)
+    node.name = "/model/layers.0/self_attn/k_proj/MatMul"
+    case = Case(tmp_path, stack)
+    found = loraformat.resolve_targets(case.base, case.adapter, resolve="structure")
+    strategies = [target.strategy for target in found.targets]
+    assert strategies.count("names") == 1
+    assert strategies.count("structure") == len(case.factors) - 1
+
+
+def test_the_checkpoint_has_the_last_word(tmp_path: Path) -> None:
+    """Its numbers find weights first, and what only roles find must have them."""
+    case = Case(tmp_path, Stack())
+    stored = stored_weights(case.base)
+    state = {
+        f"model.layers.{number}.{NAMES[role]}.weight": np.ascontiguousarray(stored[name].T)
+        for (number, role), name in case.stack.weights.items()
+    }
+    checkpoint = write_tensors(tmp_path / "model.safetensors", state)
+    found = loraformat.resolve_targets(case.base, case.adapter, resolve="structure", base_checkpoint=checkpoint)
+    assert {target.strategy for target in found.targets} == {"values"}
+    state["model.layers.0.mlp.up_proj.weight"] += 1
+    checkpoint = write_tensors(tmp_path / "other.safetensors", state)
+    found = loraformat.resolve_targets(case.base, case.adapter, resolve="structure", base_checkpoint=checkpoint)
+    (problem,) = found.problems
+    assert (problem.code, problem.where) == ("LF421", "model.layers.0.mlp.up_proj")
+
+
+def test_only_graphs_have_a_structure(tmp_path: Path) -> None:
+    weights = {"model.layers.0.self_attn.q_proj": dyadic(np.random.default_rng(1), *SHAPES["query"])}
+    factors = {name: dyadic_factors(np.random.default_rng(2), *w.shape, RANK) for name, w in weights.items()}
+    adapter = write_peft(tmp_path / "adapter", factors)
+    state = write_tensors(tmp_path / "model.safetensors", {f"{name}.weight": w for name, w in weights.items()})
+    for base, way in ((state, "structure"), (write_model(tmp_path / "m.onnx", linear_net(weights).model()), "guess")):
+        with pytest.raises(loraformat.LoraformatError) as caught:
+            loraformat.resolve_targets(base, adapter, resolve=way)
+        assert caught.value.codes == ("LF425",)
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("model.layers.11.self_attn.q_proj", Role(11, "query")),
+        ("bert.encoder.layer.3.attention.self.value", Role(3, "value")),
+        ("bert.encoder.layer.3.attention.output.dense", Role(3, "output")),
+        ("bert.encoder.layer.3.output.dense", Role(3, "second")),
+        ("transformer.h.0.attn.c_proj", Role(0, "output")),
+        ("transformer.h.0.mlp.c_proj", Role(0, "second")),
+        ("transformer.h.0.attn.c_attn", Role(0, "qkv")),
+        ("distilbert.transformer.layer.5.ffn.lin1", Role(5, "first")),
+        ("blocks.2.attn.qkv", Role(2, "qkv")),
+        ("blocks.2.feed_forward.key", None),
+        ("model.layers.0.mlp.experts.3.gate_proj", None),
+        ("decoder.block.0.layer.1.EncDecAttention.q", None),
+        ("model.decoder.layers.0.self_attn.q_proj", None),
+        ("model.decoder.layers.0.encoder_attn.q_proj", None),
+        ("self_attn.q_proj", None),
+        ("lm_head", None),
+    ],
+)
+def test_roles_of_names(name: str, role: Role | None) -> None:
+    assert read_role(name) == role
