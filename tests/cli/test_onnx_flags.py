@@ -8,7 +8,8 @@ import numpy as np
 from click.testing import Result
 
 from builders import write_peft
-from graphs import dyadic, dyadic_factors, linear_net, write_model
+from graphs import dyadic, dyadic_factors, linear_net, stored_weights, write_model
+from stacks import NAMES, RANK, SHAPES, Stack
 
 
 def make(folder: Path) -> tuple[Path, Path]:
@@ -39,3 +40,22 @@ def test_another_folder_cannot_share(tmp_path: Path, run: Callable[..., Result])
     result = run("merge", base, adapter, "-o", tmp_path / "other" / "merged.onnx", "--external-data", "share")
     assert result.exit_code == 4
     assert "LF444" in result.stderr
+
+
+def test_layers_without_names_are_found_on_request(tmp_path: Path, run: Callable[..., Result]) -> None:
+    rng, stack = np.random.default_rng(32), Stack(layers=1)
+    names = {f"model.layers.0.{NAMES[role]}": SHAPES[role] for role in stack.roles()}
+    adapter = write_peft(tmp_path / "adapter", {n: dyadic_factors(rng, *shape, RANK) for n, shape in names.items()})
+    base, merged = write_model(tmp_path / "base.onnx", stack.net.model()), tmp_path / "merged.onnx"
+    assert run("merge", base, adapter, "-o", merged).exit_code == 1
+    assert run("merge", base, adapter, "-o", merged, "--resolve", "structure").exit_code == 0
+    words = ["verify", merged, "--base", base, "--adapter", adapter]
+    assert run(*words).exit_code == 1
+    assert run(*words, "--resolve", "structure").exit_code == 0
+    table = run("resolve", base, adapter, "--resolve", "structure")
+    assert "gate of layer 0" in table.stdout
+    (tmp_path / "map.json").write_text(run("resolve", base, adapter, "--resolve", "structure", "--json").stdout)
+    mapped = tmp_path / "mapped.onnx"
+    assert run("merge", base, adapter, "-o", mapped, "--map", tmp_path / "map.json").exit_code == 0
+    one, other = (stored_weights(path) for path in (merged, mapped))
+    assert all((one[name] == other[name]).all() for name in one)

@@ -1,6 +1,6 @@
 """Roles of layers in graphs without names: every target comes to its own weight, or none does and it is said why."""
 
-from dataclasses import dataclass, field
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,115 +9,10 @@ import pytest
 
 import loraformat
 from builders import write_peft, write_tensors
-from graphs import Array, Net, dyadic, dyadic_factors, linear_net, product, stored_weights, write_model
+from graphs import Array, dyadic, dyadic_factors, linear_net, product, stored_weights, write_model
 from loraformat.bases import Role
 from loraformat.evidence.structure import read_role
-
-HIDDEN, HEAD, INNER, RANK = 12, 8, 20, 2
-NAMES = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "output": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-    "first": "mlp.fc1",
-    "second": "mlp.fc2",
-}
-SHAPES = {"value": (2 * HEAD, HIDDEN), "output": (HIDDEN, 2 * HEAD), "down": (HIDDEN, INNER), "second": (HIDDEN, INNER)}
-SHAPES |= dict.fromkeys(("query", "key"), (HEAD, HIDDEN)) | dict.fromkeys(("gate", "up", "first"), (INNER, HIDDEN))
-
-
-@dataclass
-class Stack:
-    """A stack of transformer layers in which nothing has a name that says anything.
-
-    The flags say in what it is not as usual.
-    """
-
-    layers: int = 2
-    gated: bool = True
-    scale: float | None = HEAD**-0.5
-    axis: int = -1
-    flags: frozenset[str] = frozenset()
-    net: Net = field(default_factory=Net)
-    weights: dict[tuple[int, str], str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.rng, self.count, self.number = np.random.default_rng(5), 0, 0
-        x = self.net.feed("x")
-        while self.number < self.layers:
-            attended = self.attend(x)
-            x = self.block(attended, x if "parallel" in self.flags else attended)
-            self.number += 1
-        if "classifier" in self.flags:  # An activation between two layers, as behind a pooler, and nothing added.
-            x = self.linear(self.op("Tanh", self.linear(x, "pool", (9, HIDDEN))), "class", (5, 9))
-        self.net.op("Identity", [x], self.net.result("y"), "last")
-
-    def op(self, kind: str, *inputs: str, **more: Any) -> str:
-        self.count += 1
-        swapped = kind in ("Mul", "Add") and "swapped" in self.flags
-        return self.net.op(kind, inputs[::-1] if swapped else inputs, f"v{self.count}", f"n{self.count}", **more)
-
-    def constant(self, array: Any) -> str:
-        return self.net.weight(f"c{len(self.net.initializers)}", np.asarray(array, np.float32))
-
-    def linear(self, x: str, role: str, shape: tuple[int, int] | None = None) -> str:
-        w = dyadic(self.rng, *(shape or SHAPES[role]))
-        if "uneven" in self.flags and self.number == 1 and role in ("gate", "up", "down"):
-            w = np.concatenate([w, w], axis=1 if role == "down" else 0)
-        known = self.weights.get((0, role)) if "shared" in self.flags and role == "key" else None
-        self.weights[self.number, role] = known or self.constant(w.T)
-        return self.op("MatMul", x, self.weights[self.number, role])
-
-    def norm(self, x: str) -> str:
-        return (
-            self.op("Tanh", x)
-            if "normless" in self.flags
-            else self.op("Mul", x, self.constant(np.linspace(0.5, 1.5, HIDDEN)))
-        )
-
-    def attend(self, x: str) -> str:
-        normed = self.norm(x)
-        q, k, v = (self.linear(normed, role) for role in ("query", "key", "value"))
-        scores = self.op("MatMul", q, self.op("Transpose", k, perm=[1, 0]))
-        if "turned" in self.flags:
-            scores = self.op("Transpose", scores, perm=[1, 0])
-        if self.scale is not None:
-            scores = self.op("Mul", scores, self.constant(self.scale))
-        if "masked" in self.flags:  # A mask is multiplied too, by a number that is no scale.
-            mask = self.op("Mul", self.op("Sub", self.constant(1), self.net.inputs[0].name), self.constant(-3e38))
-            scores = self.op("Add", scores, self.op("ReduceMax", mask, keepdims=0))
-        shares = self.op("Softmax", scores, axis=self.axis)
-        if "contexts" in self.flags:
-            self.op("MatMul", shares, self.op("Tanh", v))
-        context = self.op("MatMul", shares, v)
-        out = self.linear(context, "output")
-        if "outputs" in self.flags:
-            self.linear(context, "other", SHAPES["output"])
-        return self.op("Add", x, out)
-
-    def block(self, x: str, read: str) -> str:
-        if "no blocks" in self.flags:
-            return x
-        normed = self.norm(read)
-        if not self.gated:
-            inner = self.op("Relu", self.linear(normed, "first"))
-            down = self.linear(inner, "second")
-        else:
-            gate, up = self.linear(normed, "gate"), self.linear(normed, "up")
-            active = self.op("Mul", gate, self.op("Sigmoid", gate))
-            other = self.op("Relu", up) if "two active" in self.flags else up
-            down = self.linear(self.op("Mul", active, other), "down")
-        if "two blocks" in self.flags:
-            again = self.linear(self.op("Relu", self.linear(normed, "x1", SHAPES["first"])), "x2", SHAPES["second"])
-            down = self.op("Add", down, again)
-            return self.op("Add", self.op("Add", x, down), again)
-        return self.op("Add", x, down) if "no residual" not in self.flags else down
-
-    def roles(self) -> list[str]:
-        return ["query", "key", "value", "output", *(("gate", "up", "down") if self.gated else ("first", "second"))]
+from stacks import HEAD, NAMES, RANK, SHAPES, Stack
 
 
 class Case:
@@ -182,6 +77,11 @@ def test_what_resolve_prints(tmp_path: Path) -> None:
     assert {t.target: t.weight for t in found.targets} == {
         f"model.layers.{number}.{NAMES[role]}": weight for (number, role), weight in case.stack.weights.items()
     }
+    (tmp_path / "map.json").write_text(json.dumps(found.as_json()))
+    after = case.merge(resolve="structure")
+    loraformat.merge(case.base, [case.adapter], tmp_path / "mapped.onnx", map=tmp_path / "map.json")
+    for name, values in stored_weights(tmp_path / "mapped.onnx").items():
+        np.testing.assert_array_equal(values, after[name])
 
 
 def differing(*flags: str, **options: Any) -> Stack:
