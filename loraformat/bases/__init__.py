@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
 from loraformat.adapter import SlotKind
+from loraformat.bases._roles import Role, Roles, StructuredBase
 from loraformat.bases._travelling import list_tokenizer_files
 from loraformat.dtypes import Dtype
 from loraformat.encodings import Coding
@@ -283,44 +284,6 @@ class SharedBase(Protocol):
 
     def list_shared(self) -> Mapping[str, InputFile]:
         """Return the data files by their paths from the model's folder; none for a base without."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """What a linear layer does in a stack of transformer layers.
-
-    Attributes:
-        layer: which layer of the stack, from 0.
-        name: `query`, `key`, `value`, or `qkv` for the three in one; `output`; `first` and `second`, or `gate`, `up`
-            (`gate_up` in one) and `down`.
-    """
-
-    layer: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Roles:
-    """What the flow of values through a graph tells of its linear layers.
-
-    Attributes:
-        by_site: roles by ids of sites; each layer of the stack has the same.
-        layers: how many layers the stack has.
-        reason: why nothing is told; empty where it is.
-    """
-
-    by_site: Mapping[str, Role]
-    layers: int
-    reason: str = ""
-
-
-@runtime_checkable
-class StructuredBase(Protocol):
-    """A base that tells what its layers do, whatever they are called."""
-
-    def find_roles(self) -> Roles:
-        """Return the roles of its linear layers."""
         ...
 
 
