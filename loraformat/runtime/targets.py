@@ -113,7 +113,7 @@ def serve(model: OnnxGraph, item: WeightedAdapter, hints: Hints, options: ServeO
     _raise_errors(problems)
     allowed = options.get("allow_unmatched", ())
     prefix = options.get("strip_prefix")
-    clues = gather_clues(item.adapter, hints, strip_prefix=prefix)
+    clues = gather_clues(item.adapter, model, hints, strip_prefix=prefix)
     found = resolve(item.adapter, _part_sites(model.sites), clues=clues, **options)
     problems += found.problems
     divisors = {site.id: site.divisor for site in model.sites}
@@ -190,6 +190,8 @@ def _serve(match: Match, divisors: Mapping[str, float], weight: float) -> Served
     rank = _find_rank(match)
     if isinstance(rank, Problem):
         return rank
+    if match.row_order:
+        return Problem("LF821", match.want.name, "a weight whose rows were moved", "W + B·A", _ELSEWHERE)
     change, part = match.change, match.part
     rows = match.section[1] - match.section[0] if match.section else change.shape[0]
     place, out = (0, rows), rows
