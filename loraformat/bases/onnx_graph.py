@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases import BaseModel, FloatForm, Site, Weight, WeightCopy, WeightFloats
+from loraformat.bases import BaseModel, FloatForm, MeasuredValue, Site, Weight, WeightCopy, WeightFloats
 from loraformat.bases._onnx_coded import find_coded_part, find_coding, find_ranges
 from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
 from loraformat.bases._onnx_experts import find_experts
 from loraformat.bases._onnx_extension import Extension, edit_model, list_names
+from loraformat.bases._onnx_float_graph import make_float_graph
 from loraformat.bases._onnx_floats import Surgery, join_surgeries, list_unread, plan_surgery
 from loraformat.bases._onnx_openings import Opening, find_opening
 from loraformat.bases._onnx_packed import expand_packed
+from loraformat.bases._onnx_ranges import Ranges, check_ranges, find_measured, set_ranges
 from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite, find_sites
 from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, TensorFloats, open_onnx
@@ -113,7 +115,22 @@ class OnnxGraph:
         inputs = {each.name for each in self._opened.model.graph.input}
         dropped = frozenset(list_unread(edits, self._index.visits, inputs))
         made = tuple(_describe_floats(each.form, weights[key].tensor.span.path) for key, each in planned.items())
-        graph._change = GraphChange(made, tuple(edits), dropped)
+        graph._change = replace(self._change, floats=made, edits=tuple(edits), dropped=dropped)
+        return graph
+
+    def float_activations(self, graph: "onnx.GraphProto") -> Sequence[MeasuredValue]:
+        """Have a main graph leave activations in floats; return whose ranges count."""
+        return make_float_graph(graph)
+
+    def check_ranges(self, ranges: Ranges) -> Sequence[Problem]:
+        """Return what speaks against giving the graph these ranges."""
+        return check_ranges(*find_measured(self._index.visits), ranges)
+
+    def with_ranges(self, ranges: Ranges) -> "OnnxGraph":
+        """Return the graph with scales, zero points and biases of other ranges."""
+        graph = copy.copy(self)
+        found, _ = find_measured(self._index.visits)
+        graph._change = replace(self._change, replaced=tuple(set_ranges(self._opened, found, ranges)))
         return graph
 
     @property
