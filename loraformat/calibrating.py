@@ -18,7 +18,7 @@ from loraformat.apply import Work, apply_order
 from loraformat.bases import BaseModel, CalibratedBase
 from loraformat.containers.npz import CONTAINER
 from loraformat.engine import Effort
-from loraformat.errors import refuse
+from loraformat.errors import error_for, refuse
 from loraformat.loading import open_base
 from loraformat.output_forms import Order
 from loraformat.problems import Problem
@@ -42,6 +42,9 @@ def measure_merged(base: BaseModel, order: Order, data: Path, effort: Effort) ->
     Raises:
         LoraformatError: LF628 data that do not fit, LF627 ranges that cannot be measured, what merging raises.
     """
+    problems = base.check_ranges(None) if isinstance(base, CalibratedBase) else ()
+    if problems:
+        raise error_for(problems)
     apply_order(base, order, Work(effort, min_retained=0, warn_retained=0))
     return measure_ranges(open_base(order.plan.output), data)
 

@@ -384,8 +384,8 @@ class CalibratedBase(BaseModel, Protocol):
         """Have the main graph of the parsed base leave activations in floats; return whose ranges count."""
         ...
 
-    def check_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> Sequence[Problem]:
-        """Return what speaks against giving the base these ranges (LF627)."""
+    def check_ranges(self, ranges: Mapping[str, tuple[float, float]] | None) -> Sequence[Problem]:
+        """Return what speaks against giving the base these ranges (LF627); None stands for any."""
         ...
 
     def with_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> "CalibratedBase":

@@ -146,8 +146,10 @@ def _find_dequantised(visit: Visit) -> "tuple[onnx.TensorProto | None, ...]":
     return _find_initializer(x, 1), _find_initializer(b, 0), _find_initializer(b, 1)
 
 
-def check_ranges(found: Mapping[str, Measured], problems: Sequence[Problem], ranges: Ranges) -> list[Problem]:
-    """Return what speaks against giving a graph these ranges."""
+def check_ranges(found: Mapping[str, Measured], problems: Sequence[Problem], ranges: Ranges | None) -> list[Problem]:
+    """Return what speaks against giving a graph these ranges; None stands for any."""
+    if ranges is None:
+        return list(problems)
     missing = sorted(found.keys() - ranges.keys())
     unknown = sorted(ranges.keys() - found.keys())
     listed = [*problems]

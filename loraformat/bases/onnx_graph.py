@@ -122,8 +122,8 @@ class OnnxGraph:
         """Have a main graph leave activations in floats; return whose ranges count."""
         return make_float_graph(graph)
 
-    def check_ranges(self, ranges: Ranges) -> Sequence[Problem]:
-        """Return what speaks against giving the graph these ranges."""
+    def check_ranges(self, ranges: Ranges | None) -> Sequence[Problem]:
+        """Return what speaks against giving the graph these ranges; None stands for any."""
         return check_ranges(*find_measured(self._index.visits), ranges)
 
     def with_ranges(self, ranges: Ranges) -> "OnnxGraph":
