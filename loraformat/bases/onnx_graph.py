@@ -1,7 +1,6 @@
 """An ONNX graph: a site is a node and its weight input."""
 
 import copy
-import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +15,13 @@ from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
 from loraformat.bases._onnx_experts import find_experts
 from loraformat.bases._onnx_extension import Extension, edit_model, list_names
 from loraformat.bases._onnx_float_graph import make_float_graph
-from loraformat.bases._onnx_floats import Surgery, join_surgeries, list_unread, plan_surgery
+from loraformat.bases._onnx_floats import Surgery, join_surgeries, plan_surgery
 from loraformat.bases._onnx_openings import Opening, find_opening
 from loraformat.bases._onnx_packed import expand_packed
 from loraformat.bases._onnx_ranges import Ranges, check_ranges, find_measured, set_ranges
 from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite, find_sites
-from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, TensorFloats, open_onnx
+from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, open_onnx
 from loraformat.images import FileImage
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Part, Span, StoredTensor
@@ -108,14 +107,9 @@ class OnnxGraph:
     def with_floats(self, floats: Sequence[WeightFloats]) -> "OnnxGraph":
         """Return the graph with initializers of floats in the place of codes, and other nodes for them."""
         graph = copy.copy(self)
-        weights = {site.weight.key: site.weight for site in self.sites if site.weight is not None}
-        surgeries = {each.key: self._plan_surgery(each.key) for each in floats}
-        planned = {key: each for key, each in surgeries.items() if isinstance(each, Surgery)}
-        edits = join_surgeries(planned.values(), self._index.visits)
+        surgeries = [found for each in floats if isinstance(found := self._plan_surgery(each.key), Surgery)]
         inputs = {each.name for each in self._opened.model.graph.input}
-        dropped = frozenset(list_unread(edits, self._index.visits, inputs))
-        made = tuple(_describe_floats(each.form, weights[key].tensor.span.path) for key, each in planned.items())
-        graph._change = replace(self._change, floats=made, edits=tuple(edits), dropped=dropped)
+        graph._change = join_surgeries(surgeries, self._index.visits, inputs, self._change)
         return graph
 
     def float_activations(self, graph: "onnx.GraphProto") -> Sequence[MeasuredValue]:
@@ -235,11 +229,6 @@ class OnnxGraph:
         if not output.is_file():
             return []
         return [path for path in self._opened.stale_data(output) if not path.name[len(output.stem)].isalnum()]
-
-
-def _describe_floats(form: FloatForm, beside: Path) -> TensorFloats:
-    assert form.dtype.onnx is not None, "scales have a form that ONNX has"
-    return TensorFloats(form.name, form.dtype.onnx, form.shape, form.dtype.count_bytes(math.prod(form.shape)), beside)
 
 
 def _is_shared(site: Site) -> bool:

@@ -95,7 +95,7 @@ def describe_extended(model: ModelParts, wanted: Wanted, edits: Sequence[Leaf], 
 
 
 def _copy_data(
-    model: ModelParts, wanted: Wanted, dropped: Sequence[Field]
+    model: ModelParts, wanted: Wanted, dropped: Iterable[Field]
 ) -> tuple[list[FileImage], list[Leaf], dict[str, tuple[str, int]]]:
     """Return copies of the data files, the edits that refer to them, and where added tensors lie in them."""
     output = wanted.output.absolute()
