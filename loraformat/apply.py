@@ -146,7 +146,7 @@ def _open(base: BaseModel, order: Order, place: Place) -> Iterator[_Delivery]:
 
 
 def _describe_undo(plan: Plan, base: BaseModel, images: Sequence[FileImage]) -> FileImage:
-    if plan.rewritten or plan.copies or plan.floats:
+    if plan.rewritten or plan.changes_graph:
         found = "an output that is written anew" if plan.rewritten else "an output with more tensors than the base"
         raise refuse("LF622", plan.output, found, "a copy of the base for --keep-undo")
     output = plan.output.absolute()

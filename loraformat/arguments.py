@@ -69,6 +69,8 @@ class PlanOptions(AdapterOptions, HintOptions, total=False):
         accept_ranges: accept activation ranges of a quantised model that were measured on the base.
         any_rounding: where `base_checkpoint` gives the numbers of weights of 4 bits, round to the nearest codes, though
             the base's own were found in another way (GPTQ).
+        calibration: an `.npz` with samples for each input of an ONNX graph that has measured ranges of activations:
+            they are measured anew on the merged model.
         on_quantized: `dequantize` writes quantised weights that change as floats, and the operators that read them with
             them; else they are quantised again.
         external_data: `share` writes, beside an ONNX base, a small model that refers to the base's data files, and to
@@ -85,6 +87,7 @@ class PlanOptions(AdapterOptions, HintOptions, total=False):
     new_biases: bool
     keep_scales: bool
     accept_ranges: bool
+    calibration: StrPath | None
     any_rounding: bool
     on_quantized: str | None
     external_data: str | None
@@ -143,8 +146,10 @@ class VerifyOptions(AdapterOptions, HintOptions, EffortOptions, total=False):
     Attributes:
         run: have onnxruntime run merged model and base, and compare outputs too; for ONNX models.
         sizes: for that, sizes of symbolic dimensions of the inputs, by name; others get small ones.
+        calibration: the data that ranges of activations were measured on, to measure them once more.
     """
 
+    calibration: StrPath | None
     run: bool
     sizes: Mapping[str, int]
 

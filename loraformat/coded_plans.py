@@ -41,7 +41,8 @@ def plan_references(match: Match, found: Sequence[Match]) -> tuple[PlannedRefere
         match: the weight in the base.
         found: the same parameter in the base checkpoint.
     """
-    if not has_few_bits(match.weight):
+    apart = match.row_order and any(each.section is not None for each in found)
+    if not has_few_bits(match.weight) or apart:
         return ()
     return tuple(_refer(match, each) for each in found if each.weight.tensor.dtype.family == "float")
 

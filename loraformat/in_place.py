@@ -52,8 +52,9 @@ def merge_in_place(base: BaseModel, order: Order, work: Work) -> Receipt:
     plan = order.plan
     if plan.rewritten:
         raise refuse("LF620", base.path, "changes of sizes or number forms", "a merge that only changes numbers")
-    if plan.floats:
-        raise refuse("LF620", base.path, "codes that become floats", "a merge that only changes numbers")
+    if plan.floats or plan.ranges:
+        found = "codes that become floats" if plan.floats else "ranges of activations in other forms"
+        raise refuse("LF620", base.path, found, "a merge that only changes numbers", "Leave out --in-place.")
     if plan.copies:
         names = ", ".join(repr(each.name) for each in plan.copies)
         found = f"tensors more: {names}, copies of what others read too"

@@ -1,6 +1,6 @@
 """The functions of the public face that merge, prove and undo."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +26,10 @@ from loraformat.arguments import (
     weigh_adapters,
 )
 from loraformat.bases import BaseModel
+from loraformat.calibrating import check_measured, describe_data, make_room, measure_merged
 from loraformat.engine import Effort
 from loraformat.errors import refuse
+from loraformat.evidence import Hints
 from loraformat.in_place import check_no_journal, merge_in_place
 from loraformat.kinds import Nature
 from loraformat.limits import RETAINED_REFUSE, RETAINED_WARN
@@ -54,6 +56,8 @@ def plan_merge(
     """Return what `merge` would do with the same arguments; reads no weight of the base and writes nothing."""
     opened = _open(base)
     weighted = weigh_adapters(adapters, options, opened)
+    if options.get("calibration") is not None:  # It takes a merge to measure ranges.
+        options = {**options, "calibration": None, "accept_ranges": True}
     return _order(opened, weighted, _place(opened, weighted, output, options), options).plan
 
 
@@ -187,6 +191,9 @@ def verify(
     plan = build_plan(opened, weighted, proof.path, hints=hints, **(statement.options if statement else {}))
     order = Order(plan, weighted, hints.checkpoint)
     found = verify_merge(proof, opened, order, _make_effort(options))
+    if (data := options.get("calibration")) is not None:
+        problems = check_measured(proof, plan.ranges, Path(data))
+        found = replace(found, problems=(*found.problems, *problems))
     return add_runs(found, proof, opened, order, options.get("sizes", {})) if options.get("run") else found
 
 
@@ -271,10 +278,32 @@ def _order(
     hints = read_hints(cast(HintOptions, options))
     if given.get("external_data") == "copy":
         del given["external_data"]
+    data = given.pop("calibration", None)
+    if data is not None:
+        given |= _calibrate(
+            base, weighted, output, Path(data), (hints, given, _make_effort(cast(MergeOptions, options)))
+        )
     plan = build_plan(base, weighted, output, anew=wants_anew(options.get("to")), hints=hints, **given)
     check_sharing(plan, base, options)
     check_untouched(plan, base)
     return Order(plan, weighted, hints.checkpoint)
+
+
+def _calibrate(
+    base: BaseModel,
+    weighted: Sequence[WeightedAdapter],
+    output: Path,
+    data: Path,
+    manner: tuple[Hints, Mapping[str, Any], Effort],
+) -> dict[str, Any]:
+    """Merge once aside, and return what `build_plan` is to be told of the ranges that the merged model has."""
+    hints, given, effort = manner
+    stated = {name: value for name, value in given.items() if name not in ("external_data", "accept_ranges")}
+    with make_room(output) as room:
+        aside = Path(room) / f"merged{base.suffix}"
+        plan = build_plan(base, weighted, aside, hints=hints, accept_ranges=True, **stated)
+        ranges = measure_merged(base, Order(plan, weighted, hints.checkpoint), data, replace(effort, progress=None))
+    return {"ranges": ranges, "calibration": describe_data(data)}
 
 
 def _place(

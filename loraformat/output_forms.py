@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loraformat.bases import (
     BaseModel,
+    CalibratedBase,
     CopyingBase,
     DequantisingBase,
     Rewriter,
@@ -79,6 +80,9 @@ def describe_output(
     if plan.floats:
         assert isinstance(base, DequantisingBase), "only such a base tells float forms"
         base = base.with_floats(plan.floats)
+    if plan.ranges:
+        assert isinstance(base, CalibratedBase), "only such a base has ranges"
+        base = base.with_ranges(plan.ranges)
     if plan.is_sharing:
         touched = list_touched(plan, base)
         return require_shared(base).describe_sharing_images(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from loraformat.adapter import Adapter
 from loraformat.bases import WeightCopy, WeightFloats
@@ -292,6 +292,18 @@ class Plan:
     def floats(self) -> list[WeightFloats]:
         """Weights that the base has in codes and the output in floats."""
         return [WeightFloats(w.new.name, w.key) for w in self.weights if w.new is not None and w.is_dequantised]
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Ranges of activations that the output has, where they are not the base's, by the names of their scales."""
+        stated = self.options.get("ranges")
+        pairs = stated.items() if isinstance(stated, Mapping) else ()
+        return {name: (cast(Any, ends)[0], cast(Any, ends)[1]) for name, ends in pairs}
+
+    @property
+    def changes_graph(self) -> bool:
+        """Whether tensors or nodes of a copied file come, go or change their size."""
+        return bool(self.copies or self.floats or self.ranges)
 
     @property
     def is_sharing(self) -> bool:

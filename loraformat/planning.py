@@ -7,12 +7,12 @@ factors.
 import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from loraformat.bases import BaseModel
+from loraformat.bases import BaseModel, CalibratedBase
 from loraformat.coded_plans import DEQUANTIZE, check_codes, make_float, plan_references
 from loraformat.errors import error_for
 from loraformat.evidence import Clues, Hints
@@ -76,7 +76,10 @@ class _Found:
         entries = [entry for group in self.changes.values() for entry in group]
         caveats = {site.caveat for entry in entries for site in entry.match.sites if site.caveat is not None}
         severity: Severity = "warning" if wishes.accept_ranges else "error"
-        self.problems += [replace(each, severity=severity) for each in sorted(caveats, key=lambda each: each.where)]
+        if wishes.ranges is None:
+            self.problems += [replace(each, severity=severity) for each in sorted(caveats, key=lambda each: each.where)]
+        elif isinstance(self.base, CalibratedBase):
+            self.problems += self.base.check_ranges(wishes.ranges)
         self.problems += [] if wishes.on_quantized == DEQUANTIZE else check_codes(entries)
 
     def plan_weights(self, wishes: "_Wishes") -> tuple[PlannedWeight, ...]:
@@ -109,6 +112,8 @@ def build_plan(
     new_biases: bool = False,
     keep_scales: bool = False,
     accept_ranges: bool = False,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+    calibration: str | None = None,
     any_rounding: bool = False,
     on_quantized: str | None = None,
     external_data: str | None = None,
@@ -130,6 +135,8 @@ def build_plan(
         new_biases: give biases to modules that have none, where adapters change them.
         keep_scales: leave the scales of quantised weights as they are.
         accept_ranges: accept activation ranges that were measured on the base.
+        ranges: of activations, by the names of their scales, in the place of the base's.
+        calibration: what data they were measured on.
         on_quantized: `dequantize` has the output hold quantised weights that change in floats.
         any_rounding: round weights of a few bits to the nearest codes, whatever way theirs were found.
         external_data: `share` has the output refer to the base's data files for what does not change.
@@ -149,6 +156,8 @@ def build_plan(
         new_biases=new_biases,
         keep_scales=keep_scales,
         accept_ranges=accept_ranges,
+        ranges=ranges,
+        calibration=calibration,
         any_rounding=any_rounding,
         on_quantized=on_quantized,
         external_data=external_data,
@@ -175,6 +184,8 @@ class _Wishes:
     new_biases: bool
     keep_scales: bool
     accept_ranges: bool
+    ranges: Mapping[str, tuple[float, float]] | None
+    calibration: str | None
     any_rounding: bool
     on_quantized: str | None
     external_data: str | None
@@ -184,6 +195,7 @@ class _Wishes:
     def unusual(self) -> dict[str, JsonValue]:
         """Return those that are not as usual: not empty, not False."""
         named = asdict(self) | {"allow_unmatched": list(self.allow_unmatched)}
+        named["ranges"] = {name: list(ends) for name, ends in sorted((self.ranges or {}).items())}
         return {name: value for name, value in named.items() if value}
 
 

@@ -176,6 +176,10 @@ def _is_text_list(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
+def _is_range(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[0] <= value[1]
+
+
 _OPTIONS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "allow_unmatched": _is_text_list,
     "strip_prefix": lambda value: isinstance(value, str),
@@ -185,6 +189,8 @@ _OPTIONS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "new_biases": lambda value: value is True,
     "keep_scales": lambda value: value is True,
     "accept_ranges": lambda value: value is True,
+    "ranges": lambda value: isinstance(value, Mapping) and all(map(_is_range, value.values())),
+    "calibration": lambda value: isinstance(value, str),
     "any_rounding": lambda value: value is True,
     "on_quantized": lambda value: value == "dequantize",
     "external_data": lambda value: value == "share",

@@ -15,7 +15,7 @@ from loraformat.bases import Weight
 from loraformat.errors import refuse
 from loraformat.kinds import Delta, Nature
 from loraformat.plan import PlannedChange, PlannedReference, PlannedWeight
-from loraformat.scaled_rows import ScaledRows
+from loraformat.scaled_rows import OrderedRows, ScaledRows
 from loraformat.spans import StoredTensor
 from loraformat.weight_work import Placed
 
@@ -121,6 +121,8 @@ def _place(
     values = values.part(slice(start - held[0], stop - held[0], 1), slice(0, values.shape[1], 1))
     if change.row_factors:
         values = ScaledRows(values, np.array(change.row_factors[start:stop]))
+    if change.row_order:
+        values = OrderedRows(values, np.array(change.row_order))
     own = own[start - first : stop - first]
     where = (own, columns) if not change.transposed else (lines, own)
     yield Placed(values.transposed() if change.transposed else values, Nature.REPLACEMENT, 1.0, *where)

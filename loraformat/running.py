@@ -4,7 +4,6 @@ Apart means: every node that reads a changed weight gets a second node beside it
 of the weight, and the two results are added. The base's own weights stay as they are, and no merged number is used.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +102,8 @@ def list_changes(order: Order, base: BaseModel) -> list[Change]:
         if source.coding is not None:
             dtype = source.coding.companions["scales"].dtype
             delta = delta[:, : delta.shape[1] - source.coding.padding]
-            shape = shape if math.prod(shape) == delta.size else delta.shape  # Codes that are packed by the byte.
+            if any(change.part is not None for change in weight.changes):  # Blocks of a row have shapes of their own.
+                shape = delta.shape
         changes.append(Change(weight.name, shape, dtype.onnx or _FLOAT, delta))
     return changes
 

@@ -28,9 +28,11 @@ __all__ = [
     "BASES",
     "BaseFormat",
     "BaseModel",
+    "CalibratedBase",
     "CopyingBase",
     "DequantisingBase",
     "FloatForm",
+    "MeasuredValue",
     "Rewriter",
     "Role",
     "Roles",
@@ -357,6 +359,41 @@ class DequantisingBase(BaseModel, Protocol):
 
     def with_floats(self, floats: Sequence[WeightFloats]) -> "DequantisingBase":
         """Return the base, whose outputs have these weights in floats, to be filled at `FileImage.locate_fresh`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredValue:
+    """A value whose range is to be measured.
+
+    Attributes:
+        name: the value's.
+        scale: the name of the scale that stands for the range; several values may have one.
+        fixed: the range, where the operator tells it.
+    """
+
+    name: str
+    scale: str
+    fixed: tuple[float, float] | None = None
+
+
+@runtime_checkable
+class CalibratedBase(BaseModel, Protocol):
+    """A base that may have ranges of activations as numbers: an ONNX graph.
+
+    A range is known by the name of the scale that stands for it.
+    """
+
+    def float_activations(self, graph: Any) -> Sequence[MeasuredValue]:
+        """Have the main graph of the parsed base leave activations in floats; return whose ranges count."""
+        ...
+
+    def check_ranges(self, ranges: Mapping[str, tuple[float, float]] | None) -> Sequence[Problem]:
+        """Return what speaks against giving the base these ranges (LF627); None stands for any."""
+        ...
+
+    def with_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> "CalibratedBase":
+        """Return the base, whose outputs have scales, zero points and biases of these ranges."""
         ...
 
 

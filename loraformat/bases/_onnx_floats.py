@@ -4,14 +4,16 @@ An initializer takes the place of what DequantizeLinear makes; operators on code
 have their other factor in floats at hand. Nodes and tensors that nothing needs any more go.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from loraformat.bases import FloatForm, Weight
 from loraformat.bases._onnx_scopes import Visit
 from loraformat.bases._onnx_sites import RawSite
-from loraformat.containers.onnx_file import NodeEdit
+from loraformat.containers.onnx_file import GraphChange, NodeEdit, TensorFloats
 from loraformat.problems import Problem
 
 if TYPE_CHECKING:
@@ -27,11 +29,13 @@ class Surgery:
 
     Attributes:
         form: how it stands then.
+        beside: the file with the codes.
         edits: nodes of the main graph that become others.
         doomed: nodes that go, if nothing else reads what they make.
     """
 
     form: FloatForm
+    beside: Path
     edits: tuple[NodeEdit, ...]
     doomed: tuple[Visit, ...] = ()
 
@@ -63,7 +67,7 @@ def plan_surgery(found: Sequence[RawSite], weight: Weight, names: set[str]) -> S
         doomed += made[1]
     if form is None or trace.name in trace.scope.outputs:
         return Problem("LF619", weight.name, "codes that leave the graph", "codes that nodes read")
-    return Surgery(form, tuple(edits), tuple(doomed))
+    return Surgery(form, weight.tensor.span.path, tuple(edits), tuple(doomed))
 
 
 def _describe(visit: Visit, weight: Weight, names: set[str]) -> FloatForm:
@@ -175,9 +179,30 @@ _REPLACED: Final[Mapping[str, _Reader]] = {
 """Operators on codes, and what they become where the weight stands in floats."""
 
 
-def join_surgeries(surgeries: Iterable[Surgery], visits: Sequence[Visit]) -> list[NodeEdit]:
+def join_surgeries(
+    surgeries: Sequence[Surgery], visits: Sequence[Visit], kept: set[str], change: GraphChange
+) -> GraphChange:
+    """Return a change of the graph with those of several weights.
+
+    Args:
+        surgeries: of the weights.
+        visits: all nodes.
+        kept: names of initializers that stay: inputs of the model.
+        change: what changes otherwise.
+    """
+    edits = _join_edits(surgeries, visits)
+    dropped = frozenset(_list_unread(edits, visits, kept))
+    floats = tuple(_describe_tensor(each.form, each.beside) for each in surgeries)
+    return replace(change, floats=floats, edits=tuple(edits), dropped=dropped)
+
+
+def _describe_tensor(form: FloatForm, beside: Path) -> TensorFloats:
+    assert form.dtype.onnx is not None, "scales have a form that ONNX has"
+    return TensorFloats(form.name, form.dtype.onnx, form.shape, form.dtype.count_bytes(math.prod(form.shape)), beside)
+
+
+def _join_edits(surgeries: Sequence[Surgery], visits: Sequence[Visit]) -> list[NodeEdit]:
     """Return the edits of all, and those of doomed nodes of which nothing is read any more."""
-    surgeries = list(surgeries)
     edits = {edit.node: edit for each in surgeries for edit in each.edits}
     main = {visit.index: visit for visit in visits if visit.scope.path == ()}
     doomed = {visit.index: visit for each in surgeries for visit in each.doomed if visit.scope.path == ()}
@@ -198,14 +223,8 @@ def _is_unread(visit: Visit, name: str, edits: Mapping[int, NodeEdit], main: Map
     return True
 
 
-def list_unread(edits: Sequence[NodeEdit], visits: Sequence[Visit], kept: set[str]) -> Iterator[str]:
-    """Yield the initializers that nothing reads once the edits are made.
-
-    Args:
-        edits: of `join_surgeries`.
-        visits: all nodes.
-        kept: names that stay: inputs of the model.
-    """
+def _list_unread(edits: Sequence[NodeEdit], visits: Sequence[Visit], kept: set[str]) -> Iterator[str]:
+    """Yield the initializers that nothing reads once the edits are made."""
     main = {visit.index: visit for visit in visits if visit.scope.path == ()}
     by_index = {edit.node: edit for edit in edits}
     for name in dict.fromkeys(name for edit in edits for name in main[edit.node].node.input if name):

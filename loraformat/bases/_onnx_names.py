@@ -26,7 +26,14 @@ _SCOPES_KEY: Final = "pkg.torch.onnx.name_scopes"
 _CLASSES_KEY: Final = "pkg.torch.onnx.class_hierarchy"
 _RULE_KEY: Final = "pkg.onnxscript.rewriter.rule_name"
 _MARKS: Final = ("BatchNormalization", "ConvBnFusion", "ConvMulFusion")
-_CONVS: Final = frozenset({"Conv", "com.microsoft.FusedConv"})
+_CONVS: Final[Mapping[str, tuple[int, int]]] = {
+    "Conv": (1, 2),
+    "com.microsoft.FusedConv": (1, 2),
+    "ConvInteger": (1, 9),
+    "QLinearConv": (3, 8),
+}
+"""Convolutions, and their inputs with weight and bias."""
+_QUANTISED: Final = "_quantized"
 _REPEATED: Final = re.compile(r"\.\d")
 _NUMBER: Final = re.compile(r"_\d+$")
 
@@ -49,8 +56,11 @@ def _find_folded_conv(visit: Visit, trace: Trace) -> str:
     No exporter renames a convolution's weight unless it has computed another; tools that fold BatchNorm afterwards name
     weight, bias or output after it.
     """
-    weights = (visit.node.input[1], *(step.node.input[0] for step in trace.steps), trace.name)
-    bias, output = next(iter(visit.node.input[2:3]), ""), next(iter(visit.node.output), "")
+    inputs, (weight, place) = visit.node.input, _CONVS[visit.op]
+    read = (inputs[weight], *(step.node.input[0] for step in trace.steps), trace.name)
+    weights = [name.removesuffix(_QUANTISED) for name in read]
+    bias, output = next(iter(inputs[place : place + 1]), ""), next(iter(visit.node.output), "")
+    bias = bias.removesuffix(_QUANTISED)
     if not any(name.endswith(".weight") for name in weights):
         return (
             f"BatchNorm was folded into it (the weight was renamed to {trace.name})" if not _is_anonymous(visit) else ""

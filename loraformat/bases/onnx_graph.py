@@ -1,7 +1,6 @@
 """An ONNX graph: a site is a node and its weight input."""
 
 import copy
-import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -10,18 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases import BaseModel, FloatForm, Roles, Site, Weight, WeightCopy, WeightFloats
+from loraformat.bases import BaseModel, FloatForm, MeasuredValue, Roles, Site, Weight, WeightCopy, WeightFloats
 from loraformat.bases._onnx_coded import find_coded_part, find_coding, find_ranges
 from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
 from loraformat.bases._onnx_experts import find_experts
 from loraformat.bases._onnx_extension import Extension, edit_model, list_names
-from loraformat.bases._onnx_floats import Surgery, join_surgeries, list_unread, plan_surgery
+from loraformat.bases._onnx_float_graph import make_float_graph
+from loraformat.bases._onnx_floats import Surgery, join_surgeries, plan_surgery
 from loraformat.bases._onnx_openings import Opening, find_opening
 from loraformat.bases._onnx_packed import expand_packed
+from loraformat.bases._onnx_ranges import Ranges, check_ranges, find_measured, set_ranges
 from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite, find_sites
 from loraformat.bases._onnx_structure import find_roles
-from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, TensorFloats, open_onnx
+from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, open_onnx
 from loraformat.images import FileImage
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Part, Span, StoredTensor
@@ -107,14 +108,24 @@ class OnnxGraph:
     def with_floats(self, floats: Sequence[WeightFloats]) -> "OnnxGraph":
         """Return the graph with initializers of floats in the place of codes, and other nodes for them."""
         graph = copy.copy(self)
-        weights = {site.weight.key: site.weight for site in self.sites if site.weight is not None}
-        surgeries = {each.key: self._plan_surgery(each.key) for each in floats}
-        planned = {key: each for key, each in surgeries.items() if isinstance(each, Surgery)}
-        edits = join_surgeries(planned.values(), self._index.visits)
+        surgeries = [found for each in floats if isinstance(found := self._plan_surgery(each.key), Surgery)]
         inputs = {each.name for each in self._opened.model.graph.input}
-        dropped = frozenset(list_unread(edits, self._index.visits, inputs))
-        made = tuple(_describe_floats(each.form, weights[key].tensor.span.path) for key, each in planned.items())
-        graph._change = GraphChange(made, tuple(edits), dropped)
+        graph._change = join_surgeries(surgeries, self._index.visits, inputs, self._change)
+        return graph
+
+    def float_activations(self, graph: "onnx.GraphProto") -> Sequence[MeasuredValue]:
+        """Have a main graph leave activations in floats; return whose ranges count."""
+        return make_float_graph(graph)
+
+    def check_ranges(self, ranges: Ranges | None) -> Sequence[Problem]:
+        """Return what speaks against giving the graph these ranges; None stands for any."""
+        return check_ranges(*find_measured(self._index.visits), ranges)
+
+    def with_ranges(self, ranges: Ranges) -> "OnnxGraph":
+        """Return the graph with scales, zero points and biases of other ranges."""
+        graph = copy.copy(self)
+        found, _ = find_measured(self._index.visits)
+        graph._change = replace(self._change, replaced=tuple(set_ranges(self._opened, found, ranges)))
         return graph
 
     @property
@@ -227,11 +238,6 @@ class OnnxGraph:
         if not output.is_file():
             return []
         return [path for path in self._opened.stale_data(output) if not path.name[len(output.stem)].isalnum()]
-
-
-def _describe_floats(form: FloatForm, beside: Path) -> TensorFloats:
-    assert form.dtype.onnx is not None, "scales have a form that ONNX has"
-    return TensorFloats(form.name, form.dtype.onnx, form.shape, form.dtype.count_bytes(math.prod(form.shape)), beside)
 
 
 def _is_shared(site: Site) -> bool:

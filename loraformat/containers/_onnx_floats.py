@@ -1,6 +1,6 @@
 """Tensors of floats in the place of codes: nodes of the main graph become others, initializers come and go."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -58,20 +58,25 @@ class GraphChange:
         floats: new initializers.
         edits: nodes that become others.
         dropped: names of initializers that go.
+        replaced: initializers with other numbers under the name that they had.
     """
 
     floats: tuple[TensorFloats, ...] = ()
     edits: tuple[NodeEdit, ...] = ()
     dropped: frozenset[str] = frozenset()
+    replaced: "tuple[onnx.TensorProto, ...]" = ()
 
 
-def find_dropped(file: InputFile, graph: Frame, change: GraphChange) -> list[Field]:
-    """Return the fields of the initializers that go."""
-    if not change.dropped:
-        return []
+def find_dropped(file: InputFile, graph: Frame, change: GraphChange) -> Mapping[Field, "onnx.TensorProto | None"]:
+    """Return the fields of the initializers that go, and what stands there instead."""
+    wanted: dict[str, onnx.TensorProto | None] = dict.fromkeys(change.dropped)
+    wanted |= {each.name: each for each in change.replaced if each.name not in change.dropped}
+    if not wanted:
+        return {}
     reader = Reader(file)
     fields = (each for each in reader.fields(graph.field.begin, graph.field.end) if each.number == _INITIALIZER)
-    return [each for each in fields if _read_name(reader, each) in change.dropped]
+    named = ((each, _read_name(reader, each)) for each in fields)
+    return {each: wanted[name] for each, name in named if name in wanted}
 
 
 def _read_name(reader: Reader, tensor: Field) -> str:
@@ -80,7 +85,11 @@ def _read_name(reader: Reader, tensor: Field) -> str:
 
 
 def change_graph(
-    file: InputFile, graph: Frame, change: GraphChange, dropped: Iterable[Field], places: Mapping[str, tuple[str, int]]
+    file: InputFile,
+    graph: Frame,
+    change: GraphChange,
+    dropped: Mapping[Field, "onnx.TensorProto | None"],
+    places: Mapping[str, tuple[str, int]],
 ) -> Iterator[Leaf]:
     """Yield the edits of a model's file that make a change.
 
@@ -97,8 +106,9 @@ def change_graph(
         if position in wanted:
             made = tuple(Literal(encode_bytes(_NODE, node.SerializeToString())) for node in wanted[position])
             yield Leaf(Edit(each.start, each.end - each.start, made), graph)
-    for each in dropped:
-        yield Leaf(Edit(each.start, each.end - each.start, ()), graph)
+    for each, other in dropped.items():
+        new = (Literal(encode_bytes(_INITIALIZER, other.SerializeToString())),) if other is not None else ()
+        yield Leaf(Edit(each.start, each.end - each.start, new), graph)
     tensors: Sequence[NewTensor] = change.floats
     for tensor in tensors:
         pieces = tuple(describe_initializer(tensor, places.get(tensor.name)))

@@ -1,6 +1,6 @@
 """The files of a copy of an ONNX model, described: the same bytes, a receipt, and what else is asked for."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -95,7 +95,7 @@ def describe_extended(model: ModelParts, wanted: Wanted, edits: Sequence[Leaf], 
 
 
 def _copy_data(
-    model: ModelParts, wanted: Wanted, dropped: Sequence[Field]
+    model: ModelParts, wanted: Wanted, dropped: Iterable[Field]
 ) -> tuple[list[FileImage], list[Leaf], dict[str, tuple[str, int]]]:
     """Return copies of the data files, the edits that refer to them, and where added tensors lie in them."""
     output = wanted.output.absolute()
@@ -153,7 +153,7 @@ def describe_sharing(model: ModelParts, wanted: Wanted, touched: Sequence[Span])
     return [*data, _make_model(model, leaves, wanted)]
 
 
-def _lies_in(site: ExternalSite, dropped: Sequence[Field]) -> bool:
+def _lies_in(site: ExternalSite, dropped: Iterable[Field]) -> bool:
     """Say whether a tensor is one of those that go."""
     return any(each.start <= site.value.field.begin < each.end for each in dropped)
 

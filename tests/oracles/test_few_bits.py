@@ -20,7 +20,7 @@ pytestmark = pytest.mark.oracle
 quantization = pytest.importorskip("onnxruntime.quantization")
 pytest.importorskip("onnx_ir", reason="MatMulNBitsQuantizer needs onnx_ir")
 
-from quantised import QDQ, Case, compute, nbits  # noqa: E402
+from quantised import QDQ, SHAPES, Case, compute, nbits  # noqa: E402
 
 MADE: dict[str, Callable[[Path, Path], None]] = {
     "symmetric": nbits(4, block_size=32, is_symmetric=True),
@@ -112,6 +112,22 @@ def shift(path: Path, target: Path, change: Callable[[NDArray[np.uint8]], NDArra
 
 def test_other_numbers_are_refused(case: Case, tmp_path: Path) -> None:
     base = shift(quantise(case, "symmetric", case.float_base), tmp_path / "other.onnx", lambda codes: codes[::-1])
+    with pytest.raises(LoraformatError) as caught:
+        loraformat.merge(base, [case.adapter], tmp_path / "merged.onnx", base_checkpoint=case.checkpoint)
+    assert set(caught.value.codes) == {"LF421"}
+    assert not (tmp_path / "merged.onnx").exists()
+
+
+def test_other_numbers_are_refused_where_no_sample_is_taken(case: Case, tmp_path: Path) -> None:
+    """The plan compares 24 columns, the merge all of them."""
+
+    def turn(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        out, width = codes.copy().reshape(len(codes), -1), SHAPES["fc1" if len(codes) == 96 else "fc2"][1]
+        for column in set(range(width)) - {index * (width - 1) // 23 for index in range(24)}:
+            out[:, column // 2] ^= 0xF0 if column % 2 else 0xF
+        return out
+
+    base = shift(quantise(case, "symmetric", case.float_base), tmp_path / "other.onnx", turn)
     with pytest.raises(LoraformatError) as caught:
         loraformat.merge(base, [case.adapter], tmp_path / "merged.onnx", base_checkpoint=case.checkpoint)
     assert caught.value.codes == ("LF615",)

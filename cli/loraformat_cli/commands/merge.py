@@ -62,6 +62,12 @@ _ONLY_MERGING: Final = frozenset(
     help="Accept activation ranges that a quantised model has of its base.",
 )
 @click.option(
+    "--calibration",
+    type=_FILE,
+    metavar="NPZ",
+    help="Measure activation ranges anew, on an array of samples for each input of the graph.",
+)
+@click.option(
     "--any-rounding",
     is_flag=True,
     default=None,

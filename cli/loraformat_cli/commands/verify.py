@@ -34,6 +34,9 @@ _FILE: Final = click.Path(path_type=Path)
     metavar="NAME=N",
     help="With --run: a dimension's size.",
 )
+@click.option(
+    "--calibration", type=_FILE, metavar="NPZ", help="Measure activation ranges once more, on the merge's data."
+)
 @json_option
 @adapter_options
 @hint_options
