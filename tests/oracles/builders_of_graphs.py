@@ -68,3 +68,25 @@ def list_domains(path: Path) -> set[str]:
     """Return the operators of a model that are onnxruntime's own."""
     model = onnx.load(path, load_external_data=False)
     return {node.op_type for node in model.graph.node if node.domain == "com.microsoft"}
+
+
+OPTIMUM_TASKS = {
+    "llama": "text-generation-with-past",
+    "gpt2": "text-generation-with-past",
+    "bert": "text-classification",
+    "distilbert": "text-classification",
+    "t5": "text2text-generation-with-past",
+    "whisper_long": "automatic-speech-recognition-with-past",
+}
+"""What Optimum is asked to export of each specimen."""
+
+
+def export_with_optimum(specimen: zoo.Specimen, folder: Path) -> dict[str, Path]:
+    """Export a specimen with Optimum; return the models by their names without suffix."""
+    from optimum.exporters.onnx import main_export
+
+    source, output = save_model(specimen, folder / "torch"), folder / "onnx"
+    if not output.exists():
+        with zoo.quiet():
+            main_export(str(source), output, task=OPTIMUM_TASKS[specimen.name], do_validation=False)
+    return {path.stem: path for path in output.glob("*.onnx")}
