@@ -48,7 +48,12 @@ def require_rewriter(base: BaseModel) -> Rewriter:
 def require_shared(base: BaseModel) -> SharedBase:
     """Return a base whose data files a model beside it may refer to; LF444 for one without."""
     if not isinstance(base, SharedBase) or not base.list_shared():
-        raise refuse("LF444", base.path, f"{base.format}, all weights in one file", "an ONNX model with external data")
+        raise refuse(
+            "LF444",
+            base.path,
+            f"{base.format}, no weights that another model can refer to",
+            "an ONNX model, no symbolic link",
+        )
     return base
 
 

@@ -7,10 +7,21 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto
 
 import loraformat
 from builders import write_peft
-from graphs import Array, dyadic, dyadic_factors, linear_net, run, write_data_by_hand, write_model
+from graphs import (
+    Array,
+    Net,
+    dyadic,
+    dyadic_factors,
+    linear_net,
+    run,
+    tensors_of,
+    write_data_by_hand,
+    write_model,
+)
 
 SHAPES = {"model.layers.0.fc": (48, 32), "model.layers.1.fc": (40, 24), "model.layers.2.fc": (36, 56)}
 TOUCHED = ("model.layers.0.fc", "model.layers.2.fc")
@@ -46,7 +57,7 @@ class Shop:
         return loraformat.verify(merged, self.base, [self.adapter])
 
 
-@pytest.mark.parametrize("files", ["one", "many", "odd"])
+@pytest.mark.parametrize("files", ["one", "many", "odd", ""])
 def test_it_adds_a_small_model_and_what_differs(tmp_path: Path, files: str) -> None:
     shop = Shop(tmp_path, files)
     before = shop.list_files()
@@ -79,7 +90,7 @@ def test_many_tasks_share_one_base(tmp_path: Path) -> None:
     assert sum(name.endswith(".data") for name in shop.list_files()) == 3
 
 
-@pytest.mark.parametrize("files", ["one", "many", "odd"])
+@pytest.mark.parametrize("files", ["one", "many", "odd", ""])
 def test_it_is_proven(tmp_path: Path, files: str) -> None:
     shop = Shop(tmp_path, files)
     merged = shop.merge()
@@ -136,8 +147,83 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
     refuse(Shop(tmp_path), tmp_path / "merged.onnx")
 
 
-def test_weights_inside_the_model_are_refused(tmp_path: Path) -> None:
+# --- weights inside the base's own file ------------------------------------------------------------------------------
+
+
+class Mixed(Shop):
+    """A base with weights in its own file: initializers, one of a branch, one of a Constant node, and a small one."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "")
+        model = onnx.load(str(self.base))
+        rng = np.random.default_rng(22)
+        extra = {name: dyadic(rng, 40, 32) for name in ("then", "else", "constant")}
+        branches = {}
+        for name in ("then", "else"):
+            inner = Net()
+            inner.op("MatMul", ["in.extra", inner.weight(f"w_{name}", extra[name].T)], inner.result(f"out_{name}"))
+            branches[f"{name}_branch"] = inner.branch(name)
+        net = Net()
+        net.feed("in.extra")
+        held = net.constant("held", extra["constant"].T)
+        picked = net.op("If", [net.feed("flag", TensorProto.BOOL, 0)], "picked", **branches)
+        net.op("Add", [net.op("MatMul", ["in.extra", held], "product"), picked], net.result("out.extra"))
+        model.graph.node.extend(net.nodes)
+        model.graph.input.extend(net.inputs)
+        model.graph.output.extend(net.outputs)
+        onnx.checker.check_model(model)
+        self.base.write_bytes(model.SerializeToString())
+        self.feeds |= {"in.extra": dyadic(rng, 3, 32), "flag": np.array(True)}
+
+
+def test_the_base_s_own_file_is_a_data_file(tmp_path: Path) -> None:
+    shop = Mixed(tmp_path)
+    size = shop.base.stat().st_size
+    merged = shop.merge()
+    loraformat.merge(shop.base, [shop.adapter], tmp_path / "whole.onnx")
+    for flag in (True, False):
+        feeds = shop.feeds | {"flag": np.array(flag)}
+        for one, other in zip(run(merged, feeds), run(tmp_path / "whole.onnx", feeds), strict=True):
+            np.testing.assert_array_equal(one, other)
+    tensors = list(tensors_of(onnx.load(str(merged), load_external_data=False)))
+    places = {t.name: {e.key: e.value for e in t.external_data}.get("location") for t in tensors}
+    assert places["w_then"] == places["w_else"] == "base.onnx"
+    assert sorted(str(place) for place in places.values()).count("merged.onnx.data") == len(TOUCHED)
+    assert merged.stat().st_size + (shop.folder / "merged.onnx.data").stat().st_size < size
+    assert shop.verify(merged).holds
+    onnx.checker.check_model(str(merged))
+
+
+def test_a_thin_model_is_a_base_as_well(tmp_path: Path) -> None:
+    """Merged once more, thin or whole, it still has its numbers from where they are."""
     shop = Shop(tmp_path, "")
+    shop.merge()
+    loraformat.merge(shop.folder / "merged.onnx", [shop.adapter], shop.folder / "again.onnx", external_data="share")
+    for name in ("direct", "elsewhere"):
+        (tmp_path / name).mkdir()
+    loraformat.merge(shop.folder / "merged.onnx", [shop.adapter], tmp_path / "elsewhere" / "again.onnx")
+    loraformat.merge(shop.base, [shop.adapter, shop.adapter], tmp_path / "direct" / "twice.onnx")
+    found = run(shop.folder / "again.onnx", shop.feeds), run(tmp_path / "elsewhere" / "again.onnx", shop.feeds)
+    for twice in found:
+        for one, other in zip(twice, run(tmp_path / "direct" / "twice.onnx", shop.feeds), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_replacing_a_thin_model_leaves_the_base_that_it_reads(tmp_path: Path) -> None:
+    """`m-base.onnx` begins with the stem of `m.onnx`, but is a model of its own."""
+    shop = Shop(tmp_path, "")
+    shop.base = shop.base.rename(shop.folder / "m-base.onnx")
+    shop.merge("m.onnx")
+    other = Shop(tmp_path / "other", "")
+    loraformat.merge(other.base, [other.adapter], shop.folder / "m.onnx", force=True)
+    assert shop.base.exists()
+
+
+def test_a_symbolic_link_is_refused_as_a_data_file(tmp_path: Path) -> None:
+    """onnxruntime loads it as a model, but follows no link out of the folder to its numbers."""
+    shop = Shop(tmp_path, "")
+    blob = shop.base.rename(tmp_path / "blob")
+    shop.base.symlink_to(blob)
     refuse(shop, shop.folder / "merged.onnx")
 
 

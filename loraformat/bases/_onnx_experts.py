@@ -1,7 +1,7 @@
 """Experts of a mixture in an ONNX graph: matrices of one tensor `(experts, ...)`, of which the graph picks some.
 
-Exporters leave a Gather before a product; onnxruntime has the operator MoE for all of it. How an expert's matrix lies is
-what the product or the operator says, never a guess from a shape; where neither tells, the sites say so (LF447).
+Exporters leave a Gather before a product; onnxruntime has the operator MoE for all of it. How an expert's matrix lies
+is what the product or the operator says, never a guess from a shape; where neither tells, the sites say so (LF447).
 """
 
 import re
@@ -166,7 +166,7 @@ def _is_gated(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
 
 
 def _read_operator(visit: Visit) -> Iterator[Pack]:
-    """Yield the weights of MoE: fc1, fc2 and fc3, `(experts, out, in)` or, up to onnxruntime 1.22, `(experts, in, out)`."""
+    """Yield the weights of MoE, fc1, fc2 and fc3: `(experts, out, in)`, up to onnxruntime 1.22 `(experts, in, out)`."""
     fusion = int(read_attribute(visit.node, "swiglu_fusion", 0))
     kind = next((a.s.decode("utf-8", "replace") for a in visit.node.attribute if a.name == "activation_type"), "")
     gated = trace_packed(visit, 6) is not None
@@ -236,7 +236,7 @@ def _open(pack: Pack, group: Sequence[Pack]) -> Iterator[RawSite]:
 
 
 def _list_members(pack: Pack) -> Iterator[tuple[str, Lines, tuple[int, int] | None]]:
-    """Yield what an expert's matrix holds: name, the rows of its `(out, in)`, and which rows of the module these are."""
+    """Yield what an expert's matrix holds: name, rows of its `(out, in)`, and which rows of the module these are."""
     rows = pack.shape[0]
     half = rows // 2
     arranged = {HALVES: ((0, half, 1), (half, rows, 1)), TURNS: ((0, rows, 2), (1, rows, 2)), "": ()}[pack.stored]

@@ -164,4 +164,4 @@ def find_arrangement(visit: Visit) -> str:
 def _read_strides(slices: list[Visit]) -> str:
     """Return which of the two it is that two Slices take: one after the other, or every other one."""
     strides = {_read_index(each, 4, 0) if len(each.node.input) > 4 else 1 for each in slices}
-    return {1: "halves", 2: "turns"}.get(strides.pop() or 0, "") if len(strides) == 1 else ""
+    return "halves" if strides == {1} else "turns" if strides == {2} else ""

@@ -176,7 +176,7 @@ class OnnxGraph:
 
     def list_shared(self) -> Mapping[str, InputFile]:
         """Return the data files that a model beside this one may refer to, by their paths from its folder."""
-        return self._opened.data_files()
+        return self._opened.shared_files()
 
     def compute_checksums(
         self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1

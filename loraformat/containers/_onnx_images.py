@@ -8,8 +8,8 @@ from typing import Final
 from loraformat.containers._onnx_copies import NewTensor, TensorCopy, add_copies, leave_room
 from loraformat.containers._onnx_external import DataNames
 from loraformat.containers._onnx_floats import GraphChange, change_graph, find_dropped
-from loraformat.containers._onnx_sharing import OwnData, read_entries, redirect
-from loraformat.containers._onnx_walk import ExternalSite
+from loraformat.containers._onnx_sharing import OwnData, move_out, read_entries, redirect
+from loraformat.containers._onnx_walk import ExternalSite, InlineSite
 from loraformat.containers._protobuf import LENGTH, Field, Frame, Leaf, encode_bytes, encode_tag, encode_varint, splice
 from loraformat.errors import refuse
 from loraformat.images import Blank, Edit, FileImage, Literal, Piece, edit_file
@@ -30,6 +30,7 @@ class ModelParts:
         file: the model's file.
         graph: the main graph in it.
         externals: its tensors with external data.
+        inlines: its large initializers with their numbers in the file.
         receipts: our own entries of its metadata.
         data: the open data files by their locations.
     """
@@ -37,6 +38,7 @@ class ModelParts:
     file: InputFile
     graph: Frame
     externals: Sequence[ExternalSite]
+    inlines: Sequence[InlineSite]
     receipts: Sequence[Field]
     data: Mapping[str, InputFile]
 
@@ -126,16 +128,20 @@ def _copy_data(
 def describe_sharing(model: ModelParts, wanted: Wanted, touched: Sequence[Span]) -> list[FileImage]:
     """Return the files of a model that shares the data files of this one: a data file of its own, the model last.
 
+    What this one holds itself is shared as well: its own file is a data file of the other.
+
     Args:
         model: the base.
         wanted: its output is in the base's folder.
         touched: the bytes that differ, those of whole tensors.
     """
     output = wanted.output.absolute()
-    files = {file.path: file for file in model.data.values()}
-    own = OwnData(files, touched)
+    files = {file.path: file for file in (*model.data.values(), *([model.file] if model.inlines else []))}
+    inside = {site.numbers.begin for site in model.inlines}
+    own = OwnData(files, [span for span in touched if span.path != model.file.path or span.offset in inside])
     names = DataNames(output.name, output, wanted.fresh, wanted.is_taken)
-    location = names.choose(PurePosixPath(f"{output.name}.data"), {name.casefold() for name in model.data})
+    taken = {name.casefold() for name in (*model.data, model.file.path.name)}
+    location = names.choose(PurePosixPath(f"{output.name}.data"), taken)
     leaves = _drop_receipts(model)
     dropped = find_dropped(model.file, model.graph, wanted.change)
     for site in (site for site in model.externals if not _lies_in(site, dropped)):
@@ -144,6 +150,10 @@ def describe_sharing(model: ModelParts, wanted: Wanted, touched: Sequence[Span])
         place = own.find(model.data[site.location].path, int(entries.get("offset", 0)), length)
         if place is not None:
             leaves += redirect(site, str(location), *place)
+    for inline in (inline for inline in model.inlines if not _holds(dropped, inline.tensor.field.begin)):
+        begin, end = inline.numbers.begin, inline.numbers.end
+        place = own.find(model.file.path, begin, end - begin)
+        leaves.append(move_out(inline, *((str(location), place[0]) if place else (model.file.path.name, begin))))
     room, offsets = leave_room((c for c in wanted.added if c.beside in files), own.size_bytes)
     places = {name: (str(location), offset) for name, offset in offsets.items()}
     leaves += add_copies(model.file, model.graph, wanted.copies, places)
@@ -155,7 +165,11 @@ def describe_sharing(model: ModelParts, wanted: Wanted, touched: Sequence[Span])
 
 def _lies_in(site: ExternalSite, dropped: Iterable[Field]) -> bool:
     """Say whether a tensor is one of those that go."""
-    return any(each.start <= site.value.field.begin < each.end for each in dropped)
+    return _holds(dropped, site.value.field.begin)
+
+
+def _holds(fields: Iterable[Field], offset: int) -> bool:
+    return any(each.start <= offset < each.end for each in fields)
 
 
 def _drop_receipts(model: ModelParts) -> list[Leaf]:

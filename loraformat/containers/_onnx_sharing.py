@@ -1,15 +1,20 @@
-"""A model beside its base that refers to the base's data files, and has a data file of its own for what differs."""
+"""A model beside its base that refers to the base's data files, and has a data file of its own for what differs.
+
+A base that holds its weights itself is such a data file: external data may lie anywhere in any file.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from loraformat.containers._onnx_walk import ExternalSite
-from loraformat.containers._protobuf import Field, Leaf, encode_bytes
+from loraformat.containers._onnx_walk import ExternalSite, InlineSite
+from loraformat.containers._protobuf import VARINT, Field, Leaf, encode_bytes, encode_tag, encode_varint
 from loraformat.images import Copy, Edit, Literal, Piece
 from loraformat.spans import InputFile, Span
 
 _EXTERNAL_DATA: Final = 13
+_DATA_LOCATION: Final = 14
+_EXTERNAL: Final = 1
 _KEY: Final = 1
 _VALUE: Final = 2
 _REPLACED: Final = ("location", "offset", "length", "checksum")
@@ -62,6 +67,17 @@ def redirect(site: ExternalSite, location: str, offset: int, length: int) -> Ite
         new = b"".join(_encode(*item) for item in values.items()) if key == "location" else b""
         pieces = (Literal(new),) if new else ()
         yield Leaf(Edit(field.start, field.end - field.start, pieces), site.entries[key].parent)
+
+
+def move_out(site: InlineSite, location: str, offset: int) -> Leaf:
+    """Return the edit after which a tensor that had its numbers in the model has them in a data file."""
+    length = site.numbers.end - site.numbers.begin
+    values = {"location": location, "offset": str(offset), "length": str(length)}
+    entries = b"".join(_encode(*item) for item in values.items())
+    place = encode_tag(_DATA_LOCATION, VARINT) + encode_varint(_EXTERNAL)
+    return Leaf(
+        Edit(site.numbers.start, site.numbers.end - site.numbers.start, (Literal(entries + place),)), site.tensor
+    )
 
 
 def _encode(key: str, value: str) -> bytes:

@@ -111,6 +111,10 @@ class Payload:
             for start, end in self._runs:
                 yield Leaf(Edit(start, end - start, segment), frame)
 
+    def find_run(self, kind: int) -> Field | None:
+        """Return the field with the numbers, when they are one large run in raw form."""
+        return self._only if self._bytes > KEEP_INLINE_BYTES and self._segment(kind) else None
+
     def _segment(self, kind: int) -> tuple[Literal, ...]:
         """Return the field that says where the numbers are, when they are one run in raw form."""
         item = self._only

@@ -97,6 +97,19 @@ class ExternalSite:
     entries: Mapping[str, Frame]
 
 
+@dataclass(frozen=True, slots=True)
+class InlineSite:
+    """A large initializer whose numbers stand in the model's file in one run.
+
+    Attributes:
+        tensor: the tensor.
+        numbers: the field that holds them.
+    """
+
+    tensor: Frame
+    numbers: Field
+
+
 @dataclass(slots=True)
 class Walk:
     """What a walk over a model's file found.
@@ -105,6 +118,7 @@ class Walk:
         file: the model's file.
         graph: the main graph.
         externals: the tensors with external data, in the order of the file.
+        inlines: large initializers with their numbers in the file.
         receipts: our own entries of metadata_props.
         cuts: what the skeleton lacks, and the segments that it has more.
         tensors: the number of tensors.
@@ -113,6 +127,7 @@ class Walk:
     file: InputFile
     graph: Frame | None = None
     externals: list[ExternalSite] = field(default_factory=list)
+    inlines: list[InlineSite] = field(default_factory=list)
     receipts: list[Frame] = field(default_factory=list)
     cuts: list[Leaf] = field(default_factory=list)
     tensors: int = 0
@@ -236,7 +251,13 @@ class _Walker:
             elif number == _NAME:
                 self.reader.check_text(item)
         self.found.cuts.extend(payload.cuts(frame, kind))
+        self._note_inline(frame, payload.find_run(kind), stated=_DATA_LOCATION in seen)
         self._note_external(frame, entries, place)
+
+    def _note_inline(self, frame: Frame, numbers: Field | None, *, stated: bool) -> None:
+        """Note an initializer whose numbers are a large run in the file, unless it states that they are there."""
+        if numbers is not None and not stated and self._stack[-1].message is _MESSAGES["Graph"]:
+            self.found.inlines.append(InlineSite(frame, numbers))
 
     def _note_external(self, frame: Frame, entries: list[Frame], place: int) -> None:
         """Note where the data file of an external tensor is named; for others only check the text."""

@@ -91,6 +91,8 @@ class OnnxFile:
         walk = walk_model(self.file)
         assert walk.graph is not None, "`walk_model` sees to it"
         self._graph, self._externals = walk.graph, walk.externals
+        # onnxruntime follows no symbolic link to a data file outside the folder.
+        self._inlines = [] if os.path.islink(self.path) else walk.inlines
         self._receipts = [frame.field for frame in walk.receipts]
         self.model, self.structure_sha256 = build_skeleton(self.file, walk.cuts, self._receipts)
         self.receipt = self._read_receipt()
@@ -283,11 +285,16 @@ class OnnxFile:
         return describe_sharing(self._parts(), Wanted(output, blank_bytes, fresh, is_taken, copies, change), touched)
 
     def _parts(self) -> ModelParts:
-        return ModelParts(self.file, self._graph, self._externals, self._receipts, self.data_files())
+        return ModelParts(self.file, self._graph, self._externals, self._inlines, self._receipts, self.data_files())
 
     def data_files(self) -> Mapping[str, InputFile]:
         """Return the open data files by their locations."""
         return {site.location: self._open_data(site.location) for site in self._externals}
+
+    def shared_files(self) -> Mapping[str, InputFile]:
+        """Return the files that a model beside this one may refer to, by their paths from its folder."""
+        own = {self.path.name: self.file} if self._inlines else {}
+        return {**self.data_files(), **own}
 
     @staticmethod
     def stale_data(output: Path) -> list[Path]:
@@ -297,7 +304,9 @@ class OnnxFile:
             paths = {resolve_inside(output, site.location) for site in walk.externals}
         except LoraformatError:
             return []
-        return sorted(path for path in paths if path.name.startswith(output.stem) and path.is_file())
+        # A model may have its numbers in another one's file, which is nobody's but that one's.
+        own = (path for path in paths if path.name.startswith(output.stem) and path.suffix != output.suffix)
+        return sorted(path for path in own if path.is_file())
 
 
 def open_onnx(path: str | os.PathLike[str]) -> OnnxFile:

@@ -1,5 +1,8 @@
 """ONNX models that are not torch's exports: those of onnxruntime-genai's model builder and of Optimum."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +40,12 @@ def _make_tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
 
 def build_genai(specimen: zoo.Specimen, folder: Path, precision: str = "fp32") -> Path:
     """Build a specimen with onnxruntime-genai's model builder, without network."""
-    from onnxruntime_genai.models import builder
-
     source, output, cache = save_model(specimen, folder / "torch"), folder / precision, folder / "cache"
-    names = ("", str(source), str(output), precision, "cpu", str(cache))
-    with zoo.quiet():
-        options = builder.parse_extra_options(*names, [])
-        builder.create_model(*names, **options)
+    # A process of its own: the builder imports modules whose names are those of others.
+    flags = ["-i", source, "-o", output, "-p", precision, "-e", "cpu", "-c", cache]
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, flags)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, check=True, capture_output=True, cwd=folder, env=environment)
     return output / "model.onnx"
 
 
@@ -68,3 +70,25 @@ def list_domains(path: Path) -> set[str]:
     """Return the operators of a model that are onnxruntime's own."""
     model = onnx.load(path, load_external_data=False)
     return {node.op_type for node in model.graph.node if node.domain == "com.microsoft"}
+
+
+OPTIMUM_TASKS = {
+    "llama": "text-generation-with-past",
+    "gpt2": "text-generation-with-past",
+    "bert": "text-classification",
+    "distilbert": "text-classification",
+    "t5": "text2text-generation-with-past",
+    "whisper_long": "automatic-speech-recognition-with-past",
+}
+"""What Optimum is asked to export of each specimen."""
+
+
+def export_with_optimum(specimen: zoo.Specimen, folder: Path) -> dict[str, Path]:
+    """Export a specimen with Optimum; return the models by their names without suffix."""
+    from optimum.exporters.onnx import main_export
+
+    source, output = save_model(specimen, folder / "torch"), folder / "onnx"
+    if not output.exists():
+        with zoo.quiet():
+            main_export(str(source), output, task=OPTIMUM_TASKS[specimen.name], do_validation=False)
+    return {path.stem: path for path in output.glob("*.onnx")}

@@ -26,6 +26,11 @@ CASES = [
     ("llama", "dynamo", "float16"),
     ("gpt2", "ts", "ORT transformer optimiser"),
     ("vit", "dynamo", "onnxsim"),
+    ("mixtral", "ts", "ORT basic"),
+    ("mixtral", "dynamo", "Constant nodes"),
+    ("mixtral", "dynamo", "ORT extended"),
+    ("gpt_oss", "ts", "without names"),
+    ("gpt_oss", "dynamo", "float16"),
     ("resnet", "ts", "ORT extended"),
     ("resnet", "dynamo", "ORT extended"),
     ("resnet", "ts_nofold", "ORT basic"),
@@ -39,6 +44,9 @@ BY_NAMES = {
     ("bert", "ts", "Constant nodes"),
     ("llama", "dynamo", "float16"),
     ("gpt2", "ts", "ORT transformer optimiser"),
+    ("mixtral", "ts", "ORT basic"),
+    ("mixtral", "dynamo", "Constant nodes"),
+    ("gpt_oss", "dynamo", "float16"),
 }
 COARSE = {"float16": 1e-2, "bfloat16 + Cast": 5e-2}
 
@@ -100,6 +108,8 @@ def test_a_stamped_adapter_needs_no_names(lab: "Lab", tmp_path: Path, model: str
 
 
 def _make(make: object, lab: "Lab", model: str, exporter: str, tool: str) -> Path:
+    import zoo_wide  # noqa: F401 - more models
+
     if tool.startswith("onnxs"):
         pytest.importorskip(tool, reason=f"this test needs {tool}")
     return make(lab, model, exporter, tool)  # type: ignore[operator]

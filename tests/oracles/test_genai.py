@@ -1,0 +1,45 @@
+"""Models that onnxruntime-genai's builder makes, merged by names alone and compared with PEFT's unmerged model.
+
+The builder packs q, k and v, splits gate and up, has experts in the operator MoE with gate and up in turns, and calls
+modules by names of its own.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from lab import Lab
+
+pytestmark = pytest.mark.oracle
+for _package in ("torch", "peft", "transformers", "onnxruntime", "onnxruntime_genai"):
+    pytest.importorskip(_package, reason=f"these tests need {_package}")
+
+COARSE = {"built_phi": 2e-3}
+"""The builder's GELU is another one."""
+OWN = {"built_gpt_oss": "MoE", "built_lfm2_moe": "MoE"}
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["built_llama", "built_qwen2_tied", "built_qwen3", "built_phi", "built_phi3", "built_gpt_oss", "built_lfm2_moe"],
+)
+def test_every_target_by_its_name(lab: "Lab", tmp_path: Path, model: str) -> None:
+    import zoo_built  # noqa: F401 - more models
+    import zoo_wide  # noqa: F401 - more models
+    from builders_of_graphs import build_genai, list_domains, run_cached
+    from lab import ABSOLUTE_TOLERANCE
+
+    import loraformat
+
+    trained = lab.trained(model)
+    base = build_genai(trained.specimen, lab.root / f"genai-{model}")
+    assert {"GroupQueryAttention", OWN.get(model, "GroupQueryAttention")} <= list_domains(base)
+    receipt = loraformat.merge(base, [trained.folder], tmp_path / "merged.onnx")
+    assert {target for weight in receipt.weights for target in weight.targets} == set(trained.deltas)
+    first = {name: values[:1] for name, values in trained.feeds.items()}  # The row without padding.
+    found = run_cached(tmp_path / "merged.onnx", first)
+    allowed = COARSE.get(model, ABSOLUTE_TOLERANCE)
+    assert np.abs(found - trained.unmerged["logits"][:1]).max() <= allowed < trained.effect / 100

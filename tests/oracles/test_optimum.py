@@ -1,0 +1,116 @@
+"""Optimum's exports: decoders with a cache, and an encoder-decoder whose two decoders share weights under an `If`.
+
+Needs optimum-onnx, whose transformers is older than that of the other oracle tests: an environment of its own.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from lab import Lab
+
+pytestmark = pytest.mark.oracle
+for _package in ("torch", "peft", "transformers", "onnxruntime", "optimum.exporters.onnx"):
+    pytest.importorskip(_package, reason=f"these tests need {_package}")
+
+
+def export(lab: "Lab", model: str) -> dict[str, Path]:
+    import zoo_wide  # noqa: F401 - more models
+    from builders_of_graphs import export_with_optimum
+
+    return export_with_optimum(lab.trained(model).specimen, lab.root / f"optimum-{model}")
+
+
+def run(path: Path, feeds: dict[str, Any], output: str = "logits") -> dict[str, Any]:
+    """Run a model; what it asks for and nobody has is an empty cache."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    batch = len(next(iter(feeds.values())))
+    given = {"token_type_ids": np.zeros_like(feeds["input_ids"])} if "input_ids" in feeds else {}
+    if "attention_mask" in feeds:
+        given["position_ids"] = np.maximum(np.cumsum(feeds["attention_mask"], axis=1) - 1, 0)
+    for entry in session.get_inputs():
+        empty = [size if isinstance(size, int) else 0 for size in entry.shape]
+        given.setdefault(entry.name, feeds.get(entry.name, np.zeros([batch, *empty[1:]], np.float32)))
+    asked = {entry.name: given[entry.name] for entry in session.get_inputs()}
+    names = [entry.name for entry in session.get_outputs()]
+    return dict(zip(names, session.run(names, asked), strict=True))
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "bert", "distilbert"])
+@pytest.mark.parametrize("way", ["names", "checkpoint"])
+def test_one_graph(lab: "Lab", tmp_path: Path, model: str, way: str) -> None:
+    from lab import ABSOLUTE_TOLERANCE
+
+    import loraformat
+
+    graphs, trained = export(lab, model), lab.trained(model)
+    options = {"base_checkpoint": graphs["model"].parent.parent / "torch"} if way == "checkpoint" else {}
+    receipt = loraformat.merge(graphs["model"], [trained.folder], tmp_path / "merged.onnx", **options)
+    assert {target for weight in receipt.weights for target in weight.targets} == set(trained.deltas)
+    mask = trained.feeds["attention_mask"][..., None].astype(bool)
+    found, wanted = run(tmp_path / "merged.onnx", trained.feeds)["logits"], trained.unmerged["logits"]
+    if found.ndim == 3:  # Of padding the two make different things.
+        found, wanted = found * mask, wanted * mask
+    assert np.abs(found - wanted).max() <= ABSOLUTE_TOLERANCE < trained.effect / 100
+
+
+def test_both_branches_of_a_merged_decoder(lab: "Lab", tmp_path: Path) -> None:
+    """Step by step through T5: the first token through one branch, the others with a cache through the other."""
+    from lab import ABSOLUTE_TOLERANCE
+
+    import loraformat
+
+    graphs, trained = export(lab, "t5"), lab.trained("t5")
+    encoder, decoder = tmp_path / "encoder.onnx", tmp_path / "decoder.onnx"
+    halves = [
+        loraformat.merge(
+            graphs["encoder_model"],
+            [trained.folder],
+            encoder,
+            strip_prefix="encoder.",
+            allow_unmatched=["decoder.*"],
+        ),
+        loraformat.merge(graphs["decoder_model_merged"], [trained.folder], decoder, allow_unmatched=["encoder.*"]),
+    ]
+    targets = {target for half in halves for weight in half.weights for target in weight.targets}
+    assert {target.removeprefix("encoder.") for target in targets} == {
+        target.removeprefix("encoder.") for target in trained.deltas
+    }
+    feeds = trained.feeds | {"attention_mask": np.ones_like(trained.feeds["input_ids"])}
+    hidden = next(iter(run(encoder, feeds).values()))
+    cache: dict[str, Any] = {}
+    for step in range(feeds["decoder_input_ids"].shape[1]):
+        own = {
+            "input_ids": feeds["decoder_input_ids"][:, step : step + 1],
+            "encoder_hidden_states": hidden,
+            "encoder_attention_mask": feeds["attention_mask"],
+            "use_cache_branch": np.array([step > 0]),
+        }
+        found = run(decoder, own | cache)
+        kept = {name.replace("present", "past_key_values"): value for name, value in found.items() if "present" in name}
+        cache |= {name: value for name, value in kept.items() if step == 0 or "encoder" not in name}
+        assert np.abs(found["logits"][:, 0] - trained.unmerged["logits"][:, step]).max() <= ABSOLUTE_TOLERANCE
+
+
+def test_a_decoder_without_its_own_half_lacks_what_the_cache_holds(lab: "Lab", tmp_path: Path) -> None:
+    """The graph that runs with a cache has no keys and values of the encoder to compute: said, not passed over."""
+    import loraformat
+
+    graphs, trained = export(lab, "t5"), lab.trained("t5")
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(
+            graphs["decoder_with_past_model"],
+            [trained.folder],
+            tmp_path / "m.onnx",
+            allow_unmatched=["encoder.*"],
+        )
+    assert set(caught.value.codes) == {"LF401"}
+    layers = [f"decoder.block.{layer}.layer.1.EncDecAttention.{name}" for layer in (0, 1) for name in "kv"]
+    assert sorted(problem.where for problem in caught.value.problems) == layers
