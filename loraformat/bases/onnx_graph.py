@@ -4,7 +4,7 @@ import copy
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +18,7 @@ from loraformat.bases._onnx_extension import Extension, edit_model, list_names
 from loraformat.bases._onnx_floats import Surgery, join_surgeries, list_unread, plan_surgery
 from loraformat.bases._onnx_openings import Opening, find_opening
 from loraformat.bases._onnx_packed import expand_packed
+from loraformat.bases._onnx_rows import Rows, find_rows
 from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite, find_sites
 from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, TensorFloats, open_onnx
@@ -182,6 +183,10 @@ class OnnxGraph:
     def list_names(self) -> set[str]:
         """Return the names of all values and nodes in the model's graphs and functions."""
         return list_names(self._opened.model)
+
+    def find_rows(self, names: Iterable[str]) -> Mapping[str, Rows]:
+        """Return what the first axis of each of some values is."""
+        return find_rows(self._opened.model, names)
 
     @property
     def ir_version(self) -> int:

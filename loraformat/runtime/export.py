@@ -18,7 +18,7 @@ from loraformat.placing import Place, check_places, open_place
 from loraformat.plan import SHARE
 from loraformat.problems import Problem
 from loraformat.runtime.adapters import ExportedAdapter
-from loraformat.runtime.batched import build_batched, build_sizes, describe_index, refuse_batched
+from loraformat.runtime.batched import build_batched, build_sizes, check_batched, describe_index
 from loraformat.runtime.branches import Branch, Names, build_branch, describe_inputs
 from loraformat.runtime.factors import Pair, write_pairs
 from loraformat.runtime.grouping import plan_branches
@@ -111,6 +111,9 @@ def export_runtime(
     own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
     served = [serve(opened, item, hints, own) for item in weighted]
     branches = plan_branches(opened, served)
+    found = check_batched(opened, branches) if options.get("batched") else []
+    if any(problem.severity == "error" for problem in found):
+        raise error_for(found)
     inputs, extension = _extend(opened, branches, options.get("batched", 0))
     place = Path(output)
     share = _check_sharing(opened, place, options.get("external_data"))
@@ -128,7 +131,7 @@ def export_runtime(
         {each.name: len(each.served) for each in served},
         tuple(stack.report for stack in stacks),
         tuple(name for each in served for name in each.left_out),
-        tuple(problem for each in served for problem in each.problems),
+        (*(problem for each in served for problem in each.problems), *found),
     )
 
 
@@ -237,9 +240,6 @@ def _build(
     """Return nodes and constants that all branches share, and the nodes of each."""
     if not batched:
         return [], [], [(branch, build_branch(branch, names)) for branch in branches]
-    problems = [problem for branch in branches if (problem := refuse_batched(branch)) is not None]
-    if problems:
-        raise error_for(problems)
     sizes = build_sizes(branches, names)
     built = [(branch, build_batched(branch, names, sizes)) for branch in branches]
     return sizes.nodes, sizes.constants, built
