@@ -25,7 +25,7 @@ from loraformat.runtime.branches import Branch, Chain, Names
 if TYPE_CHECKING:
     import onnx
 
-INDEX: Final = "adapter_index"
+ADAPTER_INDEX: Final = "adapter_index"
 _INT64: Final = 7
 _ONE: Final = 1
 
@@ -69,12 +69,12 @@ def _find_obstacle(opening: Opening, rows: Rows) -> str:
 
 def build_sizes(branches: Sequence[Branch], names: Names) -> Sizes:
     """Return what branches need to know of the batch; computed once in a run."""
-    chain, constants = Chain(f"/{INDEX}", names), []
-    count = chain.add("Shape", [INDEX], "count")
+    chain, constants = Chain(f"/{ADAPTER_INDEX}", names), []
+    count = chain.add("Shape", [ADAPTER_INDEX], "count")
     by_width: dict[int, str] = {}
     widths = {width for branch in branches for width in (branch.layout.width, branch.layout.out, _ONE)}
     for width in sorted(widths):
-        rest = _make_constant(names.take(f"/{INDEX}/rest_{width}"), [-1, width])
+        rest = _make_constant(names.take(f"/{ADAPTER_INDEX}/rest_{width}"), [-1, width])
         constants.append(rest)
         by_width[width] = chain.add("Concat", [count, rest.name], f"by_{width}", axis=0)
     return Sizes(chain.nodes, constants, by_width)
@@ -95,7 +95,9 @@ def describe_index(slots: int) -> "tuple[onnx.ValueInfoProto, onnx.TensorProto]"
     """Return the input that chooses, and its default: the slot without an adapter for any number of rows."""
     from onnx import helper
 
-    return helper.make_tensor_value_info(INDEX, _INT64, [f"{INDEX}.rows"]), _make_constant(INDEX, [slots - 1])
+    return helper.make_tensor_value_info(ADAPTER_INDEX, _INT64, [f"{ADAPTER_INDEX}.rows"]), _make_constant(
+        ADAPTER_INDEX, [slots - 1]
+    )
 
 
 def _make_constant(name: str, numbers: Sequence[int]) -> "onnx.TensorProto":
@@ -108,7 +110,7 @@ def _build_at(branch: Branch, opening: Opening, names: Names, sizes: Sizes) -> A
     before = names.take(f"{opening.value}.base")
     chain = Chain(branch.path, names)
     inner = _PRODUCTS[opening.product](branch, opening, chain, sizes)
-    up = chain.add("Gather", [branch.layout.up, INDEX], "lora_B")
+    up = chain.add("Gather", [branch.layout.up, ADAPTER_INDEX], "lora_B")
     product = chain.add("MatMul", [inner, up], "lora_B")
     shape = chain.add("Shape", [before], "lora")
     rows = chain.add("Reshape", [before, sizes.by_width[branch.layout.out]], "lora")
@@ -120,14 +122,14 @@ def _build_at(branch: Branch, opening: Opening, names: Names, sizes: Sizes) -> A
 def _multiply(branch: Branch, opening: Opening, chain: Chain, sizes: Sizes) -> str:
     """Add x·A, `(batch, length, rank)`."""
     rows = chain.add("Reshape", [opening.x, sizes.by_width[branch.layout.width]], "lora_A")
-    return chain.add("MatMul", [rows, chain.add("Gather", [branch.layout.down, INDEX], "lora_A")], "lora_A")
+    return chain.add("MatMul", [rows, chain.add("Gather", [branch.layout.down, ADAPTER_INDEX], "lora_A")], "lora_A")
 
 
 def _look_up(branch: Branch, opening: Opening, chain: Chain, sizes: Sizes) -> str:
     """Add the rows of A, `(batch, length, rank)`, each from the slot of its row of the batch."""
     ids = chain.add("Cast", [opening.x], "lora_A", to=_INT64)
     ids = chain.add("Reshape", [ids, sizes.by_width[_ONE]], "lora_A")
-    index = chain.add("Reshape", [INDEX, sizes.by_width[_ONE]], "lora_A")
+    index = chain.add("Reshape", [ADAPTER_INDEX, sizes.by_width[_ONE]], "lora_A")
     slots = chain.add("Add", [chain.add("Sub", [ids, ids], "lora_A"), index], "lora_A")
     return chain.add("GatherND", [branch.layout.down, chain.add("Concat", [slots, ids], "lora_A", axis=2)], "lora_A")
 
