@@ -1,6 +1,6 @@
 """Whether the first axis of a value is the batch: what shape inference says of it."""
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -16,14 +16,13 @@ class Rows(Enum):
     UNKNOWN = "unknown"
 
 
-def find_rows(model: "onnx.ModelProto", names: Iterable[str]) -> Mapping[str, Rows]:
-    """Return what the first axis of each of some values is, as far as shapes tell.
+def find_rows(model: "onnx.ModelProto") -> Mapping[str, Rows]:
+    """Return what the first axis of each value is, as far as shapes tell.
 
     The batch is the first axis of the model's inputs: that of the same symbol, or, where it has none, of the same size.
 
     Args:
         model: the model; weights may be left out of it.
-        names: the values.
     """
     from onnx import shape_inference
 
@@ -41,7 +40,7 @@ def find_rows(model: "onnx.ModelProto", names: Iterable[str]) -> Mapping[str, Ro
     inputs = [sizes.get(value.name, []) for value in model.graph.input if value.name not in held]
     batch = {axes[0] for axes in inputs if len(axes) > 1}
     others = {size for axes in inputs for size in axes[1:] if isinstance(size, str)} - batch
-    return {name: _judge(sizes.get(name, []), batch, others) for name in names}
+    return {name: _judge(axes, batch, others) for name, axes in sizes.items()}
 
 
 def _size_of(dim: "onnx.TensorShapeProto.Dimension") -> str | int:

@@ -4,7 +4,7 @@ import copy
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -184,9 +184,9 @@ class OnnxGraph:
         """Return the names of all values and nodes in the model's graphs and functions."""
         return list_names(self._opened.model)
 
-    def find_rows(self, names: Iterable[str]) -> Mapping[str, Rows]:
-        """Return what the first axis of each of some values is."""
-        return find_rows(self._opened.model, names)
+    def find_rows(self) -> Mapping[str, Rows]:
+        """Return what the first axis of each value is whose shape is known."""
+        return find_rows(self._opened.model)
 
     @property
     def ir_version(self) -> int:

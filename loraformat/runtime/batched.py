@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Final
 from loraformat.bases._onnx_extension import Addition
 from loraformat.bases._onnx_openings import Opening, Product
 from loraformat.bases._onnx_rows import Rows
-from loraformat.bases.onnx_graph import OnnxGraph
-from loraformat.problems import Problem
 from loraformat.runtime.branches import Branch, Chain, Names
 
 if TYPE_CHECKING:
@@ -45,25 +43,10 @@ class Sizes:
     by_width: Mapping[int, str]
 
 
-def check_batched(base: OnnxGraph, branches: Sequence[Branch]) -> list[Problem]:
-    """Return where rows cannot have adapters of their own (LF825), and a warning where shapes do not tell."""
-    openings = [opening for branch in branches for opening in branch.openings]
-    rows = base.find_rows(opening.x for opening in openings)
-    problems = [
-        Problem("LF825", f"{opening.visit.op} {opening.visit.node.name!r}", found, "x·W, x with the batch first")
-        for opening in openings
-        if (found := _find_obstacle(opening, rows[opening.x]))
-    ]
-    unknown = [opening.x for opening in openings if rows[opening.x] is Rows.UNKNOWN]
-    if unknown and not problems:
-        found = f"shapes that do not tell whether the batch comes first, as of {unknown[0]!r}; it is taken to"
-        problems.append(Problem("LF825", f"{len(unknown)} nodes", found, "shapes in the model", severity="warning"))
-    return problems
-
-
-def _find_obstacle(opening: Opening, rows: Rows) -> str:
+def find_obstacle(opening: Opening, rows: Rows) -> str:
+    """Return why rows cannot have adapters of their own at a node; empty where they can, or nothing tells."""
     if opening.product not in _PRODUCTS or ("transA" in opening.copied and opening.copied["transA"].i):
-        return "an operator that does not take rows of x one by one"
+        return "an operator that does not take the rows of x one by one"
     return "an x whose first axis is not the batch" if rows is Rows.OTHER else ""
 
 

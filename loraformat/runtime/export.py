@@ -18,10 +18,11 @@ from loraformat.placing import Place, check_places, open_place
 from loraformat.plan import SHARE
 from loraformat.problems import Problem
 from loraformat.runtime.adapters import ExportedAdapter
-from loraformat.runtime.batched import build_batched, build_sizes, check_batched, describe_index
+from loraformat.runtime.batched import build_batched, build_sizes, describe_index
 from loraformat.runtime.branches import Branch, Names, build_branch, describe_inputs
 from loraformat.runtime.factors import Pair, write_pairs
 from loraformat.runtime.grouping import plan_branches
+from loraformat.runtime.judging import Judge
 from loraformat.runtime.layouts import RUNTIME_KEY, RuntimeInputs
 from loraformat.runtime.opening import open_model
 from loraformat.runtime.targets import ServedAdapter, ServeOptions, serve
@@ -109,11 +110,9 @@ def export_runtime(
     hints = read_hints(cast(HintOptions, options))
     weighted = weigh_adapters(targets_of, options, opened)
     own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
-    served = [serve(opened, item, hints, own) for item in weighted]
+    judge = Judge(opened, batched=bool(options.get("batched")))
+    served = [serve(opened, item, hints, own, judge.judge) for item in weighted]
     branches = plan_branches(opened, served)
-    found = check_batched(opened, branches) if options.get("batched") else []
-    if any(problem.severity == "error" for problem in found):
-        raise error_for(found)
     inputs, extension = _extend(opened, branches, options.get("batched", 0))
     place = Path(output)
     share = _check_sharing(opened, place, options.get("external_data"))
@@ -131,7 +130,7 @@ def export_runtime(
         {each.name: len(each.served) for each in served},
         tuple(stack.report for stack in stacks),
         tuple(name for each in served for name in each.left_out),
-        (*(problem for each in served for problem in each.problems), *found),
+        (*(problem for each in served for problem in each.problems), *judge.list_doubts()),
     )
 
 

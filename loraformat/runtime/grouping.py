@@ -1,7 +1,7 @@
 """Which changes share a branch: those that act on the same nodes, whatever adapter they are of."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from loraformat.bases._onnx_openings import Opening
 from loraformat.bases.onnx_graph import OnnxGraph
@@ -26,21 +26,12 @@ class _Group:
 
 
 def plan_branches(base: OnnxGraph, adapters: Sequence[ServedAdapter]) -> list[Branch]:
-    """Return a branch for all nodes that changes of the adapters act on; LF820, LF826 where there can be none."""
+    """Return a branch for all nodes that changes of the adapters act on; LF826 where there can be none."""
     groups: dict[frozenset[tuple[str, int]], _Group] = {}
-    problems: list[Problem] = []
     for change in (change for adapter in adapters for change in adapter.served):
-        openings: dict[tuple[str, int], Opening] = {}
-        for site in change.sites:
-            opening = base.find_opening(site)
-            if isinstance(opening, Problem):
-                where = f"{change.target.name} at {opening.where}"
-                problems.append(replace(opening, where=where))
-            else:
-                openings[opening.place] = opening
+        found = (base.find_opening(site) for site in change.sites)
+        openings = {opening.place: opening for opening in found if isinstance(opening, Opening)}
         groups.setdefault(frozenset(openings), _Group(openings)).found.append(change)
-    if problems:
-        raise error_for(problems)
     problems = _find_overlaps(list(groups.values()))
     if problems:
         raise error_for(problems)

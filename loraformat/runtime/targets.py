@@ -1,6 +1,6 @@
 """Which node of a model each target of an adapter acts on, and whether its change can be added while the model runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final, TypedDict, cast
@@ -97,7 +97,13 @@ class ServedAdapter:
     problems: tuple[Problem, ...]
 
 
-def serve(model: OnnxGraph, item: WeightedAdapter, hints: Hints, options: ServeOptions) -> ServedAdapter:
+def serve(
+    model: OnnxGraph,
+    item: WeightedAdapter,
+    hints: Hints,
+    options: ServeOptions,
+    judge: Callable[[Served], Problem | None],
+) -> ServedAdapter:
     """Find the nodes that the targets of one adapter act on.
 
     Args:
@@ -105,6 +111,7 @@ def serve(model: OnnxGraph, item: WeightedAdapter, hints: Hints, options: ServeO
         item: the adapter.
         hints: what there is to find targets by, besides names.
         options: how.
+        judge: says what else stands against a change.
 
     Raises:
         LoraformatError: with every target that cannot be served, by name.
@@ -120,7 +127,8 @@ def serve(model: OnnxGraph, item: WeightedAdapter, hints: Hints, options: ServeO
     served: list[Served] = []
     left_out = list(found.unmatched)
     for match in found.matches:
-        outcome = _check_slot(match) or _serve(match, divisors, item.weight)
+        outcome = _serve(match, divisors, item.weight)
+        outcome = judge(outcome) or outcome if isinstance(outcome, Served) else outcome
         if isinstance(outcome, Served):
             served.append(outcome)
         elif any(fnmatchcase(match.target.name, glob) for glob in allowed):
@@ -190,6 +198,9 @@ def _serve(match: Match, divisors: Mapping[str, float], weight: float) -> Served
     rank = _find_rank(match)
     if isinstance(rank, Problem):
         return rank
+    misfit = _check_slot(match)
+    if misfit is not None:
+        return misfit
     change, part = match.change, match.part
     rows = match.section[1] - match.section[0] if match.section else change.shape[0]
     place, out = (0, rows), rows

@@ -1,0 +1,52 @@
+"""Whether a branch can stand beside the nodes that a change acts on."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from loraformat.bases._onnx_openings import Opening
+from loraformat.bases._onnx_rows import Rows
+from loraformat.bases.onnx_graph import OnnxGraph
+from loraformat.problems import Problem
+from loraformat.runtime.batched import find_obstacle
+from loraformat.runtime.targets import Served
+
+
+class Judge:
+    """Says what stands against a branch beside nodes of a model.
+
+    Args:
+        base: the model.
+        batched: whether rows of a batch are to have adapters of their own.
+    """
+
+    def __init__(self, base: OnnxGraph, *, batched: bool) -> None:
+        self._base = base
+        self._rows: Mapping[str, Rows] | None = base.find_rows() if batched else None
+        self._doubtful: dict[str, None] = {}
+
+    def judge(self, change: Served) -> Problem | None:
+        """Return what stands against a change (LF820, LF825)."""
+        for site in change.sites:
+            opening = self._base.find_opening(site)
+            found = self._judge_rows(opening) if isinstance(opening, Opening) else opening
+            if found is not None:
+                return replace(found, where=f"{change.target.name} at {found.where}")
+        return None
+
+    def list_doubts(self) -> list[Problem]:
+        """Return a warning about the nodes of which shapes do not tell whether the batch comes first."""
+        if not self._doubtful:
+            return []
+        found = f"shapes that do not tell whether the batch comes first, as of {next(iter(self._doubtful))!r}"
+        return [Problem("LF825", f"{len(self._doubtful)} nodes", found, "shapes in the model", severity="warning")]
+
+    def _judge_rows(self, opening: Opening) -> Problem | None:
+        if self._rows is None:
+            return None
+        rows = self._rows.get(opening.x, Rows.UNKNOWN)
+        found = find_obstacle(opening, rows)
+        if found:
+            return Problem("LF825", f"{opening.visit.op} {opening.visit.node.name!r}", found, "x·W, the batch first")
+        if rows is Rows.UNKNOWN:
+            self._doubtful[opening.x] = None
+        return None
