@@ -7,7 +7,6 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-import loraformat
 from graphs import Array, Net, dyadic, dyadic_factors, make_adapter, make_target, product, run, write_model
 from loraformat import runtime
 from loraformat.adapter import Adapter, SlotKind
@@ -100,8 +99,6 @@ def test_a_tensor_that_other_modules_read_is_no_obstacle(tmp_path: Path) -> None
     head, embed = dyadic_factors(rng, 9, IN, 2), (dyadic(rng, 3, 9), dyadic(rng, IN, 3))
     ids, weight = np.array([[1, 2, 8]]), onnx.numpy_helper.to_array(onnx.load(base).graph.initializer[0])
     only = make_adapter(make_target("head", head))
-    with pytest.raises(loraformat.LoraformatError, match="LF402"):
-        loraformat.merge(base, [only], tmp_path / "merged.onnx")
     both = make_adapter(*only.targets, make_target("model.embed", embed, SlotKind.EMBEDDING))
     runtime.export_runtime(base, [both], model)
     for chosen, table_change in ((only, 0), (both, product(embed).T)):
