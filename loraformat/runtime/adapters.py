@@ -14,6 +14,7 @@ from loraformat.outputs import PendingOutput, check_output
 from loraformat.plan import WeightedAdapter
 from loraformat.problems import Problem
 from loraformat.runtime.factors import Array, Pair, write_pairs
+from loraformat.runtime.grouping import restore_members
 from loraformat.runtime.layouts import Layout, RuntimeInputs, read_inputs
 from loraformat.runtime.opening import open_model
 from loraformat.runtime.targets import Served, ServedAdapter, ServeOptions, serve
@@ -120,7 +121,8 @@ def _fill(model: StrPath, adapters: Sequence[AdapterArgument], options: AdapterE
     hints = read_hints(cast(HintOptions, options))
     own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
     filling = _Filling(opened, inputs)
-    served = [serve(opened, item, hints, own, filling.judge) for item in weighted]
+    sites = [*opened.sites, *restore_members(opened.sites, inputs)]
+    served = [serve(sites, item, hints, own, filling.judge) for item in weighted]
     return _Filled(opened, weighted, served, filling.pair(served))
 
 

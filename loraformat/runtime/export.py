@@ -111,7 +111,7 @@ def export_runtime(
     weighted = weigh_adapters(targets_of, options, opened)
     own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
     judge = Judge(opened, batched=bool(options.get("batched")))
-    served = [serve(opened, item, hints, own, judge.judge) for item in weighted]
+    served = [serve(opened.sites, item, hints, own, judge.judge) for item in weighted]
     branches = plan_branches(opened, served)
     inputs, extension = _extend(opened, branches, options.get("batched", 0))
     place = Path(output)

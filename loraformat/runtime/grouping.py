@@ -1,15 +1,18 @@
 """Which changes share a branch: those that act on the same nodes, whatever adapter they are of."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from loraformat.adapter import SlotKind
+from loraformat.bases import Site
 from loraformat.bases._onnx_openings import Opening
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.errors import error_for, refuse
 from loraformat.problems import Problem
 from loraformat.runtime.branches import Branch, Names, name_form
-from loraformat.runtime.layouts import Layout
+from loraformat.runtime.layouts import Layout, RuntimeInputs
 from loraformat.runtime.targets import Served, ServedAdapter
+from loraformat.spans import Part
 
 
 @dataclass(slots=True)
@@ -68,8 +71,45 @@ def _make_branch(base: OnnxGraph, group: _Group, names: Names) -> Branch:
         first.change.shape[1],
         first.out,
         tuple(first.change.shape[2:]),
+        members=dict(_list_members(base, first)),
     )
     return Branch(layout, openings, tuple(group.found))
+
+
+def _list_members(base: OnnxGraph, served: Served) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield the modules that are packed into one node, and their columns."""
+    for site in base.sites:
+        if site.id == served.sites[0].id and site.part is not None and site.section is None and site.module:
+            start, stop, _ = site.part.columns if site.transposed.get(SlotKind.LINEAR) else site.part.rows
+            if (start, stop) != (0, served.out):
+                yield site.module, (start, stop)
+
+
+def restore_members(sites: Sequence[Site], inputs: RuntimeInputs) -> list[Site]:
+    """Return sites for packed modules that a graph no longer shows, with nodes put between it and what divides it.
+
+    Args:
+        sites: of the model with run-time inputs.
+        inputs: what it says about them.
+    """
+    known = {(site.id, site.module) for site in sites}
+    by_name = {layout.name: layout for layout in inputs.layouts if layout.members}
+    return [
+        _cut(site, module, columns)
+        for site in sites
+        if site.module in by_name and site.weight is not None and site.section is None
+        for module, columns in by_name[site.module].members.items()
+        if (site.id, module) not in known
+    ]
+
+
+def _cut(site: Site, module: str, columns: tuple[int, int]) -> Site:
+    """Return the site of one module of those that are packed into a node."""
+    assert site.weight is not None, "chosen so"
+    shape, turned = site.weight.tensor.shape, site.transposed[SlotKind.LINEAR]
+    whole = site.part or Part((shape[0], shape[1]), (0, shape[0], 1), (0, shape[1], 1))
+    run = (*columns, 1)
+    return replace(site, module=module, part=replace(whole, columns=run) if turned else replace(whole, rows=run))
 
 
 def _name_branch(base: OnnxGraph, served: Served) -> str:

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from loraformat.adapter import SlotKind, Target
 from loraformat.bases import Site
-from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.errors import error_for
 from loraformat.evidence import Hints
 from loraformat.kinds import KINDS, AdditiveKind, Change, Nature
@@ -98,7 +97,7 @@ class ServedAdapter:
 
 
 def serve(
-    model: OnnxGraph,
+    sites: Sequence[Site],
     item: WeightedAdapter,
     hints: Hints,
     options: ServeOptions,
@@ -107,7 +106,7 @@ def serve(
     """Find the nodes that the targets of one adapter act on.
 
     Args:
-        model: the model, without run-time inputs or with them.
+        sites: those of the model, without run-time inputs or with them.
         item: the adapter.
         hints: what there is to find targets by, besides names.
         options: how.
@@ -121,9 +120,9 @@ def serve(
     allowed = options.get("allow_unmatched", ())
     prefix = options.get("strip_prefix")
     clues = gather_clues(item.adapter, hints, strip_prefix=prefix)
-    found = resolve(item.adapter, _part_sites(model.sites), clues=clues, **options)
+    found = resolve(item.adapter, _part_sites(sites), clues=clues, **options)
     problems += found.problems
-    divisors = {site.id: site.divisor for site in model.sites}
+    divisors = {site.id: site.divisor for site in sites}
     served: list[Served] = []
     left_out = list(found.unmatched)
     for match in found.matches:

@@ -88,6 +88,20 @@ def test_packed_modules_have_one_pair_of_inputs_and_their_own_columns(tmp_path: 
             np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
 
+def test_slots_for_packed_modules(tmp_path: Path) -> None:
+    """What slots put after the product hides from later adapters how it is divided: the model remembers."""
+    weight = dyadic(np.random.default_rng(2), IN, sum(COLUMNS.values()), reach=7)
+    base, model = write_built(tmp_path / "base.onnx", weight), tmp_path / "batched.onnx"
+    one, other = adapter(3, q_proj=2, v_proj=3), adapter(4, k_proj=1)
+    runtime.export_runtime(base, [one], model, batched=2)
+    stack = runtime.adapter_feeds(model, [one, other])
+    found = run(model, feeds() | stack | {runtime.ADAPTER_INDEX: np.array([1, 0])})
+    for row, chosen in ((0, other), (1, one)):
+        changed = write_built(tmp_path / "changed.onnx", (weight + change([chosen])).astype(np.float32))
+        for values, wanted in zip(found, run(changed, feeds()), strict=True):
+            np.testing.assert_allclose(values[row], wanted[row], rtol=0, atol=1e-4)
+
+
 def test_a_tensor_that_other_modules_read_is_no_obstacle(tmp_path: Path) -> None:
     """Exporters store equal tensors once, and tied ones too: a branch stands beside one node only."""
     rng, net = np.random.default_rng(5), Net()
