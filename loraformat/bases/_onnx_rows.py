@@ -1,6 +1,7 @@
-"""Whether the first axis of a value is the batch: what shape inference says of it."""
+"""What shape inference says of a value: how many axes it has, and whether the first is the batch."""
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,21 @@ class Rows(Enum):
     UNKNOWN = "unknown"
 
 
-def find_rows(model: "onnx.ModelProto") -> Mapping[str, Rows]:
-    """Return what the first axis of each value is, as far as shapes tell.
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """The axes of a value.
+
+    Attributes:
+        first: what the first is.
+        count: how many there are; 0 where nobody knows.
+    """
+
+    first: Rows = Rows.UNKNOWN
+    count: int = 0
+
+
+def find_axes(model: "onnx.ModelProto") -> Mapping[str, Axes]:
+    """Return the axes of each value whose shape is known.
 
     The batch is the first axis of the model's inputs: that of the same symbol, or, where it has none, of the same size.
 
@@ -40,7 +54,7 @@ def find_rows(model: "onnx.ModelProto") -> Mapping[str, Rows]:
     inputs = [sizes.get(value.name, []) for value in model.graph.input if value.name not in held]
     batch = {axes[0] for axes in inputs if len(axes) > 1}
     others = {size for axes in inputs for size in axes[1:] if isinstance(size, str)} - batch
-    return {name: _judge(axes, batch, others) for name, axes in sizes.items()}
+    return {name: Axes(_judge(axes, batch, others), len(axes)) for name, axes in sizes.items()}
 
 
 def _size_of(dim: "onnx.TensorShapeProto.Dimension") -> str | int:

@@ -18,7 +18,7 @@ from loraformat.bases._onnx_extension import Extension, edit_model, list_names
 from loraformat.bases._onnx_floats import Surgery, join_surgeries, list_unread, plan_surgery
 from loraformat.bases._onnx_openings import Opening, find_opening
 from loraformat.bases._onnx_packed import expand_packed
-from loraformat.bases._onnx_rows import Rows, find_rows
+from loraformat.bases._onnx_rows import Axes, find_axes
 from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite, find_sites
 from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, TensorFloats, open_onnx
@@ -184,9 +184,9 @@ class OnnxGraph:
         """Return the names of all values and nodes in the model's graphs and functions."""
         return list_names(self._opened.model)
 
-    def find_rows(self) -> Mapping[str, Rows]:
-        """Return what the first axis of each value is whose shape is known."""
-        return find_rows(self._opened.model)
+    def find_axes(self) -> Mapping[str, Axes]:
+        """Return the axes of each value whose shape is known."""
+        return find_axes(self._opened.model)
 
     @property
     def ir_version(self) -> int:

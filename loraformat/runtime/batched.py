@@ -7,8 +7,8 @@
 The stacks are inputs as they are, rather than one input for each slot: onnxruntime would have to copy all slots
 together in every run. The last slot holds no adapter; it is the default for all rows.
 
-What comes in is taken apart by rows of the batch, whatever its dimensions: `(batch, length, in)`, `(batch, in)`, or
-`(batch · length, in)` as some exporters leave it.
+What comes in is taken apart by rows of the batch, whatever its dimensions: `(batch, in)`, or `(batch · length, in)` as
+some exporters leave it. Where shapes tell that it is `(batch, length, in)`, nothing need be.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +36,13 @@ class Sizes:
         nodes: what makes them, of the main graph.
         constants: the numbers that they are made of.
         by_width: for each width the value `[batch, -1, width]`.
+        sequences: values that are `(batch, length, width)`.
     """
 
     nodes: "Sequence[onnx.NodeProto]"
     constants: "Sequence[onnx.TensorProto]"
     by_width: Mapping[int, str]
+    sequences: frozenset[str]
 
 
 def find_obstacle(opening: Opening, rows: Rows) -> str:
@@ -50,17 +52,27 @@ def find_obstacle(opening: Opening, rows: Rows) -> str:
     return "an x whose first axis is not the batch" if rows is Rows.OTHER else ""
 
 
-def build_sizes(branches: Sequence[Branch], names: Names) -> Sizes:
-    """Return what branches need to know of the batch; computed once in a run."""
+def build_sizes(branches: Sequence[Branch], names: Names, sequences: frozenset[str]) -> Sizes:
+    """Return what branches need to know of the batch; computed once in a run.
+
+    Args:
+        branches: the branches.
+        names: gives names to values and nodes.
+        sequences: values that are `(batch, length, width)`.
+    """
     chain, constants = Chain(f"/{ADAPTER_INDEX}", names), []
-    count = chain.add("Shape", [ADAPTER_INDEX], "count")
     by_width: dict[int, str] = {}
-    widths = {width for branch in branches for width in (branch.layout.width, branch.layout.out, _ONE)}
-    for width in sorted(widths):
+    parted = [
+        branch.layout
+        for branch in branches
+        if not all(opening.product is Product.RIGHT and opening.x in sequences for opening in branch.openings)
+    ]
+    count = chain.add("Shape", [ADAPTER_INDEX], "count") if parted else ""
+    for width in sorted({width for layout in parted for width in (layout.width, layout.out, _ONE)}):
         rest = _make_constant(names.take(f"/{ADAPTER_INDEX}/rest_{width}"), [-1, width])
         constants.append(rest)
         by_width[width] = chain.add("Concat", [count, rest.name], f"by_{width}", axis=0)
-    return Sizes(chain.nodes, constants, by_width)
+    return Sizes(chain.nodes, constants, by_width, sequences)
 
 
 def build_batched(branch: Branch, names: Names, sizes: Sizes) -> list[Addition]:
@@ -95,6 +107,9 @@ def _build_at(branch: Branch, opening: Opening, names: Names, sizes: Sizes) -> A
     inner = _PRODUCTS[opening.product](branch, opening, chain, sizes)
     up = chain.add("Gather", [branch.layout.up, ADAPTER_INDEX], "lora_B")
     product = chain.add("MatMul", [inner, up], "lora_B")
+    if opening.product is Product.RIGHT and opening.x in sizes.sequences:
+        chain.add("Add", [before, product], "lora", output=opening.value)
+        return Addition(opening, before, chain.nodes)
     shape = chain.add("Shape", [before], "lora")
     rows = chain.add("Reshape", [before, sizes.by_width[branch.layout.out]], "lora")
     added = chain.add("Add", [rows, product], "lora")
@@ -104,7 +119,9 @@ def _build_at(branch: Branch, opening: Opening, names: Names, sizes: Sizes) -> A
 
 def _multiply(branch: Branch, opening: Opening, chain: Chain, sizes: Sizes) -> str:
     """Add x·A, `(batch, length, rank)`."""
-    rows = chain.add("Reshape", [opening.x, sizes.by_width[branch.layout.width]], "lora_A")
+    rows = opening.x
+    if rows not in sizes.sequences:
+        rows = chain.add("Reshape", [rows, sizes.by_width[branch.layout.width]], "lora_A")
     return chain.add("MatMul", [rows, chain.add("Gather", [branch.layout.down, ADAPTER_INDEX], "lora_A")], "lora_A")
 
 

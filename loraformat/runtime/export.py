@@ -113,7 +113,7 @@ def export_runtime(
     judge = Judge(opened, batched=bool(options.get("batched")))
     served = [serve(opened.sites, item, hints, own, judge.judge) for item in weighted]
     branches = plan_branches(opened, served)
-    inputs, extension = _extend(opened, branches, options.get("batched", 0))
+    inputs, extension = _extend(opened, branches, options.get("batched", 0), judge.list_sequences())
     place = Path(output)
     share = _check_sharing(opened, place, options.get("external_data"))
     fresh = sha256(inputs.as_text().encode()).hexdigest()[:8]
@@ -210,7 +210,9 @@ def _write(place: Place, base: OnnxGraph, stacks: Sequence[_Stack]) -> None:
         pending.commit()
 
 
-def _extend(base: OnnxGraph, branches: Sequence[Branch], batched: int) -> tuple[RuntimeInputs, Extension]:
+def _extend(
+    base: OnnxGraph, branches: Sequence[Branch], batched: int, sequences: frozenset[str]
+) -> tuple[RuntimeInputs, Extension]:
     """Return what a model will say of its inputs, and what is put into it."""
     names = Names(base.list_names())
     inputs = RuntimeInputs(batched, tuple(branch.layout for branch in branches))
@@ -220,7 +222,7 @@ def _extend(base: OnnxGraph, branches: Sequence[Branch], batched: int) -> tuple[
     for value, _ in described:
         if names.take(value.name) != value.name:
             raise refuse("LF826", base.path, f"a value called {value.name!r}", "a name that is free for an input")
-    nodes, constants, built = _build(branches, names, batched)
+    nodes, constants, built = _build(branches, names, batched, sequences)
     marked = [replace(branch.layout, marks=_list_marks(added)) for branch, added in built]
     twice = [mark for mark, count in Counter(mark for each in marked for mark in each.marks).items() if count > 1]
     if twice:
@@ -234,12 +236,12 @@ def _extend(base: OnnxGraph, branches: Sequence[Branch], batched: int) -> tuple[
 
 
 def _build(
-    branches: Sequence[Branch], names: Names, batched: int
+    branches: Sequence[Branch], names: Names, batched: int, sequences: frozenset[str]
 ) -> "tuple[Sequence[onnx.NodeProto], Sequence[onnx.TensorProto], list[tuple[Branch, list[Addition]]]]":
     """Return nodes and constants that all branches share, and the nodes of each."""
     if not batched:
         return [], [], [(branch, build_branch(branch, names)) for branch in branches]
-    sizes = build_sizes(branches, names)
+    sizes = build_sizes(branches, names, sequences)
     built = [(branch, build_batched(branch, names, sizes)) for branch in branches]
     return sizes.nodes, sizes.constants, built
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from loraformat.bases._onnx_openings import Opening
-from loraformat.bases._onnx_rows import Rows
+from loraformat.bases._onnx_rows import Axes, Rows
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.problems import Problem
 from loraformat.runtime.batched import find_obstacle
@@ -21,7 +21,7 @@ class Judge:
 
     def __init__(self, base: OnnxGraph, *, batched: bool) -> None:
         self._base = base
-        self._rows: Mapping[str, Rows] | None = base.find_rows() if batched else None
+        self._axes: Mapping[str, Axes] | None = base.find_axes() if batched else None
         self._doubtful: dict[str, None] = {}
 
     def judge(self, change: Served) -> Problem | None:
@@ -33,6 +33,11 @@ class Judge:
                 return replace(found, where=f"{change.target.name} at {found.where}")
         return None
 
+    def list_sequences(self) -> frozenset[str]:
+        """Return the values that are `(batch, length, width)`."""
+        axes = self._axes or {}
+        return frozenset(name for name, each in axes.items() if each == Axes(Rows.BATCH, 3))
+
     def list_doubts(self) -> list[Problem]:
         """Return a warning about the nodes of which shapes do not tell whether the batch comes first."""
         if not self._doubtful:
@@ -41,9 +46,9 @@ class Judge:
         return [Problem("LF825", f"{len(self._doubtful)} nodes", found, "shapes in the model", severity="warning")]
 
     def _judge_rows(self, opening: Opening) -> Problem | None:
-        if self._rows is None:
+        if self._axes is None:
             return None
-        rows = self._rows.get(opening.x, Rows.UNKNOWN)
+        rows = self._axes.get(opening.x, Axes()).first
         found = find_obstacle(opening, rows)
         if found:
             return Problem("LF825", f"{opening.visit.op} {opening.visit.node.name!r}", found, "x·W, the batch first")

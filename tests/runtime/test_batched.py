@@ -102,14 +102,25 @@ def test_each_row_is_that_of_its_adapter_alone(tmp_path: Path, form: str) -> Non
     np.testing.assert_array_equal(run(batched, {"x": x} | stack)[0], alone[-1])
 
 
-def test_one_number_may_stand_for_equal_runs_of_rows(tmp_path: Path) -> None:
-    """Beams of one prompt lie one after the other."""
-    model, x = make_sequences()
+@pytest.mark.parametrize("form", ["sequences", "flattened"])
+def test_one_number_stands_for_all_rows(tmp_path: Path, form: str) -> None:
+    model, x = MODELS[form]()
     base, every = write_model(tmp_path / "base.onnx", model), adapters(embedded=False)
     runtime.export_runtime(base, every, tmp_path / "batched.onnx", batched=3)
     stack = runtime.adapter_feeds(tmp_path / "batched.onnx", every)
-    short, long = ({"x": x, INDEX: np.array(index)} | stack for index in ([1, 2], [1, 1, 2, 2]))
+    short, long = ({"x": x, INDEX: np.array(index)} | stack for index in ([1], [1, 1, 1, 1]))
     np.testing.assert_allclose(*(run(tmp_path / "batched.onnx", each)[0] for each in (short, long)), atol=1e-5)
+
+
+def test_sequences_are_not_taken_apart(tmp_path: Path) -> None:
+    """Where shapes tell that rows come first, a branch is as few nodes as can be."""
+    counts = {}
+    for form in ("sequences", "flattened"):
+        base = write_model(tmp_path / f"{form}.onnx", MODELS[form]()[0])
+        runtime.export_runtime(base, adapters(embedded=False), tmp_path / "m.onnx", batched=3, force=True)
+        ops = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node if "/lora" in node.name]
+        counts[form] = (len(ops), ops.count("Reshape"))
+    assert counts == {"sequences": (10, 0), "flattened": (18, 6)}
 
 
 def test_more_adapters_than_slots_are_refused(tmp_path: Path) -> None:
