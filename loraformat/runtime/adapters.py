@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, Unpack, cast
 
 from loraformat.arguments import AdapterArgument, AdapterOptions, HintOptions, StrPath, read_hints, weigh_adapters
+from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.errors import refuse
 from loraformat.loading import list_files
@@ -114,14 +115,15 @@ class _Filled:
 
 def _fill(model: StrPath, adapters: Sequence[AdapterArgument], options: AdapterExportOptions) -> _Filled:
     opened = open_model(model)
-    inputs = read_inputs(opened)
+    graph = opened.as_branchable()
+    inputs = read_inputs(graph)
     weighted = weigh_adapters(adapters, options, opened)
     if inputs.batched and len(weighted) > inputs.batched:
         raise refuse("LF829", opened.path, f"{len(weighted)} adapters", f"at most {inputs.batched}, one for each slot")
     hints = read_hints(cast(HintOptions, options))
     own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
-    filling = _Filling(opened, inputs)
-    sites = [*opened.sites, *restore_members(opened.sites, inputs)]
+    filling = _Filling(graph, inputs)
+    sites = [*graph.sites, *restore_members(graph.sites, inputs)]
     served = [serve(sites, item, hints, own, filling.judge) for item in weighted]
     return _Filled(opened, weighted, served, filling.pair(served))
 
@@ -134,7 +136,7 @@ class _Filling:
         inputs: what it says about its inputs.
     """
 
-    def __init__(self, model: OnnxGraph, inputs: RuntimeInputs) -> None:
+    def __init__(self, model: BranchableGraph, inputs: RuntimeInputs) -> None:
         self._model = model
         self._slots = inputs.slots
         self._by_mark = inputs.by_mark()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack, cast
 
 from loraformat.arguments import AdapterArgument, AdapterOptions, HintOptions, StrPath, read_hints, weigh_adapters
+from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases._onnx_extension import Addition, Extension
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.errors import error_for, refuse
@@ -106,18 +107,19 @@ def export_runtime(
         LoraformatError: with every target that cannot be served, by name; nothing is written then.
     """
     opened = open_model(base)
-    _check_base(opened)
+    graph = opened.as_branchable()
+    _check_base(opened, graph)
     hints = read_hints(cast(HintOptions, options))
     weighted = weigh_adapters(targets_of, options, opened)
     own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
-    judge = Judge(opened, batched=bool(options.get("batched")))
-    served = [serve(opened.sites, item, hints, own, judge.judge) for item in weighted]
-    branches = plan_branches(opened, served)
-    inputs, extension = _extend(opened, branches, options.get("batched", 0), judge.list_sequences())
+    judge = Judge(graph, batched=bool(options.get("batched")))
+    served = [serve(graph.sites, item, hints, own, judge.judge) for item in weighted]
+    branches = plan_branches(graph, served)
+    inputs, extension = _extend(graph, branches, options.get("batched", 0), judge.list_sequences())
     place = Path(output)
     share = _check_sharing(opened, place, options.get("external_data"))
     fresh = sha256(inputs.as_text().encode()).hexdigest()[:8]
-    images = opened.describe_extended_images(place, extension, fresh, share=share)
+    images = graph.describe_images(place, extension, fresh, share=share)
     for item in weighted:
         check_apart(place, [file.path for file in list_files(item.adapter)])
     durable, force = options.get("durable", False), options.get("force", False)
@@ -168,14 +170,14 @@ def _make_stack(
     return _Stack(ExportedAdapter(str(path), tuple(each.name for each in served), ranks, (), ()), pairs)
 
 
-def _check_base(base: OnnxGraph) -> None:
-    if base.read_metadata(RUNTIME_KEY) is not None:
+def _check_base(base: OnnxGraph, graph: BranchableGraph) -> None:
+    if graph.read_metadata(RUNTIME_KEY) is not None:
         raise refuse("LF822", base.path, "a model with run-time inputs", "the base that it was made from")
     errors = [problem for problem in base.problems if problem.severity == "error"]
     if errors:
         raise error_for(errors)
-    if base.ir_version < _LEAST_IR:
-        raise refuse("LF824", base.path, f"IR version {base.ir_version}", f"at least {_LEAST_IR}")
+    if graph.ir_version < _LEAST_IR:
+        raise refuse("LF824", base.path, f"IR version {graph.ir_version}", f"at least {_LEAST_IR}")
 
 
 def _check_sharing(base: OnnxGraph, output: Path, asked: str | None) -> bool:
@@ -211,7 +213,7 @@ def _write(place: Place, base: OnnxGraph, stacks: Sequence[_Stack]) -> None:
 
 
 def _extend(
-    base: OnnxGraph, branches: Sequence[Branch], batched: int, sequences: frozenset[str]
+    base: BranchableGraph, branches: Sequence[Branch], batched: int, sequences: frozenset[str]
 ) -> tuple[RuntimeInputs, Extension]:
     """Return what a model will say of its inputs, and what is put into it."""
     names = Names(base.list_names())

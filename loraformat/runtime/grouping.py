@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 
 from loraformat.adapter import SlotKind
 from loraformat.bases import Site
+from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases._onnx_openings import Opening
-from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.errors import error_for, refuse
 from loraformat.problems import Problem
 from loraformat.runtime.branches import Branch, Names, name_form
@@ -28,7 +28,7 @@ class _Group:
     found: list[Served] = field(default_factory=list)
 
 
-def plan_branches(base: OnnxGraph, adapters: Sequence[ServedAdapter]) -> list[Branch]:
+def plan_branches(base: BranchableGraph, adapters: Sequence[ServedAdapter]) -> list[Branch]:
     """Return a branch for all nodes that changes of the adapters act on; LF826 where there can be none."""
     groups: dict[frozenset[tuple[str, int]], _Group] = {}
     for change in (change for adapter in adapters for change in adapter.served):
@@ -56,7 +56,7 @@ def _find_overlaps(groups: Sequence[_Group]) -> list[Problem]:
     return problems
 
 
-def _make_branch(base: OnnxGraph, group: _Group, names: Names) -> Branch:
+def _make_branch(base: BranchableGraph, group: _Group, names: Names) -> Branch:
     openings = tuple(group.openings[place] for place in sorted(group.openings))
     first = group.found[0]
     forms = {(name_form(opening.product), opening.dtype.name) for opening in openings}
@@ -76,7 +76,7 @@ def _make_branch(base: OnnxGraph, group: _Group, names: Names) -> Branch:
     return Branch(layout, openings, tuple(group.found))
 
 
-def _list_members(base: OnnxGraph, served: Served) -> Iterator[tuple[str, tuple[int, int]]]:
+def _list_members(base: BranchableGraph, served: Served) -> Iterator[tuple[str, tuple[int, int]]]:
     """Yield the modules that are packed into one node, and their columns."""
     for site in base.sites:
         if site.id == served.sites[0].id and site.part is not None and site.section is None and site.module:
@@ -112,7 +112,7 @@ def _cut(site: Site, module: str, columns: tuple[int, int]) -> Site:
     return replace(site, module=module, part=replace(whole, columns=run) if turned else replace(whole, rows=run))
 
 
-def _name_branch(base: OnnxGraph, served: Served) -> str:
+def _name_branch(base: BranchableGraph, served: Served) -> str:
     """Return the target's name; where the node is of several modules, or of a part of one, the name that it has."""
     if served.is_whole:
         return served.target.name

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases._onnx_openings import Opening
 from loraformat.bases._onnx_rows import Axes, Rows
-from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.problems import Problem
 from loraformat.runtime.batched import find_obstacle
 from loraformat.runtime.targets import Served
@@ -19,7 +19,7 @@ class Judge:
         batched: whether rows of a batch are to have adapters of their own.
     """
 
-    def __init__(self, base: OnnxGraph, *, batched: bool) -> None:
+    def __init__(self, base: BranchableGraph, *, batched: bool) -> None:
         self._base = base
         self._axes: Mapping[str, Axes] | None = base.find_axes() if batched else None
         self._doubtful: dict[str, None] = {}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from loraformat.bases.onnx_graph import OnnxGraph
+from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.dtypes import BY_NAME, Dtype
 from loraformat.errors import refuse
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
@@ -103,7 +103,7 @@ class RuntimeInputs:
         return write_canonical(self.as_json()).decode()
 
 
-def read_inputs(model: OnnxGraph) -> RuntimeInputs:
+def read_inputs(model: BranchableGraph) -> RuntimeInputs:
     """Return what a model says about its run-time inputs.
 
     Raises:

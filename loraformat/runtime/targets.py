@@ -1,7 +1,7 @@
 """Which node of a model each target of an adapter acts on, and whether its change can be added while the model runs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Final, TypedDict, cast
 
@@ -106,7 +106,7 @@ def serve(
     """Find the nodes that the targets of one adapter act on.
 
     Args:
-        sites: those of the model, without run-time inputs or with them.
+        sites: those of `BranchableGraph`.
         item: the adapter.
         hints: what there is to find targets by, besides names.
         options: how.
@@ -120,7 +120,7 @@ def serve(
     allowed = options.get("allow_unmatched", ())
     prefix = options.get("strip_prefix")
     clues = gather_clues(item.adapter, hints, strip_prefix=prefix)
-    found = resolve(item.adapter, _part_sites(sites), clues=clues, **options)
+    found = resolve(item.adapter, sites, clues=clues, **options)
     problems += found.problems
     divisors = {site.id: site.divisor for site in sites}
     served: list[Served] = []
@@ -144,18 +144,6 @@ def _raise_errors(problems: Sequence[Problem]) -> None:
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         raise error_for(errors)
-
-
-def _part_sites(sites: Sequence[Site]) -> list[Site]:
-    """Return the sites as if each module had a tensor of its own: what is added beside one need not suit the others."""
-    parted = []
-    for site in sites:
-        if site.weight is not None:
-            weight = replace(site.weight, key=f"{site.weight.key} {site.module}", consumers=frozenset({site.id}))
-            parted.append(replace(site, weight=weight))
-        else:
-            parted.append(site)
-    return parted
 
 
 def _find_rank(match: Match) -> int | Problem:
