@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loraformat.adapter import SlotKind
 from loraformat.bases import BaseModel, FloatForm, MeasuredValue, Roles, Site, Weight, WeightCopy, WeightFloats
+from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases._onnx_coded import find_coded_part, find_coding, find_ranges
 from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
 from loraformat.bases._onnx_experts import find_experts
-from loraformat.bases._onnx_extension import Extension, edit_model, list_names
 from loraformat.bases._onnx_float_graph import make_float_graph
 from loraformat.bases._onnx_floats import Surgery, join_surgeries, plan_surgery
-from loraformat.bases._onnx_openings import Opening, find_opening
 from loraformat.bases._onnx_packed import expand_packed
 from loraformat.bases._onnx_ranges import Ranges, check_ranges, find_measured, set_ranges
 from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
@@ -50,7 +49,6 @@ class OnnxGraph:
         index = GraphIndex(self._opened.model, self.path)
         caveat = find_ranges(index.visits)
         found = self._find_sites(index.visits)
-        self._nodes = {raw.visit.describe(raw.position): raw for raw in reversed(found)}
         self.sites: Sequence[Site] = self._name_copies(found, _list_sites(self._opened, found, caveat), index.names)
         self._copies: Mapping[str, TensorCopy] = {}
         self._found, self._index, self._change = found, index, GraphChange()
@@ -187,47 +185,9 @@ class OnnxGraph:
     def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
         """Do nothing: protobuf has no checksums."""
 
-    def find_opening(self, site: Site) -> Opening | Problem:
-        """Return where something can be added to what a site's node makes, or why nothing can (LF820)."""
-        return find_opening(self._nodes[site.id])
-
-    def find_mark(self, site: Site) -> str:
-        """Return the name of the first value that a site's node makes."""
-        return str(self._nodes[site.id].visit.node.output[0])
-
-    def read_metadata(self, key: str) -> str | None:
-        """Return the model's own annotation of this key."""
-        return next((entry.value for entry in self._opened.model.metadata_props if entry.key == key), None)
-
-    def list_names(self) -> set[str]:
-        """Return the names of all values and nodes in the model's graphs and functions."""
-        return list_names(self._opened.model)
-
-    @property
-    def ir_version(self) -> int:
-        """The version of ONNX's format that the model says it has."""
-        return int(self._opened.model.ir_version)
-
-    def describe_extended_images(
-        self,
-        output: Path,
-        extension: Extension,
-        fresh: str,
-        *,
-        share: bool,
-        is_taken: Callable[[Path], bool] = os.path.lexists,
-    ) -> list[FileImage]:
-        """Return the files of this model with more in its graph; all else of it is as it is.
-
-        Args:
-            output: as in `describe_images`, like `fresh` and `is_taken`.
-            extension: what is new.
-            fresh: the same.
-            share: whether it refers to this one's data files, beside which it then stands.
-            is_taken: the same.
-        """
-        edits = edit_model(self._opened.file, self._opened.model, extension)
-        return self._opened.extended_images(output, edits, fresh, share=share, is_taken=is_taken)
+    def as_branchable(self) -> BranchableGraph:
+        """Return the graph as one that run-time branches are put beside."""
+        return BranchableGraph(self._opened, self._found, self.sites)
 
     def encode_receipt(self, text: str) -> bytes:
         """Return the text as protobuf stores it."""

@@ -11,12 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraformat.runtime.adapters import adapter_feeds, export_adapter
-    from loraformat.runtime.export import export_runtime
+    from loraformat.runtime.batched import ADAPTER_INDEX
+    from loraformat.runtime.export import RuntimeExport, export_runtime
     from loraformat.runtime.sessions import RuntimeOptions, session
 
-__all__ = ["RuntimeOptions", "adapter_feeds", "export_adapter", "export_runtime", "session"]
+__all__ = [
+    "ADAPTER_INDEX",
+    "RuntimeExport",
+    "RuntimeOptions",
+    "adapter_feeds",
+    "export_adapter",
+    "export_runtime",
+    "session",
+]
 
 _HOMES = {
+    "ADAPTER_INDEX": "loraformat.runtime.batched",
+    "RuntimeExport": "loraformat.runtime.export",
     "RuntimeOptions": "loraformat.runtime.sessions",
     "adapter_feeds": "loraformat.runtime.adapters",
     "export_adapter": "loraformat.runtime.adapters",

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, Final, Unpack, cast
 
 from loraformat.arguments import AdapterArgument, AdapterOptions, HintOptions, StrPath, read_hints, weigh_adapters
+from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases.onnx_graph import OnnxGraph
-from loraformat.errors import error_for, refuse
+from loraformat.errors import refuse
 from loraformat.loading import list_files
 from loraformat.outputs import PendingOutput, check_output
 from loraformat.plan import WeightedAdapter
 from loraformat.problems import Problem
 from loraformat.runtime.factors import Array, Pair, write_pairs
+from loraformat.runtime.grouping import restore_members
 from loraformat.runtime.layouts import Layout, RuntimeInputs, read_inputs
 from loraformat.runtime.opening import open_model
 from loraformat.runtime.targets import Served, ServedAdapter, ServeOptions, serve
@@ -113,44 +115,55 @@ class _Filled:
 
 def _fill(model: StrPath, adapters: Sequence[AdapterArgument], options: AdapterExportOptions) -> _Filled:
     opened = open_model(model)
-    inputs = read_inputs(opened)
+    graph = opened.as_branchable()
+    inputs = read_inputs(graph)
     weighted = weigh_adapters(adapters, options, opened)
     if inputs.batched and len(weighted) > inputs.batched:
         raise refuse("LF829", opened.path, f"{len(weighted)} adapters", f"at most {inputs.batched}, one for each slot")
     hints = read_hints(cast(HintOptions, options))
     own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
-    served = [serve(opened, item, hints, own) for item in weighted]
-    return _Filled(opened, weighted, served, _pair(opened, inputs, served))
+    filling = _Filling(graph, inputs)
+    sites = [*graph.sites, *restore_members(graph.sites, inputs)]
+    served = [serve(sites, item, hints, own, filling.judge) for item in weighted]
+    return _Filled(opened, weighted, served, filling.pair(served))
 
 
-def _pair(model: OnnxGraph, inputs: RuntimeInputs, served: Sequence[ServedAdapter]) -> list[Pair]:
-    """Return what goes into which inputs; LF830 where a change has none."""
-    by_mark = inputs.by_mark()
-    count = inputs.slots or 1
-    found: dict[str, list[list[Served]]] = defaultdict(lambda: [[] for _ in range(count)])
-    layouts: dict[str, Layout] = {}
-    problems: list[Problem] = []
-    for position, adapter in enumerate(served):
-        for change in adapter.served:
-            marks = {model.find_mark(site) for site in change.sites}
-            layout = next((by_mark[mark] for mark in sorted(marks) if mark in by_mark), None)
-            if layout is None or marks != set(layout.marks) or not _fits(layout, change):
-                problems.append(_refuse_change(adapter.name, change, layout))
-                continue
+class _Filling:
+    """Knows which inputs of a model a change goes into.
+
+    Args:
+        model: the model.
+        inputs: what it says about its inputs.
+    """
+
+    def __init__(self, model: BranchableGraph, inputs: RuntimeInputs) -> None:
+        self._model = model
+        self._slots = inputs.slots
+        self._by_mark = inputs.by_mark()
+
+    def judge(self, change: Served) -> Problem | None:
+        """Return why a change goes into none (LF830)."""
+        marks, layout = self._find(change)
+        if layout is None:
+            return Problem("LF830", change.target.name, "no input for it", "one")
+        sizes = (layout.width, layout.out, layout.kernel)
+        if marks == set(layout.marks) and sizes == (change.change.shape[1], change.out, change.change.shape[2:]):
+            return None
+        found = f"the inputs {layout.name!r} for {layout.out} by {layout.width} at {', '.join(layout.marks[:_LISTED])}"
+        expected = f"inputs for {change.out} by {change.change.shape[1]} at all nodes of the target, and no other"
+        return Problem("LF830", change.target.name, found, expected)
+
+    def pair(self, served: Sequence[ServedAdapter]) -> list[Pair]:
+        """Return what goes into which inputs, all of it judged well."""
+        found: dict[str, list[list[Served]]] = defaultdict(lambda: [[] for _ in range(self._slots or 1)])
+        layouts: dict[str, Layout] = {}
+        for position, change in ((at, change) for at, adapter in enumerate(served) for change in adapter.served):
+            layout = self._find(change)[1]
+            assert layout is not None, "judged well"
             layouts[layout.name] = layout
-            found[layout.name][position if inputs.slots else 0].append(change)
-    if problems:
-        raise error_for(problems)
-    return [Pair(layouts[name], inputs.slots, found[name]) for name in sorted(found)]
+            found[layout.name][position if self._slots else 0].append(change)
+        return [Pair(layouts[name], self._slots, found[name]) for name in sorted(found)]
 
-
-def _fits(layout: Layout, change: Served) -> bool:
-    return (layout.width, layout.out, layout.kernel) == (change.change.shape[1], change.out, change.change.shape[2:])
-
-
-def _refuse_change(adapter: str, change: Served, layout: Layout | None) -> Problem:
-    if layout is None:
-        return Problem("LF830", f"{adapter}: {change.target.name}", "no input for it", "one")
-    found = f"the inputs {layout.name!r} for {layout.out} by {layout.width} at {', '.join(layout.marks[:_LISTED])}"
-    expected = f"inputs for {change.out} by {change.change.shape[1]} at all nodes of the target"
-    return Problem("LF830", f"{adapter}: {change.target.name}", found, expected)
+    def _find(self, change: Served) -> tuple[set[str], Layout | None]:
+        marks = {self._model.find_mark(site) for site in change.sites}
+        return marks, next((self._by_mark[mark] for mark in sorted(marks) if mark in self._by_mark), None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack, cast
 
 from loraformat.arguments import AdapterArgument, AdapterOptions, HintOptions, StrPath, read_hints, weigh_adapters
+from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases._onnx_extension import Addition, Extension
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.errors import error_for, refuse
@@ -18,10 +19,11 @@ from loraformat.placing import Place, check_places, open_place
 from loraformat.plan import SHARE
 from loraformat.problems import Problem
 from loraformat.runtime.adapters import ExportedAdapter
-from loraformat.runtime.batched import build_batched, build_sizes, describe_index, refuse_batched
+from loraformat.runtime.batched import build_batched, build_sizes, describe_index
 from loraformat.runtime.branches import Branch, Names, build_branch, describe_inputs
 from loraformat.runtime.factors import Pair, write_pairs
 from loraformat.runtime.grouping import plan_branches
+from loraformat.runtime.judging import Judge
 from loraformat.runtime.layouts import RUNTIME_KEY, RuntimeInputs
 from loraformat.runtime.opening import open_model
 from loraformat.runtime.targets import ServedAdapter, ServeOptions, serve
@@ -105,17 +107,19 @@ def export_runtime(
         LoraformatError: with every target that cannot be served, by name; nothing is written then.
     """
     opened = open_model(base)
-    _check_base(opened)
+    graph = opened.as_branchable()
+    _check_base(opened, graph)
     hints = read_hints(cast(HintOptions, options))
     weighted = weigh_adapters(targets_of, options, opened)
     own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
-    served = [serve(opened, item, hints, own) for item in weighted]
-    branches = plan_branches(opened, served)
-    inputs, extension = _extend(opened, branches, options.get("batched", 0))
+    judge = Judge(graph, batched=bool(options.get("batched")))
+    served = [serve(graph.sites, item, hints, own, judge.judge) for item in weighted]
+    branches = plan_branches(graph, served)
+    inputs, extension = _extend(graph, branches, options.get("batched", 0), judge.list_sequences())
     place = Path(output)
     share = _check_sharing(opened, place, options.get("external_data"))
     fresh = sha256(inputs.as_text().encode()).hexdigest()[:8]
-    images = opened.describe_extended_images(place, extension, fresh, share=share)
+    images = graph.describe_images(place, extension, fresh, share=share)
     for item in weighted:
         check_apart(place, [file.path for file in list_files(item.adapter)])
     durable, force = options.get("durable", False), options.get("force", False)
@@ -128,7 +132,7 @@ def export_runtime(
         {each.name: len(each.served) for each in served},
         tuple(stack.report for stack in stacks),
         tuple(name for each in served for name in each.left_out),
-        tuple(problem for each in served for problem in each.problems),
+        (*(problem for each in served for problem in each.problems), *judge.list_doubts()),
     )
 
 
@@ -166,14 +170,14 @@ def _make_stack(
     return _Stack(ExportedAdapter(str(path), tuple(each.name for each in served), ranks, (), ()), pairs)
 
 
-def _check_base(base: OnnxGraph) -> None:
-    if base.read_metadata(RUNTIME_KEY) is not None:
+def _check_base(base: OnnxGraph, graph: BranchableGraph) -> None:
+    if graph.read_metadata(RUNTIME_KEY) is not None:
         raise refuse("LF822", base.path, "a model with run-time inputs", "the base that it was made from")
     errors = [problem for problem in base.problems if problem.severity == "error"]
     if errors:
         raise error_for(errors)
-    if base.ir_version < _LEAST_IR:
-        raise refuse("LF824", base.path, f"IR version {base.ir_version}", f"at least {_LEAST_IR}")
+    if graph.ir_version < _LEAST_IR:
+        raise refuse("LF824", base.path, f"IR version {graph.ir_version}", f"at least {_LEAST_IR}")
 
 
 def _check_sharing(base: OnnxGraph, output: Path, asked: str | None) -> bool:
@@ -208,7 +212,9 @@ def _write(place: Place, base: OnnxGraph, stacks: Sequence[_Stack]) -> None:
         pending.commit()
 
 
-def _extend(base: OnnxGraph, branches: Sequence[Branch], batched: int) -> tuple[RuntimeInputs, Extension]:
+def _extend(
+    base: BranchableGraph, branches: Sequence[Branch], batched: int, sequences: frozenset[str]
+) -> tuple[RuntimeInputs, Extension]:
     """Return what a model will say of its inputs, and what is put into it."""
     names = Names(base.list_names())
     inputs = RuntimeInputs(batched, tuple(branch.layout for branch in branches))
@@ -218,7 +224,7 @@ def _extend(base: OnnxGraph, branches: Sequence[Branch], batched: int) -> tuple[
     for value, _ in described:
         if names.take(value.name) != value.name:
             raise refuse("LF826", base.path, f"a value called {value.name!r}", "a name that is free for an input")
-    nodes, constants, built = _build(branches, names, batched)
+    nodes, constants, built = _build(branches, names, batched, sequences)
     marked = [replace(branch.layout, marks=_list_marks(added)) for branch, added in built]
     twice = [mark for mark, count in Counter(mark for each in marked for mark in each.marks).items() if count > 1]
     if twice:
@@ -232,15 +238,12 @@ def _extend(base: OnnxGraph, branches: Sequence[Branch], batched: int) -> tuple[
 
 
 def _build(
-    branches: Sequence[Branch], names: Names, batched: int
+    branches: Sequence[Branch], names: Names, batched: int, sequences: frozenset[str]
 ) -> "tuple[Sequence[onnx.NodeProto], Sequence[onnx.TensorProto], list[tuple[Branch, list[Addition]]]]":
     """Return nodes and constants that all branches share, and the nodes of each."""
     if not batched:
         return [], [], [(branch, build_branch(branch, names)) for branch in branches]
-    problems = [problem for branch in branches if (problem := refuse_batched(branch)) is not None]
-    if problems:
-        raise error_for(problems)
-    sizes = build_sizes(branches, names)
+    sizes = build_sizes(branches, names, sequences)
     built = [(branch, build_batched(branch, names, sizes)) for branch in branches]
     return sizes.nodes, sizes.constants, built
 

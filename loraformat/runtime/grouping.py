@@ -1,15 +1,18 @@
 """Which changes share a branch: those that act on the same nodes, whatever adapter they are of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from loraformat.adapter import SlotKind
+from loraformat.bases import Site
+from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases._onnx_openings import Opening
-from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.errors import error_for, refuse
 from loraformat.problems import Problem
 from loraformat.runtime.branches import Branch, Names, name_form
-from loraformat.runtime.layouts import Layout
+from loraformat.runtime.layouts import Layout, RuntimeInputs
 from loraformat.runtime.targets import Served, ServedAdapter
+from loraformat.spans import Part
 
 
 @dataclass(slots=True)
@@ -25,22 +28,13 @@ class _Group:
     found: list[Served] = field(default_factory=list)
 
 
-def plan_branches(base: OnnxGraph, adapters: Sequence[ServedAdapter]) -> list[Branch]:
-    """Return a branch for all nodes that changes of the adapters act on; LF820, LF826 where there can be none."""
+def plan_branches(base: BranchableGraph, adapters: Sequence[ServedAdapter]) -> list[Branch]:
+    """Return a branch for all nodes that changes of the adapters act on; LF826 where there can be none."""
     groups: dict[frozenset[tuple[str, int]], _Group] = {}
-    problems: list[Problem] = []
     for change in (change for adapter in adapters for change in adapter.served):
-        openings: dict[tuple[str, int], Opening] = {}
-        for site in change.sites:
-            opening = base.find_opening(site)
-            if isinstance(opening, Problem):
-                where = f"{change.target.name} at {opening.where}"
-                problems.append(replace(opening, where=where))
-            else:
-                openings[opening.place] = opening
+        found = (base.find_opening(site) for site in change.sites)
+        openings = {opening.place: opening for opening in found if isinstance(opening, Opening)}
         groups.setdefault(frozenset(openings), _Group(openings)).found.append(change)
-    if problems:
-        raise error_for(problems)
     problems = _find_overlaps(list(groups.values()))
     if problems:
         raise error_for(problems)
@@ -62,7 +56,7 @@ def _find_overlaps(groups: Sequence[_Group]) -> list[Problem]:
     return problems
 
 
-def _make_branch(base: OnnxGraph, group: _Group, names: Names) -> Branch:
+def _make_branch(base: BranchableGraph, group: _Group, names: Names) -> Branch:
     openings = tuple(group.openings[place] for place in sorted(group.openings))
     first = group.found[0]
     forms = {(name_form(opening.product), opening.dtype.name) for opening in openings}
@@ -77,11 +71,48 @@ def _make_branch(base: OnnxGraph, group: _Group, names: Names) -> Branch:
         first.change.shape[1],
         first.out,
         tuple(first.change.shape[2:]),
+        members=dict(_list_members(base, first)),
     )
     return Branch(layout, openings, tuple(group.found))
 
 
-def _name_branch(base: OnnxGraph, served: Served) -> str:
+def _list_members(base: BranchableGraph, served: Served) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield the modules that are packed into one node, and their columns."""
+    for site in base.sites:
+        if site.id == served.sites[0].id and site.part is not None and site.section is None and site.module:
+            start, stop, _ = site.part.columns if site.transposed.get(SlotKind.LINEAR) else site.part.rows
+            if (start, stop) != (0, served.out):
+                yield site.module, (start, stop)
+
+
+def restore_members(sites: Sequence[Site], inputs: RuntimeInputs) -> list[Site]:
+    """Return sites for packed modules that a graph no longer shows, with nodes put between it and what divides it.
+
+    Args:
+        sites: of the model with run-time inputs.
+        inputs: what it says about them.
+    """
+    known = {(site.id, site.module) for site in sites}
+    by_name = {layout.name: layout for layout in inputs.layouts if layout.members}
+    return [
+        _cut(site, module, columns)
+        for site in sites
+        if site.module in by_name and site.weight is not None and site.section is None
+        for module, columns in by_name[site.module].members.items()
+        if (site.id, module) not in known
+    ]
+
+
+def _cut(site: Site, module: str, columns: tuple[int, int]) -> Site:
+    """Return the site of one module of those that are packed into a node."""
+    assert site.weight is not None, "chosen so"
+    shape, turned = site.weight.tensor.shape, site.transposed[SlotKind.LINEAR]
+    whole = site.part or Part((shape[0], shape[1]), (0, shape[0], 1), (0, shape[1], 1))
+    run = (*columns, 1)
+    return replace(site, module=module, part=replace(whole, columns=run) if turned else replace(whole, rows=run))
+
+
+def _name_branch(base: BranchableGraph, served: Served) -> str:
     """Return the target's name; where the node is of several modules, or of a part of one, the name that it has."""
     if served.is_whole:
         return served.target.name

@@ -1,10 +1,10 @@
 """What a model with run-time inputs says about them, in its own annotations: all that an adapter for it must know."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from loraformat.bases.onnx_graph import OnnxGraph
+from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.dtypes import BY_NAME, Dtype
 from loraformat.errors import refuse
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
@@ -30,6 +30,8 @@ class Layout:
         kernel: sizes of a convolution's kernel; empty otherwise.
         marks: names of values that only the nodes beside the branch make; several where a module is applied several
             times.
+        members: where several modules are packed into one node, the columns of each: first and last, the latter
+            excluded.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Layout:
     out: int
     kernel: tuple[int, ...] = ()
     marks: tuple[str, ...] = ()
+    members: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def down(self) -> str:
@@ -66,6 +69,7 @@ class Layout:
             "out": self.out,
             "kernel": list(self.kernel),
             "marks": list(self.marks),
+            "members": {name: list(columns) for name, columns in self.members.items()},
         }
 
 
@@ -99,7 +103,7 @@ class RuntimeInputs:
         return write_canonical(self.as_json()).decode()
 
 
-def read_inputs(model: OnnxGraph) -> RuntimeInputs:
+def read_inputs(model: BranchableGraph) -> RuntimeInputs:
     """Return what a model says about its run-time inputs.
 
     Raises:
@@ -114,7 +118,7 @@ def read_inputs(model: OnnxGraph) -> RuntimeInputs:
         if record["version"] != _VERSION:
             raise ValueError(f"version {record['version']!r:.20}, not {_VERSION}")
         return RuntimeInputs(_read_count(record, "batched"), tuple(_read_layout(each) for each in record["branches"]))  # type: ignore[union-attr]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         found = f"no member {error}" if isinstance(error, KeyError) else str(error)
         raise refuse("LF827", f"{model.path}: {RUNTIME_KEY}", found, "what export-runtime writes") from error
 
@@ -130,7 +134,13 @@ def _read_layout(record: Any) -> Layout:
         _read_count(record, "out"),
         tuple(_check_count(size, "kernel") for size in record["kernel"]),
         tuple(str(mark) for mark in record["marks"]),
+        {str(name): _read_columns(columns) for name, columns in record["members"].items()},
     )
+
+
+def _read_columns(columns: Any) -> tuple[int, int]:
+    start, stop = (_check_count(each, "columns") for each in columns)
+    return start, stop
 
 
 def _read_count(record: Any, name: str) -> int:

@@ -1,7 +1,7 @@
 """Which node of a model each target of an adapter acts on, and whether its change can be added while the model runs."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Final, TypedDict, cast
 
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from loraformat.adapter import SlotKind, Target
 from loraformat.bases import Site
-from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.errors import error_for
 from loraformat.evidence import Hints
 from loraformat.kinds import KINDS, AdditiveKind, Change, Nature
@@ -97,14 +96,21 @@ class ServedAdapter:
     problems: tuple[Problem, ...]
 
 
-def serve(model: OnnxGraph, item: WeightedAdapter, hints: Hints, options: ServeOptions) -> ServedAdapter:
+def serve(
+    sites: Sequence[Site],
+    item: WeightedAdapter,
+    hints: Hints,
+    options: ServeOptions,
+    judge: Callable[[Served], Problem | None],
+) -> ServedAdapter:
     """Find the nodes that the targets of one adapter act on.
 
     Args:
-        model: the model, without run-time inputs or with them.
+        sites: those of `BranchableGraph`.
         item: the adapter.
         hints: what there is to find targets by, besides names.
         options: how.
+        judge: says what else stands against a change.
 
     Raises:
         LoraformatError: with every target that cannot be served, by name.
@@ -114,13 +120,14 @@ def serve(model: OnnxGraph, item: WeightedAdapter, hints: Hints, options: ServeO
     allowed = options.get("allow_unmatched", ())
     prefix = options.get("strip_prefix")
     clues = gather_clues(item.adapter, model, hints, strip_prefix=prefix)
-    found = resolve(item.adapter, _part_sites(model.sites), clues=clues, **options)
+    found = resolve(item.adapter, sites, clues=clues, **options)
     problems += found.problems
-    divisors = {site.id: site.divisor for site in model.sites}
+    divisors = {site.id: site.divisor for site in sites}
     served: list[Served] = []
     left_out = list(found.unmatched)
     for match in found.matches:
-        outcome = _check_slot(match) or _serve(match, divisors, item.weight)
+        outcome = _serve(match, divisors, item.weight)
+        outcome = judge(outcome) or outcome if isinstance(outcome, Served) else outcome
         if isinstance(outcome, Served):
             served.append(outcome)
         elif any(fnmatchcase(match.target.name, glob) for glob in allowed):
@@ -137,18 +144,6 @@ def _raise_errors(problems: Sequence[Problem]) -> None:
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         raise error_for(errors)
-
-
-def _part_sites(sites: Sequence[Site]) -> list[Site]:
-    """Return the sites as if each module had a tensor of its own: what is added beside one need not suit the others."""
-    parted = []
-    for site in sites:
-        if site.weight is not None:
-            weight = replace(site.weight, key=f"{site.weight.key} {site.module}", consumers=frozenset({site.id}))
-            parted.append(replace(site, weight=weight))
-        else:
-            parted.append(site)
-    return parted
 
 
 def _find_rank(match: Match) -> int | Problem:
@@ -192,6 +187,9 @@ def _serve(match: Match, divisors: Mapping[str, float], weight: float) -> Served
         return rank
     if match.row_order:
         return Problem("LF821", match.want.name, "a weight whose rows were moved", "W + B·A", _ELSEWHERE)
+    misfit = _check_slot(match)
+    if misfit is not None:
+        return misfit
     change, part = match.change, match.part
     rows = match.section[1] - match.section[0] if match.section else change.shape[0]
     place, out = (0, rows), rows

@@ -125,12 +125,13 @@ def make_cast() -> Node:
     return Node(net, feeds, on_rows(feeds))
 
 
-def make_nbits() -> Node:
+def make_nbits(bits: int = 4) -> Node:
+    """Of 4 bits, or of 2, which no merge reads."""
     net, feeds = Net(), {"x": dyadic(rng(), 2, 5, 32)}
-    codes = rng().integers(0, 255, (OUT, 1, 16)).astype(np.uint8)
+    codes = rng().integers(0, 255, (OUT, 1, 4 * bits)).astype(np.uint8)
     scales = rng().uniform(0.01, 0.03, OUT).astype(np.float32)
     inputs = [net.feed("x", rank=3), net.weight("w_Q4", codes), net.weight("w_scales", scales)]
-    more = {"K": 32, "N": OUT, "bits": 4, "block_size": 32}
+    more = {"K": 32, "N": OUT, "bits": bits, "block_size": 32}
     net.op("MatMulNBits", inputs, net.result("y", rank=3), NAME, domain=MS, **more)
     return Node(net, feeds, on_rows(feeds), (OUT, 32))
 
@@ -249,6 +250,7 @@ NODES: dict[str, Callable[[], Node]] = {
     "FusedMatMul": lambda: make_fused(turned=False),
     "FusedMatMul, x turned": lambda: make_fused(turned=True),
     "MatMulNBits": make_nbits,
+    "MatMulNBits of 2 bits": lambda: make_nbits(2),
     "QDQ": make_qdq,
     "MatMulInteger": make_integer,
     "DynamicQuantizeMatMul": lambda: make_dynamic("DynamicQuantizeMatMul"),

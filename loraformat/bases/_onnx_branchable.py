@@ -1,0 +1,106 @@
+"""An ONNX graph as one that branches are put beside: where they can stand, what a model with them is."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from loraformat.bases import Site, Weight
+from loraformat.bases._onnx_extension import Extension, edit_model, list_names
+from loraformat.bases._onnx_openings import Opening, find_opening
+from loraformat.bases._onnx_rows import Axes, find_axes
+from loraformat.bases._onnx_sites import RawSite
+from loraformat.bases._onnx_uses import read_attribute
+from loraformat.containers.onnx_file import OnnxFile
+from loraformat.encodings import Coding
+from loraformat.images import FileImage
+from loraformat.problems import Problem
+from loraformat.spans import Part, StoredTensor
+
+_NBITS: Final = "com.microsoft.MatMulNBits"
+_UNREAD: Final = Coding("", (0, 0), (0, 0), {})
+"""Stands for codes that nobody reads: a branch asks for the size of a weight, not for its numbers."""
+
+
+class BranchableGraph:
+    """What there is to know of a graph for branches.
+
+    Attributes:
+        sites: those of the model, each with a tensor of its own: what is added beside one node need not suit others
+            that read the same tensor, nor be written in its form.
+        path: the model's file.
+        ir_version: the version of ONNX's format that the model says it has.
+
+    Args:
+        opened: the model.
+        found: how the sites were found.
+        sites: the model's sites as a merge sees them, in the same order.
+    """
+
+    def __init__(self, opened: OnnxFile, found: Sequence[RawSite], sites: Sequence[Site]) -> None:
+        self._opened = opened
+        self.path = opened.path
+        self._nodes = {site.id: raw for raw, site in zip(found, sites, strict=True)}
+        self.sites = [_part(self._free(*pair)) for pair in zip(found, sites, strict=True)]
+        self.ir_version = int(opened.model.ir_version)
+
+    def find_opening(self, site: Site) -> Opening | Problem:
+        """Return where something can be added to what a site's node makes, or why nothing can (LF820)."""
+        return find_opening(self._nodes[site.id])
+
+    def find_mark(self, site: Site) -> str:
+        """Return the name of the first value that a site's node makes."""
+        return str(self._nodes[site.id].visit.node.output[0])
+
+    def find_axes(self) -> Mapping[str, Axes]:
+        """Return the axes of each value whose shape is known."""
+        return find_axes(self._opened.model)
+
+    def list_names(self) -> set[str]:
+        """Return the names of all values and nodes in the model's graphs and functions."""
+        return list_names(self._opened.model)
+
+    def read_metadata(self, key: str) -> str | None:
+        """Return the model's own annotation of this key."""
+        return next((entry.value for entry in self._opened.model.metadata_props if entry.key == key), None)
+
+    def describe_images(
+        self,
+        output: Path,
+        extension: Extension,
+        fresh: str,
+        *,
+        share: bool,
+        is_taken: Callable[[Path], bool] = os.path.lexists,
+    ) -> list[FileImage]:
+        """Return the files of this model with more in its graph; all else of it is as it is.
+
+        Args:
+            output: as in `BaseModel.describe_images`, like `fresh` and `is_taken`.
+            extension: what is new.
+            fresh: the same.
+            share: whether it refers to this one's data files, beside which it then stands.
+            is_taken: the same.
+        """
+        edits = edit_model(self._opened.file, self._opened.model, extension)
+        return self._opened.extended_images(output, edits, fresh, share=share, is_taken=is_taken)
+
+    def _free(self, raw: RawSite, site: Site) -> Site:
+        """Return the site of a MatMulNBits with its size, where a merge cannot read the codes: nobody asks for them."""
+        if site.weight is not None or raw.visit.op != _NBITS or raw.obstacle is not None or raw.trace.tensor is None:
+            return site
+        rows, columns = (int(read_attribute(raw.visit.node, name, 0)) for name in ("N", "K"))
+        tensor = self._opened.stored_tensor(raw.trace.tensor)
+        if min(rows, columns) <= 0 or not isinstance(tensor, StoredTensor):
+            return site
+        part = Part((rows, columns), (*(raw.rows or (0, rows)), 1), (0, columns, 1))
+        weight = Weight(tensor.name, tensor.name, tensor, frozenset(), _UNREAD)
+        return replace(site, weight=weight, obstacle=None, part=part)
+
+
+def _part(site: Site) -> Site:
+    if site.weight is None:
+        return site
+    key = f"{site.weight.key} {site.module}"
+    return replace(site, weight=replace(site.weight, key=key, consumers=frozenset({site.id})))
