@@ -10,13 +10,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loraformat.runtime._adapted_session import AdaptedSession, SwitchCost
     from loraformat.runtime.adapters import adapter_feeds, export_adapter
     from loraformat.runtime.export import export_runtime
     from loraformat.runtime.sessions import RuntimeOptions, session
 
-__all__ = ["RuntimeOptions", "adapter_feeds", "export_adapter", "export_runtime", "session"]
+__all__ = [
+    "AdaptedSession",
+    "RuntimeOptions",
+    "SwitchCost",
+    "adapter_feeds",
+    "export_adapter",
+    "export_runtime",
+    "session",
+]
 
 _HOMES = {
+    "AdaptedSession": "loraformat.runtime._adapted_session",
+    "SwitchCost": "loraformat.runtime._adapted_session",
     "RuntimeOptions": "loraformat.runtime.sessions",
     "adapter_feeds": "loraformat.runtime.adapters",
     "export_adapter": "loraformat.runtime.adapters",

@@ -106,8 +106,8 @@ class ServedBase:
 
     def merge(self, order: Order | None) -> tuple[MergedWeights, Receipt | None]:
         """Return merged weights and the receipt; LF906 where a file is not what it was when it was opened."""
+        _check_in_place(self._base.files)
         if order is None:
-            _check_unchanged(self._base.files)
             return MergedWeights((), ()), None
         merged = self._shelf.merge(order, self._base, self._effort)
         sums = [weight.sums for weight in merged.weights]
@@ -115,7 +115,8 @@ class ServedBase:
         receipt = finish_receipt(
             order.plan, self._base, sums, least, self._options.get("warn_retained", RETAINED_WARN), room_bytes=0
         )
-        _check_unchanged(list_inputs(self._base, [order]))
+        for file in list_inputs(self._base, [order]):
+            file.check_unchanged()
         return merged, replace(receipt, output="")
 
     def load(self, order: Order | None, merged: MergedWeights) -> tuple[bytes, onnxruntime.SessionOptions]:
@@ -203,8 +204,8 @@ def _wrap(form: TensorForm, buffer: NDArray[np.uint8]) -> onnxruntime.OrtValue:
     return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values, form.data_type)
 
 
-def _check_unchanged(files: Sequence[InputFile]) -> None:
-    """Raise LF906 where a file has changed, or another one stands in its place, which onnxruntime would read."""
+def _check_in_place(files: Sequence[InputFile]) -> None:
+    """Raise LF906 where a file of a base is not what it was, or not where it was: onnxruntime opens it by its path."""
     for file in files:
         file.check_unchanged()
         if not os.path.exists(file.path) or InputFile(file.path).identity != file.identity:

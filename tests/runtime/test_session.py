@@ -146,6 +146,7 @@ def test_a_session_is_what_merge_writes(tmp_path: Path, name: str, files: str) -
     first, second = write_adapters(tmp_path)
     feeds, before = make_feeds(base), list_tree(tmp_path)
     session = loraformat.runtime.session(base, [(first, 0.8)], providers=CPU)
+    assert isinstance(session, loraformat.runtime.AdaptedSession)
     assert isinstance(session, onnxruntime.InferenceSession)
     outputs = compute(session, feeds)
     both = compute(session.switch([first, (second, -0.5)]), feeds)
@@ -469,6 +470,17 @@ def test_a_base_that_changes_is_refused(tmp_path: Path, change: str) -> None:
     with pytest.raises(loraformat.LoraformatError) as caught:
         session.switch()
     assert set(caught.value.codes) <= {"LF906", "LF100"}
+
+
+def test_an_adapter_that_was_loaded_stays_what_it_was(tmp_path: Path) -> None:
+    """Another one is put in its place, as a training run does: the open file is the old one."""
+    base = write_model(tmp_path / "base.onnx", linear_net(make_weights()).model())
+    first, second = (write_peft(tmp_path / name, make_factors(seed)) for seed, name in enumerate("ab"))
+    held, feeds = loraformat.load(first), make_feeds(base)
+    session = loraformat.runtime.session(base, [held], providers=CPU)
+    (second / "adapter_model.safetensors").replace(first / "adapter_model.safetensors")
+    assert all_same(compute(session.switch([held]), feeds), compute(session, feeds))
+    assert not all_same(compute(session.switch([loraformat.load(first)]), feeds), compute(session, feeds))
 
 
 def test_a_graph_too_large_to_hand_over_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
