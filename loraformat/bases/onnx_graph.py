@@ -140,6 +140,11 @@ class OnnxGraph:
         return find_roles(visits, find_sites(visits), opset)
 
     @property
+    def changes(self) -> tuple[Sequence[TensorCopy], GraphChange]:
+        """What its outputs have otherwise than the file: tensors once more, and other nodes."""
+        return tuple(self._copies.values()), self._change
+
+    @property
     def files(self) -> Sequence[InputFile]:
         """The model's file and its data files."""
         return self._opened.files

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loraformat.runtime._adapted_session import AdaptedSession, SwitchCost
     from loraformat.runtime.adapters import adapter_feeds, export_adapter
     from loraformat.runtime.batched import ADAPTER_INDEX
     from loraformat.runtime.export import RuntimeExport, export_runtime
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ADAPTER_INDEX",
+    "AdaptedSession",
     "RuntimeExport",
     "RuntimeOptions",
+    "SwitchCost",
     "adapter_feeds",
     "export_adapter",
     "export_runtime",
@@ -28,6 +31,8 @@ __all__ = [
 _HOMES = {
     "ADAPTER_INDEX": "loraformat.runtime.batched",
     "RuntimeExport": "loraformat.runtime.export",
+    "AdaptedSession": "loraformat.runtime._adapted_session",
+    "SwitchCost": "loraformat.runtime._adapted_session",
     "RuntimeOptions": "loraformat.runtime.sessions",
     "adapter_feeds": "loraformat.runtime.adapters",
     "export_adapter": "loraformat.runtime.adapters",

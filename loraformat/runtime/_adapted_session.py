@@ -16,19 +16,20 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from loraformat.accounting import finish_receipt
+from loraformat.accounting import check_untouched, finish_receipt
 from loraformat.arguments import AdapterArgument, EffortOptions, HintOptions, make_effort, read_hints, weigh_adapters
 from loraformat.bases.onnx_graph import OnnxGraph
+from loraformat.dtypes import BY_ONNX
 from loraformat.errors import refuse
 from loraformat.limits import RETAINED_REFUSE, RETAINED_WARN
 from loraformat.output_forms import Order, list_inputs
 from loraformat.planning import build_plan
 from loraformat.receipt import Receipt
 from loraformat.runtime._held_weights import MergedWeights, WeightShelf
-from loraformat.runtime._served_graph import ServedGraph
+from loraformat.runtime._served_graph import ServedGraph, TensorForm
 from loraformat.runtime._session_options import SessionSettings, copy_settings
 from loraformat.runtime.sessions import Providers, RuntimeOptions
-from loraformat.spans import InputFile, StoredTensor
+from loraformat.spans import InputFile
 
 _FOLDER_KEY: Final = "session.model_external_initializers_file_folder_path"
 _PLANNING: Final = (
@@ -38,6 +39,8 @@ _PLANNING: Final = (
     "ignore_fingerprints",
     "keep_scales",
     "accept_ranges",
+    "any_rounding",
+    "on_quantized",
 )
 
 
@@ -97,12 +100,14 @@ class ServedBase:
         if not weighted:
             return None
         given = _pick(self._options, _PLANNING)
-        return Order(build_plan(self._base, weighted, self._base.path, hints=self._hints, **given), weighted)
+        plan = build_plan(self._base, weighted, self._base.path, hints=self._hints, **given)
+        check_untouched(plan, self._base)
+        return Order(plan, weighted, self._hints.checkpoint)
 
     def merge(self, order: Order | None) -> tuple[MergedWeights, Receipt | None]:
         """Return merged weights and the receipt; LF906 where a file is not what it was when it was opened."""
+        _check_in_place(self._base.files)
         if order is None:
-            _check_unchanged(self._base.files)
             return MergedWeights((), ()), None
         merged = self._shelf.merge(order, self._base, self._effort)
         sums = [weight.sums for weight in merged.weights]
@@ -110,14 +115,17 @@ class ServedBase:
         receipt = finish_receipt(
             order.plan, self._base, sums, least, self._options.get("warn_retained", RETAINED_WARN), room_bytes=0
         )
-        _check_unchanged(list_inputs(self._base, [order]))
+        for file in list_inputs(self._base, [order]):
+            file.check_unchanged()
         return merged, replace(receipt, output="")
 
-    def load(self, merged: MergedWeights) -> tuple[bytes, onnxruntime.SessionOptions]:
+    def load(self, order: Order | None, merged: MergedWeights) -> tuple[bytes, onnxruntime.SessionOptions]:
         """Return the graph with merged weights, and the settings that hold those which are no part of its bytes."""
         buffers = merged.buffers
-        filled = self._graph.fill(buffers)
-        values = {name: _wrap(tensor, buffers[tensor.span]) for name, tensor in filled.replaced.items()}
+        changed = self._base if order is None else self._base.with_copies(order.plan.copies)
+        changed = changed.with_floats(order.plan.floats) if order is not None and order.plan.floats else changed
+        filled = self._graph.fill(buffers, *changed.changes)
+        values = {name: _wrap(form, buffers[form.place]) for name, form in filled.replaced.items()}
         settings = copy_settings(self._settings)
         settings.add_session_config_entry(_FOLDER_KEY, str(self._graph.folder))
         if values:
@@ -155,7 +163,7 @@ class AdaptedSession(onnxruntime.InferenceSession):  # type: ignore[misc]
         planned = time.perf_counter()
         merged, self.receipt = self._served_base.merge(self._order)
         done = time.perf_counter()
-        model, settings = self._served_base.load(merged)
+        model, settings = self._served_base.load(self._order, merged)
         super().__init__(model, settings, providers=providers, provider_options=provider_options)
         self._sess_options_initial = self._sess_options  # The others point at weights that go now.
         self._kept = merged.weights if self._served_base.keeps_merged else ()
@@ -190,15 +198,14 @@ def _pick(options: RuntimeOptions, names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names}
 
 
-def _wrap(tensor: StoredTensor, buffer: NDArray[np.uint8]) -> onnxruntime.OrtValue:
-    """Return new numbers of a tensor as onnxruntime takes them, over the same memory."""
-    form = np.dtype(f"u{tensor.dtype.bits // 8}")
-    values = buffer.view(form).reshape(tensor.shape)
-    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values, tensor.dtype.onnx)
+def _wrap(form: TensorForm, buffer: NDArray[np.uint8]) -> onnxruntime.OrtValue:
+    """Return new numbers as onnxruntime takes them, over the same memory."""
+    values = buffer.view(f"u{BY_ONNX[form.data_type].bits // 8}").reshape(form.shape)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values, form.data_type)
 
 
-def _check_unchanged(files: Sequence[InputFile]) -> None:
-    """Raise LF906 where a file has changed, or another one stands in its place, which onnxruntime would read."""
+def _check_in_place(files: Sequence[InputFile]) -> None:
+    """Raise LF906 where a file of a base is not what it was, or not where it was: onnxruntime opens it by its path."""
     for file in files:
         file.check_unchanged()
         if not os.path.exists(file.path) or InputFile(file.path).identity != file.identity:

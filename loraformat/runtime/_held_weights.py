@@ -1,5 +1,6 @@
 """Merged weights in memory: computed by the engine of every merge, and taken over where a session has kept them."""
 
+import math
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Target
-from loraformat.bases import BaseModel
+from loraformat.bases import BaseModel, Weight
+from loraformat.dtypes import BY_NAME
 from loraformat.engine import Assignment, Effort, carry_out, index_targets
-from loraformat.images import Copy, FileImage
+from loraformat.images import Copy, FileImage, Fresh
 from loraformat.output_forms import Order, index_weights, list_written
-from loraformat.plan import Plan, WeightedAdapter
+from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
+from loraformat.runtime._served_graph import Place
 from loraformat.sinks import MemorySink
-from loraformat.spans import Span
 from loraformat.strict_json import write_canonical
 from loraformat.tiles import TileSums
 
@@ -28,11 +30,11 @@ class HeldWeight:
     """A merged weight.
 
     Attributes:
-        buffers: its new bytes, and those of its scales where they change, by the spans of the base that they replace.
+        buffers: its new bytes, and those of its scales where they change, by where they go.
         sums: what its tiles add up to.
     """
 
-    buffers: Mapping[Span, NDArray[np.uint8]]
+    buffers: Mapping[Place, NDArray[np.uint8]]
     sums: TileSums
 
     @property
@@ -54,9 +56,9 @@ class MergedWeights:
     computed: Sequence[HeldWeight]
 
     @property
-    def buffers(self) -> Mapping[Span, NDArray[np.uint8]]:
-        """All new bytes by the spans of the base that they replace."""
-        return {span: buffer for weight in self.weights for span, buffer in weight.buffers.items()}
+    def buffers(self) -> Mapping[Place, NDArray[np.uint8]]:
+        """All new bytes by where they go."""
+        return {place: buffer for weight in self.weights for place, buffer in weight.buffers.items()}
 
 
 class WeightShelf:
@@ -80,27 +82,35 @@ class WeightShelf:
         keys = list(_list_keys(plan, adapters))
         held = [self._held.get(key) if key else None for key in keys]
         missing = [weight for weight, known in zip(plan.weights, held, strict=True) if known is None]
-        computed = _compute(replace(plan, weights=tuple(missing)), base, adapters, effort)
+        computed = _compute(replace(order, plan=replace(plan, weights=tuple(missing))), base, effort)
         fresh = iter(computed)
         weights = [known or next(fresh) for known in held]
         self._held.update({key: weight for key, weight in zip(keys, weights, strict=True) if key})
         return MergedWeights(weights, computed)
 
 
-def _compute(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter], effort: Effort) -> list[HeldWeight]:
-    if not plan.weights:
+def _compute(order: Order, base: BaseModel, effort: Effort) -> list[HeldWeight]:
+    if not order.plan.weights:
         return []
     sources = index_weights(base)
-    written = [list(list_written(weight, sources[weight.key]).values()) for weight in plan.weights]
-    spans = {tensor.span: tensor for tensors in written for tensor in tensors}
-    buffers = {span: _reserve(span.length) for span in spans}
-    pieces = [Copy(tensor.file, span.offset, span.length) for span, tensor in spans.items()]
-    image = FileImage(base.path, pieces)
-    (sums,) = carry_out([Assignment(plan, base, adapters, [image], [MemorySink(buffers.values())])], effort)
+    rooms = [_list_rooms(weight, sources) for weight in order.plan.weights]
+    pieces = {place: piece for room in rooms for place, piece in room.items()}
+    buffers = {place: _reserve(piece.length) for place, piece in pieces.items()}
+    image, sink = FileImage(base.path, list(pieces.values())), MemorySink(buffers.values())
+    assignment = Assignment(order.plan, base, order.adapters, [image], [sink], checkpoint=order.checkpoint)
+    (sums,) = carry_out([assignment], effort)
     return [
-        HeldWeight({tensor.span: buffers[tensor.span] for tensor in tensors}, total)
-        for tensors, total in zip(written, sums, strict=True)
+        HeldWeight({place: buffers[place] for place in room}, total) for room, total in zip(rooms, sums, strict=True)
     ]
+
+
+def _list_rooms(weight: PlannedWeight, sources: Mapping[str, Weight]) -> Mapping[Place, Copy | Fresh]:
+    """Return what of an output a weight is: over tensors of the base, or a new one."""
+    if weight.new is not None:
+        length = BY_NAME[weight.new.dtype].count_bytes(math.prod(weight.new.shape))
+        return {weight.new.name: Fresh(weight.new.name, length)}
+    written = list_written(weight, sources[weight.key]).values()
+    return {each.span: Copy(each.file, each.span.offset, each.span.length) for each in written}
 
 
 def _reserve(length: int) -> NDArray[np.uint8]:

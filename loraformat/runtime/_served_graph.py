@@ -6,23 +6,44 @@ file as well, whose bytes lie in that file as they would in a data file.
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from numpy.typing import NDArray
 
 from loraformat.containers._onnx_tensors import iterate_tensors
-from loraformat.containers.onnx_file import OnnxFile
+from loraformat.containers.onnx_file import GraphChange, OnnxFile, TensorCopy, TensorFloats
 from loraformat.errors import refuse
 from loraformat.limits import KEEP_INLINE_BYTES, MAX_PROTOBUF_BYTES
+from loraformat.runtime._graph_edits import edit_graph
 from loraformat.spans import Span, StoredTensor
 
 if TYPE_CHECKING:
     import onnx
 
+_NO_CHANGE: Final = GraphChange()
 _PAYLOADS: Final = ("raw_data", "float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+
+
+Place: TypeAlias = Span | str
+"""Where new numbers go: over those of the base, or into a new tensor of this name."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorForm:
+    """A tensor whose numbers are handed over apart from the graph.
+
+    Attributes:
+        place: whose numbers they are.
+        data_type: number form, as ONNX numbers them.
+        shape: dimensions.
+    """
+
+    place: Place
+    data_type: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +52,11 @@ class Filled:
 
     Attributes:
         model: its bytes, with the numbers that are part of them.
-        replaced: the other numbers, by the names of the initializers that they replace.
+        replaced: the forms of the others, by the names of the initializers that they replace.
     """
 
     model: bytes
-    replaced: Mapping[str, StoredTensor]
+    replaced: Mapping[str, TensorForm]
 
 
 class ServedGraph:
@@ -59,29 +80,55 @@ class ServedGraph:
         self._model = onnx.ModelProto()
         self._model.CopyFrom(opened.model)
         self._bytes: bytes | None = None
+        self._inside: dict[Span, list[int]] = defaultdict(list)
+        self._outside: dict[Span, dict[str, TensorForm]] = defaultdict(dict)
         self._restore_lost()
-        self._hoist_constants()
-        self._places: dict[Span, list[int]] = defaultdict(list)
-        self._external: dict[Span, list[tuple[str, StoredTensor]]] = defaultdict(list)
+        self._hoisted = set(_list_constants(self._model.graph))
         self._place_tensors()
 
-    def fill(self, merged: Mapping[Span, NDArray[Any]]) -> Filled:
-        """Return the graph with new numbers in the place of some spans of the base; LF812 for one that is too large.
+    def fill(
+        self, merged: Mapping[Place, NDArray[Any]], copies: Sequence[TensorCopy] = (), change: GraphChange = _NO_CHANGE
+    ) -> Filled:
+        """Return the graph with new numbers; LF812 for one that is too large.
 
         Args:
-            merged: bytes of the same length for each span, all of them whole tensors.
+            merged: bytes of whole tensors: of those of the base, and of the new ones.
+            copies: tensors that some nodes read instead of another one.
+            change: what else changes in the graph.
         """
-        inside = {index: span for span in merged for index in self._places.get(span, ())}
-        replaced = {name: tensor for span in merged for name, tensor in self._external.get(span, ())}
-        if not inside:
-            self._bytes = self._bytes or self._serialise(self._model)
+        places = [place for place in merged if isinstance(place, Span)]
+        inside = {index: place for place in places for index in self._inside.get(place, ())}
+        replaced = {name: form for place in places for name, form in self._outside.get(place, {}).items()}
+        new: list[TensorCopy | TensorFloats] = [*copies, *change.floats]
+        added = {each.name: TensorForm(each.name, each.data_type, each.shape) for each in new}
+        if not inside and not added:
+            self._bytes = self._bytes or self._serialise(self._finish(self._model, {}))
             return Filled(self._bytes, replaced)
         model = type(self._model)()
         model.CopyFrom(self._model)
         for index, (_, proto) in enumerate(iterate_tensors(model)):
             if index in inside:
                 _put_inside(proto, merged[inside[index]].tobytes())
-        return Filled(self._serialise(model), replaced)
+        edit_graph(model.graph, copies, change)
+        return Filled(self._serialise(self._finish(model, added)), replaced | added)
+
+    def _finish(self, model: "onnx.ModelProto", added: Mapping[str, TensorForm]) -> "onnx.ModelProto":
+        """Return the model with large Constant nodes as initializers, which onnxruntime makes of all, and new ones."""
+        finished = type(model)()
+        finished.CopyFrom(model)
+        graph = finished.graph
+        for index in reversed(range(len(graph.node) if self._hoisted else 0)):
+            node = graph.node[index]
+            if node.op_type == "Constant" and node.output[0] in self._hoisted:
+                tensor = graph.initializer.add()
+                tensor.CopyFrom(node.attribute[0].t)
+                tensor.name = node.output[0]
+                del graph.node[index]
+        for name, form in added.items():
+            tensor = graph.initializer.add(name=name, data_type=form.data_type, dims=form.shape)
+            tensor.data_location = type(tensor).EXTERNAL
+            tensor.external_data.add(key="location", value=self._locations[self._opened.path])
+        return finished
 
     def _serialise(self, model: "onnx.ModelProto") -> bytes:
         size = model.ByteSize()
@@ -103,36 +150,32 @@ class ServedGraph:
             if _is_lost(proto):
                 proto.CopyFrom(source)
 
-    def _hoist_constants(self) -> None:
-        """Make initializers of the main graph's large Constant nodes, as onnxruntime does itself."""
-        graph = self._model.graph
-        outputs = {entry.name for entry in graph.output}
-        for index in reversed(range(len(graph.node))):
-            node = graph.node[index]
-            if _is_large_constant(node) and node.output[0] not in outputs:
-                tensor = graph.initializer.add()
-                tensor.CopyFrom(node.attribute[0].t)
-                tensor.name = node.output[0]
-                del graph.node[index]
-
     def _place_tensors(self) -> None:
         """Say of each tensor where its numbers are: in the graph, or in which file."""
-        main = {tensor.name for tensor in self._model.graph.initializer}
-        for index, (scope, proto) in enumerate(iterate_tensors(self._model)):
+        main = self._list_main()
+        names = {id(proto): name for name, proto in main}  # Which lasts as long as `main` holds them.
+        for index, (_, proto) in enumerate(iterate_tensors(self._model)):
+            name = names.get(id(proto), "")
             tensor = self._opened.stored_tensor(proto)
             if not isinstance(tensor, StoredTensor):
                 continue
             is_external = proto.data_location == type(proto).EXTERNAL
-            is_large = is_external or tensor.span.length > KEEP_INLINE_BYTES
-            is_outside = is_large and scope == "graph" and proto.name in main
+            is_outside = bool(name) and (is_external or tensor.span.length > KEEP_INLINE_BYTES)
             if is_outside or is_external:
                 self._point_outside(proto, tensor)
             elif proto.HasField("segment"):
                 _put_inside(proto, tensor.file.read(tensor.span.offset, tensor.span.length))
             if is_outside:
-                self._external[tensor.span].append((proto.name, tensor))
+                self._outside[tensor.span][name] = TensorForm(tensor.span, proto.data_type, tensor.shape)
             else:
-                self._places[tensor.span].append(index)
+                self._inside[tensor.span].append(index)
+
+    def _list_main(self) -> "list[tuple[str, onnx.TensorProto]]":
+        """Return the tensors that are initializers of the main graph, or will be, by their names there."""
+        graph = self._model.graph
+        constants = (node for node in graph.node if node.op_type == "Constant" and node.output[0] in self._hoisted)
+        hoisted = [(node.output[0], node.attribute[0].t) for node in constants]
+        return [*((tensor.name, tensor) for tensor in graph.initializer), *hoisted]
 
     def _point_outside(self, proto: "onnx.TensorProto", tensor: StoredTensor) -> None:
         _clear(proto)
@@ -144,6 +187,12 @@ class ServedGraph:
         yield "location", self._locations[tensor.span.path]
         yield "offset", str(tensor.span.offset)
         yield "length", str(tensor.span.length)
+
+
+def _list_constants(graph: "onnx.GraphProto") -> Iterator[str]:
+    """Yield what large Constant nodes make that is not a result of the graph."""
+    results = {entry.name for entry in graph.output}
+    return (node.output[0] for node in graph.node if _is_large_constant(node) and node.output[0] not in results)
 
 
 def _is_large_constant(node: "onnx.NodeProto") -> bool:

@@ -124,7 +124,7 @@ def _fill(model: StrPath, adapters: Sequence[AdapterArgument], options: AdapterE
     own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
     filling = _Filling(graph, inputs)
     sites = [*graph.sites, *restore_members(graph.sites, inputs)]
-    served = [serve(sites, item, hints, own, filling.judge) for item in weighted]
+    served = [serve(opened, sites, item, hints, own, filling.judge) for item in weighted]
     return _Filled(opened, weighted, served, filling.pair(served))
 
 

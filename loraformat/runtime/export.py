@@ -113,7 +113,7 @@ def export_runtime(
     weighted = weigh_adapters(targets_of, options, opened)
     own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
     judge = Judge(graph, batched=bool(options.get("batched")))
-    served = [serve(graph.sites, item, hints, own, judge.judge) for item in weighted]
+    served = [serve(opened, graph.sites, item, hints, own, judge.judge) for item in weighted]
     branches = plan_branches(graph, served)
     inputs, extension = _extend(graph, branches, options.get("batched", 0), judge.list_sequences())
     place = Path(output)

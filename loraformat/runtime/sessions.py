@@ -23,12 +23,14 @@ class RuntimeOptions(AdapterOptions, HintOptions, EffortOptions, total=False):
     """What the merge into a session depends on besides base and adapters.
 
     Attributes:
-        allow_unmatched: as in `PlanOptions`, like the others up to `accept_ranges`.
+        allow_unmatched: as in `PlanOptions`, like the others up to `on_quantized`.
         strip_prefix: the same.
         allow_zero: the same.
         ignore_fingerprints: the same.
         keep_scales: the same.
         accept_ranges: the same.
+        any_rounding: the same.
+        on_quantized: the same.
         min_retained: as in `WorkOptions`, like `warn_retained`.
         warn_retained: the same.
         keep_merged: keep merged weights beside onnxruntime's copy of them, so that a session to come need not compute
@@ -41,6 +43,8 @@ class RuntimeOptions(AdapterOptions, HintOptions, EffortOptions, total=False):
     ignore_fingerprints: bool
     keep_scales: bool
     accept_ranges: bool
+    any_rounding: bool
+    on_quantized: str | None
     min_retained: float
     warn_retained: float
     keep_merged: bool

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import SlotKind, Target
-from loraformat.bases import Site
+from loraformat.bases import BaseModel, Site
 from loraformat.errors import error_for
 from loraformat.evidence import Hints
 from loraformat.kinds import KINDS, AdditiveKind, Change, Nature
@@ -97,6 +97,7 @@ class ServedAdapter:
 
 
 def serve(
+    base: BaseModel,
     sites: Sequence[Site],
     item: WeightedAdapter,
     hints: Hints,
@@ -106,7 +107,8 @@ def serve(
     """Find the nodes that the targets of one adapter act on.
 
     Args:
-        sites: those of `BranchableGraph`.
+        base: the model.
+        sites: those of its `BranchableGraph`.
         item: the adapter.
         hints: what there is to find targets by, besides names.
         options: how.
@@ -119,7 +121,7 @@ def serve(
     _raise_errors(problems)
     allowed = options.get("allow_unmatched", ())
     prefix = options.get("strip_prefix")
-    clues = gather_clues(item.adapter, model, hints, strip_prefix=prefix)
+    clues = gather_clues(item.adapter, base, hints, strip_prefix=prefix)
     found = resolve(item.adapter, sites, clues=clues, **options)
     problems += found.problems
     divisors = {site.id: site.divisor for site in sites}

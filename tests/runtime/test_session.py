@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 import loraformat
 import loraformat.runtime
 from builders import Factors, lora_factors, write_peft
-from graphs import Array, Net, dynamo_scopes, function, linear_net, run, same_bits, write_model
+from graphs import Array, Net, dynamo_scopes, function, linear_net, run, same_bits, write_model, write_state
 from loraformat.undo import name_journal
 from models import write_adapter, write_base
 
@@ -146,6 +146,7 @@ def test_a_session_is_what_merge_writes(tmp_path: Path, name: str, files: str) -
     first, second = write_adapters(tmp_path)
     feeds, before = make_feeds(base), list_tree(tmp_path)
     session = loraformat.runtime.session(base, [(first, 0.8)], providers=CPU)
+    assert isinstance(session, loraformat.runtime.AdaptedSession)
     assert isinstance(session, onnxruntime.InferenceSession)
     outputs = compute(session, feeds)
     both = compute(session.switch([first, (second, -0.5)]), feeds)
@@ -181,6 +182,108 @@ def test_quantised_weights_and_their_scales(tmp_path: Path, form: str) -> None:
     outputs = compute(session, feeds)
     assert all_same(outputs, run(tmp_path / "merged.onnx", feeds))
     assert not any(map(same_bits, outputs, run(base, feeds)))
+
+
+def shared_in_the_graph(shape: tuple[int, int]) -> Net:
+    """Return two modules that read one Transpose of one weight."""
+    net, weight = Net(), np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+    turned = net.op("Transpose", [net.weight("w", weight)], "t", "turn", perm=[1, 0])
+    for module in ("a", "b"):
+        net.op("MatMul", [net.feed(f"x_{module}"), turned], net.result(f"y_{module}"), f"/{module}/MatMul")
+    return net
+
+
+def shared_with_a_branch(shape: tuple[int, int]) -> Net:
+    """Return a module in the graph and another one in a branch that read one weight."""
+    net, weight = Net(), np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+    held, inside = net.weight("w", weight.T), Net()
+    net.op("MatMul", [net.feed("x_b"), held], net.result("y_b"), "/b/MatMul")
+    net.feed("x_a")
+    inside.op("MatMul", ["x_a", held], inside.result("inner"), "/a/MatMul")
+    other = Net()
+    other.op("Identity", ["x_a"], other.result("same"))
+    branches = {"then_branch": inside.branch("then"), "else_branch": other.branch("else")}
+    net.op("If", [net.weight("yes", np.array(True))], net.result("y_a"), "/If", **branches)
+    return net
+
+
+@pytest.mark.parametrize("module", ["a", "b"])
+@pytest.mark.parametrize("shape", [(80, 64), (8, 6)])
+@pytest.mark.parametrize("build", [shared_in_the_graph, shared_with_a_branch])
+def test_a_weight_that_others_read_is_one_of_their_own(
+    tmp_path: Path, build: Callable[[tuple[int, int]], Net], shape: tuple[int, int], module: str
+) -> None:
+    base = write_model(tmp_path / "base.onnx", build(shape).model())
+    adapter = write_peft(tmp_path / "adapter", {module: lora_factors(np.random.default_rng(6), *shape, 2)})
+    before = list_tree(tmp_path)
+    session = loraformat.runtime.session(base, [adapter], providers=CPU)
+    feeds = dict.fromkeys(("x_a", "x_b"), np.eye(shape[1], dtype=np.float32))
+    outputs = compute(session, feeds)
+    assert list_tree(tmp_path) == before
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx")
+    assert all_same(outputs, run(tmp_path / "merged.onnx", feeds))
+    plain = run(base, feeds)
+    assert [same_bits(*pair) for pair in zip(outputs, plain, strict=True)].count(False) == 1
+    assert all_same(compute(session.switch(), feeds), plain)
+
+
+@pytest.mark.parametrize("operator", ["MatMulNBits", "DequantizeLinear"])
+def test_floats_in_the_place_of_codes(tmp_path: Path, operator: str) -> None:
+    """The graph of the session has other nodes then, as that of the merged file."""
+    out, inner = 96, 64
+    rng, net = np.random.default_rng(7), Net()
+    x, y = net.feed("x"), net.result("y")
+    if operator == "MatMulNBits":
+        codes = rng.integers(0, 255, (out, inner // 32, 16)).astype(np.uint8)
+        inputs = [x, net.weight("w_Q4", codes), net.weight("s", np.full((out, inner // 32), 0.05, np.float32))]
+        net.op(operator, inputs, y, "/a/MatMul", domain="com.microsoft", bits=4, K=inner, N=out, block_size=32)
+    else:
+        codes = rng.integers(-100, 100, (inner, out)).astype(np.int8)
+        parts = [net.weight("w", codes), net.weight("s", np.full(out, 0.05, np.float32))]
+        net.op("MatMul", [x, net.op(operator, parts, "real", axis=1)], y, "/a/MatMul")
+    base = write_model(tmp_path / "base.onnx", net.model(check=False))
+    adapter = write_peft(tmp_path / "adapter", {"a": lora_factors(rng, out, inner, 2)})
+    session = loraformat.runtime.session(base, [adapter], providers=CPU, on_quantized="dequantize")
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx", on_quantized="dequantize")
+    feeds = {"x": np.eye(inner, dtype=np.float32)}
+    outputs = compute(session, feeds)
+    assert all_same(outputs, run(tmp_path / "merged.onnx", feeds))
+    assert all_same(compute(session.switch(), feeds), run(base, feeds))
+    assert all_same(compute(session.switch([adapter]), feeds), outputs)
+    if operator == "MatMulNBits":
+        assert refuse(base, [adapter]) == ("LF440",)
+
+
+def test_four_bits_with_the_numbers_of_a_checkpoint(tmp_path: Path) -> None:
+    out, inner = 96, 64
+    rng, net = np.random.default_rng(8), Net()
+    weight = rng.standard_normal((out, inner)).astype(np.float32)
+    blocks = weight.reshape(out, inner // 32, 32)
+    scales = np.abs(blocks).max(axis=2) / 7
+    codes = (np.clip(np.round(blocks / scales[..., None]), -8, 7) + 8).astype(np.uint8)
+    packed = codes[..., ::2] | codes[..., 1::2] << 4
+    inputs = [net.feed("x"), net.weight("w_Q4", packed), net.weight("s", scales)]
+    net.op(
+        "MatMulNBits",
+        inputs,
+        net.result("y"),
+        "/a/MatMul",
+        domain="com.microsoft",
+        bits=4,
+        K=inner,
+        N=out,
+        block_size=32,
+    )
+    base = write_model(tmp_path / "base.onnx", net.model(check=False))
+    checkpoint = write_state(tmp_path / "base.safetensors", {"a.weight": weight})
+    adapter = write_peft(tmp_path / "adapter", {"a": lora_factors(rng, out, inner, 2)})
+    options = {"base_checkpoint": checkpoint, "any_rounding": True}
+    session = loraformat.runtime.session(base, [adapter], providers=CPU, **options)
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx", **options)
+    feeds = {"x": np.eye(inner, dtype=np.float32)}
+    outputs = compute(session, feeds)
+    assert all_same(outputs, run(tmp_path / "merged.onnx", feeds))
+    assert not all_same(outputs, run(base, feeds))
 
 
 def test_onnxruntime_would_replace_too_late_by_itself(tmp_path: Path) -> None:
@@ -367,6 +470,17 @@ def test_a_base_that_changes_is_refused(tmp_path: Path, change: str) -> None:
     with pytest.raises(loraformat.LoraformatError) as caught:
         session.switch()
     assert set(caught.value.codes) <= {"LF906", "LF100"}
+
+
+def test_an_adapter_that_was_loaded_stays_what_it_was(tmp_path: Path) -> None:
+    """Another one is put in its place, as a training run does: the open file is the old one."""
+    base = write_model(tmp_path / "base.onnx", linear_net(make_weights()).model())
+    first, second = (write_peft(tmp_path / name, make_factors(seed)) for seed, name in enumerate("ab"))
+    held, feeds = loraformat.load(first), make_feeds(base)
+    session = loraformat.runtime.session(base, [held], providers=CPU)
+    (second / "adapter_model.safetensors").replace(first / "adapter_model.safetensors")
+    assert all_same(compute(session.switch([held]), feeds), compute(session, feeds))
+    assert not all_same(compute(session.switch([loraformat.load(first)]), feeds), compute(session, feeds))
 
 
 def test_a_graph_too_large_to_hand_over_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
