@@ -20,10 +20,20 @@ from loraformat.conversion._engine import (
     read_source,
     write_converted,
 )
+from loraformat.conversion._pairs import Pair, list_pairs, tabulate_pairs
 from loraformat.schemes import SCHEMES, StatedScale, WritingScheme
 
 StrPath: TypeAlias = str | os.PathLike[str]
-__all__ = ["Conversion", "SchemeSummary", "convert", "list_schemes", "plan_conversion"]
+__all__ = [
+    "Conversion",
+    "Pair",
+    "SchemeSummary",
+    "convert",
+    "list_pairs",
+    "list_schemes",
+    "plan_conversion",
+    "tabulate_pairs",
+]
 
 
 def convert(
@@ -131,11 +141,9 @@ def list_schemes() -> list[SchemeSummary]:
     """Return every scheme with what it can hold."""
     summaries = []
     for name, scheme in SCHEMES:
-        if not isinstance(scheme, WritingScheme):
-            summaries.append(SchemeSummary(name, scheme.title, writes=False))
-            continue
         holds = scheme.holds
         slots = tuple(sorted(slot.value for slot in holds.slots))
         kinds, dtypes = tuple(sorted(holds.kinds)), tuple(sorted(holds.dtypes))
-        summaries.append(SchemeSummary(name, scheme.title, True, kinds, slots, holds.scale, dtypes, holds.needs))
+        writes = isinstance(scheme, WritingScheme)
+        summaries.append(SchemeSummary(name, scheme.title, writes, kinds, slots, holds.scale, dtypes, holds.needs))
     return summaries

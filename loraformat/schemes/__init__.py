@@ -59,10 +59,12 @@ class Scheme(Protocol):
     Attributes:
         name: as in `--scheme` and in `inspect`.
         title: one line for people.
+        holds: what its files have a place for.
     """
 
     name: str
     title: str
+    holds: "Holds"
 
     def detect(self, bundle: Bundle) -> str | None:
         """Return the evidence that the bundle is of this scheme, in words, or None."""
@@ -77,9 +79,15 @@ ALL_SLOTS: Final = frozenset(SlotKind)
 LORA_SLOTS: Final = frozenset({SlotKind.LINEAR, SlotKind.LINEAR_TRANSPOSED, SlotKind.CONV})
 
 
+PIPELINES: Final = frozenset({"pipelines"})
+"""Models that make pictures, with their text encoders."""
+DECODERS: Final = frozenset({"decoders"})
+"""Language models."""
+
+
 @dataclass(frozen=True, slots=True)
 class Holds:
-    """What a scheme has a place for; the rest is refused by name.
+    """What the files of a scheme have a place for; when one is written, the rest is refused by name.
 
     Attributes:
         kinds: adapter kinds.
@@ -87,6 +95,7 @@ class Holds:
         scale: where the scale stands: `each target`, `one for all`, `folded` where there is no place, or `not stored`.
         dtypes: number forms; empty for any that safetensors has.
         needs: what the base must say before it can be written, in words; empty when nothing.
+        models: whose modules it can name: those of `PIPELINES` or of `DECODERS`; empty for any model's.
     """
 
     kinds: frozenset[str]
@@ -94,6 +103,7 @@ class Holds:
     scale: str = "each target"
     dtypes: frozenset[str] = frozenset()
     needs: str = ""
+    models: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +139,10 @@ class WritingScheme(Scheme, Protocol):
     """A scheme that is written as well.
 
     Attributes:
-        holds: what it has a place for.
         names: what the tables of `spec/names/` call it, for the spelling in which it names modules; empty where it
             takes names as they are.
     """
 
-    holds: Holds
     names: str
 
     def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:

@@ -63,6 +63,7 @@ class TableReader:
         names: what the tables of `spec/names/` call it, or a scheme that spells modules in the same way.
         aliases: other ways to write its keys, tried in order, each once.
         keep_metadata: whether a file's annotations are its own and come back when it is written again.
+        holds: what its files have a place for.
     """
 
     name: str
@@ -74,6 +75,7 @@ class TableReader:
     names: str = ""
     aliases: tuple[Alias, ...] = NOISE
     keep_metadata: bool = True
+    holds: Holds = field(kw_only=True)
 
     def detect(self, bundle: Bundle) -> str | None:
         """Return how many of the tensors are called as this scheme calls them."""
@@ -152,11 +154,9 @@ class TableScheme(TableReader):
     """A scheme that is a table, read and written by the same rows.
 
     Attributes:
-        holds: what it has a place for.
         fits: what is done to the targets before they are written, in order.
     """
 
-    holds: Holds = field(kw_only=True)
     fits: tuple[Fit, ...] = ()
 
     def _remember(self, bundle: Bundle, names: NamesRead, groups: Mapping[str, _Group]) -> dict[str, JsonValue]:

@@ -6,6 +6,8 @@ from typing import Final
 from loraformat.adapter import Factor, SlotKind
 from loraformat.schemes._scales import BOUNDED
 
+TOKEN: Final = "token embedding"  # noqa: S105 - a word of a text, and no secret
+"""What is no change of a weight, but the row of a new token, which travels with an adapter."""
 _RANK_AXES: Final = (
     *(("lora_A.weight", 0), ("lora_B.weight", 1), ("lora_embedding_A", 0), ("hada_w1_b", 0), ("lokr_t2", 0)),
     *(("lokr_w2_b", 0), ("lokr_w1_b", 0), ("a2.weight", 0), ("experts_A", 1)),
@@ -46,7 +48,7 @@ def rank_of(factors: Mapping[str, Factor]) -> int:
 
 def slot_of(kind: str, factors: Mapping[str, Factor]) -> SlotKind:
     """Return the slot that the factors' axes show; values have none of their own."""
-    if kind == "replace" or (kind == "diff" and _is_vector_or_norm(factors)):
+    if kind in ("replace", TOKEN) or (kind == "diff" and _is_vector_or_norm(factors)):
         return SlotKind.PARAMETER
     if kind in BOUNDED:  # Their blocks have axes of their own.
         factors = {role: factor for role, factor in factors.items() if role == "rescale"}

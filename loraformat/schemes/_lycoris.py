@@ -15,7 +15,9 @@ from loraformat.derived import derive
 from loraformat.operations import Scale
 from loraformat.schemes import Bundle, StatedScale, WrittenBundle
 from loraformat.schemes._engine import TableScheme
+from loraformat.schemes._groups import TOKEN
 from loraformat.schemes._memory import find_memory
+from loraformat.schemes._naming import BUNDLED
 from loraformat.schemes._scales import ALPHA, ON_INPUT
 from loraformat.schemes._table import COLUMN, Row
 
@@ -36,6 +38,14 @@ def _is_diagonal(factor: Factor) -> bool:
     return len(factor.shape) == 3
 
 
+def is_bundled(factor: Factor) -> bool:
+    """Say whether a tensor is the embedding of a token, as OneTrainer and A1111 put it beside the factors."""
+    return factor.name.startswith(f"{BUNDLED}.")
+
+
+_ENCODERS: Final = ("clip_l", "clip_g", "t5", "t5_l", "llama", "qwen")
+_FORMS: Final = ("", "_out")
+"""An embedding of the input, or one that takes the place of the encoder's output."""
 _LOHA: Final = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR: Final = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 _GLORA: Final = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
@@ -58,11 +68,13 @@ LYCORIS_ROWS: Final = (
     Row("weight", "lycoris_ia3", "weight"),
     Row(ON_INPUT, "", ON_INPUT),
     Row(ALPHA, "", ALPHA),
+    *(Row(f"{encoder}{form}", TOKEN, f"{encoder}{form}", fits=is_bundled) for encoder in _ENCODERS for form in _FORMS),
+    *(Row(role, TOKEN, role, fits=is_bundled) for role in ("emb_params", "string_to_param.*")),
 )
 
 LYCORIS_KINDS: Final = frozenset(
     {"lora", "locon", "dora", "loha", "lokr", "dora_loha", "dora_lokr", "lycoris_glora", "lycoris_ia3"}
-    | {"lycoris_oft", "lycoris_boft", "diff", "replace", "diff and lora", "diff and dora", "diff and locon"}
+    | {TOKEN, "lycoris_oft", "lycoris_boft", "diff", "replace", "diff and lora", "diff and dora", "diff and locon"}
 )
 """What these rows can hold: the kinds, and the kinds that they make together."""
 

@@ -8,6 +8,9 @@ from typing import Final
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.schemes import Bundle
 
+BUNDLED_KEYS: Final = r"bundle_emb\..+"
+"""Embeddings of tokens, which may lie beside factors in files of several schemes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Marks:
@@ -21,7 +24,7 @@ class Marks:
     """
 
     keys: tuple[str, ...]
-    neutral: tuple[str, ...] = (r".+\.alpha$",)
+    neutral: tuple[str, ...] = (r".+\.alpha$", BUNDLED_KEYS)
     others: tuple[str, ...] = ()
     asks: tuple[Callable[[Bundle], bool], ...] = ()
 

@@ -7,6 +7,8 @@ Megatron-Bridge 0.3, peft; NVIDIA/NeMo, export/utils/lora_converter.py.
 
 from typing import Final
 
+from loraformat.adapter import SlotKind
+from loraformat.schemes import DECODERS, Holds
 from loraformat.schemes._marks import NOISE, Alias
 from loraformat.schemes._table import NameTable, Row
 
@@ -34,6 +36,7 @@ ROWS: Final = NameTable(
         Row("linear_out.weight", "lora", "lora_B.weight"),
     ]
 )
+HOLDS: Final = Holds(kinds=frozenset({"lora"}), slots=frozenset({SlotKind.LINEAR}), scale="not stored", models=DECODERS)
 KEYS: Final = (
     r".*(?:adapter_layer\.lora_\w+_adapter\.(?:\w+_adapter\.)?|\.adapter(?:_\w+)?\.)linear_(?:in|out)\.weight$",
 )

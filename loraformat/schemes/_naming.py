@@ -20,6 +20,8 @@ COMPONENTS: Final = (
     *("connectors", "controlnet", "diffusion_model"),
 )
 """What diffusers calls the models of a pipeline; `diffusion_model` for one that no table knows."""
+BUNDLED: Final = "bundle_emb"
+"""What stands before the name of a token whose embedding lies beside the factors (OneTrainer, A1111)."""
 DENOISERS: Final = frozenset({"unet", "transformer", "transformer_2", "prior", "diffusion_model"})
 """The components that are what a pipeline is about."""
 _GPT: Final = re.compile(r"transformer\.(?:h\.\d|wte|wpe|ln_f)")
@@ -80,7 +82,7 @@ class PlainNaming:
 def split_component(target: str) -> tuple[str, str]:
     """Return the component of a target's name, empty when it has none, and the path in it."""
     first, dot, rest = target.partition(".")
-    is_part = dot and first in COMPONENTS and not _GPT.match(target)
+    is_part = dot and (first in COMPONENTS or first == BUNDLED) and not _GPT.match(target)
     return (first, rest) if is_part else ("", target)
 
 
@@ -110,8 +112,8 @@ class ComponentNaming:
 
     def read(self, modules: Sequence[str], facts: BaseFacts) -> NamesRead:
         """Return the targets, each `<component>.<path>`."""
-        result = NamesRead()
-        groups = self._group(modules)
+        result = NamesRead({module: module for module in modules if _is_bundled(module)})
+        groups = self._group(module for module in modules if not _is_bundled(module))
         readings = {prefix: read_names(paths.values(), flat=self.flat) for prefix, paths in groups.items()}
         components = self._choose_components(readings)
         for prefix, paths in sorted(groups.items()):
@@ -167,9 +169,9 @@ class ComponentNaming:
 
     def write(self, targets: Sequence[str], facts: BaseFacts, remembered: Mapping[str, JsonValue]) -> NamesWritten:
         """Return prefix and path of every target."""
-        result = NamesWritten()
+        result = NamesWritten({target: target for target in targets if _is_bundled(target)})
         groups: dict[str, dict[str, str]] = defaultdict(dict)
-        for target in targets:
+        for target in (each for each in targets if not _is_bundled(each)):
             component, path = split_component(target)
             groups[component][target] = path
         readings = {component: read_names(paths.values()) for component, paths in groups.items()}
@@ -198,6 +200,10 @@ class ComponentNaming:
 
     def _flatten(self, path: str) -> str:
         return path.replace(".", "_") if self.flat else path
+
+
+def _is_bundled(name: str) -> bool:
+    return name.startswith(f"{BUNDLED}.")
 
 
 def _turn(prefixes: Mapping[str, str]) -> dict[str, str]:

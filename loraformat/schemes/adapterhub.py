@@ -5,9 +5,9 @@ Scale: alpha / r of that configuration. Source: adapter-hub/adapters 1.3, method
 
 from typing import Final
 
-from loraformat.adapter import Adapter, ScalingRule
+from loraformat.adapter import Adapter, ScalingRule, SlotKind
 from loraformat.errors import refuse
-from loraformat.schemes import Bundle, Layout, StatedScale
+from loraformat.schemes import Bundle, Holds, Layout, StatedScale
 from loraformat.schemes._engine import TableReader
 from loraformat.schemes._marks import Marks
 from loraformat.schemes._naming import PlainNaming
@@ -44,6 +44,7 @@ SCHEME: Final = _AdapterHub(
         ScalingRule.ALPHA_OVER_RANK,
         lambda targets, before: dict(before),
     ),
+    holds=Holds(kinds=frozenset({"lora", "dora"}), slots=frozenset({SlotKind.LINEAR}), scale="one for all"),
     marks=Marks(keys=(r".+\.loras\.[^.]+\.(?:lora_[AB]|m\.weight|gate\.)",)),
     names="peft",
 )

@@ -13,13 +13,13 @@ from typing import Final
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.errors import error_for, refuse
 from loraformat.problems import Problem
-from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes import PIPELINES, Bundle, Holds, StatedScale
+from loraformat.schemes._groups import TOKEN
 from loraformat.spellings import read_order_file
 
 _NUMBERED: Final = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
 _TOKEN: Final = re.compile(r"<[^<>]+>")
 _ROLES: Final = {"up": "lora_B.weight", "down": "lora_A.weight"}
-_EMBEDDING: Final = "token embedding"
 Numbered = Mapping[int, Mapping[str, Factor]]
 """Number of a module to role to tensor."""
 
@@ -28,6 +28,12 @@ class Cloneofsimo:
     """The scheme `cloneofsimo`."""
 
     name = "cloneofsimo"
+    holds = Holds(
+        kinds=frozenset({"lora", TOKEN}),
+        slots=frozenset({SlotKind.LINEAR, SlotKind.PARAMETER}),
+        scale="not stored",
+        models=PIPELINES,
+    )
     title = "cloneofsimo/lora: numbered modules of Stable Diffusion 1"
 
     def detect(self, bundle: Bundle) -> str | None:
@@ -81,7 +87,7 @@ def _group(
             groups.setdefault(match[1], {}).setdefault(int(match[2]), {})[_ROLES[match[3]]] = tensor
         elif _TOKEN.fullmatch(key):
             unit = Scaling(ScalingRule.MULTIPLIER, 1.0)
-            tokens.append(Target(key, _EMBEDDING, SlotKind.PARAMETER, {"embedding": tensor}, 0, unit))
+            tokens.append(Target(key, TOKEN, SlotKind.PARAMETER, {"embedding": tensor}, 0, unit))
         else:
             problems.append(Problem("LF202", key, f"a tensor of shape {tensor.shape}", "a numbered factor or a token"))
     return groups, tokens

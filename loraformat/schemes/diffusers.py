@@ -12,9 +12,11 @@ from typing import Final
 
 from loraformat.adapter import SlotKind, Target
 from loraformat.errors import LoraformatError
-from loraformat.schemes import Bundle, Holds, StatedScale
+from loraformat.schemes import PIPELINES, Bundle, Holds, StatedScale
 from loraformat.schemes._engine import TableScheme
+from loraformat.schemes._groups import TOKEN
 from loraformat.schemes._lora_config import describe_lora
+from loraformat.schemes._lycoris import LYCORIS_ROWS
 from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._memory import find_texts
 from loraformat.schemes._naming import COMPONENTS, ComponentNaming, split_component
@@ -127,6 +129,7 @@ SCHEME: Final = TableScheme(
             Row("weight", "replace", "weight"),  # Norms of BFL's control adapters.
             Row("bias", "replace", "bias"),
             Row(ALPHA, "", ALPHA),
+            *(row for row in LYCORIS_ROWS if row.kind == TOKEN),
         ]
     ),
     naming=ComponentNaming("diffusers", {component: component for component in COMPONENTS}),
@@ -138,6 +141,7 @@ SCHEME: Final = TableScheme(
     holds=Holds(
         kinds=frozenset({"lora", "dora", "replace"}),
         slots=frozenset({SlotKind.LINEAR, SlotKind.CONV, SlotKind.PARAMETER}),
+        models=PIPELINES,
     ),
     names="diffusers",
     aliases=(

@@ -8,9 +8,9 @@ folder with PEFT's configuration beside it: the keys decide. Source: comfyanonym
 from typing import Final
 
 from loraformat.adapter import SlotKind
-from loraformat.schemes import LORA_SLOTS, Holds
+from loraformat.schemes import LORA_SLOTS, PIPELINES, Holds
 from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS, LycorisScheme
-from loraformat.schemes._marks import NOISE, Alias, Marks
+from loraformat.schemes._marks import BUNDLED_KEYS, NOISE, Alias, Marks
 from loraformat.schemes._naming import ComponentNaming
 from loraformat.schemes._scales import AlphaTensors, fold_rankless
 from loraformat.schemes._table import NameTable, Row
@@ -50,10 +50,10 @@ SCHEME: Final = LycorisScheme(
     scale=AlphaTensors(),
     marks=Marks(
         keys=(rf"(?:diffusion_model|text_encoders\.\w+)\.{_TENSOR}", rf"{_NATIVE}{_TENSOR}"),
-        neutral=(r".+\.alpha$", r".+_norm\.scale$", r"(?:diffusion_model|text_encoders)\..+\.weight$"),
+        neutral=(r".+\.alpha$", BUNDLED_KEYS, r".+_norm\.scale$", r"(?:diffusion_model|text_encoders)\..+\.weight$"),
         others=(r".*\.processor\.(?:qkv|proj)_lora", r"base_model\.model\.", r"lora_(?:unet|te)"),
     ),
-    holds=Holds(kinds=LYCORIS_KINDS, slots=LORA_SLOTS | {SlotKind.PARAMETER}),
+    holds=Holds(kinds=LYCORIS_KINDS, slots=LORA_SLOTS | {SlotKind.PARAMETER}, models=PIPELINES),
     names="dotted",
     fits=(fold_rankless,),
     aliases=(*NOISE, Alias(r"^(.*)\.lora_([AB])$", r"\1.lora_\2.weight")),

@@ -7,7 +7,8 @@ a configuration beside it, it is a PEFT folder, and read as one. Source: hugging
 
 from typing import Final
 
-from loraformat.schemes import Bundle
+from loraformat.adapter import SlotKind
+from loraformat.schemes import PIPELINES, Bundle, Holds
 from loraformat.schemes._engine import TableReader
 from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._naming import ComponentNaming
@@ -31,6 +32,7 @@ SCHEME: Final = TableReader(
     ),
     naming=ComponentNaming("dotted", {"": "transformer"}),
     scale=AlphaTensors(),
+    holds=Holds(kinds=frozenset({"lora"}), slots=frozenset({SlotKind.LINEAR}), models=PIPELINES),
     marks=Marks(keys=(r"base_model\.model\.(?:double|single)_blocks\..*\.lora_[AB]\.weight$",), asks=(_is_alone,)),
     names="dotted",
     aliases=(*NOISE, Alias(r"^base_model\.model\.", "")),

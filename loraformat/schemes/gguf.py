@@ -17,7 +17,7 @@ import numpy as np
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts
 from loraformat.problems import Problem
-from loraformat.schemes import Bundle, Holds, StatedScale, WrittenBundle
+from loraformat.schemes import DECODERS, Bundle, Holds, StatedScale, WrittenBundle
 from loraformat.schemes._experts import EXPERTS_A, EXPERTS_B, is_stack, join_stacks, part_stacks
 from loraformat.schemes._files import UNIT, FiledScheme, alpha_of, level_alphas
 from loraformat.schemes._marks import Marks
@@ -160,6 +160,7 @@ SCHEME: Final = _Gguf(
         scale="one for all",
         dtypes=frozenset({"float32", "float16", "bfloat16"}),
         needs="the architecture, and the counts of heads where rotary rows are interleaved",
+        models=DECODERS,
     ),
     names="gguf",
     fits=(level_alphas,),

@@ -10,7 +10,7 @@ from typing import Final
 
 from loraformat.adapter import Adapter, SlotKind
 from loraformat.problems import Problem
-from loraformat.schemes import LORA_SLOTS, Bundle, Holds, StatedScale
+from loraformat.schemes import LORA_SLOTS, PIPELINES, Bundle, Holds, StatedScale
 from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS, LycorisScheme
 from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._naming import ComponentNaming
@@ -68,7 +68,7 @@ SCHEME: Final = Kohya(
     marks=Marks(
         keys=(r"(?:lora_(?:unet|te\d?|prior_unet|prior_te|transformer)_|lycoris_)[^.]+\.(?!alpha$)",),
     ),
-    holds=Holds(kinds=LYCORIS_KINDS, slots=LORA_SLOTS | {SlotKind.PARAMETER}),
+    holds=Holds(kinds=LYCORIS_KINDS, slots=LORA_SLOTS | {SlotKind.PARAMETER}, models=PIPELINES),
     names="kohya",
     fits=(fold_rankless,),
     only_added=True,

@@ -15,7 +15,7 @@ from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, 
 from loraformat.base_facts import BaseFacts, read_facts
 from loraformat.derived import NewFactor
 from loraformat.errors import LoraformatError, refuse
-from loraformat.schemes import Bundle, Holds, Layout, StatedScale
+from loraformat.schemes import DECODERS, Bundle, Holds, Layout, StatedScale
 from loraformat.schemes import WrittenBundle as Written
 from loraformat.schemes._files import FiledScheme, level_multipliers, multiplier_of, pad_ranks
 from loraformat.schemes._grouped import FUSED, Groups, gather, place_rows
@@ -213,6 +213,7 @@ SCHEME: Final = _Litgpt(
         slots=frozenset({SlotKind.LINEAR}),
         scale="one for all",
         needs="the counts of heads, by which q, k and v are parts of one weight",
+        models=DECODERS,
     ),
     names="litgpt",
     fits=(level_multipliers,),

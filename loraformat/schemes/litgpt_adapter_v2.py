@@ -7,10 +7,10 @@ other than 0 does more than any weight can. Source: Lightning-AI/litgpt 0.5, ada
 from dataclasses import replace
 from typing import Final
 
-from loraformat.adapter import Adapter, Factor
+from loraformat.adapter import Adapter, Factor, SlotKind
 from loraformat.problems import Problem
 from loraformat.recognition import recognise_tensors
-from loraformat.schemes import Bundle, Layout, StatedScale
+from loraformat.schemes import DECODERS, Bundle, Holds, Layout, StatedScale
 from loraformat.schemes._engine import TableReader
 from loraformat.schemes._marks import Marks
 from loraformat.schemes._naming import PlainNaming
@@ -61,5 +61,11 @@ SCHEME: Final = _AdapterV2(
     naming=PlainNaming(),
     scale=Folded(),
     marks=Marks(keys=(r".+\.adapter_(?:scale|bias)$",), neutral=(r".+\.(?:norm_[12]|ln_f)\.(?:weight|bias)$",)),
+    holds=Holds(
+        kinds=frozenset({"adapter_v2", "replace"}),
+        slots=frozenset({SlotKind.LINEAR, SlotKind.PARAMETER}),
+        scale="folded",
+        models=DECODERS,
+    ),
     names="litgpt",
 )

@@ -4,7 +4,7 @@ from typing import Final
 
 from loraformat.schemes._engine import TableReader
 from loraformat.schemes._marks import Marks
-from loraformat.schemes._megatron import ALIASES, CANONICAL, KEYS, ROWS
+from loraformat.schemes._megatron import ALIASES, CANONICAL, HOLDS, KEYS, ROWS
 from loraformat.schemes._naming import PlainNaming
 from loraformat.schemes._scales import StatedAlone
 
@@ -14,6 +14,7 @@ SCHEME: Final = TableReader(
     rows=ROWS,
     naming=PlainNaming(),
     scale=StatedAlone(),
+    holds=HOLDS,
     marks=Marks(keys=KEYS, others=CANONICAL),
     names="megatron",
     aliases=ALIASES,

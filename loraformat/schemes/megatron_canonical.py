@@ -6,7 +6,7 @@ from typing import Final
 from loraformat.schemes import Bundle
 from loraformat.schemes._engine import TableReader
 from loraformat.schemes._marks import Marks
-from loraformat.schemes._megatron import ALIASES, CANONICAL, KEYS, ROWS
+from loraformat.schemes._megatron import ALIASES, CANONICAL, HOLDS, KEYS, ROWS
 from loraformat.schemes._naming import PlainNaming
 from loraformat.schemes._scales import StatedAlone
 
@@ -21,6 +21,7 @@ SCHEME: Final = TableReader(
     rows=ROWS,
     naming=PlainNaming(),
     scale=StatedAlone(),
+    holds=HOLDS,
     marks=Marks(keys=KEYS, asks=(_is_canonical,)),
     names="megatron_canonical",
     aliases=ALIASES,

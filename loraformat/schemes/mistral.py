@@ -9,7 +9,7 @@ from typing import Final
 
 from loraformat.adapter import ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts, read_facts
-from loraformat.schemes import Bundle, Holds, Layout
+from loraformat.schemes import DECODERS, Bundle, Holds, Layout
 from loraformat.schemes._files import FiledScheme, level_multipliers, multiplier_of, pad_ranks
 from loraformat.schemes._marks import Marks
 from loraformat.schemes._one_scale import ConfigScale, inner
@@ -54,6 +54,7 @@ SCHEME: Final = _Mistral(
         slots=frozenset({SlotKind.LINEAR}),
         scale="one for all",
         needs="the counts of heads, for the interleaved rows of q and k",
+        models=DECODERS,
     ),
     names="mistral",
     fits=(level_multipliers, pad_ranks),

@@ -6,8 +6,10 @@
 
 from typing import Final
 
+from loraformat.adapter import SlotKind
+from loraformat.schemes import LORA_SLOTS, PIPELINES, Holds
 from loraformat.schemes._engine import TableReader
-from loraformat.schemes._lycoris import LYCORIS_ROWS
+from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS
 from loraformat.schemes._marks import Marks
 from loraformat.schemes._naming import ComponentNaming
 from loraformat.schemes._scales import AlphaTensors
@@ -36,6 +38,7 @@ SCHEME: Final = TableReader(
     ),
     naming=ComponentNaming("omi", _PREFIXES),
     scale=AlphaTensors(),
+    holds=Holds(kinds=LYCORIS_KINDS, slots=LORA_SLOTS | {SlotKind.PARAMETER}, models=PIPELINES),
     marks=Marks(
         keys=(
             rf"(?:clip_l|clip_g|t5)\.{_TENSOR}",

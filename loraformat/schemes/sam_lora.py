@@ -9,11 +9,11 @@ import re
 from dataclasses import replace
 from typing import Final
 
-from loraformat.adapter import Adapter, Factor
+from loraformat.adapter import Adapter, Factor, SlotKind
 from loraformat.derived import derive
 from loraformat.operations import Concatenate
 from loraformat.problems import Problem
-from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes import Bundle, Holds, StatedScale
 from loraformat.schemes._engine import TableReader
 from loraformat.schemes._grouped import Groups, place_rows
 from loraformat.schemes._marks import Marks
@@ -82,5 +82,11 @@ SCHEME: Final = _SamLora(
     ),
     naming=PlainNaming(),
     scale=Folded(),
+    holds=Holds(
+        kinds=frozenset({"lora", "replace"}),
+        slots=frozenset({SlotKind.LINEAR, SlotKind.PARAMETER}),
+        scale="not stored",
+        models=frozenset({"encoders"}),
+    ),
     marks=Marks(keys=(r"w_[ab]_\d{3,}$",), neutral=(r"(?!w_[ab]_).*",)),
 )

@@ -8,10 +8,10 @@ import re
 from dataclasses import replace
 from typing import Final
 
-from loraformat.adapter import Adapter, Factor, ScalingRule
+from loraformat.adapter import Adapter, Factor, ScalingRule, SlotKind
 from loraformat.derived import LastRead
 from loraformat.errors import refuse
-from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes import DECODERS, Bundle, Holds, StatedScale
 from loraformat.schemes._engine import TableReader
 from loraformat.schemes._experts import take_expert
 from loraformat.schemes._marks import NOISE, Alias, Marks
@@ -62,6 +62,7 @@ SCHEME: Final = _Tinker(
     scale=ConfigScale(
         lambda config: config.get("lora_alpha"), ScalingRule.ALPHA_OVER_RANK, lambda targets, before: dict(before)
     ),
+    holds=Holds(kinds=frozenset({"lora"}), slots=frozenset({SlotKind.LINEAR}), scale="one for all", models=DECODERS),
     marks=Marks(keys=(r"base_model\.model\..+\.lora_[AB]\.weight$",), asks=(_has_own_names,)),
     names="peft",
     aliases=(*NOISE, Alias(r"^(base_model\.model\.)(?:model\.)?unembed_tokens\.", r"\1lm_head.")),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from loraformat.adapter import ScalingRule, SlotKind, Target
-from loraformat.schemes import Holds
+from loraformat.schemes import DECODERS, Holds
 from loraformat.schemes._files import FiledScheme, alpha_of, level_multipliers, pad_ranks
 from loraformat.schemes._marks import Marks
 from loraformat.schemes._one_scale import ConfigScale
@@ -46,6 +46,7 @@ SCHEME: Final = FiledScheme(
         slots=frozenset({SlotKind.LINEAR}),
         scale="one for all",
         needs="the counts of heads where rotary rows are interleaved",
+        models=DECODERS,
     ),
     names="torchtune",
     fits=(level_multipliers, pad_ranks),

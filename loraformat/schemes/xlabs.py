@@ -6,9 +6,10 @@ that its B gets rows of zeros for the rest. Nothing says how strongly it acts. S
 
 from typing import Final
 
-from loraformat.adapter import Factor
+from loraformat.adapter import Factor, SlotKind
 from loraformat.derived import derive
 from loraformat.operations import Pad, Take
+from loraformat.schemes import PIPELINES, Holds
 from loraformat.schemes._engine import TableReader
 from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._naming import ComponentNaming
@@ -40,6 +41,7 @@ SCHEME: Final = TableReader(
     ),
     naming=ComponentNaming("dotted", {"diffusion_model": "transformer", "": "transformer"}),
     scale=StatedAlone(),
+    holds=Holds(kinds=frozenset({"lora"}), slots=frozenset({SlotKind.LINEAR}), scale="not stored", models=PIPELINES),
     marks=Marks(keys=(r".*(?:double|single)_blocks\.\d+\.processor\.(?:qkv|proj)_lora[12]?\.(?:down|up)\.weight$",)),
     names="dotted",
     aliases=(

@@ -13,7 +13,7 @@ import pytest
 import loraformat
 from builders import write_peft, write_tensors
 from loraformat.adapter import SlotKind
-from loraformat.conversion import SchemeSummary
+from loraformat.conversion import SchemeSummary, list_pairs, tabulate_pairs
 from loraformat.errors import LoraformatError
 from loraformat.loading import load_adapter
 from schemes import modules as m
@@ -273,7 +273,7 @@ def test_fingerprints_do_not_outlive_their_names(flux: Path, tmp_path: Path) -> 
 def test_every_scheme_is_listed_with_what_it_holds() -> None:
     listed = {each.name: each for each in loraformat.list_schemes()}
     assert {"native", "peft", "kohya", "diffusers", "dotted"} <= {name for name, each in listed.items() if each.writes}
-    assert listed["xlabs"] == SchemeSummary("xlabs", listed["xlabs"].title, writes=False)
+    assert listed["xlabs"] == SchemeSummary("xlabs", listed["xlabs"].title, False, ("lora",), ("linear",), "not stored")
     assert listed["native"].kinds == ()
     assert "loha" in listed["kohya"].kinds
     assert SlotKind.EMBEDDING.value not in listed["diffusers"].slots
@@ -283,8 +283,27 @@ def test_every_scheme_is_listed_with_what_it_holds() -> None:
 
 def test_the_documentation_names_every_scheme() -> None:
     text = (Path(__file__).parents[2] / "docs" / "conversion.md").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    rows = [line for line in text.partition("### Every pair")[0].splitlines() if line.startswith("| `")]
     for each in loraformat.list_schemes():
         (row,) = [line for line in rows if f"`{each.name}`" in line]
         cells = [cell.strip() for cell in row.split("|")]
         assert (cells[4] != "") == each.writes, row
+
+
+def test_the_documentation_has_the_table_of_all_pairs() -> None:
+    """Made by `loraformat schemes --pairs`."""
+    text = (Path(__file__).parents[2] / "docs" / "conversion.md").read_text(encoding="utf-8")
+    assert tabulate_pairs(list_pairs()) in text
+
+
+def test_pairs_say_what_has_no_place() -> None:
+    pairs = {(pair.source, pair.target): pair for pair in list_pairs()}
+    listed = loraformat.list_schemes()
+    assert len(pairs) == len(listed) * sum(each.writes for each in listed)
+    assert all(str(pair) == "=" for (source, target), pair in pairs.items() if source == target or target == "native")
+    assert str(pairs["litgpt", "kohya"]) == "–"
+    assert str(pairs["kohya", "diffusers"]) == "ks"
+    assert {"loha", "lokr"} <= set(pairs["kohya", "diffusers"].kinds)
+    assert pairs["mlx", "onnx_adapter"].scale == "folded"
+    assert (pairs["peft", "mlx"].scale, pairs["torchtune", "mlx"].scale) == ("levelled", "")
+    assert json.loads(json.dumps(pairs["peft", "gguf"].as_json()))["models"] == "some"

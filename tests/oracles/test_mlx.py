@@ -128,3 +128,61 @@ def test_mlx_lm_refuses_ranks_that_differ(tmp_path: Path) -> None:
     mx.save_safetensors(str(path), cut)
     with pytest.raises(ValueError, match="does not match"):
         tuner.load_adapters(twin, str(tmp_path / "mlx"))
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+MIXTURE = {"num_experts": 3, "moe_intermediate_size": 28, "num_experts_per_tok": 2, "norm_topk_prob": True}
+PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def mixture_in_mlx(model: Any) -> Any:
+    """Return mlx-lm's Qwen3 MoE with the same weights; experts lie in one tensor in both, gate and up in two there."""
+    from mlx_lm.models import qwen3_moe
+
+    fields = model.config.to_dict() | {"rope_theta": 10000.0, "decoder_sparse_step": 1, "mlp_only_layers": []} | MIXTURE
+    twin = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(fields))
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        whole, array = name.replace(".experts.", ".switch_mlp."), tensor.numpy()
+        if name.endswith("gate_up_proj"):
+            half = array.shape[1] // 2
+            weights[whole.replace("gate_up_proj", "gate_proj.weight")] = array[:, :half]
+            weights[whole.replace("gate_up_proj", "up_proj.weight")] = array[:, half:]
+        else:
+            weights[f"{whole}.weight" if name.endswith("experts.down_proj") else whole] = array
+    twin.load_weights([(name, mx.array(array)) for name, array in weights.items()])
+    return twin
+
+
+def test_experts_of_peft_act_in_mlx_lm_and_come_back(tmp_path: Path) -> None:
+    """PEFT's packed parameters, mlx-lm's SwitchLinear: both libraries compute the same, and no number is lost."""
+    from safetensors.numpy import load_file
+
+    model = zoo.make_model("qwen3_moe", **MIXTURE)
+    config = zoo.save_config(model, tmp_path / "base")
+    twin = mixture_in_mlx(model)
+    plain = zoo.logits(model, zoo.TOKENS)
+    np.testing.assert_allclose(logits(twin), plain, atol=1e-4, rtol=1e-4)
+    adapted = zoo.make_adapter(model, tmp_path / "peft", target_modules=["q_proj"], target_parameters=PARAMETERS)
+    loraformat.convert(tmp_path / "peft", "mlx", tmp_path / "mlx", base=config, verify=True)
+    tuner.load_adapters(twin, str(tmp_path / "mlx"))
+    twin.eval()
+    expected = zoo.logits(adapted, zoo.TOKENS)
+    assert np.abs(expected - plain).max() > 0.01
+    np.testing.assert_allclose(logits(twin), expected, atol=2e-4, rtol=2e-4)
+    loraformat.convert(tmp_path / "mlx", "peft", tmp_path / "back", base=config, verify=True)
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "back"))
+    assert set(one) == set(other)
+    assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+def test_mlx_reads_an_npz_of_ours(tmp_path: Path) -> None:
+    model = zoo.make_model("llama")
+    zoo.make_adapter(model, tmp_path / "peft")
+    loraformat.convert(tmp_path / "peft", "mlx", tmp_path / "adapters.npz")
+    (tmp_path / "mlx").mkdir()
+    loraformat.convert(tmp_path / "peft", "mlx", tmp_path / "mlx" / "adapters.safetensors")
+    one, other = (mx.load(str(path)) for path in (tmp_path / "adapters.npz", tmp_path / "mlx" / "adapters.safetensors"))
+    assert set(one) == set(other)
+    assert all(mx.array_equal(one[key], other[key]) for key in one)

@@ -46,6 +46,13 @@ LOKR = {"lokr_w1": (2, 5), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 3), "alpha": ()
 GLORA = {"a1.weight": (5, 2), "a2.weight": (2, 5), "b1.weight": (8, 2), "b2.weight": (2, 5), "alpha": ()}
 TUCKER = {DOWN: (2, 5, 1, 1), UP: (8, 2, 1, 1), "lora_mid.weight": (2, 2, 3, 3), "alpha": ()}
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
+TOKENS = m.tensors(
+    {
+        "bundle_emb.my.token.clip_l": np.ones((2, 5), np.float32),
+        "bundle_emb.my.token.t5_out": np.ones((2, 7), np.float32),
+    }
+)
+"""Embeddings of new tokens as OneTrainer puts them beside the factors."""
 NORM = "lora_te_text_model_final_layer_norm"
 
 
@@ -81,6 +88,7 @@ class TestKohya(SchemeLaws):
                 | payload(CONV, {"diff": (8, 5, 3, 3)})
                 | payload(NORM, {"w_norm": (5,), "b_norm": (5,)})
             ),
+            "token embeddings": bundle_of(m.lora(sd1, DOWN, UP, alpha=1.0) | TOKENS),
             "a core": bundle_of(payload(CONV, TUCKER) | payload(TO_Q, {"diff": (8, 5)})),
             "DoRA of LoHa and of LoKr": bundle_of(
                 payload(TO_Q, LOHA | {"dora_scale": (8, 1)}) | payload(TO_K, LOKR | {"dora_scale": (1, 15)})
@@ -333,3 +341,21 @@ def test_two_changes_of_one_parameter_are_refused(more: Mapping[str, tuple[int, 
     (target,) = DOTTED.read(bundle, NOT_STATED).targets
     assert target.kind == "diff and lora"
     assert KINDS.find(target.kind) is None
+
+
+def test_embeddings_of_tokens_are_carried_and_not_merged(tmp_path: Path) -> None:
+    modules = m.flat("lora_unet", m.SD1_DIFFUSERS)
+    arrays = {name: each.read() for name, each in (m.lora(modules, DOWN, UP, alpha=1.0) | TOKENS).items()}
+    source = write_tensors(tmp_path / "a.safetensors", arrays)
+    token = {each.name: each for each in loraformat.load(source).targets}["bundle_emb.my.token"]
+    assert (token.kind, token.slot, set(token.factors)) == ("token embedding", SlotKind.PARAMETER, {"clip_l", "t5_out"})
+    (verdict,) = loraformat.validate(source)
+    refused = [problem for problem in verdict.problems if problem.severity == "error"]
+    assert [(problem.code, problem.where) for problem in refused] == [("LF209", "bundle_emb.my.token")]
+    for scheme in ("dotted", "native", "kohya"):
+        output = tmp_path / f"{scheme}.safetensors"
+        loraformat.convert(source, scheme, output, verify=True)
+        assert output.read_bytes().count(b"bundle_emb.my.token.clip_l") == 1
+        source = output
+    plan = loraformat.plan_conversion(source, "diffusers")
+    assert [problem.where for problem in plan.problems if problem.severity == "error"] == ["bundle_emb.my.token"]
