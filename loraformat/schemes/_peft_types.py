@@ -77,6 +77,14 @@ def _scale_gralora(config: PeftConfig, factors: Factors) -> float:
     return alpha / ranks if ranks else alpha
 
 
+def _scale_deft(config: PeftConfig, factors: Factors) -> float:
+    """Return alpha over the rank, which is never above the number of outputs; 1 without an alpha."""
+    alpha, given = config.fields.get("alpha"), factors.get("deft_P")
+    if not alpha or given is None or len(given.shape) != 2 or not given.shape[1]:
+        return 1.0
+    return read_number(config, "alpha", alpha) / given.shape[1]
+
+
 def _read_miss_variant(config: PeftConfig, target: str, factors: Factors) -> Mapping[str, JsonValue]:
     return {"is_repeated_along_outputs": True} if config.fields.get("init_weights") == "mini" else {}
 
@@ -211,6 +219,14 @@ TYPES: Final[Mapping[str, PeftType]] = {
             *(f"glora_{path}.{form}" for path in "ABC" for form in ("Xd", "Xu")),
         ),
     ),
+    "DEFT": PeftType(
+        "deft",
+        _same("deft_P", "deft_R"),
+        rank=(("deft_P", 1),),
+        scaling=_scale_deft,
+        options={"decomposition_method": "relu"},
+    ),
+    "OSF": PeftType("osf", _same(*(f"osf_svd_params.{part}" for part in ("U_low", "S_low", "V_low")))),
     "BEFT": PeftType("beft", _same("beft_bias")),
     "LN_TUNING": PeftType(
         "replace",

@@ -65,6 +65,8 @@ TABLE: Final = NameTable(
         Row("lora_B.{adapter}.bias", "lora", "lora_B.bias"),
         Row("lora_magnitude_vector", "dora", "lora_magnitude_vector"),
         Row("lora_magnitude_vector.{adapter}.weight", "dora", "lora_magnitude_vector"),
+        Row("lora_diag", "kasa", "lora_diag"),
+        Row("lora_diag.{adapter}", "kasa", "lora_diag"),
         Row("modules_to_save.{adapter}.weight", REPLACE, "weight"),
         Row("modules_to_save.{adapter}.bias", REPLACE, "bias"),
         Row("modules_to_save.weight", COPY, "modules_to_save.weight"),
@@ -89,7 +91,7 @@ class Peft:
     title = "PEFT: adapter_config.json and adapter_model.safetensors"
     names = "peft"
     holds = Holds(
-        kinds=frozenset({row.kind for row in TABLE.rows} - {BASE, COPY} | {"lora and replace"}), slots=ALL_SLOTS
+        kinds=frozenset({row.kind for row in TABLE.rows} - {BASE, COPY, "kasa"} | {"lora and replace"}), slots=ALL_SLOTS
     )
 
     def detect(self, bundle: Bundle) -> str | None:

@@ -259,6 +259,20 @@ SPECIMENS: dict[str, Specimen] = {
         lambda t: peft.GloraConfig(config_A_B="constant", config_C="none", config_D_E="constant", target_modules=t),
         LINEAR,
     ),
+    "deft": Specimen(lambda t: peft.DeftConfig(r=3, alpha=5, target_modules=t), LINEAR, tolerance=1e-6),
+    "deft qr": Specimen(
+        lambda t: peft.DeftConfig(r=3, decomposition_method="qr", target_modules=t), LINEAR, tolerance=1e-6
+    ),
+    "deft turned": Specimen(
+        lambda t: peft.DeftConfig(r=3, fan_in_fan_out=True, target_modules=t), ("turned",), tolerance=1e-6
+    ),
+    "para": Specimen(lambda t: peft.DeftConfig(r=3, para=True, target_modules=t), LINEAR, tolerance=1e-6),
+    "osf": Specimen(lambda t: peft.OSFConfig(effective_rank=5, target_modules=t), LINEAR, tolerance=2e-6),
+    "kasa": Specimen(
+        lambda t: peft.LoraConfig(r=3, lora_alpha=5, kasa_config=peft.KasaConfig(), target_modules=t),
+        LINEAR,
+        tolerance=2e-6,
+    ),
     "beft": Specimen(lambda t: peft.BeftConfig(target_modules=t), ("lin",)),
     "ln_tuning": Specimen(lambda t: peft.LNTuningConfig(target_modules=t), ("norm",)),
     "tinylora": Specimen(

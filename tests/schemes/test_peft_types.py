@@ -170,6 +170,14 @@ def test_the_variants_of_miss_and_bone() -> None:
     }
 
 
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (6, 2.0)])
+def test_the_injection_of_deft_has_a_scale_and_its_projection_none(alpha: int | None, scale: float) -> None:
+    shapes = {"m.q.deft_P": (6, 3), "m.q.deft_R": (3, 5)}
+    (target,) = read(make_bundle("DEFT", shapes, r=3, alpha=alpha, decomposition_method="qr")).targets
+    assert (target.kind, target.rank, target.scale) == ("deft", 3, scale)
+    assert target.options == {"decomposition_method": "qr"}
+
+
 def test_norms_that_were_trained_replace_the_base_s() -> None:
     shapes = {"m.norm.ln_tuning_layers.weight": (6,), "m.norm.ln_tuning_layers.bias": (6,)}
     (target,) = read(make_bundle("LN_TUNING", shapes)).targets
@@ -218,7 +226,7 @@ def test_a_tensor_of_another_type_is_not_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    "peft_type", ["OSF", "PSOFT", "FROD", "ADAMSS", "UNILORA", "PEANUT", "DEFT", "XLORA", "CPT", "new"]
+    "peft_type", ["PSOFT", "FROD", "ADAMSS", "UNILORA", "PEANUT", "XLORA", "CPT", "new"]
 )
 def test_types_that_are_not_merged_say_why(peft_type: str) -> None:
     with pytest.raises(LoraformatError) as caught:
