@@ -5,10 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Factor
-from loraformat.dtypes import Dtype
+from loraformat.dtypes import BY_NAME, Dtype
 
 _HELD: Final = 2
 
@@ -67,3 +68,43 @@ class DerivedFactor:
     def read(self) -> NDArray[Any]:
         """Return its numbers, freshly made."""
         return self.derive(self.last.read(self.source))
+
+
+@dataclass(frozen=True, slots=True)
+class WholeNumbers:
+    """Whole numbers that were stored as floats.
+
+    Attributes:
+        source: the stored tensor.
+    """
+
+    source: Factor
+
+    @property
+    def name(self) -> str:
+        """Its name in the source."""
+        return self.source.name
+
+    @property
+    def dtype(self) -> Dtype:
+        """32-bit integers."""
+        return BY_NAME["int32"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+        return self.source.shape
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        return self.source.elements
+
+    @property
+    def file(self) -> object:
+        """The file that the source is read from, None for one in memory."""
+        return getattr(self.source, "file", None)
+
+    def read(self) -> NDArray[Any]:
+        """Return its numbers."""
+        return self.source.read().astype(np.int32)

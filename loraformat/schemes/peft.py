@@ -6,11 +6,12 @@ the configuration (huggingface/peft, LoraConfig as of 0.21).
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts
-from loraformat.errors import LoraformatError, refuse
+from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.operations import find_origins
 from loraformat.problems import Problem
@@ -141,7 +142,10 @@ class Peft:
 
     def _read_other(self, bundle: Bundle, config: PeftConfig, other: PeftType) -> Adapter:
         """Return an adapter of another type than LORA."""
-        groups, problems = _group(bundle, other.table)
+        arranged = other.arrange(bundle.tensors, config)
+        if isinstance(arranged, Problem):
+            raise error_for([arranged])
+        groups, problems = _group(replace(bundle, tensors=arranged), other.table)
         factors = spread_shared({name: group.factors for name, group in groups.items()})
         saved = {name for name in factors if groups[name].kinds == {REPLACE}}
         found = [
@@ -153,7 +157,8 @@ class Peft:
         targets = [each for each in found if isinstance(each, Target)]
         left = [each for each in found if isinstance(each, Problem)]
         if not targets:
-            raise refuse("LF212", bundle.path, f"{len(bundle.tensors)} tensors, none of a target", "a target")
+            nothing = Problem("LF212", str(bundle.path), f"{len(bundle.tensors)} tensors, none of a target", "a target")
+            raise error_for([each for each in left if each.severity == "error"] or [nothing])
         return Adapter(
             targets=tuple(targets),
             base=BaseBinding(config.text("base_model_name_or_path"), config.text("revision")),

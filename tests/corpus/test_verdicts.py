@@ -386,10 +386,8 @@ GROUPS = (
     ),
     Group(
         "forms that are not merged",
-        lambda fields: (
-            fields["peft_type"] in NOT_MERGED or (fields["peft_type"] == "TINYLORA" and fields.get("weight_tying") != 1)
-        ),
-        17,
+        lambda fields: fields["peft_type"] in NOT_MERGED,
+        15,
         "LF209",
         "What they add cannot be told from the file, or is not computed; none is LoRA, and none may be taken for it.",
         "",
@@ -397,7 +395,7 @@ GROUPS = (
     Group(
         "other forms",
         lambda fields: fields["peft_type"] in OTHER_FORMS,
-        66,
+        68,
         None,
         "Kinds of their own, each merged by its own formula.",
     ),

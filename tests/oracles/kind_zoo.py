@@ -278,6 +278,13 @@ SPECIMENS: dict[str, Specimen] = {
     "tinylora": Specimen(
         lambda t: peft.TinyLoraConfig(r=2, u=5, weight_tying=1.0, target_modules=t), (*LINEAR, "table")
     ),
+    **{
+        f"tinylora tied {tying}": Specimen(
+            lambda t, tying=tying: peft.TinyLoraConfig(r=2, u=5, weight_tying=tying, target_modules=t),  # type: ignore[misc]
+            ("lin", "wide", "odd", "table"),
+        )
+        for tying in (0.0, 0.5)
+    },
     "supertuning": Specimen(lambda t: peft.SupertuningConfig(sparsity=0.8, target_modules=t), LINEAR),
     "supra": Specimen(lambda t: peft.SupertuningConfig(sparsity=0.8, r=3, lora_alpha=5, target_modules=t), LINEAR),
 }
