@@ -46,6 +46,19 @@ class PlannedAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A weight of the base that a change of another one is computed from as well.
+
+    Attributes:
+        key: identifies it within the base.
+        transposed: whether it is stored as the transpose of the canonical `(out, in * kernel)`.
+    """
+
+    key: str
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedChange:
     """What one target of one adapter does to a weight.
 
@@ -66,6 +79,7 @@ class PlannedChange:
             change with it; empty for nothing.
         shape: canonical shape of the parameter, `(out, in, *kernel)` of a weight; empty where the factors tell it.
         extent: the largest `(out, in)` of all weights that the adapter changes; empty where nothing follows from it.
+        beside: the module's other weight that it is computed from as well; None for none.
     """
 
     adapter: int
@@ -82,6 +96,7 @@ class PlannedChange:
     row_factors: tuple[float, ...] = ()
     shape: tuple[int, ...] = ()
     extent: tuple[int, ...] = ()
+    beside: Neighbour | None = None
 
 
 @dataclass(frozen=True, slots=True)

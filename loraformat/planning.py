@@ -15,7 +15,7 @@ from typing import Any, Final
 from loraformat.bases import BaseModel
 from loraformat.errors import error_for
 from loraformat.evidence import Hints
-from loraformat.extents import measure_together
+from loraformat.extents import find_neighbours, measure_together
 from loraformat.kinds import KINDS, Nature
 from loraformat.matching import Match, NewBias
 from loraformat.new_sizes import follow_weights
@@ -57,9 +57,11 @@ class _Found:
             found = "none of its targets, all left out on request"
             self.problems.append(Problem("LF401", item.name, found, "at least one"))
         extents, problems = measure_together(resolution.matches)
-        self.problems += problems
+        neighbours, torn = find_neighbours(resolution.matches)
+        self.problems += problems + torn
         for match in resolution.matches:
             change = _plan_change(position, match, item, extents.get(match.target.name, ()))
+            change = replace(change, beside=neighbours.get(match.want.name))
             self.problems += _check_scale(change)
             for weight in match.weights:
                 self.changes[weight.key].append(WeightChange(match, weight, change))

@@ -92,11 +92,12 @@ class Change:
 def list_changes(plan: Plan, base: BaseModel, adapters: Sequence[WeightedAdapter]) -> list[Change]:
     """Return what a plan adds to each weight, whole: as much memory as the touched weights take in float32."""
     weights, targets, buffers = index_weights(base), index_targets(adapters), TileBuffers()
+    tensors = {key: weight.tensor for key, weight in weights.items()}
     changes = []
     for weight in plan.weights:
         source = weights[weight.key]
         own = [targets[change.adapter][change.target] for change in weight.changes]
-        work = CodedWork(weight, source, own) if weight.is_coded else WeightWork(weight, source.tensor, own)
+        work = CodedWork(weight, source, own) if weight.is_coded else WeightWork(weight, source.tensor, own, tensors)
         tiles = [change_tile(work, buffers, rows)[2].astype(np.float32) for rows in list_tiles(weight)]
         delta, shape, dtype = np.concatenate(tiles), weight.shape, source.tensor.dtype
         if source.coding is not None:

@@ -251,7 +251,10 @@ SPECIMENS: dict[str, Specimen] = {
     ),
     "hira": Specimen(lambda t: peft.HiraConfig(r=3, target_modules=t), (*LINEAR, "conv", "point", "line", "table")),
     "hira turned": Specimen(lambda t: peft.HiraConfig(r=3, fan_in_fan_out=True, target_modules=t), ("turned",)),
-    "glora": Specimen(lambda t: peft.GloraConfig(r=3, target_modules=t), ("wide",)),
+    "glora": Specimen(lambda t: peft.GloraConfig(r=3, target_modules=t), (*LINEAR, "odd")),
+    "glora of one path": Specimen(
+        lambda t: peft.GloraConfig(config_A_B="none", config_C="vector", config_D_E="none", target_modules=t), ("lin",)
+    ),
     "glora vector": Specimen(
         lambda t: peft.GloraConfig(config_A_B="vector", config_C="none", config_D_E="vector", target_modules=t), LINEAR
     ),
