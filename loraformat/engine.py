@@ -201,7 +201,7 @@ class _Bench:
             yield self._list_coded(number, weight, coded)
             return
         tensor = self._tensors.get(weight.key)
-        work = WeightWork(weight, tensor, targets)
+        work = WeightWork(weight, tensor, targets, self._tensors)
         image, offset = locate_weight(self.assignment.images, weight, tensor)
         sink = self.assignment.sinks[image]
         assert sink is not None, "a file with a touched weight is written"

@@ -1,4 +1,4 @@
-"""Sizes of all weights that an adapter changes together, for kinds of which some numbers follow from them."""
+"""What a change follows from beside its own weight: sizes of all that an adapter changes, values of a neighbour."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from loraformat.kinds import KINDS, Sharing, SizedTogether
 from loraformat.matching import Match
+from loraformat.plan import Neighbour
 from loraformat.problems import Problem
 
 Extents = Mapping[str, tuple[int, ...]]
@@ -38,3 +39,27 @@ def _check(match: Match, extent: tuple[int, ...]) -> list[Problem]:
     kind = KINDS.find(match.target.kind)
     assert isinstance(kind, SizedTogether), "chosen so"
     return kind.check_extent(match.target, replace(match.change, extent=extent))
+
+
+def find_neighbours(matches: Sequence[Match]) -> tuple[Mapping[str, Neighbour], list[Problem]]:
+    """Return the weight that each change follows from as well, by the change's name, and what stands against it."""
+    found = {(match.target.name, match.want.parameter): match for match in matches}
+    neighbours: dict[str, Neighbour] = {}
+    problems: list[Problem] = []
+    for match in matches:
+        if not match.want.change.beside:
+            continue
+        near = found.get((match.target.name, match.want.change.beside))
+        if near is None or not _is_whole(near):
+            said = "none of it" if near is None else f"{near.weight.name!r}, which is not stored as it is used"
+            expected = f"the module's {match.want.change.beside} in one piece"
+            problems.append(Problem("LF418", match.want.name, said, expected))
+        else:
+            neighbours[match.want.name] = Neighbour(near.weight.key, near.transposed)
+    return neighbours, problems
+
+
+def _is_whole(match: Match) -> bool:
+    """Say whether a weight is stored as its module uses it."""
+    plain = match.weight.coding is None and match.weight.tensor.dtype.family == "float"
+    return plain and match.divisor == 1 and not match.row_factors and match.part is None and match.section is None

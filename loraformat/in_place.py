@@ -20,6 +20,7 @@ from loraformat.files import copy_range, resolve_inside
 from loraformat.images import Copy, FileImage
 from loraformat.output_forms import Order, list_touched
 from loraformat.outputs import PendingOutput, output_errors, sync_folder
+from loraformat.plan import Plan
 from loraformat.receipt import Receipt
 from loraformat.side_receipt import name_side_receipt
 from loraformat.sinks import FileSink, PatchSink, put_image
@@ -65,6 +66,7 @@ def merge_in_place(base: BaseModel, order: Order, work: Work) -> Receipt:
     images = [_describe_itself(file) for file in base.files]
     touched = {span.path for span in list_touched(plan, base)}
     _check_names(touched)
+    _check_neighbours(order.plan)
     with _open_for_patches(images, touched) as sinks:
         _write_journal(base, order, images)
         try:
@@ -77,6 +79,14 @@ def merge_in_place(base: BaseModel, order: Order, work: Work) -> Receipt:
     else:
         name_journal(base.path).unlink()
     return receipt
+
+
+def _check_neighbours(plan: Plan) -> None:
+    """Refuse a change that needs base values of a weight that may be overwritten by then (LF237)."""
+    needy = [weight.name for weight in plan.weights if any(change.beside for change in weight.changes)]
+    if needy:
+        found = f"{needy[0]!r}, computed from the base's values of another weight as well"
+        raise refuse("LF237", plan.output, found, "changes of each weight by itself")
 
 
 def _rewrite(base: BaseModel, order: Order, images: Sequence[FileImage], sinks: _Sinks, work: Work) -> Receipt:

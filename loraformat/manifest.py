@@ -7,7 +7,8 @@ defaults; it does not know files.
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from loraformat.adapter import Adapter, BaseBinding, Scaling, ScalingRule, SlotKind, Target
@@ -19,6 +20,8 @@ from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 
 MANIFEST_KEY: Final = "loraformat"
 VERSION: Final = "1.0"
+SHARING_VERSION: Final = "1.1"
+"""The first version in which targets share tensors."""
 _MAJOR: Final = 1
 _VERSION_FORM: Final = re.compile(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)")
 _VALUE_FIELD: Final = {
@@ -40,6 +43,13 @@ class TargetEntry:
     scaling: Scaling
     fingerprint: Fingerprint | None
     options: Mapping[str, JsonValue]
+    shared: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+Shared = Mapping[str, Mapping[str, str]]
+"""Target to the roles whose tensors are stored with another target, each with that target's name."""
+
+NOT_SHARED: Final[Shared] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +71,19 @@ class Manifest:
     provenance: Mapping[str, Any]
 
 
-def build_manifest(adapter: Adapter) -> bytes:
+def build_manifest(adapter: Adapter, shared: Shared = NOT_SHARED) -> bytes:
     """Return the canonical manifest text of `adapter`, UTF-8.
+
+    Args:
+        adapter: the adapter.
+        shared: which of its tensors are stored with another target.
 
     Raises:
         InputError: LF104 a number that not every reader of JSON holds, and whatever a reader would refuse.
     """
     manifest: dict[str, JsonValue] = {
-        "version": VERSION,
-        "targets": {target.name: _entry_as_json(target) for target in adapter.targets},
+        "version": SHARING_VERSION if shared else VERSION,
+        "targets": {target.name: _entry_as_json(target, shared.get(target.name)) for target in adapter.targets},
     }
     base = {name: value for name, value in (("name", adapter.base.name), ("revision", adapter.base.revision)) if value}
     optional = {"base": base, "annotations": dict(adapter.metadata), "provenance": dict(adapter.provenance)}
@@ -82,7 +96,7 @@ def build_manifest(adapter: Adapter) -> bytes:
     return text
 
 
-def _entry_as_json(target: Target) -> JsonValue:
+def _entry_as_json(target: Target, shared: Mapping[str, str] | None) -> JsonValue:
     scaling = target.scaling
     entry: dict[str, JsonValue] = {
         "kind": target.kind,
@@ -92,6 +106,8 @@ def _entry_as_json(target: Target) -> JsonValue:
     }
     if target.options:
         entry["options"] = dict(target.options)
+    if shared:
+        entry["shared"] = dict(shared)
     if target.fingerprint is not None:
         entry["fingerprint"] = {
             "shape": list(target.fingerprint.shape),
@@ -160,6 +176,7 @@ def _parse_entry(name: str, value: JsonValue, where: str) -> TargetEntry:
         scaling=Scaling(rule, scaling.take(_VALUE_FIELD[rule], _number)),
         fingerprint=_parse_fingerprint(fields.take("fingerprint", _object, None), place),
         options=fields.take("options", _object, {}),
+        shared=fields.take("shared", _texts, {}),
     )
     scaling.refuse_rest()
     fields.refuse_rest()

@@ -188,3 +188,23 @@ class Scale:
 
     def __str__(self) -> str:
         return f"scale by {self.factor:.9g} as {self.form}"
+
+
+@dataclass(frozen=True, slots=True)
+class WholeNumbers:
+    """Whole numbers, such as indices, that were stored as floats."""
+
+    def shape(self, shapes: Sequence[Shape]) -> Shape:
+        """Return the source's shape."""
+        return shapes[0]
+
+    def dtype(self, dtypes: Sequence[Dtype]) -> Dtype:
+        """Return 32-bit integers."""
+        return BY_NAME["int32"]
+
+    def apply(self, arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Return the numbers as integers."""
+        return arrays[0].astype(np.int32)
+
+    def __str__(self) -> str:
+        return "floats to whole numbers"

@@ -76,6 +76,19 @@ class PlannedReference:
 
 
 @dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A weight of the base that a change of another one is computed from as well.
+
+    Attributes:
+        key: identifies it within the base.
+        transposed: whether it is stored as the transpose of the canonical `(out, in * kernel)`.
+    """
+
+    key: str
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedChange:
     """What one target of one adapter does to a weight.
 
@@ -98,6 +111,7 @@ class PlannedChange:
         shape: canonical shape of the parameter, `(out, in, *kernel)` of a weight; empty where the factors tell it.
         references: where the float numbers are that it changes, where the base has them in a few bits.
         extent: the largest `(out, in)` of all weights that the adapter changes; empty where nothing follows from it.
+        beside: the module's other weight that it is computed from as well; None for none.
     """
 
     adapter: int
@@ -116,6 +130,7 @@ class PlannedChange:
     shape: tuple[int, ...] = ()
     references: tuple[PlannedReference, ...] = ()
     extent: tuple[int, ...] = ()
+    beside: Neighbour | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from loraformat.bases import BaseModel, CalibratedBase
 from loraformat.coded_plans import DEQUANTIZE, check_codes, make_float, plan_references
 from loraformat.errors import error_for
 from loraformat.evidence import Clues, Hints
-from loraformat.extents import measure_together
+from loraformat.extents import find_neighbours, measure_together
 from loraformat.kinds import KINDS, Nature
 from loraformat.matching import Match, NewBias
 from loraformat.new_sizes import follow_weights
@@ -58,11 +58,14 @@ class _Found:
             found = "none of its targets, all left out on request"
             self.problems.append(Problem("LF401", item.name, found, "at least one"))
         extents, problems = measure_together(resolution.matches)
-        self.problems += problems
+        neighbours, torn = find_neighbours(resolution.matches)
+        self.problems += problems + torn
         for match in resolution.matches:
             change = _plan_change(position, match, item, extents.get(match.target.name, ()))
             references = clues.reference.get((match.target.name, match.want.parameter), ())
-            change = replace(change, references=plan_references(match, references))
+            change = replace(
+                change, references=plan_references(match, references), beside=neighbours.get(match.want.name)
+            )
             self.problems += _check_scale(change)
             for weight in match.weights:
                 self.changes[weight.key].append(WeightChange(match, weight, change))

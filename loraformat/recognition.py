@@ -185,10 +185,10 @@ UNMERGEABLE: Final = (
         frozenset({"SHADOW"}),
     ),
     Unmergeable(
-        "a decomposition of the base (OSF, PSOFT, FRoD)",
-        "it keeps singular values or vectors of the base, which decompositions elsewhere find with other signs",
+        "a decomposition of the base (PSOFT, FRoD)",
+        "it turns between singular vectors of the base, which decompositions elsewhere find with other signs",
         _MERGE_THERE,
-        frozenset({"OSF", "PSOFT", "FROD"}),
+        frozenset({"PSOFT", "FROD"}),
     ),
     Unmergeable(
         "factors without places (AdaMSS, Uni-LoRA)",
@@ -197,7 +197,6 @@ UNMERGEABLE: Final = (
         frozenset({"ADAMSS", "UNILORA"}),
     ),
     Unmergeable("PEANuT", "a network computes the change from the base", _MERGE_THERE, frozenset({"PEANUT"})),
-    Unmergeable("DEFT", "it projects the base, which this version does not do", _MERGE_THERE, frozenset({"DEFT"})),
     Unmergeable(
         "ReFT",
         "it edits activations at some positions, and changes no weight",

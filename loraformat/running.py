@@ -92,11 +92,15 @@ def list_changes(order: Order, base: BaseModel) -> list[Change]:
     """Return what an order adds to each weight, whole: as much memory as the touched weights take in float32."""
     weights, targets, buffers = index_weights(base), index_targets(order.adapters), TileBuffers()
     floats = open_floats(order.plan, order.checkpoint)
+    tensors = {key: weight.tensor for key, weight in weights.items()}
     changes = []
     for weight in order.plan.weights:
         source = weights[weight.key]
         own = [targets[change.adapter][change.target] for change in weight.changes]
-        work = CodedWork(weight, source, own, floats) if weight.is_coded else WeightWork(weight, source.tensor, own)
+        if weight.is_coded:
+            work: WeightWork = CodedWork(weight, source, own, floats)
+        else:
+            work = WeightWork(weight, source.tensor, own, tensors)
         tiles = [change_tile(work, buffers, rows)[2].astype(np.float32) for rows in list_tiles(weight)]
         delta, shape, dtype = np.concatenate(tiles), weight.shape, source.tensor.dtype
         if source.coding is not None:

@@ -1,17 +1,19 @@
 """One weight in progress: what changes it, placed on the rows and columns of its stored matrix."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import PartialFactor, Target
+from loraformat.base_values import BaseValues
 from loraformat.dtypes import BY_NAME
 from loraformat.encodings import ENCODINGS, Encoding
-from loraformat.kinds import KINDS, AdditiveKind, Change, Delta, MappingKind, Nature, ReplacingKind, WeightMap
+from loraformat.kinds import BESIDE, KINDS, AdditiveKind, Change, Delta, MappingKind, Nature, ReplacingKind, WeightMap
 from loraformat.limits import STREAM_BYTES
 from loraformat.plan import PlannedChange, PlannedWeight
 from loraformat.scaled_rows import OrderedRows, ScaledRows
@@ -61,12 +63,20 @@ class WeightWork:
         weight: what to do.
         tensor: where the base has it; None for a weight that the base lacks.
         targets: the adapter targets, one for each change.
+        neighbours: the base's tensors by key, for changes that are computed from another one as well.
     """
 
-    def __init__(self, weight: PlannedWeight, tensor: StoredTensor | None, targets: Sequence[Target]) -> None:
+    def __init__(
+        self,
+        weight: PlannedWeight,
+        tensor: StoredTensor | None,
+        targets: Sequence[Target],
+        neighbours: Mapping[str, StoredTensor] = MappingProxyType({}),
+    ) -> None:
         self.weight = weight
         self.tensor = tensor
         self._targets = tuple(targets)
+        self._neighbours = neighbours
         self._lock = threading.Lock()
         self._placed: tuple[Placed, ...] | None = None
         self._choose_forms()
@@ -146,6 +156,9 @@ class WeightWork:
         change = _find_change(kind.changes(target), planned)
         change = replace(change, shape=planned.shape or change.shape, extent=planned.extent)
         factors = {role: self._read_factor(target, role, change) for role in change.roles}
+        if planned.beside is not None:
+            near = planned.beside
+            factors[BESIDE] = BaseValues(self._neighbours[near.key], self.work_form, near.transposed)
         if change.nature is Nature.FUNCTION_OF_BASE:
             return cast(MappingKind, kind).map(target, change, factors)
         if change.nature is Nature.REPLACEMENT:

@@ -1,4 +1,4 @@
-"""Random factors that were not saved: as large as the largest of all weights asks for, whichever of them is merged."""
+"""What a change follows from beside its own weight: sizes of all that are merged, and the base's values of another."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import loraformat
-from builders import write_tensors
+from builders import MemoryFactor, write_tensors
+from loraformat.adapter import Adapter, Scaling, ScalingRule, SlotKind, Target
 from loraformat.kinds._torch_random import draw_uniform
 from loraformat.strict_json import write_canonical
 
@@ -73,3 +74,41 @@ def test_factors_that_should_have_been_saved(tmp_path: Path) -> None:
     with pytest.raises(loraformat.LoraformatError) as caught:
         loraformat.merge(make_base(tmp_path / "base.safetensors", *BASES), [folder], tmp_path / "merged.safetensors")
     assert set(caught.value.codes) == {"LF230"}
+
+
+def make_glora(slot: SlotKind) -> Adapter:
+    """Return a target whose bias follows from the weight as well: b + W·C."""
+    shapes = {"glora_A.X": (1,), "glora_B.X": (1,), "glora_C.X": (4, 1)}
+    dice = np.random.default_rng(5)
+    factors = {role: MemoryFactor(role, dice.standard_normal(shape)) for role, shape in shapes.items()}
+    return Adapter((Target("m", "glora", slot, factors, 0, Scaling(ScalingRule.MULTIPLIER, 1.0)),))
+
+
+@pytest.mark.parametrize("slot", [SlotKind.LINEAR, SlotKind.LINEAR_TRANSPOSED])
+def test_a_bias_follows_from_the_weight_of_the_base(tmp_path: Path, slot: SlotKind) -> None:
+    """The base's, not the merged one, however it is stored."""
+    dice, adapter = np.random.default_rng(6), make_glora(slot)
+    weight, bias = dice.standard_normal((6, 4)), dice.standard_normal(6)
+    stored = weight.T if slot is SlotKind.LINEAR_TRANSPOSED else weight
+    base = write_tensors(tmp_path / "base.safetensors", {"m.weight": stored, "m.bias": bias})
+    loraformat.merge(base, [(adapter, 0.5)], tmp_path / "merged.safetensors")
+    merged = load_file(tmp_path / "merged.safetensors")
+    column = adapter.targets[0].factors["glora_C.X"].read()
+    np.testing.assert_allclose(merged["m.bias"], bias + 0.5 * (weight @ column)[:, 0], rtol=1e-12)
+    assert np.abs(merged["m.weight"] - stored).max() > 0.1
+
+
+def test_not_in_place_where_it_would_be_overwritten_by_then(tmp_path: Path) -> None:
+    base = write_tensors(tmp_path / "base.safetensors", {"m.weight": np.ones((6, 4)), "m.bias": np.ones(6)})
+    before = base.read_bytes()
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge_into(base, [make_glora(SlotKind.LINEAR)])
+    assert caught.value.codes == ("LF237",)
+    assert base.read_bytes() == before
+
+
+def test_not_where_the_weight_is_missing(tmp_path: Path) -> None:
+    base = write_tensors(tmp_path / "base.safetensors", {"m.bias": np.ones(6)})
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(base, [make_glora(SlotKind.LINEAR)], tmp_path / "merged.safetensors")
+    assert set(caught.value.codes) == {"LF401", "LF418"}

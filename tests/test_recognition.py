@@ -57,13 +57,11 @@ TYPES = {
     "POLY": "Poly",
     "LILY": "Lily",
     "SHADOW": "Shadow",
-    "OSF": "a decomposition of the base",
     "PSOFT": "a decomposition of the base",
     "FROD": "a decomposition of the base",
     "ADAMSS": "factors without places",
     "UNILORA": "factors without places",
     "PEANUT": "PEANuT",
-    "DEFT": "DEFT",
 }
 HUB = {
     "hidden_size": 768,

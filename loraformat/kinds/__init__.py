@@ -61,6 +61,8 @@ class Change:
         is_flat: whether it may as well be a kernel `(out, in, *kernel)`, since its factors only know the matrix.
         extent: `(out, in)`, each the largest of all weights that the adapter changes together with this one
             (`SizedTogether`); empty until all have been found.
+        beside: another parameter of the module from whose base values it is computed as well; they come with the
+            factors as `BESIDE`. Empty for none.
     """
 
     parameter: str
@@ -74,6 +76,24 @@ class Change:
     is_optional: bool = False
     is_flat: bool = False
     extent: tuple[int, ...] = ()
+    beside: str = ""
+
+
+BESIDE: Final = "base"
+"""The role under which a kind is handed the base values of another parameter."""
+
+
+class BaseRows(Protocol):
+    """The base's values of a parameter as a matrix, `(out, in * kernel)` of a weight, some rows at a time."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(rows, columns)`."""
+        ...
+
+    def read_rows(self, start: int, stop: int) -> NDArray[Any]:
+        """Return rows `start:stop`, `(stop - start, columns)` of a float form."""
+        ...
 
 
 class Delta(Protocol):

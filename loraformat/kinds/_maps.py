@@ -1,6 +1,6 @@
 """Functions of a weight, each computed some rows at a time."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -211,13 +211,14 @@ class BlockMap:
 
 @dataclass(frozen=True, slots=True)
 class ProjectionMap:
-    """W + W·U·V, or U·V·W + W with the projection on the left.
+    """W + W·U·V + D, or U·V·W + W + D with the projection on the left.
 
     Attributes:
         shape: `(rows, columns)`.
         left: U (columns, k), or (rows, k) on the left.
         right: V (k, columns), or (k, rows).
         is_on_rows: whether U·V stands on the left.
+        added: D, or None.
         projected: V·W (k, columns) on the left, known after a pass.
     """
 
@@ -225,6 +226,7 @@ class ProjectionMap:
     left: NDArray[Any]
     right: NDArray[Any]
     is_on_rows: bool = False
+    added: Delta | None = None
     projected: NDArray[Any] | None = None
 
     @property
@@ -234,7 +236,8 @@ class ProjectionMap:
 
     def transposed(self) -> "ProjectionMap":
         """Return the same function of the transposed matrix."""
-        return ProjectionMap(self.shape[::-1], self.right.T, self.left.T, not self.is_on_rows)
+        added = self.added.transposed() if self.added is not None else None
+        return ProjectionMap(self.shape[::-1], self.right.T, self.left.T, not self.is_on_rows, added)
 
     def prepare(self, tiles: Tiles) -> "ProjectionMap":
         """Return the map with the projection of all rows, which takes a pass."""
@@ -253,3 +256,46 @@ class ProjectionMap:
         else:
             np.matmul(base @ self.left, self.right, out=out)
         np.add(out, base, out=out)
+        if self.added is not None:
+            room = np.empty_like(out)
+            self.added.write_rows(start, stop, room)
+            np.add(out, room, out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeMap:
+    """A function that must see all of a weight at once, such as one of its singular vectors.
+
+    Attributes:
+        shape: `(rows, columns)`.
+        compute: f, from W and to W′ in float64.
+        is_turned: whether the matrix is the transpose of what `compute` takes.
+        result: f(W), known after a pass.
+    """
+
+    shape: tuple[int, int]
+    compute: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    is_turned: bool = False
+    result: NDArray[Any] | None = None
+
+    @property
+    def row_block(self) -> int:
+        """All of it comes from a pass before."""
+        return 1
+
+    def transposed(self) -> "WholeMap":
+        """Return the same function of the transposed matrix."""
+        return replace(self, shape=self.shape[::-1], is_turned=not self.is_turned)
+
+    def prepare(self, tiles: Tiles) -> "WholeMap":
+        """Return the map with its result, which takes a pass and memory for the whole weight."""
+        whole, form = np.empty(self.shape, np.float64), np.dtype(np.float64)
+        for start, base in tiles:
+            whole[start : start + len(base)], form = base, base.dtype
+        result = self.compute(whole.T).T if self.is_turned else self.compute(whole)
+        return replace(self, result=result.astype(form, copy=False))
+
+    def write_rows(self, start: int, stop: int, base: NDArray[Any], out: NDArray[Any]) -> None:
+        """Write rows `start:stop` of f(W) into `out`."""
+        assert self.result is not None, "the map is prepared"
+        np.copyto(out, self.result[start:stop])

@@ -202,6 +202,7 @@ _RULES: Final[tuple[Callable[[PeftConfig, Stored], Iterator[Problem]], ...]] = (
 
 _LOST: Final = (
     ("lora_bias", "lora_B.bias", "a lora_B.bias at each target"),
+    ("kasa_config", "lora_diag", "a lora_diag at each target"),
     ("trainable_token_indices", "trainable_tokens_delta", "the rows of the trained tokens"),
 )
 
@@ -218,6 +219,7 @@ def find_lost(config: PeftConfig, stored: Stored) -> list[Problem]:
 
 _ANNOUNCED: Final = (
     ("use_dora", "dora"),
+    ("kasa_config", "kasa"),
     ("trainable_token_indices", "tokens"),
     ("modules_to_save", "replace"),
 )
@@ -228,7 +230,7 @@ def announced_kinds(config: PeftConfig) -> dict[str, str]:
     if config.fields.get("peft_type") == "TRAINABLE_TOKENS":
         return {"tokens": "peft_type"}
     fields = {kind: field for field, kind in _ANNOUNCED if config.fields.get(field)}
-    return fields if "dora" in fields else {"lora": "peft_type"} | fields
+    return fields if {"dora", "kasa"} & set(fields) else {"lora": "peft_type"} | fields
 
 
 def check_numbers(config: PeftConfig) -> list[Problem]:

@@ -46,7 +46,6 @@ _DEQUANTISED: Final = (
 _BASE_CHANGING: Final = ("pissa", "olora", "corda", "lora_ga")
 
 _OBSTACLES: Final = (
-    _Obstacle("kasa_config", _is_set, "it cuts singular values off the base (KaSA)"),
     _Obstacle("layer_replication", _is_set, "it repeats layers of the base, which has fewer than the adapter"),
     _Obstacle(
         "init_lora_weights",

@@ -7,15 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
+import numpy as np
+
 from loraformat.adapter import SlotKind, Target
+from loraformat.derived import derive
 from loraformat.errors import refuse
+from loraformat.operations import WholeNumbers
 from loraformat.problems import Problem
 from loraformat.schemes._peft_config import PeftConfig
+from loraformat.schemes._peft_order import give_vectors
 from loraformat.schemes._peft_patterns import fits_whole
 from loraformat.schemes._peft_type import Barrier, Factors, PeftType, read_number
 from loraformat.strict_json import JsonValue
 
-_ORDER: Final = "which target has which vector follows from the order of the base's modules, which no file says"
+_EXACT: Final = 1 << 24
+"""Below it every whole number is a float32."""
 _COIFLET: Final = "coiflets, of whose filters this version has none; db1 to db10 and sym2 to sym10 it has"
 _NOT_SAVED: Final = Barrier(
     "save_projection", lambda saved: saved is False, "the random factors were not saved", True, "LF232"
@@ -77,8 +83,27 @@ def _scale_gralora(config: PeftConfig, factors: Factors) -> float:
     return alpha / ranks if ranks else alpha
 
 
+def _scale_deft(config: PeftConfig, factors: Factors) -> float:
+    """Return alpha over the rank, which is never above the number of outputs; 1 without an alpha."""
+    alpha, given = config.fields.get("alpha"), factors.get("deft_P")
+    if not alpha or given is None or len(given.shape) != 2 or not given.shape[1]:
+        return 1.0
+    return read_number(config, "alpha", alpha) / given.shape[1]
+
+
 def _read_miss_variant(config: PeftConfig, target: str, factors: Factors) -> Mapping[str, JsonValue]:
     return {"is_repeated_along_outputs": True} if config.fields.get("init_weights") == "mini" else {}
+
+
+def _count_indices(target: Target, config: PeftConfig) -> Target | Problem:
+    """Return SHiRA's places as whole numbers: on Windows PEFT saves them as float32."""
+    places = target.factors.get("shira_indices")
+    if places is None or places.dtype.name not in ("float32", "float64"):
+        return target
+    values = places.read()
+    if not np.array_equal(values, np.rint(values)) or not (np.abs(values) < _EXACT).all():
+        return Problem("LF210", f"{target.name}: shira_indices", f"{places.dtype.name}, not whole", "whole numbers")
+    return replace(target, factors={**target.factors, "shira_indices": derive(WholeNumbers(), places)})
 
 
 def _choose_miss(target: Target, config: PeftConfig) -> Target:
@@ -187,7 +212,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         "miss", _same("miss_block"), rank=(("miss_block", 0),), more=_read_miss_variant, adjust=_choose_miss
     ),
     "BONE": PeftType("miss", {"bone_block": "miss_block"}, rank=(("miss_block", 0),), adjust=_choose_miss),
-    "SHIRA": PeftType("shira", _same("shira_weight", "shira_indices")),
+    "SHIRA": PeftType("shira", _same("shira_weight", "shira_indices"), adjust=_count_indices),
     "C3A": PeftType("c3a", _same("c3a_kernel")),
     "ROAD": PeftType("road", _same("road_theta", "road_alpha"), options={"variant": "road_1", "group_size": 64}),
     "DELORA": PeftType(
@@ -211,6 +236,14 @@ TYPES: Final[Mapping[str, PeftType]] = {
             *(f"glora_{path}.{form}" for path in "ABC" for form in ("Xd", "Xu")),
         ),
     ),
+    "DEFT": PeftType(
+        "deft",
+        _same("deft_P", "deft_R"),
+        rank=(("deft_P", 1),),
+        scaling=_scale_deft,
+        options={"decomposition_method": "relu"},
+    ),
+    "OSF": PeftType("osf", _same(*(f"osf_svd_params.{part}" for part in ("U_low", "S_low", "V_low")))),
     "BEFT": PeftType("beft", _same("beft_bias")),
     "LN_TUNING": PeftType(
         "replace",
@@ -220,7 +253,8 @@ TYPES: Final[Mapping[str, PeftType]] = {
         "tinylora",
         {**_same("tinylora_A", "tinylora_B", "tinylora_P"), "tinylora_v.0": "tinylora_v"},
         rank=(("tinylora_P", 1),),
-        obstacles=(Barrier("weight_tying", lambda tying: tying != 1, _ORDER, 0.0), _NOT_SAVED),
+        obstacles=(_NOT_SAVED,),
+        arrange=give_vectors,
     ),
     "SUPERTUNING": PeftType(
         "supertuning",

@@ -6,12 +6,13 @@ the configuration (huggingface/peft, LoraConfig as of 0.21).
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts
 from loraformat.derived import find_origins
-from loraformat.errors import LoraformatError, refuse
+from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import ALL_SLOTS, Bundle, ConfigReading, Holds, StatedScale, WrittenBundle
@@ -65,6 +66,8 @@ TABLE: Final = NameTable(
         Row("lora_B.{adapter}.bias", "lora", "lora_B.bias"),
         Row("lora_magnitude_vector", "dora", "lora_magnitude_vector"),
         Row("lora_magnitude_vector.{adapter}.weight", "dora", "lora_magnitude_vector"),
+        Row("lora_diag", "kasa", "lora_diag"),
+        Row("lora_diag.{adapter}", "kasa", "lora_diag"),
         Row("modules_to_save.{adapter}.weight", REPLACE, "weight"),
         Row("modules_to_save.{adapter}.bias", REPLACE, "bias"),
         Row("modules_to_save.weight", COPY, "modules_to_save.weight"),
@@ -93,7 +96,7 @@ class Peft:
     title = "PEFT: adapter_config.json and adapter_model.safetensors"
     names = "peft"
     holds = Holds(
-        kinds=frozenset({row.kind for row in TABLE.rows} - {BASE, COPY} | {"lora and replace"} | _OTHER_KINDS),
+        kinds=frozenset({row.kind for row in TABLE.rows} - {BASE, COPY, "kasa"} | {"lora and replace"} | _OTHER_KINDS),
         slots=ALL_SLOTS,
     )
 
@@ -153,7 +156,10 @@ class Peft:
 
     def _read_other(self, bundle: Bundle, config: PeftConfig, other: PeftType) -> Adapter:
         """Return an adapter of another type than LORA."""
-        groups, problems = _group(bundle, other.table)
+        arranged = other.arrange(bundle.tensors, config)
+        if isinstance(arranged, Problem):
+            raise error_for([arranged])
+        groups, problems = _group(replace(bundle, tensors=arranged), other.table)
         factors = spread_shared({name: group.factors for name, group in groups.items()})
         saved = {name for name in factors if groups[name].kinds == {REPLACE}}
         found = [
@@ -165,7 +171,8 @@ class Peft:
         targets = [each for each in found if isinstance(each, Target)]
         left = [each for each in found if isinstance(each, Problem)]
         if not targets:
-            raise refuse("LF212", bundle.path, f"{len(bundle.tensors)} tensors, none of a target", "a target")
+            nothing = Problem("LF212", str(bundle.path), f"{len(bundle.tensors)} tensors, none of a target", "a target")
+            raise error_for([each for each in left if each.severity == "error"] or [nothing])
         return Adapter(
             targets=tuple(targets),
             base=BaseBinding(config.text("base_model_name_or_path"), config.text("revision")),

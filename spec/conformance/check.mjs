@@ -281,6 +281,7 @@ function readTarget(name, value) {
   const target = takeFields(value, {
     kind: [isText, true], slot: [(slot) => SLOTS.includes(slot), true], rank: [isInteger, true],
     scaling: [isObject, true], fingerprint: [isObject, false], options: [isObject, false],
+    shared: [(value) => isObject(value) && [...value.values()].every(isText), false],
   }, name);
   const rule = target.scaling.get("rule");
   demand(isText(rule) && Object.hasOwn(RULES, rule), "LF122", `${name}: scaling rule ${rule}`);
@@ -291,8 +292,8 @@ function readTarget(name, value) {
   }, `${name}: fingerprint`);
   const fingerprint = print && { shape: print.shape.map(Number), samples: print.samples.map(Number) };
   const number = Number(scaling[RULES[rule]]);
-  const options = target.options ?? new Map();
-  return { name, kind: target.kind, slot: target.slot, rank: Number(target.rank), rule, number, fingerprint, options };
+  const { kind, slot, options = new Map(), shared = new Map() } = target;
+  return { name, kind, slot, rank: Number(target.rank), rule, number, fingerprint, options, shared };
 }
 
 function scaleOf({ rule, number, rank }) {
@@ -313,8 +314,36 @@ function readAdapter(file) {
     demand(end >= 0, "LF202", `${tensor.name} belongs to no target`);
     adapter.targets.get(tensor.name.slice(0, end)).factors.set(tensor.name.slice(end + 1), tensor);
   }
+  takeShared(adapter.targets);
   adapter.warnings = [...adapter.targets.values()].flatMap(checkTarget);
   return adapter;
+}
+
+/** Give targets the tensors that are stored with others (R-025). */
+function takeShared(targets) {
+  const stored = new Map([...targets].map(([name, { factors }]) => [name, new Map(factors)]));
+  for (const [name, { shared, factors }] of targets) {
+    for (const [role, other] of shared) {
+      const tensor = stored.get(other)?.get(role);
+      demand(tensor && !stored.get(name).has(role), "LF236", `${name}: ${role} of ${other}`);
+      factors.set(role, tensor);
+    }
+  }
+}
+
+/** Which tensors a target before has under the same role: target to role to that target's name. */
+function findShared(targets) {
+  const owners = new Map();
+  const shared = new Map();
+  for (const name of [...targets.keys()].sort()) {
+    for (const [role, tensor] of targets.get(name).factors) {
+      if (!owners.has(tensor)) owners.set(tensor, new Map());
+      const roles = owners.get(tensor);
+      if (!roles.has(role)) roles.set(role, name);
+      else shared.set(name, (shared.get(name) ?? new Map()).set(role, roles.get(role)));
+    }
+  }
+  return shared;
 }
 
 const KINDS = { lora: checkLora, replace: checkReplace };
@@ -384,16 +413,20 @@ function mapOf(object) {
 
 function writeAdapter({ targets, base, annotations, provenance }) {
   const named = new Map();
+  const sharing = findShared(targets);
   for (const { name, kind, slot, rank, rule, number, fingerprint } of targets.values()) {
     const scaling = mapOf({ rule, [RULES[rule]]: number });
-    named.set(name, mapOf({ kind, slot, rank, scaling, fingerprint: fingerprint && mapOf(fingerprint) }));
+    const shared = sharing.get(name);
+    named.set(name, mapOf({ kind, slot, rank, scaling, shared, fingerprint: fingerprint && mapOf(fingerprint) }));
   }
   const binding = mapOf({ name: base.name || undefined, revision: base.revision || undefined });
-  const manifest = mapOf({ version: "1.0", targets: named });
+  const manifest = mapOf({ version: sharing.size > 0 ? "1.1" : "1.0", targets: named });
   for (const [key, value] of Object.entries({ base: binding, annotations, provenance })) {
     if (value.size > 0) manifest.set(key, value);
   }
-  const tensors = [...targets.values()].flatMap((target) => [...target.factors.values()]);
+  const tensors = [...targets.values()].flatMap(({ name, factors }) =>
+    [...factors].filter(([role]) => !sharing.get(name)?.has(role)).map(([role, t]) => ({ ...t, name: `${name}.${role}` })),
+  );
   tensors.sort((x, y) => BITS[y.dtype] - BITS[x.dtype] || Buffer.compare(Buffer.from(x.name), Buffer.from(y.name)));
   const header = new Map([["__metadata__", mapOf({ loraformat: writeCanonical(manifest) })]]);
   let end = 0;

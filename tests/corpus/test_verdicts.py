@@ -268,7 +268,7 @@ def test_rows_of_added_tokens_are_no_table(tmp_path: Path) -> None:
 
 VIRTUAL_TOKENS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
 ROUTED = {"LILY", "SHADOW"}
-NOT_MERGED = {"FINEGATES", "FROD", "OSF", "PEANUT", "UILINLORA", "UNILORA"}
+NOT_MERGED = {"FINEGATES", "FROD", "PEANUT", "UILINLORA", "UNILORA"}
 OTHER_FORMS = {
     "ADALORA",  # singular values between the factors, pruned
     "BEFT",  # biases
@@ -386,10 +386,8 @@ GROUPS = (
     ),
     Group(
         "forms that are not merged",
-        lambda fields: (
-            fields["peft_type"] in NOT_MERGED or (fields["peft_type"] == "TINYLORA" and fields.get("weight_tying") != 1)
-        ),
-        18,
+        lambda fields: fields["peft_type"] in NOT_MERGED,
+        15,
         "LF209",
         "What they add cannot be told from the file, or is not computed; none is LoRA, and none may be taken for it.",
         "",
@@ -397,7 +395,7 @@ GROUPS = (
     Group(
         "other forms",
         lambda fields: fields["peft_type"] in OTHER_FORMS,
-        65,
+        68,
         None,
         "Kinds of their own, each merged by its own formula.",
     ),
@@ -419,9 +417,8 @@ GROUPS = (
         "KaSA",
         lambda fields: is_lora(fields) and bool(fields.get("kasa_config")),
         2,
-        "LF209",
+        None,
         "A diagonal between the factors, and a base that lost its small singular values.",
-        "kasa_config",
     ),
     Group(
         "BD-LoRA",

@@ -1,5 +1,6 @@
 """PEFT's GLoRA: each path as a product, as numbers of the rows, as one number, or missing."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from kind_examples import MATRICES, Arrays, draw_factors, draw_sizes, make_target, mapped
 from laws.kind_laws import MapExample, MappingKindLaws
 from loraformat.adapter import SlotKind, Target
+from loraformat.kinds import BESIDE
 from loraformat.kinds.glora import KIND
 
 
@@ -63,12 +65,43 @@ def test_the_bias_has_paths_of_its_own() -> None:
     np.testing.assert_array_equal(out, [[3 + 3 + 0.5], [4 + 8 + 0.5]])
 
 
+@dataclass(frozen=True)
+class Rows:
+    matrix: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.matrix.shape
+
+    def read_rows(self, start: int, stop: int) -> np.ndarray:
+        return self.matrix[start:stop]
+
+
+@pytest.mark.parametrize("form", ["X", "product"])
+def test_the_bias_is_computed_from_the_weight_as_well(form: str) -> None:
+    dice = np.random.default_rng(3)
+    base, bias = dice.standard_normal((300, 4)), dice.standard_normal((300, 1))
+    column, row = dice.standard_normal((4, 2)), dice.standard_normal((2, 1))
+    path = {"glora_C.X": column @ row} if form == "X" else {"glora_C.Xd": column, "glora_C.Xu": row}
+    arrays = {"glora_A.X": np.ones(1), "glora_B.X": np.ones(1), "glora_D.X": np.array([0.5]), **path}
+    target = make_target("glora", SlotKind.LINEAR, arrays)
+    _, change = KIND.changes(target)
+    assert (change.parameter, change.beside, change.is_optional) == ("bias", "weight", False)
+    out = np.empty((300, 1))
+    change = replace(change, shape=(300,))
+    KIND.map(target, change, {role: arrays[role] for role in change.roles} | {BESIDE: Rows(base)}).write_rows(
+        0, 300, bias, out
+    )
+    np.testing.assert_allclose(out, bias * 1.5 + base @ column @ row, rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("roles", "codes"),
     [
         ({"glora_A.X": (3, 1), "glora_B.X": (1,), "glora_C.zeros": (4, 1)}, []),
-        ({"glora_A.X": (3, 1), "glora_B.X": (1,), "glora_C.X": (4, 1)}, ["LF209"]),
-        ({"glora_A.X": (3, 1), "glora_B.X": (1,), "glora_C.Xd": (4, 2), "glora_C.Xu": (2, 1)}, ["LF209"]),
+        ({"glora_A.X": (3, 1), "glora_B.X": (1,), "glora_C.X": (4, 1)}, []),
+        ({"glora_A.X": (3, 1), "glora_B.X": (1,), "glora_C.Xd": (4, 2), "glora_C.Xu": (2, 1)}, []),
+        ({"glora_A.X": (3, 1), "glora_B.X": (1,), "glora_C.Xd": (4, 2)}, ["LF201"]),
         ({"glora_A.X": (3, 1)}, ["LF201"]),
         ({"glora_A.X": (3, 1), "glora_B.Xd": (3, 2)}, ["LF201"]),
         ({"glora_A.X": (3, 1), "glora_A.zeros": (3, 4)}, ["LF201"]),

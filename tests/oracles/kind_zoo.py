@@ -251,7 +251,10 @@ SPECIMENS: dict[str, Specimen] = {
     ),
     "hira": Specimen(lambda t: peft.HiraConfig(r=3, target_modules=t), (*LINEAR, "conv", "point", "line", "table")),
     "hira turned": Specimen(lambda t: peft.HiraConfig(r=3, fan_in_fan_out=True, target_modules=t), ("turned",)),
-    "glora": Specimen(lambda t: peft.GloraConfig(r=3, target_modules=t), ("wide",)),
+    "glora": Specimen(lambda t: peft.GloraConfig(r=3, target_modules=t), (*LINEAR, "odd")),
+    "glora of one path": Specimen(
+        lambda t: peft.GloraConfig(config_A_B="none", config_C="vector", config_D_E="none", target_modules=t), ("lin",)
+    ),
     "glora vector": Specimen(
         lambda t: peft.GloraConfig(config_A_B="vector", config_C="none", config_D_E="vector", target_modules=t), LINEAR
     ),
@@ -259,11 +262,32 @@ SPECIMENS: dict[str, Specimen] = {
         lambda t: peft.GloraConfig(config_A_B="constant", config_C="none", config_D_E="constant", target_modules=t),
         LINEAR,
     ),
+    "deft": Specimen(lambda t: peft.DeftConfig(r=3, alpha=5, target_modules=t), LINEAR, tolerance=1e-6),
+    "deft qr": Specimen(
+        lambda t: peft.DeftConfig(r=3, decomposition_method="qr", target_modules=t), LINEAR, tolerance=1e-6
+    ),
+    "deft turned": Specimen(
+        lambda t: peft.DeftConfig(r=3, fan_in_fan_out=True, target_modules=t), ("turned",), tolerance=1e-6
+    ),
+    "para": Specimen(lambda t: peft.DeftConfig(r=3, para=True, target_modules=t), LINEAR, tolerance=1e-6),
+    "osf": Specimen(lambda t: peft.OSFConfig(effective_rank=5, target_modules=t), LINEAR, tolerance=2e-6),
+    "kasa": Specimen(
+        lambda t: peft.LoraConfig(r=3, lora_alpha=5, kasa_config=peft.KasaConfig(), target_modules=t),
+        LINEAR,
+        tolerance=2e-6,
+    ),
     "beft": Specimen(lambda t: peft.BeftConfig(target_modules=t), ("lin",)),
     "ln_tuning": Specimen(lambda t: peft.LNTuningConfig(target_modules=t), ("norm",)),
     "tinylora": Specimen(
         lambda t: peft.TinyLoraConfig(r=2, u=5, weight_tying=1.0, target_modules=t), (*LINEAR, "table")
     ),
+    **{
+        f"tinylora tied {tying}": Specimen(
+            lambda t, tying=tying: peft.TinyLoraConfig(r=2, u=5, weight_tying=tying, target_modules=t),  # type: ignore[misc]
+            ("lin", "wide", "odd", "table"),
+        )
+        for tying in (0.0, 0.5)
+    },
     "supertuning": Specimen(lambda t: peft.SupertuningConfig(sparsity=0.8, target_modules=t), LINEAR),
     "supra": Specimen(lambda t: peft.SupertuningConfig(sparsity=0.8, r=3, lora_alpha=5, target_modules=t), LINEAR),
 }

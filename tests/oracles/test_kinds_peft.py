@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,6 +91,32 @@ def test_a_fingerprint_binds_it_to_its_base(trained: "Callable[[str], Trained]",
     with pytest.raises(loraformat.LoraformatError) as caught:
         loraformat.merge(tmp_path / "other.safetensors", [bound], tmp_path / "wrong.safetensors")
     assert set(caught.value.codes) == {"LF406"}
+
+
+@pytest.mark.parametrize("factors", [2, 3])
+def test_butterflies_without_the_extension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factors: int) -> None:
+    """PEFT puts blocks on a diagonal by an extension for CUDA, and takes one factor without it; torch has that too."""
+    import peft
+    import torch
+    from kind_zoo import LINEAR, SPECIMENS, Specimen, train
+    from peft.tuners.boft import layer
+
+    def forward(blocks: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
+
+    monkeypatch.setattr(layer, "_FBD_CUDA", SimpleNamespace(forward=forward))
+    size = {2: 6, 3: 2}[factors]
+    specimen = Specimen(
+        lambda t: peft.BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=factors, target_modules=t),
+        LINEAR if factors == 2 else ("lin",),
+    )
+    monkeypatch.setitem(SPECIMENS, "butterflies", specimen)
+    left = train(specimen, tmp_path)
+    loraformat.merge(left.base, [left.folder], tmp_path / "merged.safetensors")
+    found = outputs_of(tmp_path / "merged.safetensors", "butterflies")
+    for name, expected in left.unmerged.items():
+        assert np.abs(left.before[name] - expected).max() > 1e-2
+        np.testing.assert_allclose(found[name], expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_convolution_of_oft_is_no_weight(tmp_path: Path) -> None:

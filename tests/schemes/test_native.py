@@ -19,6 +19,10 @@ from loraformat.schemes.native import SCHEME, write_tensors
 EIGHT = Scaling(ScalingRule.ALPHA_OVER_RANK, 8.0)
 
 
+ONE = Scaling(ScalingRule.MULTIPLIER, 1.0)
+SHARED = {"vera_A": (2, 7), "vera_B": (6, 2)}
+
+
 def make_factors(*roles: str, first: int = 2) -> dict[str, Factor]:
     dice = np.random.default_rng(len(roles))
     shapes = {"A": (first, 5), "B": (7, first)}
@@ -155,3 +159,19 @@ def test_a_scale_that_is_not_finite_is_not_written() -> None:
     with pytest.raises(LoraformatError) as caught:
         write_tensors(Adapter((target,)))
     assert caught.value.codes == ("LF104",)
+
+
+def test_a_tensor_that_targets_share_is_stored_once() -> None:
+    """Of VeRA's random factors there is one pair, whatever the number of targets."""
+    shared = {role: MemoryFactor(role, np.ones(shape, np.float32)) for role, shape in SHARED.items()}
+    targets = []
+    for name, out in (("m.v", 4), ("m.q", 5), ("m.10", 4)):
+        own = {"vera_lambda_b": MemoryFactor("b", np.ones(out)), "vera_lambda_d": MemoryFactor("d", np.ones(2))}
+        targets.append(Target(name, "vera", SlotKind.LINEAR, {**own, **shared}, 2, ONE))
+    tensors, metadata = write_tensors(Adapter(tuple(targets)))
+    assert [key for key in tensors if key.endswith(("vera_A", "vera_B"))] == ["m.10.vera_A", "m.10.vera_B"]
+    bundle = Bundle(Path("own.safetensors"), tensors, metadata)
+    read = SCHEME.read(bundle, NOT_STATED)
+    assert not read.problems
+    assert all(target.factors["vera_A"] is tensors["m.10.vera_A"] for target in read.targets)
+    assert write_tensors(read)[1] == metadata

@@ -193,10 +193,10 @@ def test_two_keys_for_one_role(twin: str) -> None:
 
 
 def test_all_unknown_keys_are_named() -> None:
-    bundle = make_bundle({"model.q": {**LINEAR, "lora_diag": (2,)}, "model.v": {**LINEAR, "lora_mask": (3,)}})
+    bundle = make_bundle({"model.q": {**LINEAR, "lora_noise": (2,)}, "model.v": {**LINEAR, "lora_mask": (3,)}})
     problems = errors(bundle)
     assert {problem.code for problem in problems} == {"LF202"}
-    assert [problem.where.rpartition(".")[2] for problem in problems] == ["lora_diag", "lora_mask"]
+    assert [problem.where.rpartition(".")[2] for problem in problems] == ["lora_noise", "lora_mask"]
 
 
 def test_nothing_but_unknown_keys() -> None:
@@ -467,7 +467,7 @@ def test_dora_with_its_magnitudes(role: str) -> None:
     assert set(target.factors) == {*LINEAR, "lora_magnitude_vector"}
 
 
-@pytest.mark.parametrize("kind", ["DEFT", "OSF", "lora", "PROMPT_TUNING", ""])
+@pytest.mark.parametrize("kind", ["PSOFT", "PEANUT", "lora", "PROMPT_TUNING", ""])
 def test_other_types_are_refused_by_name(kind: str) -> None:
     problems = errors(make_bundle({"m.q": LINEAR}, {**CONFIG, "peft_type": kind}))
     assert [problem.code for problem in problems] == ["LF209"]

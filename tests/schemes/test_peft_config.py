@@ -104,7 +104,6 @@ STANDING = {
     "alora_invocation_tokens": ([[1, 2], []], [None]),
     "arrow_config": ([{"arrow_top_k": 2}], [None, {}]),
     "use_qalora": ([True], [False, None]),
-    "kasa_config": ([{"beta": 1}], [None]),
     "layer_replication": ([[[0, 4], [2, 5]]], [None, []]),
     "init_lora_weights": (
         ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "PiSSA", "OLoRA"],

@@ -173,6 +173,14 @@ def test_the_variants_of_miss_and_bone() -> None:
     }
 
 
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (6, 2.0)])
+def test_the_injection_of_deft_has_a_scale_and_its_projection_none(alpha: int | None, scale: float) -> None:
+    shapes = {"m.q.deft_P": (6, 3), "m.q.deft_R": (3, 5)}
+    (target,) = read(make_bundle("DEFT", shapes, r=3, alpha=alpha, decomposition_method="qr")).targets
+    assert (target.kind, target.rank, target.scale) == ("deft", 3, scale)
+    assert target.options == {"decomposition_method": "qr"}
+
+
 def test_norms_that_were_trained_replace_the_base_s() -> None:
     shapes = {"m.norm.ln_tuning_layers.weight": (6,), "m.norm.ln_tuning_layers.bias": (6,)}
     (target,) = read(make_bundle("LN_TUNING", shapes)).targets
@@ -188,20 +196,59 @@ def test_wavelets() -> None:
     assert "coiflet" in str(problems[0].found)
 
 
+def make_tiny(drawn: Mapping[str, list[float]], vectors: int, **fields: Any) -> Bundle:
+    """Return targets with one random matrix each, of rank 1 where there are three numbers."""
+    arrays: dict[str, Any] = {f"base_model.tinylora_v.{each}": np.full(3, each) for each in range(vectors)}
+    for name, numbers in drawn.items():
+        parts = {"A": np.ones((1, 5)), "B": np.ones((6, 1)), "P": np.reshape(numbers, (3, 1, 1))}
+        arrays |= {f"{PREFIX}{name}.tinylora_{part}": array for part, array in parts.items()}
+    tensors = {key: MemoryFactor(key, array.astype(np.float32)) for key, array in arrays.items()}
+    return Bundle(Path("adapter"), tensors, config={"peft_type": "TINYLORA", **fields})
+
+
+PLACES = {
+    "m.b": [0.33669036626815796, 0.12880940735340118, 0.23446236550807953],
+    "m.a": [-0.6484010815620422, -0.7058414220809937, 0.6432183980941772],
+    "m.c": [0.058945026248693466, -1.3944607973098755, 0.8447810411453247],
+}
+"""`torch.normal(0, 1, (3, 1, 1))` of the seeds 42, 43 and 44: the base has b before a before c."""
+
+
+@pytest.mark.parametrize(
+    ("tying", "given"), [(0.0, {"m.b": 0, "m.a": 1, "m.c": 2}), (0.5, {"m.b": 0, "m.a": 1, "m.c": 1})]
+)
+def test_random_matrices_tell_the_order_of_tinyloras_vectors(tying: float, given: dict[str, int]) -> None:
+    adapter = read(make_tiny(PLACES, max(given.values()) + 1, weight_tying=tying))
+    assert not adapter.problems
+    found = {target.name: target.factors["tinylora_v"].read()[0] for target in adapter.targets}
+    assert found == given
+
+
 def test_vectors_of_tinylora_without_an_order() -> None:
-    shapes = {
-        "m.q.tinylora_A": (2, 5),
-        "m.q.tinylora_B": (6, 2),
-        "m.q.tinylora_P": (3, 2, 2),
-        "base_model.tinylora_v.0": (3,),
-    }
-    assert errors(make_bundle("TINYLORA", shapes)) == ["LF209"]
-    assert not errors(make_bundle("TINYLORA", shapes, weight_tying=1.0))
+    ones = {name: [1.0, 1.0, 1.0] for name in PLACES}
+    assert errors(make_tiny(ones, 3)) == ["LF209"]
+    assert errors(make_tiny(PLACES, 3, projection_seed=7)) == ["LF209"]
+    assert errors(make_tiny(PLACES, 2)) == ["LF201"]
+    assert not errors(make_tiny(ones, 1, weight_tying=1.0))
 
 
 def test_indices_that_were_not_saved() -> None:
     codes = errors(make_bundle("SUPERTUNING", {"m.q.supertuning_values": (9,)}, save_precomputed_indices=False))
     assert set(codes) == {"LF201", "LF232"}
+
+
+def test_places_that_were_saved_as_floats() -> None:
+    """PEFT does so on Windows."""
+    shapes = {"m.q.shira_weight": (4,), "m.q.shira_indices": (2, 4)}
+    (target,) = read(make_bundle("SHIRA", shapes)).targets
+    indices = target.factors["shira_indices"]
+    assert (indices.dtype.name, indices.read().tolist()) == ("int32", [[1, 1, 1, 1], [1, 1, 1, 1]])
+    assert not errors(make_bundle("SHIRA", shapes))
+    odd = make_bundle("SHIRA", shapes)
+    key = f"{PREFIX}m.q.shira_indices"
+    broken = MemoryFactor(key, np.full((2, 4), 1.5, np.float32))
+    problems = find_errors(partial(read, replace(odd, tensors={**odd.tensors, key: broken})))
+    assert "LF210" in [problem.code for problem in problems]
 
 
 def test_names_of_a_raw_state_dict() -> None:
@@ -220,9 +267,7 @@ def test_a_tensor_of_another_type_is_not_dropped() -> None:
     assert errors(make_bundle("IA3", {"m.q.ia3_l": (6, 1), "m.q.oft_r": (3, 6, 6)})) == ["LF202"]
 
 
-@pytest.mark.parametrize(
-    "peft_type", ["OSF", "PSOFT", "FROD", "ADAMSS", "UNILORA", "PEANUT", "DEFT", "XLORA", "CPT", "new"]
-)
+@pytest.mark.parametrize("peft_type", ["PSOFT", "FROD", "ADAMSS", "UNILORA", "PEANUT", "XLORA", "CPT", "new"])
 def test_types_that_are_not_merged_say_why(peft_type: str) -> None:
     with pytest.raises(LoraformatError) as caught:
         read(make_bundle(peft_type, {"m.q.a": (2, 3)}))

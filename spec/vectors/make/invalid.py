@@ -310,6 +310,19 @@ def _unknown_kind() -> bytes:
     return pack(manifest_of({"proj": TARGET | {"kind": "kind-of-another-day"}}), tensors)
 
 
+BOTH = {"lora_A.weight": "proj", "lora_B.weight": "proj"}
+
+
+def _sharing(shared: Mapping[str, str], next_one: Mapping[str, str] | None = None) -> bytes:
+    """Return a file with a second target, `twin`, that has a B of its own; and a third that shares with it."""
+    targets = {"proj": TARGET, "twin": TARGET | {"shared": dict(shared)}}
+    tensors = {**TENSORS, "twin.lora_B.weight": TENSORS[UP]}
+    if next_one is not None:
+        targets["twin2"] = TARGET | {"shared": dict(next_one)}
+        tensors["twin2.lora_B.weight"] = TENSORS[UP]
+    return pack(manifest_of(targets, version="1.1"), tensors)
+
+
 def _orphan(name: str) -> bytes:
     return pack(MANIFEST, {**TENSORS, name: tensor("F32", [1])})
 
@@ -348,6 +361,15 @@ MEANINGS: Mapping[str, Files] = {
     "tensor-called-like-the-target": vector("R-022", "LF202", _orphan("proj")),
     "target-without-tensors": vector("R-022", "LF201", _manifest({"targets": {"proj": TARGET, "more": TARGET}})),
     "role-unknown": vector("R-023", "LF202", _orphan("proj.lora_C.weight")),
+    "shared-with-no-target": vector("R-025", "LF201 LF236", _sharing({"lora_A.weight": "nobody"})),
+    "shared-role-that-is-not-there": vector("R-025", "LF201 LF236", _sharing({"lora_C.weight": "proj"})),
+    "shared-beside-its-own": vector("R-025", "LF236", _sharing(BOTH)),
+    "shared-with-itself": vector("R-025", "LF201 LF236", _sharing({"lora_A.weight": "twin"})),
+    "shared-at-second-hand": vector(
+        "R-025", "LF201 LF236", _sharing({"lora_A.weight": "proj"}, {"lora_A.weight": "twin"})
+    ),
+    "shared-is-a-list": vector("R-025", "LF122", _target({"shared": ["proj"]})),
+    "shared-with-a-number": vector("R-025", "LF122", _target({"shared": {"lora_A.weight": 1}})),
     "option-unknown": vector("R-024", "LF120", _target({"options": {"block_size": 4}})),
     "options-not-an-object": vector("R-024", "LF122", _target({"options": [4]})),
     "lora-bias-of-another-size": vector("R-045", "LF203", _roles({**TENSORS, "proj.lora_B.bias": _BIAS})),

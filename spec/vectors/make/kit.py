@@ -159,7 +159,7 @@ def replacement(number: float = 1, **more: Any) -> dict[str, Any]:
 
 
 def manifest_of(targets: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """Return a manifest of version 1.0."""
+    """Return a manifest, of version 1.0 unless `more` says otherwise."""
     return {"version": "1.0", "targets": dict(targets), **more}
 
 

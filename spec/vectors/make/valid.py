@@ -335,7 +335,30 @@ def _beside_lora() -> Files:
     return vector("R-024 R-045", pack(manifest_of(given), tensors), expected, pack(manifest_of(plain), tensors))
 
 
+def _shared(owner: str) -> Files:
+    """One A for two targets, and a third with an empty `shared`; the first of both has it in the canonical file."""
+    dice = Dice(15)
+    tensors = {
+        name: value
+        for target in ("m.q", "m.v", "n")
+        for name, value in shape_factors(dice, target, "linear", (3, 4), 2).items()
+    }
+    first, other = "m.q.lora_A.weight", "m.v.lora_A.weight"
+    del tensors[other]
+    plain = {name: lora("linear", 2) for name in ("m.q", "m.v", "n")}
+    canonical_targets = plain | {"m.v": plain["m.v"] | {"shared": {"lora_A.weight": "m.q"}}}
+    written = pack(manifest_of(canonical_targets, version="1.1"), tensors)
+    expected = {name: seen("linear", 2, 1, (3, 4)) for name in plain}
+    if owner == "m.q":
+        return vector("R-025 R-072", written, expected)
+    moved = {(other if name == first else name): value for name, value in tensors.items()}
+    given = plain | {"m.q": plain["m.q"] | {"shared": {"lora_A.weight": "m.v"}}, "n": plain["n"] | {"shared": {}}}
+    return vector("R-025 R-072", pack(manifest_of(given, version="1.1"), moved), expected, written)
+
+
 VECTORS: Mapping[str, Files] = {
+    "shared": _shared("m.q"),
+    "shared-with-a-later-target": _shared("m.v"),
     "beside-lora": _beside_lora(),
     "minimal": _minimal(),
     "slots": _slots(),
