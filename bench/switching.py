@@ -16,6 +16,7 @@ from two adapters on disk to a session that has run once:
 
 Memory is what a process of its own has more after making sessions and running each once, than after its imports: all
 of it, and what of it no other process can share (resident and private in /proc/self/smaps_rollup; Linux alone has it).
+`inline` is the base in one file, its weights inside.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from latency import build, build_adapter, make_options
 
@@ -128,6 +130,8 @@ def make_sessions(ways: Ways, kind: str) -> list[Any]:
         "one in memory, unpacked": lambda: [ways.session(pack=False)],
         "two in memory, unpacked": lambda: _pair(ways.session(pack=False), ways),
         "base twice, unpacked": lambda: [ways.open(ways.base, pack=False) for _ in range(2)],
+        "base inline, twice, unpacked": lambda: [ways.open(ways.folder / "inline.onnx", pack=False) for _ in range(2)],
+        "the same, by session": lambda: _pair_inline(ways),
     }[kind]()
 
 
@@ -141,11 +145,20 @@ KINDS = (
     "one in memory, unpacked",
     "two in memory, unpacked",
     "base twice, unpacked",
+    "base inline, twice, unpacked",
+    "the same, by session",
 )
 
 
 def _pair(session: Any, ways: Ways) -> list[Any]:
     return [session, session.switch(ways.adapters[1:])]
+
+
+def _pair_inline(ways: Ways) -> list[Any]:
+    session = loraformat.runtime.session(
+        ways.folder / "inline.onnx", providers=PROVIDERS, session_options=unpacked(ways.threads)
+    )
+    return [session, session.switch()]
 
 
 def read_memory() -> tuple[float, float]:
@@ -182,6 +195,7 @@ def report_memory(folder: Path, arguments: argparse.Namespace) -> None:
 def prepare(folder: Path, arguments: argparse.Namespace) -> None:
     """Write base, adapters and merged files."""
     base = build(folder / "base.onnx", "base", arguments.layers, arguments.width, 8)
+    onnx.save(onnx.load(base), folder / "inline.onnx")
     for number in range(2):
         adapter = build_adapter(
             folder / f"adapter{number}", arguments.layers, arguments.width, 2 + number, arguments.modules
