@@ -14,6 +14,7 @@ from jsonschema import Draft202012Validator
 
 import builders
 import loraformat
+from graphs import Net, write_model
 from loraformat.containers.safetensors import CONTAINER
 from loraformat.errors import LoraformatError
 from loraformat.manifest import parse_manifest
@@ -165,6 +166,23 @@ def test_plans_receipts_and_inspections(base: str, model: dict[str, Path], run: 
     again = loraformat.merge(output, [model["adapter"]], tmp_path / f"again{model[base].suffix}")
     check("receipt", json.loads(again.embedded_text()))
     check("receipt", json.loads(again.embedded_text())["parent"])
+
+
+def test_plans_and_receipts_of_a_copied_weight(run: Any, tmp_path: Path) -> None:
+    """Two modules read one tensor, and one of them is adapted."""
+    rng = np.random.default_rng(8)
+    net = Net()
+    weight = net.weight("w", rng.standard_normal((5, 6)).astype(np.float32))
+    for module in ("a", "b"):
+        net.op("MatMul", [net.feed(f"x{module}"), weight], net.result(f"y{module}"), f"/{module}/MatMul")
+    base, output = write_model(tmp_path / "base.onnx", net.model()), tmp_path / "merged.onnx"
+    adapter = builders.write_peft(tmp_path / "adapter", {"a": builders.lora_factors(rng, 6, 5, 2)}, alpha=4)
+    code, plan = run("merge", base, adapter, "-o", output, "--json", "--dry-run")
+    assert (code, plan["weights"][0]["new"]["copied_from"]) == (0, "w")
+    check("plan", plan)
+    code, receipt = run("merge", base, adapter, "-o", output, "--json")
+    assert (code, receipt["weights"][0]["copied_from"]) == (0, "w")
+    check("receipt", receipt)
 
 
 def test_verifications_and_undone_merges(model: dict[str, Path], run: Any, tmp_path: Path) -> None:
