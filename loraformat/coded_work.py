@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from loraformat.adapter import Target
 from loraformat.bases import Weight
+from loraformat.coded_rows import can_cut, cut_coding, locate_rows
 from loraformat.dtypes import BY_NAME, Dtype
-from loraformat.encodings import CODED, Coder, Coding
+from loraformat.encodings import CODED, Coder, Coding, Fit
 from loraformat.plan import PlannedWeight
 from loraformat.references import Floats, Likeness, place_references, put_references
 from loraformat.sinks import Sink
@@ -47,8 +48,11 @@ class CodedWork(WeightWork):
         self, weight: PlannedWeight, source: Weight, targets: Sequence[Target], floats: Floats = _NO_FLOATS
     ) -> None:
         assert source.coding is not None, "the plan says so"
-        self.coder = bind_coder(source.coding, source.tensor.dtype)
+        self.coding, self._form = source.coding, source.tensor.dtype
+        self.is_cut = can_cut(source.coding, weight.tile_rows)
+        self._bound: tuple[int, Coder] | None = None
         self.references = place_references(weight, floats)
+        self._likeness = Likeness(weight.matrix)
         self._any_rounding = floats.any_rounding
         super().__init__(weight, source.tensor, targets)
         self.base_rows = weight.matrix[0]
@@ -66,28 +70,35 @@ class CodedWork(WeightWork):
         """Bytes of the codes of one row."""
         return self.weight.nbytes // self.weight.matrix[0]
 
+    def coder_at(self, rows: range) -> tuple[Coder, range]:
+        """Return the coder of rows of one tile, and which of its rows they are."""
+        tile = rows.start // self.weight.tile_rows if self.is_cut else 0
+        if self._bound is None or self._bound[0] != tile:
+            self._bound = tile, bind_coder(cut_coding(self.coding, self._tile(tile)), self._form)
+        start = tile * self.weight.tile_rows
+        return self._bound[1], range(rows.start - start, rows.stop - start)
+
+    def _tile(self, number: int) -> range:
+        height, step = self.weight.matrix[0], self.weight.tile_rows
+        return range(number * step, min((number + 1) * step, height)) if self.is_cut else range(height)
+
     def read_base(self, rows: range, stored: NDArray[Any], out: NDArray[Any]) -> None:
         """Write the values of rows into `out: (rows, columns)`; `stored` is room for their codes.
 
-        Where float numbers are to be had, these are the values.
+        Where float numbers are to be had, these are the values, and they are compared with what the codes stand for.
         """
-        self.coder.decode(self.read_codes(rows, stored), rows, out)
-        put_references(self.references, rows, out)
-
-    def check_references(self, buffers: TileBuffers) -> None:
-        """Raise what speaks against the float numbers being those that were quantised; LF615, LF616, LF617."""
-        if not self.references:
-            return
-        likeness = Likeness(self.weight.matrix)
-        for rows in list_tiles(self.weight):
-            shape = (len(rows), self.weight.matrix[1])
-            decoded, floats = (buffers.take(name, shape, self.work_form) for name in ("base", "merged"))
-            self.coder.decode(self.read_codes(rows, buffers.take("stored", shape, self.stored_form)), rows, decoded)
-            np.copyto(floats, decoded)
-            put_references(self.references, rows, floats)
+        coder, own = self.coder_at(rows)
+        coder.decode(self.read_codes(rows, stored), own, out)
+        if self.references:
+            decoded = out.copy()
+            put_references(self.references, rows, out)
             for placed in self.references:
-                likeness.see(placed, rows, decoded, floats, self.coder.steps(rows))
-        likeness.judge(self.weight, any_rounding=self._any_rounding)
+                self._likeness.see(placed, rows, decoded, out, coder.steps(own))
+
+    def judge_references(self) -> None:
+        """Raise what speaks against the float numbers being those that were quantised; LF615, LF616, LF617."""
+        if self.references:
+            self._likeness.judge(self.weight, any_rounding=self._any_rounding)
 
     def read_codes(self, rows: range, room: NDArray[Any]) -> NDArray[Any]:
         """Return the codes of rows as they are stored, in `room`."""
@@ -107,24 +118,62 @@ def bind_coder(coding: Coding, form: Dtype) -> Coder:
 def requantise(work: CodedWork, buffers: TileBuffers, places: Mapping[str, Place]) -> TileSums:
     """Merge a whole quantised weight: fit scales to the new values first, then encode these with them.
 
-    Scales of a channel hang on all its numbers, so every tile is computed twice; memory is that of one tile.
-    Float numbers in the place of what the codes stand for are compared with that before.
+    Where scales hang on the numbers of a tile alone, each tile is done by itself. Scales of a channel may hang on all
+    tiles; then each is computed twice. Memory is that of one tile.
 
     Args:
         work: the weight.
         buffers: the worker's memory.
         places: where the codes go (the role ``), and the companions that are written, by role.
+
+    Raises:
+        RefusedError: LF615, LF616, LF617 float numbers in the place of what the codes stand for are others.
     """
-    work.check_references(buffers)
     with np.errstate(over="ignore", invalid="ignore"):
-        coder = _fit(work, buffers) if len(places) > 1 else work.coder
-        sums = TileSums()
+        sums = (_requantise_tiles if work.is_cut else _requantise_whole)(work, buffers, places)
+    work.judge_references()
+    return sums
+
+
+def _requantise_whole(work: CodedWork, buffers: TileBuffers, places: Mapping[str, Place]) -> TileSums:
+    coder, _ = work.coder_at(range(work.weight.matrix[0]))
+    if len(places) > 1:
+        fit = _start_fit(work, coder)
         for rows in list_tiles(work.weight):
-            sums += _encode_tile(work, coder, buffers, rows, places[""])
+            _, merged, delta = change_tile(work, buffers, rows)
+            fit.see(_room(work, buffers, rows), rows, merged, delta)
+        coder = fit.finish()
+    sums = TileSums()
+    for rows in list_tiles(work.weight):
+        sums += _encode_tile(work, coder, buffers, (rows, rows), places[""], *change_tile(work, buffers, rows))
+    _write_companions(work, coder, range(work.weight.matrix[0]), places)
+    return sums
+
+
+def _requantise_tiles(work: CodedWork, buffers: TileBuffers, places: Mapping[str, Place]) -> TileSums:
+    sums = TileSums()
+    for rows in list_tiles(work.weight):
+        coder, own = work.coder_at(rows)
+        changed = change_tile(work, buffers, rows)
+        if len(places) > 1:
+            fit = _start_fit(work, coder)
+            fit.see(_room(work, buffers, rows), own, *changed[1:])
+            coder = fit.finish()
+        sums += _encode_tile(work, coder, buffers, (rows, own), places[""], *changed)
+        _write_companions(work, coder, rows, places)
+    return sums
+
+
+def _start_fit(work: CodedWork, coder: Coder) -> Fit:
+    return coder.start_afresh() if work.references else coder.start_fit()
+
+
+def _write_companions(work: CodedWork, coder: Coder, rows: range, places: Mapping[str, Place]) -> None:
+    """Write scales and zero points of rows, those that may change."""
     for role, values in coder.tensors().items():
         if role in places:
-            places[role].sink.write(as_bytes(np.ascontiguousarray(values)).data, places[role].offset)
-    return sums
+            place, before = places[role], locate_rows(work.coding, role, rows) if work.is_cut else 0
+            place.sink.write(as_bytes(np.ascontiguousarray(values)).data, place.offset + before)
 
 
 def list_tiles(weight: PlannedWeight) -> list[range]:
@@ -133,21 +182,23 @@ def list_tiles(weight: PlannedWeight) -> list[range]:
     return [range(start, min(start + weight.tile_rows, weight.matrix[0])) for start in starts]
 
 
-def _fit(work: CodedWork, buffers: TileBuffers) -> Coder:
-    fit = work.coder.start_afresh() if work.references else work.coder.start_fit()
-    for rows in list_tiles(work.weight):
-        _, merged, delta = change_tile(work, buffers, rows)
-        fit.see(_room(work, buffers, rows), rows, merged, delta)
-    return fit.finish()
-
-
-def _encode_tile(work: CodedWork, coder: Coder, buffers: TileBuffers, rows: range, place: Place) -> TileSums:
-    base, merged, delta = change_tile(work, buffers, rows)
-    codes = _room(work, buffers, rows)
-    coder.encode(merged, rows, codes)
-    place.sink.write(as_bytes(codes).data, place.offset + rows.start * work.row_bytes)
-    found = buffers.take("scratch", (len(rows), work.weight.matrix[1]), work.work_form)
-    coder.decode(codes, rows, found)
+def _encode_tile(
+    work: CodedWork,
+    coder: Coder,
+    buffers: TileBuffers,
+    rows: tuple[range, range],
+    place: Place,
+    base: NDArray[Any],
+    merged: NDArray[Any],
+    delta: NDArray[Any],
+) -> TileSums:
+    """Write the codes of a tile, whose rows are those of the weight and those of the coder."""
+    whole, own = rows
+    codes = _room(work, buffers, whole)
+    coder.encode(merged, own, codes)
+    place.sink.write(as_bytes(codes).data, place.offset + whole.start * work.row_bytes)
+    found = buffers.take("scratch", (len(own), work.weight.matrix[1]), work.work_form)
+    coder.decode(codes, own, found)
     lost = int(np.count_nonzero(~np.isfinite(merged)))
     return sum_up(base, delta, merged, found) + TileSums(overflowed=lost)
 

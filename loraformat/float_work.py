@@ -21,10 +21,12 @@ def dequantise(work: CodedWork, buffers: TileBuffers, place: Place) -> TileSums:
         work: the weight, whose plan has a new form.
         buffers: the worker's memory.
         place: where the floats go.
+
+    Raises:
+        RefusedError: as `requantise`.
     """
     new = work.weight.new
     assert new is not None, "the plan says so"
-    work.check_references(buffers)
     write = _write_turned if new.turned else _write_rows
     sums = TileSums()
     with np.errstate(over="ignore", invalid="ignore"):
@@ -34,6 +36,7 @@ def dequantise(work: CodedWork, buffers: TileBuffers, place: Place) -> TileSums:
                 tile = range(start, min(start + work.weight.tile_rows, rows.stop))
                 sums += _fill(work, buffers, tile, panel[start - rows.start : tile.stop - rows.start])
             write(work, panel, rows, place)
+    work.judge_references()
     return sums
 
 

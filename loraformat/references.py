@@ -27,6 +27,7 @@ _MOST_STRAYS: Final = 1 / 32
 _LEAST_COSINE: Final = 0.9
 _MULTIPLIED: Final = 0.05
 _NOISE: Final = 0.7
+_SUMS: Final = ("ij,ij->i", "ij,ij->j")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +163,11 @@ class Likeness:
         reach = np.broadcast_to(steps, decoded.shape)[lines, placed.column_slice] * np.float32(_STEP_SHARE)
         self._count += d.size
         self._strays += int(np.count_nonzero(np.abs(d - w) > reach))
-        self._squares += float(np.einsum("ij,ij->", d, d, dtype=np.float64))
+        self._squares += float(np.einsum("ij,ij->", d, d))
         places = slice(rows.start + lines.start, rows.start + lines.stop, lines.step), placed.column_slice
         for axis, place in enumerate(places):
-            self._products[axis][place] += np.sum(d * w, axis=1 - axis, dtype=np.float64)
-            self._references[axis][place] += np.sum(w * w, axis=1 - axis, dtype=np.float64)
+            self._products[axis][place] += np.einsum(_SUMS[axis], d, w)
+            self._references[axis][place] += np.einsum(_SUMS[axis], w, w)
 
     def judge(self, weight: PlannedWeight, *, any_rounding: bool) -> None:
         """Raise what speaks against the float numbers.

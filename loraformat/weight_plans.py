@@ -8,6 +8,7 @@ from typing import Final, NamedTuple, cast
 
 from loraformat.bases import Site, Weight
 from loraformat.coded_plans import list_companions
+from loraformat.coded_rows import align_rows
 from loraformat.encodings import ENCODINGS
 from loraformat.kinds import KINDS, MappingKind, Nature
 from loraformat.matching import Match, NewBias, shape_at
@@ -133,7 +134,7 @@ def plan_weight(
         shape=tensor.shape,
         matrix=matrix,
         encoding=encoding,
-        tile_rows=count_tile_rows(matrix, count_block(group)),
+        tile_rows=count_tile_rows(matrix, math.lcm(count_block(group), align_rows(weight.coding))),
         changes=tuple(changes),
         evidence=group[0].match.evidence if group else "tie_word_embeddings",
         new=_make_form(table, weight, shape, encoding),

@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 import loraformat
 from builders import write_peft
+from loraformat import plan
 from loraformat.errors import LoraformatError
 
 pytestmark = pytest.mark.oracle
@@ -50,7 +51,12 @@ def tensors(path: Path) -> dict[str, NDArray[Any]]:
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_codes_are_those_of_the_quantiser_that_saw_the_merged_weights(case: Case, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("tile_bytes", [1 << 20, 4096])
+def test_codes_are_those_of_the_quantiser_that_saw_the_merged_weights(
+    case: Case, tmp_path: Path, name: str, tile_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one tile, or in several that are done each by itself."""
+    monkeypatch.setattr(plan, "TILE_BYTES", tile_bytes)
     base, merged = quantise(case, name, case.float_base), tmp_path / "merged.onnx"
     receipt = loraformat.merge(base, [case.adapter], merged, base_checkpoint=case.checkpoint)
     assert len(receipt.weights) == 3
