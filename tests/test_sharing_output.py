@@ -219,12 +219,22 @@ def test_replacing_a_thin_model_leaves_the_base_that_it_reads(tmp_path: Path) ->
     assert shop.base.exists()
 
 
-def test_a_symbolic_link_is_refused_as_a_data_file(tmp_path: Path) -> None:
-    """onnxruntime loads it as a model, but follows no link out of the folder to its numbers."""
-    shop = Shop(tmp_path, "")
-    blob = shop.base.rename(tmp_path / "blob")
-    shop.base.symlink_to(blob)
+@pytest.mark.parametrize("files", ["one", ""])
+def test_a_cache_of_symbolic_links_is_refused_as_data(tmp_path: Path, files: str) -> None:
+    """As the hub's are: onnxruntime loads the base, but follows no link out of the folder from a model beside it."""
+    shop = Shop(tmp_path, files)
+    for number, path in enumerate(list(shop.folder.iterdir())):
+        path.symlink_to(path.rename(tmp_path / f"blob-{number}"))
+    run(shop.base, shop.feeds)
     refuse(shop, shop.folder / "merged.onnx")
+
+
+def test_a_link_that_stays_in_the_folder_is_data(tmp_path: Path) -> None:
+    shop = Shop(tmp_path, "")
+    shop.base.symlink_to(shop.base.rename(shop.folder / "version-1.onnx"))
+    merged = shop.merge()
+    run(merged, shop.feeds)
+    assert shop.verify(merged).holds
 
 
 def test_the_base_itself_is_refused(tmp_path: Path) -> None:

@@ -24,8 +24,11 @@ Lines = tuple[int, int, int]
 GATE_UP: Final = "gate_up_proj"
 _MEMBERS: Final = ("gate_proj", "up_proj")
 _DOWN: Final = "down_proj"
+_KNOWN: Final = frozenset({GATE_UP, _DOWN, *_MEMBERS})
 _PICKING: Final = frozenset({"Gather", "GatherND", "Slice"})
-_MOE: Final = "com.microsoft.MoE"
+_OPERATORS: Final = {"com.microsoft.MoE": (2, 4, 6), "com.microsoft.QMoE": (2, 5, 8)}
+"""Operators to the inputs with fc1, fc2 and fc3."""
+_CODED: Final = "com.microsoft.QMoE"
 _DOTTED: Final = re.compile(r"\w+(\.\w+)+")
 HALVES: Final = "halves"
 TURNS: Final = "turns"
@@ -100,7 +103,7 @@ def find_experts(visits: Iterable[Visit]) -> list[RawSite]:
 
 
 def _find_packs(visit: Visit) -> Iterator[Pack]:
-    if visit.op == _MOE:
+    if visit.op in _OPERATORS:
         yield from _read_operator(visit)
         return
     places = (0,) if visit.op in _PICKING else (1, 0) if visit.op == "MatMul" else ()
@@ -133,8 +136,8 @@ def _split_name(pack: Pack) -> tuple[str, str]:
     own = pack.trace.tensor.name if pack.trace.tensor is not None else ""
     for name in (pack.visit.node.input[pack.position], *steps, own):
         if _DOTTED.fullmatch(name):
-            shorter = name.removesuffix(".weight")
-            known = shorter.rpartition(".")[2] in (GATE_UP, _DOWN, *_MEMBERS)
+            shorter = name.removesuffix(".weight").removesuffix(".qweight")
+            known = shorter.rpartition(".")[2] in _KNOWN
             owner, _, parameter = (shorter if known else name).rpartition(".")
             return owner, parameter
     return "", ""
@@ -168,25 +171,31 @@ def _is_gated(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
 def _read_operator(visit: Visit) -> Iterator[Pack]:
     """Yield the weights of MoE, fc1, fc2 and fc3: `(experts, out, in)`, up to onnxruntime 1.22 `(experts, in, out)`."""
     fusion = int(read_attribute(visit.node, "swiglu_fusion", 0))
-    kind = next((a.s.decode("utf-8", "replace") for a in visit.node.attribute if a.name == "activation_type"), "")
-    gated = trace_packed(visit, 6) is not None
-    first = GATE_UP if fusion in _FUSIONS else _MEMBERS[0] if gated else ""
-    for position, role in ((2, first), (4, _DOWN if first else ""), (6, _MEMBERS[1])):
+    places = _OPERATORS[visit.op]
+    first = GATE_UP if fusion in _FUSIONS else _MEMBERS[0] if trace_packed(visit, places[2]) is not None else ""
+    for position, role in zip(places, (first, _DOWN if first else "", _MEMBERS[1]), strict=True):
         trace = trace_packed(visit, position)
-        if trace is None or trace.tensor is None or not 0 < trace.tensor.dims[0] <= MAX_EXPERTS:
-            continue
-        readings = (False,) if fusion in _FUSIONS else (False, True)
-        doubt = _find_doubt(trace, readings)
-        for turned in readings:
-            pack = _name(Pack(visit, position, trace, Product(None, turned, doubt=doubt), None))
-            named = replace(pack, module=pack.module if pack.parameter else f"{pack.module}.experts")
-            yield replace(
-                named if pack.module else pack,
-                parameter=pack.parameter or role,
-                stored=_FUSIONS.get(fusion, ""),
-                own=_find_own(visit, fusion),
-                folded=_GEGLU if kind == "geglu" and position == 4 else "",
-            )
+        if trace is not None and trace.tensor is not None and 0 < trace.tensor.dims[0] <= MAX_EXPERTS:
+            yield from _read_layouts(visit, position, trace, fusion, role)
+
+
+def _read_layouts(visit: Visit, position: int, trace: Trace, fusion: int, role: str) -> Iterator[Pack]:
+    """Yield a weight in the layout that the operator has, or in both that it has had."""
+    kind = next((a.s.decode("utf-8", "replace") for a in visit.node.attribute if a.name == "activation_type"), "")
+    readings = (False,) if fusion in _FUSIONS or visit.op == _CODED else (False, True)
+    refusal = "the operator QMoE, which has its experts in codes" if visit.op == _CODED else ""
+    for turned in readings:
+        product = Product(None, turned, refusal=refusal, doubt=_find_doubt(trace, readings))
+        pack = _name(Pack(visit, position, trace, product, None))
+        named = pack.parameter in _KNOWN
+        yield replace(
+            pack,
+            module=pack.module if named or not pack.module else f"{pack.module}.experts",
+            parameter=pack.parameter if named else role,
+            stored=_FUSIONS.get(fusion, ""),
+            own=_find_own(visit, fusion),
+            folded=_GEGLU if kind == "geglu" and position == _OPERATORS[visit.op][1] else "",
+        )
 
 
 _GEGLU: Final = "the builder multiplies it by a scale for each expert (Gemma 4)"

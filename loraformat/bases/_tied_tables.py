@@ -75,12 +75,14 @@ def _are_tied(tables: Sequence[Site], config: Mapping[str, JsonValue]) -> bool:
     keys = [site.weight.key for site in tables if site.weight is not None]
     if len(set(keys)) < len(keys):  # One tensor under two names, as torch saves tied tables.
         return True
-    stated = read_tie(config)
-    if stated is not None:
-        return stated is True
     architectures = config.get("architectures")
     named = architectures if isinstance(architectures, list | tuple) else ()
     has_head = any(isinstance(name, str) and name.endswith(_WITH_HEAD) for name in named)
+    if named and not has_head and len(tables) == 1:  # A classifier: its family's word on ties is about other models.
+        return False
+    stated = read_tie(config)
+    if stated is not None:
+        return stated is True
     return has_head and all(site.module.rpartition(".")[2] in _INPUTS for site in tables)
 
 

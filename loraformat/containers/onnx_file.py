@@ -91,8 +91,7 @@ class OnnxFile:
         walk = walk_model(self.file)
         assert walk.graph is not None, "`walk_model` sees to it"
         self._graph, self._externals = walk.graph, walk.externals
-        # onnxruntime follows no symbolic link to a data file outside the folder.
-        self._inlines = [] if os.path.islink(self.path) else walk.inlines
+        self._inlines = walk.inlines if self._stays(self.path) else []
         self._receipts = [frame.field for frame in walk.receipts]
         self.model, self.structure_sha256 = build_skeleton(self.file, walk.cuts, self._receipts)
         self.receipt = self._read_receipt()
@@ -292,9 +291,19 @@ class OnnxFile:
         return {site.location: self._open_data(site.location) for site in self._externals}
 
     def shared_files(self) -> Mapping[str, InputFile]:
-        """Return the files that a model beside this one may refer to, by their paths from its folder."""
-        own = {self.path.name: self.file} if self._inlines else {}
-        return {**self.data_files(), **own}
+        """Return the files that a model beside this one may refer to, by their paths from its folder.
+
+        There are none where some are symbolic links that leave the folder, as in a cache of the hub: onnxruntime
+        follows those of a model that is such a link itself, not those of a new one beside it.
+        """
+        data = self.data_files()
+        if not all(self._stays(file.path) for file in data.values()):
+            return {}
+        return {**data, **({self.path.name: self.file} if self._inlines else {})}
+
+    def _stays(self, path: Path) -> bool:
+        """Say whether a file in the model's folder is there in truth."""
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.path.parent))
 
     @staticmethod
     def stale_data(output: Path) -> list[Path]:

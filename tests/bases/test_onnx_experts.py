@@ -334,3 +334,22 @@ def test_a_scale_that_the_builder_multiplied_in_is_refused(
     with pytest.raises(loraformat.FindingError) as caught:
         merge_model(tmp_path, model, {"model.layers.0.mlp.experts.0.down_proj": dyadic_factors(rng, HIDDEN, HALF, 2)})
     assert caught.value.codes == ("LF407",)
+
+
+def test_experts_in_codes_are_refused_by_name(tmp_path: Path, rng: np.random.Generator) -> None:
+    """QMoE, with names of the builder for Phi-3.5: the operator says which weight is which."""
+    net = Net()
+    names = [f"model.layers.0.moe.weight_{number}" for number in (1, 2, 3)]
+    codes = [net.weight(name, rng.integers(0, 255, (EXPERTS, HIDDEN, HALF)).astype(np.uint8)) for name in names]
+    scales = [net.weight(name.replace("weight", "scales"), dyadic(rng, EXPERTS, HIDDEN)) for name in names]
+    inputs = [net.feed("x"), net.feed("router")]
+    for code, scale in zip(codes, scales, strict=True):
+        inputs += [code, scale, ""]
+    net.op("QMoE", inputs, net.result("y"), "/model/layers.0/moe", domain="com.microsoft", k=1)
+    for name, places in (("w1", (HIDDEN, HALF)), ("w2", (HIDDEN, HALF)), ("w3", (HIDDEN, HALF))):
+        model = net.model(check=False)
+        model.producer_name = "onnxruntime-genai"
+        target = f"model.layers.0.block_sparse_moe.experts.1.{name}"
+        with pytest.raises(loraformat.FindingError) as caught:
+            merge_model(tmp_path, model, {target: dyadic_factors(rng, *places, 2)})
+        assert caught.value.codes == ("LF403",)

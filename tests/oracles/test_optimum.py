@@ -24,28 +24,10 @@ def export(lab: "Lab", model: str) -> dict[str, Path]:
     return export_with_optimum(lab.trained(model).specimen, lab.root / f"optimum-{model}")
 
 
-def run(path: Path, feeds: dict[str, Any], output: str = "logits") -> dict[str, Any]:
-    """Run a model; what it asks for and nobody has is an empty cache."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    batch = len(next(iter(feeds.values())))
-    given = {"token_type_ids": np.zeros_like(feeds["input_ids"])} if "input_ids" in feeds else {}
-    if "attention_mask" in feeds:
-        given["position_ids"] = np.maximum(np.cumsum(feeds["attention_mask"], axis=1) - 1, 0)
-    for entry in session.get_inputs():
-        empty = [size if isinstance(size, int) else 0 for size in entry.shape]
-        given.setdefault(entry.name, feeds.get(entry.name, np.zeros([batch, *empty[1:]], np.float32)))
-    asked = {entry.name: given[entry.name] for entry in session.get_inputs()}
-    names = [entry.name for entry in session.get_outputs()]
-    return dict(zip(names, session.run(names, asked), strict=True))
-
-
 @pytest.mark.parametrize("model", ["llama", "gpt2", "bert", "distilbert"])
 @pytest.mark.parametrize("way", ["names", "checkpoint"])
 def test_one_graph(lab: "Lab", tmp_path: Path, model: str, way: str) -> None:
+    from builders_of_graphs import run_whole
     from lab import ABSOLUTE_TOLERANCE
 
     import loraformat
@@ -55,7 +37,7 @@ def test_one_graph(lab: "Lab", tmp_path: Path, model: str, way: str) -> None:
     receipt = loraformat.merge(graphs["model"], [trained.folder], tmp_path / "merged.onnx", **options)
     assert {target for weight in receipt.weights for target in weight.targets} == set(trained.deltas)
     mask = trained.feeds["attention_mask"][..., None].astype(bool)
-    found, wanted = run(tmp_path / "merged.onnx", trained.feeds)["logits"], trained.unmerged["logits"]
+    found, wanted = run_whole(tmp_path / "merged.onnx", trained.feeds)["logits"], trained.unmerged["logits"]
     if found.ndim == 3:  # Of padding the two make different things.
         found, wanted = found * mask, wanted * mask
     assert np.abs(found - wanted).max() <= ABSOLUTE_TOLERANCE < trained.effect / 100
@@ -63,6 +45,7 @@ def test_one_graph(lab: "Lab", tmp_path: Path, model: str, way: str) -> None:
 
 def test_both_branches_of_a_merged_decoder(lab: "Lab", tmp_path: Path) -> None:
     """Step by step through T5: the first token through one branch, the others with a cache through the other."""
+    from builders_of_graphs import run_whole
     from lab import ABSOLUTE_TOLERANCE
 
     import loraformat
@@ -84,7 +67,7 @@ def test_both_branches_of_a_merged_decoder(lab: "Lab", tmp_path: Path) -> None:
         target.removeprefix("encoder.") for target in trained.deltas
     }
     feeds = trained.feeds | {"attention_mask": np.ones_like(trained.feeds["input_ids"])}
-    hidden = next(iter(run(encoder, feeds).values()))
+    hidden = next(iter(run_whole(encoder, feeds).values()))
     cache: dict[str, Any] = {}
     for step in range(feeds["decoder_input_ids"].shape[1]):
         own = {
@@ -93,7 +76,7 @@ def test_both_branches_of_a_merged_decoder(lab: "Lab", tmp_path: Path) -> None:
             "encoder_attention_mask": feeds["attention_mask"],
             "use_cache_branch": np.array([step > 0]),
         }
-        found = run(decoder, own | cache)
+        found = run_whole(decoder, own | cache)
         kept = {name.replace("present", "past_key_values"): value for name, value in found.items() if "present" in name}
         cache |= {name: value for name, value in kept.items() if step == 0 or "encoder" not in name}
         assert np.abs(found["logits"][:, 0] - trained.unmerged["logits"][:, step]).max() <= ABSOLUTE_TOLERANCE

@@ -38,6 +38,56 @@ def make_distilbert() -> nn.Module:
     return _randomised(lambda: transformers.DistilBertForSequenceClassification(config))
 
 
+def make_qwen3() -> nn.Module:
+    """Norms of queries and keys."""
+    config = transformers.Qwen3Config(
+        vocab_size=97,
+        hidden_size=24,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        max_position_embeddings=64,
+        use_cache=False,
+        attn_implementation="eager",
+    )
+    return _randomised(lambda: transformers.Qwen3ForCausalLM(config))
+
+
+def make_phi3() -> nn.Module:
+    """Modules that hold q, k and v, and gate and up."""
+    config = transformers.Phi3Config(
+        vocab_size=97,
+        hidden_size=40,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        original_max_position_embeddings=64,
+        pad_token_id=0,
+        use_cache=False,
+        attn_implementation="eager",
+    )
+    return _randomised(lambda: transformers.Phi3ForCausalLM(config))
+
+
+def make_roberta() -> nn.Module:
+    config = transformers.RobertaConfig(
+        vocab_size=103,
+        hidden_size=32,
+        intermediate_size=52,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        num_labels=5,
+        pad_token_id=1,
+        attn_implementation="eager",
+    )
+    return _randomised(lambda: transformers.RobertaForSequenceClassification(config))
+
+
 def make_t5() -> nn.Module:
     config = transformers.T5Config(
         vocab_size=99,
@@ -76,6 +126,33 @@ def make_whisper() -> nn.Module:
     return _randomised(lambda: transformers.WhisperForConditionalGeneration(config))
 
 
+def make_unet() -> nn.Module:
+    """Stable Diffusion's: convolutions, linear layers of time, attention to a text."""
+    from diffusers import UNet2DConditionModel
+
+    return _randomised(
+        lambda: UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 24),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=20,
+            attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+    )
+
+
+def _latents() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(16)
+    return {
+        "sample": torch.randn(2, 4, 8, 8, generator=generator),
+        "timestep": torch.tensor([3, 7]),
+        "encoder_hidden_states": torch.randn(2, 5, 20, generator=generator),
+    }
+
+
 SMALL_MIXTURE = {
     "vocab_size": 97,
     "hidden_size": 24,
@@ -90,6 +167,7 @@ SMALL_MIXTURE = {
     "use_cache": False,
     "attn_implementation": "eager",
 }
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -120,7 +198,13 @@ def _two_sided() -> dict[str, torch.Tensor]:
 def _speech() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(15)
     decoder = torch.randint(3, 99, (2, 5), generator=generator)
-    return {"input_features": torch.randn(2, 12, 20, generator=generator), "decoder_input_ids": decoder}
+    features = torch.randn(2, 12, 20, generator=generator)
+    # Without a mask the model looks for several texts in one, which the older exporter cannot write down.
+    return {
+        "input_features": features,
+        "decoder_input_ids": decoder,
+        "decoder_attention_mask": torch.ones_like(decoder),
+    }
 
 
 zoo.SPECIMENS.update(
@@ -130,8 +214,44 @@ zoo.SPECIMENS.update(
             "qwen2_tied",
             make_qwen2,
             lambda: _tokens(97),
-            lambda: LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]),
+            lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR),
             TEXT_AXES,
+        ),
+        Specimen(
+            "unet",
+            make_unet,
+            _latents,
+            lambda: LoraConfig(
+                r=3,
+                lora_alpha=6,
+                target_modules=r".*(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|net\.0\.proj|net\.2|conv\d?|conv_shortcut|"
+                r"conv_in|conv_out|linear_\d|time_emb_proj)",
+            ),
+            {"sample": {0: "batch"}, "timestep": {0: "batch"}, "encoder_hidden_states": {0: "batch"}},
+            outputs=("out_sample",),
+            learning_rate=5e-2,
+        ),
+        Specimen(
+            "qwen3",
+            make_qwen3,
+            lambda: _tokens(97),
+            lambda: LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR),
+            TEXT_AXES,
+        ),
+        Specimen(
+            "phi3",
+            make_phi3,
+            lambda: _tokens(97),
+            lambda: LoraConfig(r=4, lora_alpha=8, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+            TEXT_AXES,
+        ),
+        Specimen(
+            "roberta",
+            make_roberta,
+            lambda: _tokens(103),
+            lambda: LoraConfig(r=4, lora_alpha=8, target_modules=["query", "key", "value", "dense"]),
+            TEXT_AXES,
+            learning_rate=5e-2,
         ),
         Specimen(
             "mixtral",
@@ -166,8 +286,14 @@ zoo.SPECIMENS.update(
             "whisper",
             make_whisper,
             _speech,
-            lambda: LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1"]),
-            {"input_features": {0: "batch"}, "decoder_input_ids": {0: "batch", 1: "steps"}},
+            lambda: LoraConfig(
+                r=3, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+            ),
+            {
+                "input_features": {0: "batch"},
+                "decoder_input_ids": {0: "batch", 1: "steps"},
+                "decoder_attention_mask": {0: "batch", 1: "steps"},
+            },
         ),
     )
 )
