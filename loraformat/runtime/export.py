@@ -20,7 +20,8 @@ from loraformat.plan import SHARE
 from loraformat.problems import Problem
 from loraformat.runtime.adapters import ExportedAdapter
 from loraformat.runtime.batched import build_batched, build_sizes, describe_index
-from loraformat.runtime.branches import Branch, Names, build_branch, describe_inputs
+from loraformat.runtime.branches import Branch, build_branch, describe_inputs
+from loraformat.runtime.chains import Names
 from loraformat.runtime.factors import Pair, write_pairs
 from loraformat.runtime.grouping import plan_branches
 from loraformat.runtime.judging import Judge
