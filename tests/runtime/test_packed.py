@@ -91,24 +91,13 @@ def test_packed_modules_have_one_pair_of_inputs_and_their_own_columns(tmp_path: 
 
 
 def write_fused(path: Path, weight: Array, **attributes: Any) -> Path:
-    """Write a layer as onnxruntime's optimiser does: product, bias and attention in one node, q, k and v of two sizes."""
-    net, sizes = Net(), [16, 16, 24]
-    inputs = [net.feed("x", rank=3), net.weight("Attention_0_qkv_weight", weight)]
-    inputs += [
-        net.weight("Attention_0_qkv_bias", dyadic(np.random.default_rng(8), 56)),
-        net.feed("mask", TensorProto.INT32),
-    ]
+    """Write a layer as onnxruntime's optimiser does: product, bias and attention in one, q, k and v of two sizes."""
+    net = Net()
+    bias = net.weight("qkv_bias", dyadic(np.random.default_rng(8), 56))
+    inputs = [net.feed("x", rank=3), net.weight("qkv_weight", weight), bias, net.feed("mask", TensorProto.INT32)]
     output = net.result("/model/layers.0/self/Reshape_3_output_0", rank=3)
-    net.op(
-        "Attention",
-        [*inputs, *attributes.pop("more", [])],
-        output,
-        "Attention_0",
-        domain="com.microsoft",
-        num_heads=2,
-        qkv_hidden_sizes=sizes,
-        **attributes,
-    )
+    own = {"domain": "com.microsoft", "num_heads": 2, "qkv_hidden_sizes": [16, 16, 24]}
+    net.op("Attention", inputs, output, "Attention_0", **own, **attributes)
     return write_model(path, net.model(check=False))
 
 
@@ -120,9 +109,8 @@ def test_a_fused_attention_is_taken_apart(tmp_path: Path) -> None:
     weight = dyadic(rng, IN, 56)
     base, model = write_fused(tmp_path / "base.onnx", weight), tmp_path / "base.lora.onnx"
     factors = {name: dyadic_factors(rng, stop - start, IN, 2) for name, (start, stop) in FUSED.items()}
-    chosen = make_adapter(
-        *(make_target(f"model.layers.0.self.{n}", factors[n], scale=0.25) for n in ("query", "value"))
-    )
+    targets = (make_target(f"model.layers.0.self.{name}", factors[name], scale=0.25) for name in ("query", "value"))
+    chosen = make_adapter(*targets)
     done = runtime.export_runtime(base, [chosen], model)
     assert [(each.name, each.out) for each in done.inputs.layouts] == [("model.layers.0.self.qkv_proj", 56)]
     for name, (start, stop) in FUSED.items():
