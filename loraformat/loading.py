@@ -19,6 +19,7 @@ from loraformat.flat_yaml import parse_flat_yaml
 from loraformat.known_scales import find_scale
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
+from loraformat.receipt import RUNTIME_KEY
 from loraformat.recognition import PEFT_TYPE, Recognised, recognise_config, recognise_files, recognise_tensors
 from loraformat.schemes import NOT_STATED, SCHEMES, AmbiguousScheme, Bundle, FolderScheme, Layout, Scheme, StatedScale
 from loraformat.signatures import HEAD_BYTES, describe_head
@@ -213,6 +214,8 @@ def is_base(path: Path) -> bool:
         looks_so = any(base.accepts(path, b"", 0) for _, base in BASES)
         return looks_so and not any((path / name).exists() for name in (*FACTORS_NAMES, CONFIG_NAME))
     bundle, _ = open_bundle(path)
+    if RUNTIME_KEY in bundle.metadata:  # Its inputs for adapters are called as an adapter's tensors are.
+        return True
     known = _recognise(bundle) or recognise_bundle(bundle)
     if known or any(scheme.detect(bundle) for _, scheme in SCHEMES):
         return False

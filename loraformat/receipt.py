@@ -14,6 +14,9 @@ from loraformat.strict_json import write_canonical
 RECEIPT_KEY = "loraformat.receipt"
 """The metadata key under which a merged model carries its receipt."""
 
+RUNTIME_KEY: Final = "loraformat.runtime"
+"""The metadata key under which a model says which of its inputs adapters go into."""
+
 RECEIPT_VERSION = "1.0"
 
 

@@ -19,6 +19,8 @@ from loraformat.problems import Problem
 from loraformat.spans import Part, StoredTensor
 
 _NBITS: Final = "com.microsoft.MatMulNBits"
+_OWN: Final = frozenset({"", "ai.onnx"})
+_SPLITS: Final = 13
 _UNREAD: Final = Coding("", (0, 0), (0, 0), {})
 """Stands for codes that nobody reads: a branch asks for the size of a weight, not for its numbers."""
 
@@ -43,11 +45,16 @@ class BranchableGraph:
         self.path = opened.path
         self._nodes = {site.id: raw for raw, site in zip(found, sites, strict=True)}
         self.sites = [_part(self._free(*pair)) for pair in zip(found, sites, strict=True)]
+        self._opset = next((each.version for each in opened.model.opset_import if each.domain in _OWN), 1)
         self.ir_version = int(opened.model.ir_version)
 
     def find_opening(self, site: Site) -> Opening | Problem:
         """Return where something can be added to what a site's node makes, or why nothing can (LF820)."""
-        return find_opening(self._nodes[site.id])
+        opening = find_opening(self._nodes[site.id])
+        if isinstance(opening, Opening) and opening.is_inside and self._opset < _SPLITS:
+            found = f"operators of version {self._opset}, whose Split knows no sizes"
+            return Problem("LF820", f"Attention {opening.visit.node.name!r}", found, f"version {_SPLITS} or later")
+        return opening
 
     def find_mark(self, site: Site) -> str:
         """Return the name of the first value that a site's node makes."""

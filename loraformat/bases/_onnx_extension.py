@@ -31,7 +31,8 @@ class Addition:
     Attributes:
         opening: where.
         before: the name that the value has from now on to which something is added.
-        nodes: new nodes in order; the last makes a value of the old name.
+        nodes: new nodes in order; the last makes a value of the old name. They take the place of a node that holds
+            its product inside.
     """
 
     opening: Opening
@@ -70,7 +71,7 @@ def edit_model(file: InputFile, model: "onnx.ModelProto", extension: Extension) 
     leaves: list[Leaf] = []
     for addition in extension.additions:
         place = places.find(*addition.opening.place)
-        leaves.append(place.rename_output(0, addition.before))
+        leaves.append(place.remove() if addition.opening.is_inside else place.rename_output(0, addition.before))
         leaves += [place.add_after(node) for node in addition.nodes]
     leaves += [places.add_first(node) for node in extension.shared]
     protos: list[tuple[int, Any]] = [

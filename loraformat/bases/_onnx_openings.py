@@ -24,6 +24,8 @@ _FLOAT: Final = 1
 _FLOATS: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
 _STEPS: Final = 6
 _CONV_ATTRIBUTES: Final = frozenset({"auto_pad", "dilations", "kernel_shape", "pads", "strides"})
+_ATTENTION: Final = "com.microsoft.Attention"
+_AS_IT_WAS: Final = "Give the model as it was before it was optimised, and let onnxruntime optimise that."
 _QUANTISERS: Final = frozenset({"DynamicQuantizeLinear", "QuantizeLinear"})
 
 
@@ -51,6 +53,7 @@ class Opening:
         maker: the node whose first output the sum takes the place of.
         visit: the node that applies the weight.
         copied: the attributes with which x is applied to the first factor too.
+        sizes: where the node holds its product inside and goes on to an attention, the columns of q, k and v.
     """
 
     product: Product
@@ -59,6 +62,12 @@ class Opening:
     maker: Visit
     visit: Visit
     copied: "Mapping[str, onnx.AttributeProto]" = field(default_factory=dict)
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the node holds its product inside, and is taken apart."""
+        return bool(self.sizes)
 
     @property
     def value(self) -> str:
@@ -77,6 +86,7 @@ _PRODUCTS: Final[Mapping[str, tuple[Product | None, ...]]] = {
     "Conv": (None, Product.KERNEL),
     "Gather": (Product.TABLE,),
     "MatMulInteger": (None, Product.RIGHT),
+    _ATTENTION: (None, Product.RIGHT),
     "com.microsoft.DynamicQuantizeMatMul": (None, Product.RIGHT),
     "com.microsoft.FusedMatMul": (None, Product.RIGHT),
     "com.microsoft.MatMulIntegerToFloat": (None, Product.RIGHT),
@@ -85,7 +95,6 @@ _PRODUCTS: Final[Mapping[str, tuple[Product | None, ...]]] = {
 """Operator to the product for each input that may hold the weight; with the weight as the first, x is the second."""
 
 _REASONS: Final[Mapping[str, str]] = {
-    "com.microsoft.Attention": "the operator goes on to the attention, and puts out no product",
     "com.microsoft.EmbedLayerNormalization": "the operator goes on to the norm, and puts out no rows of the table",
     "com.microsoft.FusedConv": "the operator goes on to an activation, and puts out no product",
     "com.microsoft.FusedGemm": "the operator goes on to an activation, and puts out no product",
@@ -98,10 +107,13 @@ _REASONS: Final[Mapping[str, str]] = {
     "QLinearMatMul": "the operator computes in whole numbers only",
 }
 _MENDS: Final[Mapping[str, str]] = {
-    "com.microsoft.Attention": "Give the model as it was before it was optimised, and let onnxruntime optimise that.",
-    "com.microsoft.FusedConv": "Give the model as it was before it was optimised, and let onnxruntime optimise that.",
-    "com.microsoft.FusedGemm": "Give the model as it was before it was optimised, and let onnxruntime optimise that.",
+    "com.microsoft.EmbedLayerNormalization": _AS_IT_WAS,
+    "com.microsoft.FusedConv": _AS_IT_WAS,
+    "com.microsoft.FusedGemm": _AS_IT_WAS,
 }
+_ATTENDING: Final = frozenset({"num_heads", "mask_filter_value", "scale", "unidirectional", "qkv_hidden_sizes"})
+_ATTENDED: Final = frozenset({0, 1, 2, 3, 5})
+"""Attributes and inputs of an Attention that MultiHeadAttention has too: no past, no rotation."""
 _EXPECTED: Final = "a MatMul, Gemm, Conv, Gather or MatMulNBits, or one of their kin"
 
 
@@ -118,10 +130,28 @@ def find_opening(raw: RawSite) -> Opening | Problem:
     dtype = _find_form(raw)
     if dtype is None or dtype.name not in _FLOATS:
         return _refuse(visit, f"numbers computed as {'nobody knows what' if dtype is None else dtype.name}")
+    if visit.op == _ATTENTION:
+        return _find_inside(raw, dtype)
     x, maker = _find_x(raw), _find_maker(visit)
     if x is None or maker is None:
         return _refuse(visit, "codes of whole numbers without their floats beside them")
     return Opening(product, dtype, x, maker, visit, _copy_attributes(raw))
+
+
+def _find_inside(raw: RawSite, dtype: Dtype) -> Opening | Problem:
+    """Return an Attention as it can be taken apart, or why it cannot."""
+    visit, node = raw.visit, raw.visit.node
+    read = {at for at, name in enumerate(node.input) if name}
+    strange = sorted(each.name for each in node.attribute if each.name not in _ATTENDING and each.i)
+    if strange or not read <= _ATTENDED or any(node.output[1:]):
+        found = f"an attention with {', '.join(strange) or 'a past'}"
+        return _refuse(visit, found, _AS_IT_WAS)
+    dims = raw.trace.tensor.dims if raw.trace.tensor is not None else ()
+    columns = dims[0 if raw.trace.flipped else 1] if len(dims) == 2 else 0
+    given = next((list(each.ints) for each in node.attribute if each.name == "qkv_hidden_sizes"), [columns // 3] * 3)
+    if len(given) != 3 or sum(given) != columns or min(given) <= 0:
+        return _refuse(visit, f"columns {given} for q, k and v, of {columns}")
+    return Opening(Product.RIGHT, dtype, node.input[0], visit, visit, {}, tuple(given))
 
 
 def _refuse(visit: Visit, found: str, mend: str = "") -> Problem:

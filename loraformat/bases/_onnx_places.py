@@ -39,6 +39,11 @@ class NodePlace:
         field = frame.field
         return Leaf(Edit(field.begin, field.end - field.begin, (Literal(name.encode()),)), frame)
 
+    def remove(self) -> Leaf:
+        """Return the edit that takes the node out."""
+        field = self.node.field
+        return Leaf(Edit(field.start, field.end - field.start, ()), self.graph)
+
     def add_after(self, node: "onnx.NodeProto") -> Leaf:
         """Return the edit that puts another node after it, and after those that were put there before."""
         data = encode_bytes(_NODE, node.SerializeToString(deterministic=True))

@@ -80,6 +80,8 @@ def export_adapter(
         LoraformatError: with every target that the model has no input for, by name.
     """
     filled = _fill(model, adapters, options)
+    if not filled.pairs:
+        raise refuse("LF401", filled.model.path, "no adapter that goes into its inputs", "at least one")
     place = Path(output)
     files = [path.path for item in filled.weighted for path in list_files(item.adapter)]
     force = options.get("force", False)

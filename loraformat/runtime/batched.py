@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Final
 from loraformat.bases._onnx_extension import Addition
 from loraformat.bases._onnx_openings import Opening, Product
 from loraformat.bases._onnx_rows import Rows
-from loraformat.runtime.branches import Branch, Chain, Names
+from loraformat.runtime.branches import Branch
+from loraformat.runtime.chains import Chain, Names
+from loraformat.runtime.junctions import close_junction, open_junction
 
 if TYPE_CHECKING:
     import onnx
@@ -102,19 +104,19 @@ def _make_constant(name: str, numbers: Sequence[int]) -> "onnx.TensorProto":
 
 
 def _build_at(branch: Branch, opening: Opening, names: Names, sizes: Sizes) -> Addition:
-    before = names.take(f"{opening.value}.base")
     chain = Chain(branch.path, names)
+    junction = open_junction(opening, chain)
     inner = _PRODUCTS[opening.product](branch, opening, chain, sizes)
     up = chain.add("Gather", [branch.layout.up, ADAPTER_INDEX], "lora_B")
     product = chain.add("MatMul", [inner, up], "lora_B")
     if opening.product is Product.RIGHT and opening.x in sizes.sequences:
-        chain.add("Add", [before, product], "lora", output=opening.value)
-        return Addition(opening, before, chain.nodes)
-    shape = chain.add("Shape", [before], "lora")
-    rows = chain.add("Reshape", [before, sizes.by_width[branch.layout.out]], "lora")
+        chain.add("Add", [junction.before, product], "lora", output=junction.summed)
+        return close_junction(junction, chain)
+    shape = chain.add("Shape", [junction.before], "lora")
+    rows = chain.add("Reshape", [junction.before, sizes.by_width[branch.layout.out]], "lora")
     added = chain.add("Add", [rows, product], "lora")
-    chain.add("Reshape", [added, shape], "lora_out", output=opening.value)
-    return Addition(opening, before, chain.nodes)
+    chain.add("Reshape", [added, shape], "lora_out", output=junction.summed)
+    return close_junction(junction, chain)
 
 
 def _multiply(branch: Branch, opening: Opening, chain: Chain, sizes: Sizes) -> str:

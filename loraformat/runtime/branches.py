@@ -5,12 +5,14 @@ adding it is a pass over the product in place. Of what was measured (docs/runtim
 around the branch costs more than the three nodes that it saves, and a B of full width a second pass.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from loraformat.bases._onnx_extension import Addition
 from loraformat.bases._onnx_openings import Opening, Product
+from loraformat.runtime.chains import Chain, Names
+from loraformat.runtime.junctions import close_junction, open_junction
 from loraformat.runtime.layouts import Layout
 from loraformat.runtime.targets import Served
 
@@ -50,49 +52,6 @@ def name_form(product: Product) -> str:
     return _FORMS[product]
 
 
-class Names:
-    """Gives new names to values and nodes of a graph.
-
-    Args:
-        taken: the names that it has.
-    """
-
-    def __init__(self, taken: set[str]) -> None:
-        self._taken = set(taken)
-
-    def take(self, wanted: str) -> str:
-        """Return a name that is not taken, as near as can be to the wanted one, and take it."""
-        name, number = wanted, 0
-        while name in self._taken:
-            number += 1
-            name = f"{wanted}_{number}"
-        self._taken.add(name)
-        return name
-
-
-class Chain:
-    """Nodes under construction, one after the other.
-
-    Args:
-        path: what their names begin with.
-        names: gives names.
-    """
-
-    def __init__(self, path: str, names: Names) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self._path = path
-        self._names = names
-
-    def add(self, op: str, inputs: Sequence[str], role: str, *, domain: str = "", output: str = "", **more: Any) -> str:
-        """Add a node; return the name of what it makes."""
-        from onnx import helper
-
-        name = self._names.take(f"{self._path}/{role}/{op}")
-        made = output or self._names.take(f"{name}_output_0")
-        self.nodes.append(helper.make_node(op, list(inputs), [made], name=name, domain=domain, **more))
-        return made
-
-
 def build_branch(branch: Branch, names: Names) -> list[Addition]:
     """Return the nodes of a branch at each of its openings.
 
@@ -104,11 +63,11 @@ def build_branch(branch: Branch, names: Names) -> list[Addition]:
 
 
 def _build_at(branch: Branch, opening: Opening, names: Names) -> Addition:
-    before = names.take(f"{opening.value}.base")
     chain = Chain(branch.path, names)
+    junction = open_junction(opening, chain)
     product = _PRODUCTS[opening.product](branch, opening, chain)
-    chain.add("Add", [before, product], "lora", output=opening.value)
-    return Addition(opening, before, chain.nodes)
+    chain.add("Add", [junction.before, product], "lora", output=junction.summed)
+    return close_junction(junction, chain)
 
 
 def _multiply_right(branch: Branch, opening: Opening, chain: Chain) -> str:

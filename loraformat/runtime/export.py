@@ -18,13 +18,15 @@ from loraformat.outputs import PendingOutput, check_apart, check_output, output_
 from loraformat.placing import Place, check_places, open_place
 from loraformat.plan import SHARE
 from loraformat.problems import Problem
+from loraformat.receipt import RUNTIME_KEY
 from loraformat.runtime.adapters import ExportedAdapter
 from loraformat.runtime.batched import build_batched, build_sizes, describe_index
-from loraformat.runtime.branches import Branch, Names, build_branch, describe_inputs
+from loraformat.runtime.branches import Branch, build_branch, describe_inputs
+from loraformat.runtime.chains import Names
 from loraformat.runtime.factors import Pair, write_pairs
 from loraformat.runtime.grouping import plan_branches
 from loraformat.runtime.judging import Judge
-from loraformat.runtime.layouts import RUNTIME_KEY, RuntimeInputs
+from loraformat.runtime.layouts import RuntimeInputs
 from loraformat.runtime.opening import open_model
 from loraformat.runtime.targets import ServedAdapter, ServeOptions, serve
 from loraformat.sinks import FileSink, put_image
@@ -111,6 +113,8 @@ def export_runtime(
     _check_base(opened, graph)
     hints = read_hints(cast(HintOptions, options))
     weighted = weigh_adapters(targets_of, options, opened)
+    if not weighted:
+        raise refuse("LF401", opened.path, "no adapter whose targets are to have inputs", "at least one")
     own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
     judge = Judge(graph, batched=bool(options.get("batched")))
     served = [serve(opened, graph.sites, item, hints, own, judge.judge) for item in weighted]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from loraformat.adapter import SlotKind
 from loraformat.bases import Site
@@ -9,10 +10,14 @@ from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases._onnx_openings import Opening
 from loraformat.errors import error_for, refuse
 from loraformat.problems import Problem
-from loraformat.runtime.branches import Branch, Names, name_form
+from loraformat.runtime.branches import Branch, name_form
+from loraformat.runtime.chains import Names
 from loraformat.runtime.layouts import Layout, RuntimeInputs
 from loraformat.runtime.targets import Served, ServedAdapter
 from loraformat.spans import Part
+
+_INSIDE: Final = "qkv_proj"
+"""What the product inside an attention is called, which has no name of its own."""
 
 
 @dataclass(slots=True)
@@ -118,4 +123,5 @@ def _name_branch(base: BranchableGraph, served: Served) -> str:
         return served.target.name
     here = [site for site in base.sites if site.id == served.sites[0].id]
     whole = next((site.module for site in here if site.module and site.weight and site.weight.name), "")
-    return whole or served.target.name
+    inside = isinstance(opening := base.find_opening(served.sites[0]), Opening) and opening.is_inside
+    return f"{whole}.{_INSIDE}" if whole and inside else whole or served.target.name

@@ -7,9 +7,9 @@ from typing import Any, Final
 from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.dtypes import BY_NAME, Dtype
 from loraformat.errors import refuse
+from loraformat.receipt import RUNTIME_KEY
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 
-RUNTIME_KEY: Final = "loraformat.runtime"
 _VERSION: Final = 1
 _FORMS: Final = frozenset({"linear", "embedding", "conv"})
 

@@ -57,6 +57,25 @@ def test_outputs_are_those_of_peft_unmerged(lab: "Lab", tmp_path: Path, name: st
     assert off <= allowed
 
 
+@pytest.mark.parametrize("slots", [0, 2])
+def test_a_fused_attention_is_taken_apart(lab: "Lab", tmp_path: Path, slots: int) -> None:
+    from lab import ABSOLUTE_TOLERANCE, difference
+    from onnx_paths import make
+    from runtime_lab import run
+
+    from loraformat import runtime
+
+    trained = lab.trained("bert", ["query", "value", "dense"])
+    base, model = make(lab, "bert", "ts", "ORT transformer optimiser"), tmp_path / "base.lora.onnx"
+    done = runtime.export_runtime(base, [trained.folder], model, batched=slots)
+    assert sum(each.name.endswith(".self.qkv_proj") for each in done.inputs.layouts) == 2
+    feeds, outputs = runtime.adapter_feeds(model, [trained.folder]), trained.specimen.outputs
+    if slots:
+        feeds[runtime.ADAPTER_INDEX] = np.array([0])
+    assert difference(run(model, trained.feeds, outputs), run(base, trained.feeds, outputs)) <= 1e-6
+    assert difference(run(model, {**trained.feeds, **feeds}, outputs), trained.unmerged) <= ABSOLUTE_TOLERANCE
+
+
 @pytest.mark.parametrize(("name", "exporter", "tool"), [("resnet", "ts", ""), ("llama", "ts", "without names")])
 def test_with_the_checkpoint_folded_and_nameless_weights_are_served(
     lab: "Lab", tmp_path: Path, name: str, exporter: str, tool: str

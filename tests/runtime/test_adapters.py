@@ -7,9 +7,20 @@ import onnxruntime
 import pytest
 
 import loraformat
-from graphs import Array, dyadic, dyadic_factors, linear_net, make_adapter, make_target, product, run, write_model
+from graphs import (
+    Array,
+    ArrayFactor,
+    dyadic,
+    dyadic_factors,
+    linear_net,
+    make_adapter,
+    make_target,
+    product,
+    run,
+    write_model,
+)
 from loraformat import runtime
-from loraformat.adapter import Adapter
+from loraformat.adapter import Adapter, Scaling, ScalingRule, SlotKind, Target
 from loraformat.containers.onnx_adapter import CONTAINER
 
 SHAPES = {"model.a": (12, 10), "model.b": (7, 9), "model.c": (5, 8)}
@@ -137,3 +148,47 @@ def test_an_annotation_that_is_not_sound_is_refused(tmp_path: Path, text: str) -
     with pytest.raises(loraformat.InputError) as caught:
         runtime.adapter_feeds(write_model(tmp_path / "m.onnx", model), [ONE])
     assert caught.value.codes[0] in {"LF104", "LF827"}
+
+
+def test_what_convert_writes_fits_where_names_do(model: Path, tmp_path: Path) -> None:
+    """An `.onnx_adapter` made without the model, of targets that are called as its inputs are."""
+    source, output = loraformat.save(ONE, tmp_path / "one.safetensors"), tmp_path / "one.onnx_adapter"
+    loraformat.convert(source, "onnx_adapter", output)
+    tensors = CONTAINER.open(output).tensors
+    feeds = runtime.adapter_feeds(model, [ONE])
+    assert tensors.keys() == feeds.keys()
+    for name, array in feeds.items():
+        np.testing.assert_allclose(tensors[name].read(), array, rtol=1e-6)
+
+
+def test_other_kinds_that_are_products_are_served(tmp_path: Path) -> None:
+    """loralib's MergedLinear: some slices of a fused matrix, expanded to a product of all its rows."""
+    rng = np.random.default_rng(8)
+    down, up = dyadic(rng, 4, 5), dyadic(rng, 6, 2)
+    options = {"enable_lora": [True, False, True], "sizes": [2, 3, 4]}
+    factors = {"lora_A.weight": ArrayFactor("a", down), "lora_B.weight": ArrayFactor("b", up)}
+    scaling = Scaling(ScalingRule.MULTIPLIER, 0.5)
+    target = Target("qkv", "merged_linear", SlotKind.LINEAR, factors, 2, scaling, options=options)
+    weight = dyadic(rng, 9, 5)
+    base, path = write_model(tmp_path / "base.onnx", linear_net({"qkv": weight}).model()), tmp_path / "model.onnx"
+    runtime.export_runtime(base, [make_adapter(target)], path)
+    x = {"in.qkv": dyadic(rng, 3, 5)}
+    (found,), (before,) = (run(path, x | f) for f in (runtime.adapter_feeds(path, [make_adapter(target)]), {}))
+    change = np.zeros((9, 5))
+    change[:2], change[5:] = 0.5 * up[:2] @ down[:2], 0.5 * up[2:] @ down[2:]
+    np.testing.assert_allclose(found - before, x["in.qkv"] @ change.T, rtol=0, atol=1e-5)
+
+
+def test_a_model_with_inputs_is_a_model(model: Path) -> None:
+    """Its inputs are called as the tensors of an adapter are."""
+    found = loraformat.inspect(model)
+    assert found.as_json()["kind"] == "base"
+    with pytest.raises(loraformat.LoraformatError, match="LF423"):
+        loraformat.merge(model, [ONE], model.with_name("merged.onnx"))
+
+
+def test_no_adapter_at_all_is_refused(model: Path, base: Path, tmp_path: Path) -> None:
+    assert runtime.adapter_feeds(model, []) == {}
+    for call in (runtime.export_adapter, runtime.export_runtime):
+        with pytest.raises(loraformat.FindingError, match="LF401"):
+            call(model if call is runtime.export_adapter else base, [], tmp_path / "out")

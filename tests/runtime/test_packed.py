@@ -1,12 +1,14 @@
 """Modules that share a node, and modules whose tensor others share: each has its own columns, or its own node."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
 
+import loraformat
 from graphs import Array, Net, dyadic, dyadic_factors, make_adapter, make_target, product, run, write_model
 from loraformat import runtime
 from loraformat.adapter import Adapter, SlotKind
@@ -86,6 +88,52 @@ def test_packed_modules_have_one_pair_of_inputs_and_their_own_columns(tmp_path: 
         changed = write_built(tmp_path / "changed.onnx", (weight + change(chosen)).astype(np.float32))
         for found, wanted in zip(run(model, feeds() | arrays), run(changed, feeds()), strict=True):
             np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+
+
+def write_fused(path: Path, weight: Array, **attributes: Any) -> Path:
+    """Write a layer as onnxruntime's optimiser does: product, bias and attention in one, q, k and v of two sizes."""
+    net = Net()
+    bias = net.weight("qkv_bias", dyadic(np.random.default_rng(8), 56))
+    inputs = [net.feed("x", rank=3), net.weight("qkv_weight", weight), bias, net.feed("mask", TensorProto.INT32)]
+    output = net.result("/model/layers.0/self/Reshape_3_output_0", rank=3)
+    own = {"domain": "com.microsoft", "num_heads": 2, "qkv_hidden_sizes": [16, 16, 24]}
+    net.op("Attention", inputs, output, "Attention_0", **own, **attributes)
+    return write_model(path, net.model(check=False))
+
+
+FUSED = {"query": (0, 16), "key": (16, 32), "value": (32, 56)}
+
+
+def test_a_fused_attention_is_taken_apart(tmp_path: Path) -> None:
+    rng = np.random.default_rng(9)
+    weight = dyadic(rng, IN, 56)
+    base, model = write_fused(tmp_path / "base.onnx", weight), tmp_path / "base.lora.onnx"
+    factors = {name: dyadic_factors(rng, stop - start, IN, 2) for name, (start, stop) in FUSED.items()}
+    targets = (make_target(f"model.layers.0.self.{name}", factors[name], scale=0.25) for name in ("query", "value"))
+    chosen = make_adapter(*targets)
+    done = runtime.export_runtime(base, [chosen], model)
+    assert [(each.name, each.out) for each in done.inputs.layouts] == [("model.layers.0.self.qkv_proj", 56)]
+    for name, (start, stop) in FUSED.items():
+        assert done.inputs.layouts[0].members[f"model.layers.0.self.{name}"] == (start, stop)
+    mask = np.array([[1, 1, 1], [1, 1, 0]], np.int32)
+    given = {"x": dyadic(rng, 2, 3, IN), "mask": mask}
+    np.testing.assert_allclose(run(model, given)[0], run(base, given)[0], rtol=0, atol=1e-6)
+    changed = weight.astype(np.float64)
+    for name in ("query", "value"):
+        changed[:, slice(*FUSED[name])] += product(factors[name], 0.25).T
+    wanted = run(write_fused(tmp_path / "changed.onnx", changed.astype(np.float32)), given)[0]
+    (found,) = run(model, given | runtime.adapter_feeds(model, [chosen]))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    assert np.abs(found - run(base, given)[0]).max() > 0.1
+
+
+def test_an_attention_that_turns_is_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(9)
+    base = write_fused(tmp_path / "base.onnx", dyadic(rng, IN, 56), do_rotary=1)
+    chosen = make_adapter(make_target("model.layers.0.self.key", dyadic_factors(rng, 16, IN, 2)))
+    with pytest.raises(loraformat.FindingError) as caught:
+        runtime.export_runtime(base, [chosen], tmp_path / "m.onnx")
+    assert [(each.code, "do_rotary" in each.found) for each in caught.value.problems] == [("LF820", True)]
 
 
 def test_slots_for_packed_modules(tmp_path: Path) -> None:
