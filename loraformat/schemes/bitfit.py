@@ -7,8 +7,10 @@ What `microsoft/LoRA` (examples/NLU, `apply_bitfit`) and many scripts save: thos
 import re
 from typing import Final
 
-from loraformat.schemes import Bundle
-from loraformat.schemes._engine import Marks, TableReader
+from loraformat.adapter import SlotKind
+from loraformat.schemes import Bundle, Holds
+from loraformat.schemes._engine import TableReader
+from loraformat.schemes._marks import Marks
 from loraformat.schemes._naming import PlainNaming
 from loraformat.schemes._one_scale import Folded
 from loraformat.schemes._table import NameTable, Row
@@ -31,5 +33,6 @@ SCHEME: Final = TableReader(
     rows=NameTable([Row("weight", "replace", "weight"), Row("bias", "replace", "bias")]),
     naming=PlainNaming(),
     scale=Folded(),
+    holds=Holds(kinds=frozenset({"replace"}), slots=frozenset({SlotKind.PARAMETER}), scale="not stored"),
     marks=Marks(keys=(r".+\.bias$",), neutral=(r".+\.weight$",), asks=(_are_biases,)),
 )
