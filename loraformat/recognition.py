@@ -191,12 +191,11 @@ UNMERGEABLE: Final = (
         frozenset({"PSOFT", "FROD"}),
     ),
     Unmergeable(
-        "factors without places (AdaMSS, Uni-LoRA)",
-        "where they act follows from the base's modules or from a clustering, which no file says",
+        "factors without places (AdaMSS)",
+        "where they act follows from a clustering of the base's rows, which no file says",
         _MERGE_THERE,
-        frozenset({"ADAMSS", "UNILORA"}),
+        frozenset({"ADAMSS"}),
     ),
-    Unmergeable("PEANuT", "a network computes the change from the base", _MERGE_THERE, frozenset({"PEANUT"})),
     Unmergeable(
         "ReFT",
         "it edits activations at some positions, and changes no weight",

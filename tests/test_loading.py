@@ -116,7 +116,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
         ("[1]", "LF104"),
         ('{"r": 8}', "LF121"),
         (LFS.decode(), "LF111"),
-        ('{"peft_type": "OSF"}', "LF209"),
+        ('{"peft_type": "PSOFT"}', "LF209"),
     ],
 )
 def test_a_configuration_that_is_none(tmp_path: Path, text: str, code: str) -> None:

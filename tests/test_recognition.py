@@ -60,8 +60,6 @@ TYPES = {
     "PSOFT": "a decomposition of the base",
     "FROD": "a decomposition of the base",
     "ADAMSS": "factors without places",
-    "UNILORA": "factors without places",
-    "PEANUT": "PEANuT",
 }
 HUB = {
     "hidden_size": 768,

@@ -111,7 +111,7 @@ def test_everything_is_said_at_once(tmp_path: Path, pair: Any) -> None:
 def test_unknown_fields_are_no_problem(tmp_path: Path, pair: Any) -> None:
     """PEFT drops what it does not know; options that we know to change the meaning are another matter."""
     assert codes(judge(write_peft(tmp_path / "a", {Q: pair}, brand_new_field={"x": 1}))) == []
-    assert codes(judge(write_peft(tmp_path / "b", {Q: pair}, kasa_config={"beta": 1}))) == [("LF209", "error")]
+    assert codes(judge(write_peft(tmp_path / "b", {Q: pair}, layer_replication=[[0, 2]]))) == [("LF209", "error")]
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_a_folder_with_a_configuration_alone(tmp_path: Path) -> None:
 
 ALONE = [
     ({"peft_type": "LOHA"}, {}),
-    ({"peft_type": "OSF"}, {"LF209": "singular values"}),
+    ({"peft_type": "PSOFT"}, {"LF209": "singular vectors"}),
     ({"peft_type": "LORA_OF_NEXT_YEAR"}, {"LF209": "'LORA_OF_NEXT_YEAR': a change of another form"}),
     ({"peft_type": "PROMPT_TUNING"}, {"LF209": "virtual tokens"}),
     ({"peft_type": "XLORA"}, {"LF209": "router"}),

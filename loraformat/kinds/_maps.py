@@ -211,15 +211,16 @@ class BlockMap:
 
 @dataclass(frozen=True, slots=True)
 class ProjectionMap:
-    """W + W·U·V + D, or U·V·W + W + D with the projection on the left.
+    """W + g(W·U)·V + D, or U·g(V·W) + W + D with the projection on the left.
 
     Attributes:
         shape: `(rows, columns)`.
         left: U (columns, k), or (rows, k) on the left.
         right: V (k, columns), or (k, rows).
-        is_on_rows: whether U·V stands on the left.
+        is_on_rows: whether the projection stands on the left.
         added: D, or None.
-        projected: V·W (k, columns) on the left, known after a pass.
+        between: g, which maps `(n, k)` row by row, the k numbers of a row of W, or of a column on the left; or None.
+        projected: g(V·W) (k, columns) on the left, known after a pass.
     """
 
     shape: tuple[int, int]
@@ -227,6 +228,7 @@ class ProjectionMap:
     right: NDArray[Any]
     is_on_rows: bool = False
     added: Delta | None = None
+    between: Callable[[NDArray[Any]], NDArray[Any]] | None = None
     projected: NDArray[Any] | None = None
 
     @property
@@ -237,7 +239,8 @@ class ProjectionMap:
     def transposed(self) -> "ProjectionMap":
         """Return the same function of the transposed matrix."""
         added = self.added.transposed() if self.added is not None else None
-        return ProjectionMap(self.shape[::-1], self.right.T, self.left.T, not self.is_on_rows, added)
+        turned = replace(self, shape=self.shape[::-1], left=self.right.T, right=self.left.T, added=added)
+        return replace(turned, is_on_rows=not self.is_on_rows)
 
     def prepare(self, tiles: Tiles) -> "ProjectionMap":
         """Return the map with the projection of all rows, which takes a pass."""
@@ -246,7 +249,9 @@ class ProjectionMap:
         projected = np.zeros((self.right.shape[0], self.shape[1]), np.float64)
         for start, base in tiles:
             projected += self.right[:, start : start + len(base)] @ base
-        return replace(self, projected=projected.astype(self.left.dtype))
+        if self.between is not None:
+            projected = self.between(projected.T).T
+        return replace(self, projected=np.ascontiguousarray(projected.astype(self.left.dtype)))
 
     def write_rows(self, start: int, stop: int, base: NDArray[Any], out: NDArray[Any]) -> None:
         """Write rows `start:stop` of f(W) into `out`."""
@@ -254,7 +259,8 @@ class ProjectionMap:
             assert self.projected is not None, "the map is prepared"
             np.matmul(self.left[start:stop], self.projected, out=out)
         else:
-            np.matmul(base @ self.left, self.right, out=out)
+            projected = base @ self.left
+            np.matmul(self.between(projected) if self.between is not None else projected, self.right, out=out)
         np.add(out, base, out=out)
         if self.added is not None:
             room = np.empty_like(out)

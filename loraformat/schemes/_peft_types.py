@@ -22,6 +22,9 @@ from loraformat.strict_json import JsonValue
 
 _EXACT: Final = 1 << 24
 """Below it every whole number is a float32."""
+_MAX_DEPTH: Final = 8
+"""Encoders of a network that PEANuT may have here."""
+_PLACES: Final = "its indices were not saved, and follow from the order of the base's modules"
 _COIFLET: Final = "coiflets, of whose filters this version has none; db1 to db10 and sym2 to sym10 it has"
 _NOT_SAVED: Final = Barrier(
     "save_projection", lambda saved: saved is False, "the random factors were not saved", True, "LF232"
@@ -244,6 +247,22 @@ TYPES: Final[Mapping[str, PeftType]] = {
         options={"decomposition_method": "relu"},
     ),
     "OSF": PeftType("osf", _same(*(f"osf_svd_params.{part}" for part in ("U_low", "S_low", "V_low")))),
+    "PEANUT": PeftType(
+        "peanut",
+        _same(
+            *("peanut_A.weight", "peanut_B.weight"),
+            *(f"peanut_{half}.{layer}.weight" for half in ("encoders", "decoders") for layer in range(_MAX_DEPTH)),
+        ),
+        rank=(("peanut_A.weight", 0),),
+        scale="scaling",
+        options={"act_fn": "relu"},
+    ),
+    "UNILORA": PeftType(
+        "unilora",
+        _same("unilora_theta_d", *(f"unilora_{what}_{side}" for what in ("indices", "scales") for side in "AB")),
+        rank=(("unilora_indices_A", 0),),
+        obstacles=(Barrier("save_indices", lambda saved: saved is not True, _PLACES, False, "LF232"),),
+    ),
     "BEFT": PeftType("beft", _same("beft_bias")),
     "LN_TUNING": PeftType(
         "replace",

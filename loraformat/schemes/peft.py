@@ -172,7 +172,8 @@ class Peft:
         left = [each for each in found if isinstance(each, Problem)]
         if not targets:
             nothing = Problem("LF212", str(bundle.path), f"{len(bundle.tensors)} tensors, none of a target", "a target")
-            raise error_for([each for each in left if each.severity == "error"] or [nothing])
+            against = [*other.find_obstacles(config), *left]
+            raise error_for([each for each in against if each.severity == "error"] or [nothing])
         return Adapter(
             targets=tuple(targets),
             base=BaseBinding(config.text("base_model_name_or_path"), config.text("revision")),

@@ -268,7 +268,7 @@ def test_rows_of_added_tokens_are_no_table(tmp_path: Path) -> None:
 
 VIRTUAL_TOKENS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
 ROUTED = {"LILY", "SHADOW"}
-NOT_MERGED = {"FINEGATES", "FROD", "PEANUT", "UILINLORA", "UNILORA"}
+NOT_MERGED = {"FINEGATES", "FROD", "UILINLORA"}
 OTHER_FORMS = {
     "ADALORA",  # singular values between the factors, pruned
     "BEFT",  # biases
@@ -387,15 +387,22 @@ GROUPS = (
     Group(
         "forms that are not merged",
         lambda fields: fields["peft_type"] in NOT_MERGED,
-        15,
+        9,
         "LF209",
         "What they add cannot be told from the file, or is not computed; none is LoRA, and none may be taken for it.",
         "",
     ),
     Group(
+        "indices that were not saved",
+        lambda fields: fields["peft_type"] == "UNILORA" and fields.get("save_indices") is not True,
+        1,
+        "LF232",
+        "Uni-LoRA's, which follow from the order of the base's modules.",
+    ),
+    Group(
         "other forms",
         lambda fields: fields["peft_type"] in OTHER_FORMS,
-        68,
+        73,
         None,
         "Kinds of their own, each merged by its own formula.",
     ),

@@ -143,6 +143,14 @@ def _draw(model: nn.Module, seed: int) -> None:
                 parameter.add_(noise.to(parameter.dtype))
 
 
+def _settle_peanut(model: nn.Module) -> None:
+    """Make the network's numbers larger, so that what comes out of it is not next to nothing."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "peanut_" in name:
+                parameter *= 3
+
+
 LINEAR = ("lin", "wide")
 SPECIMENS: dict[str, Specimen] = {
     "dora": Specimen(
@@ -275,6 +283,16 @@ SPECIMENS: dict[str, Specimen] = {
         lambda t: peft.LoraConfig(r=3, lora_alpha=5, kasa_config=peft.KasaConfig(), target_modules=t),
         LINEAR,
         tolerance=2e-6,
+    ),
+    "peanut": Specimen(lambda t: peft.PeanutConfig(r=4, depth=2, target_modules=t), LINEAR, settle=_settle_peanut),
+    "peanut gelu": Specimen(
+        lambda t: peft.PeanutConfig(r=4, depth=1, act_fn="gelu", target_modules=t), LINEAR, settle=_settle_peanut
+    ),
+    "peanut silu": Specimen(
+        lambda t: peft.PeanutConfig(r=4, depth=0, act_fn="silu", target_modules=t), LINEAR, settle=_settle_peanut
+    ),
+    "unilora": Specimen(
+        lambda t: peft.UniLoraConfig(r=3, theta_d_length=40, save_indices=True, target_modules=t), LINEAR
     ),
     "beft": Specimen(lambda t: peft.BeftConfig(target_modules=t), ("lin",)),
     "ln_tuning": Specimen(lambda t: peft.LNTuningConfig(target_modules=t), ("norm",)),

@@ -113,3 +113,30 @@ def test_a_convolution_is_known_by_the_base(tmp_path: Path, size: int, groups: i
         found = layer.conv(images)
     assert (expected - before).abs().max() > 0.1
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_bitfit_of_the_same_repository(tmp_path: Path) -> None:
+    """examples/NLU trains biases and the classifier with `apply_bitfit`, and saves what was trained."""
+    from safetensors.torch import load_file, save_file
+
+    transformers = pytest.importorskip("transformers", reason="the model is one of transformers")
+    torch.manual_seed(3)
+    config = transformers.RobertaConfig(
+        vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=36, num_labels=3
+    )
+    model = transformers.RobertaForSequenceClassification(config).eval()
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "base.safetensors")
+    tokens = torch.randint(3, 40, (2, 9))
+    with torch.no_grad():
+        before = model(tokens).logits
+        trained = {n: p for n, p in model.named_parameters() if "bias" in n or "classifier" in n}
+        for parameter in trained.values():
+            parameter += 0.3 * torch.randn_like(parameter)
+        expected = model(tokens).logits
+        torch.save({name: parameter.data for name, parameter in trained.items()}, tmp_path / "bitfit.bin")
+        loraformat.merge(tmp_path / "base.safetensors", [tmp_path / "bitfit.bin"], tmp_path / "merged.safetensors")
+        plain = transformers.RobertaForSequenceClassification(config).eval()
+        plain.load_state_dict(load_file(tmp_path / "merged.safetensors"))
+        found = plain(tokens).logits
+    assert (expected - before).abs().max() > 0.05
+    assert torch.equal(found, expected)

@@ -467,7 +467,7 @@ def test_dora_with_its_magnitudes(role: str) -> None:
     assert set(target.factors) == {*LINEAR, "lora_magnitude_vector"}
 
 
-@pytest.mark.parametrize("kind", ["PSOFT", "PEANUT", "lora", "PROMPT_TUNING", ""])
+@pytest.mark.parametrize("kind", ["PSOFT", "ADAMSS", "lora", "PROMPT_TUNING", ""])
 def test_other_types_are_refused_by_name(kind: str) -> None:
     problems = errors(make_bundle({"m.q": LINEAR}, {**CONFIG, "peft_type": kind}))
     assert [problem.code for problem in problems] == ["LF209"]

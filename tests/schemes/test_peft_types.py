@@ -251,6 +251,13 @@ def test_places_that_were_saved_as_floats() -> None:
     assert "LF210" in [problem.code for problem in problems]
 
 
+def test_unilora_without_its_indices() -> None:
+    shapes = {"base_model.unilora_theta_d": (9,)}
+    with pytest.raises(LoraformatError) as caught:
+        read(make_bundle("UNILORA", shapes))
+    assert caught.value.codes == ("LF232",)
+
+
 def test_names_of_a_raw_state_dict() -> None:
     bundle = make_bundle("OFT", {"m.q.oft_R.default.weight": (3, 6)})
     assert list(read(bundle).targets[0].factors) == ["oft_R.weight"]
@@ -267,7 +274,7 @@ def test_a_tensor_of_another_type_is_not_dropped() -> None:
     assert errors(make_bundle("IA3", {"m.q.ia3_l": (6, 1), "m.q.oft_r": (3, 6, 6)})) == ["LF202"]
 
 
-@pytest.mark.parametrize("peft_type", ["PSOFT", "FROD", "ADAMSS", "UNILORA", "PEANUT", "XLORA", "CPT", "new"])
+@pytest.mark.parametrize("peft_type", ["PSOFT", "FROD", "ADAMSS", "XLORA", "CPT", "new"])
 def test_types_that_are_not_merged_say_why(peft_type: str) -> None:
     with pytest.raises(LoraformatError) as caught:
         read(make_bundle(peft_type, {"m.q.a": (2, 3)}))
