@@ -37,8 +37,8 @@ class Slice:
         values: the values between.
     """
 
-    layers: list[Visit] = field(default_factory=list)
-    visits: list[Visit] = field(default_factory=list)
+    layers: dict[Visit, None] = field(default_factory=dict)
+    visits: dict[Visit, None] = field(default_factory=dict)
     values: set[Value] = field(default_factory=set)
 
     @property
@@ -49,7 +49,7 @@ class Slice:
     @property
     def layer(self) -> Visit | None:
         """The one layer that it comes from, None for none or several."""
-        return self.layers[0] if len(self.layers) == 1 else None
+        return next(iter(self.layers)) if len(self.layers) == 1 else None
 
 
 class Flow:
@@ -95,11 +95,9 @@ class Flow:
             if not isinstance(made_by, Visit) or made_by.op in _SHAPES or made_by.op == _QUANTISING:
                 continue
             if made_by in self.sites:
-                if made_by not in found.layers:
-                    found.layers.append(made_by)
+                found.layers[made_by] = None
                 continue
-            if made_by not in found.visits:
-                found.visits.append(made_by)
+            found.visits[made_by] = None
             pending += [where.find(each) for each in _list_data(made_by)]
         return found
 

@@ -6,7 +6,7 @@ the layer behind puts out. In a gated block the factor behind the activation is 
 a classifier. Where one layer of the stack does not look like the others, nothing is told at all.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -110,7 +110,9 @@ def _list_cores(flow: Flow) -> Iterator[_Core]:
 
 def _find_scores(flow: Flow, softmax: Visit) -> tuple[list[Visit], list[Visit]]:
     """Return the products of activations that a Softmax over its last axis is taken of, and the nodes between."""
-    pending, between, scores = [softmax], [], []
+    pending: list[Visit] = [softmax]
+    between: dict[Visit, None] = {}
+    scores: dict[Visit, None] = {}
     while pending:
         visit = pending.pop()
         for name in visit.node.input[1:] if visit.op == "Where" else visit.node.input:
@@ -118,9 +120,9 @@ def _find_scores(flow: Flow, softmax: Visit) -> tuple[list[Visit], list[Visit]]:
             if not isinstance(made_by, Visit) or made_by in between or made_by in scores:
                 continue
             if made_by.op in _PRODUCTS and made_by not in flow.sites:
-                scores.append(made_by)
+                scores[made_by] = None
             elif made_by.op in _MASKING and made_by not in flow.sites:
-                between.append(made_by)
+                between[made_by] = None
                 pending.append(made_by)
     telling = [each for each in scores if all(flow.trace_back(each.scope, name).layers for name in each.node.input[:2])]
     axis = next((a.i for a in softmax.node.attribute if a.name == "axis"), flow.softmax_axis)
@@ -129,15 +131,16 @@ def _find_scores(flow: Flow, softmax: Visit) -> tuple[list[Visit], list[Visit]]:
     return telling, _keep_between(telling, between)
 
 
-def _keep_between(scores: Sequence[Visit], nodes: Sequence[Visit]) -> list[Visit]:
+def _keep_between(scores: Sequence[Visit], nodes: Collection[Visit]) -> list[Visit]:
     """Return the nodes that scores go through, without those that make masks."""
-    values = {name for visit in scores for name in visit.node.output}
-    kept: list[Visit] = []
-    for _ in nodes:
-        fresh = [visit for visit in nodes if visit not in kept and not values.isdisjoint(visit.node.input)]
-        kept += fresh
-        values.update(name for visit in fresh for name in visit.node.output)
-    return kept
+    pending, kept = list(scores), dict[Visit, None]()
+    while pending:
+        visit = pending.pop()
+        readers = (reader for name in visit.node.output for reader, _ in visit.scope.readers.get(name, ()))
+        fresh = {reader: None for reader in readers if reader in nodes and reader not in kept}
+        kept |= fresh
+        pending += fresh
+    return list(kept)
 
 
 def _read_attention(flow: Flow, core: _Core) -> dict[str, Visit]:
@@ -224,7 +227,7 @@ def _read_block(flow: Flow, down: Visit) -> dict[str, Visit]:
     if halves is not None:
         gate, up = halves
         return {"gate_up": gate, "down": down} if gate is up else {"gate": gate, "up": up, "down": down}
-    return {"first": whole.layers[0], "second": down} if len(whole.layers) == 1 else {}
+    return {"first": whole.layer, "second": down} if whole.layer is not None else {}
 
 
 def _split_gate(flow: Flow, down: Visit) -> tuple[Visit, Visit] | None:

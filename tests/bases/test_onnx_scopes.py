@@ -16,18 +16,22 @@ import loraformat
 from builders import Factors, write_peft
 from graphs import (
     Array,
+    ArrayFactor,
     Net,
     dyadic,
     dyadic_factors,
     dynamo_scopes,
     function,
+    make_adapter,
     merge_model,
     product,
     run,
+    stored_weights,
     torchscript_name,
     write_data_by_hand,
     write_model,
 )
+from loraformat.adapter import Scaling, ScalingRule, SlotKind, Target
 from loraformat.bases import BASES, BaseModel
 
 OUT, IN, RANK = 7, 5, 2
@@ -309,6 +313,24 @@ def test_what_a_copy_does_not_go_with(
     onnx.save_model(old, base)
     before = base.read_bytes()
     assert code_of(lambda: loraformat.merge(base, [adapter], merged)) == "LF402"
+
+
+def test_a_shared_bias_is_copied_too(tmp_path: Path, weight: Array, rng: np.random.Generator) -> None:
+    net = Net()
+    net.weight("a.bias", dyadic(rng, OUT))
+    for index, module in enumerate("ab"):
+        inputs = [net.feed(f"x{index}"), net.weight(f"{module}.weight", weight + index), "a.bias"]
+        net.op("Gemm", inputs, net.result(f"y{index}"), torchscript_name(module, "Gemm"), transB=1)
+    base = write_model(tmp_path / "base.onnx", net.model())
+    values = dyadic(rng, OUT)
+    factors = {"bias": ArrayFactor("b.bias", values)}
+    target = Target("b", "replace", SlotKind.PARAMETER, factors, 0, Scaling(ScalingRule.MULTIPLIER, 1.0))
+    receipt = loraformat.merge(base, [make_adapter(target)], tmp_path / "merged.onnx")
+    assert [(each.name, each.copied_from) for each in receipt.weights] == [("b.bias", "a.bias")]
+    before, after = stored_weights(base), stored_weights(tmp_path / "merged.onnx")
+    np.testing.assert_array_equal(after.pop("b.bias"), values)
+    assert all((after[name] == before[name]).all() for name in before)
+    assert onnx.load(tmp_path / "merged.onnx").graph.node[1].input[2] == "b.bias"
 
 
 def test_running_both_models_proves_a_copy_too(tmp_path: Path, weight: Array, factors: Factors) -> None:

@@ -95,3 +95,21 @@ def test_two_adapters_one_for_each_end(lab: "Lab", tmp_path: Path, exporter: Any
     outputs = [run_onnx(path, head.feeds, head.specimen.outputs)["logits"] for path in (merged, again)]
     np.testing.assert_allclose(*outputs, rtol=0, atol=1e-4)
     assert np.abs(outputs[0] - head.unmerged["logits"]).max() > 1e-2
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_tied_tables_without_names(lab: "Lab", tmp_path: Path, end: int) -> None:
+    """The checkpoint's numbers are those of both readers; a lookup and a product are told apart by what they are."""
+    import zoo
+    from lab import difference
+    from onnx_paths import forget_names
+    from safetensors.torch import save_model
+
+    specimen = zoo.SPECIMENS["llama_tied"]
+    trained = lab.trained("llama_tied", [ENDS["llama_tied"][end]])
+    base = forget_names(specimen, lab.exported("llama_tied", "ts_nofold"), tmp_path / "base.onnx")
+    save_model(specimen.make(), str(tmp_path / "model.safetensors"))
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
+    merged = tmp_path / "merged.onnx"
+    loraformat.merge(base, [trained.folder], merged, base_checkpoint=tmp_path / "model.safetensors")
+    assert difference(zoo.run_onnx(merged, trained.feeds, specimen.outputs), trained.unmerged) <= 1e-4
