@@ -42,7 +42,8 @@ def measure_merged(base: BaseModel, order: Order, data: Path, effort: Effort) ->
     Raises:
         LoraformatError: LF628 data that do not fit, LF627 ranges that cannot be measured, what merging raises.
     """
-    problems = base.check_ranges(None) if isinstance(base, CalibratedBase) else ()
+    listed = base.check_ranges(None) if isinstance(base, CalibratedBase) else ()
+    problems = [problem for problem in listed if problem.severity == "error"]
     if problems:
         raise error_for(problems)
     apply_order(base, order, Work(effort, min_retained=0, warn_retained=0))
@@ -92,7 +93,7 @@ def measure_ranges(merged: BaseModel, data: Path) -> Ranges:
         found = _run_calibrator(model, Path(room), samples, merged)
     ranges: dict[str, tuple[float, float]] = {}
     for value in values:
-        low, high = value.fixed or (float(np.asarray(each).min()) for each in found[value.name].range_value)
+        low, high = (float(np.asarray(each).min()) for each in found[value.name].range_value)
         first, last = ranges.get(value.scale, (low, high))
         ranges[value.scale] = (min(first, low), max(last, high))
     if not all(math.isfinite(end) for pair in ranges.values() for end in pair):

@@ -369,12 +369,10 @@ class MeasuredValue:
     Attributes:
         name: the value's.
         scale: the name of the scale that stands for the range; several values may have one.
-        fixed: the range, where the operator tells it.
     """
 
     name: str
     scale: str
-    fixed: tuple[float, float] | None = None
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ a Relu where the first code stands for zero, which cuts off as much: there it is
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     import onnx
 
 _Made: TypeAlias = "list[onnx.NodeProto]"
-_KEPT: Final = frozenset({"alpha", "transA", "transB", "axis"})
+_Maker: TypeAlias = "Callable[[onnx.NodeProto, str, Set[str]], _Made]"
+_PASSING: Final = frozenset({"Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators that hand codes on."""
+_BETWEEN: Final = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_DROPPED: Final = frozenset({"channels_last", "opset"})
 _RAW: Final = "#float"
 _CUT: Final = "#cut"
 _CUTTING: Final = frozenset({"Relu", "Clip"})
@@ -31,13 +35,17 @@ def make_float_graph(graph: "onnx.GraphProto") -> list[MeasuredValue]:
     from onnx import helper
 
     held = {each.name: each for each in graph.initializer}
+    codes = {name for name, each in held.items() if each.data_type in FORMS}
     nodes: list[onnx.NodeProto] = []
     measured: dict[str, str] = {}
     for node in graph.node:
-        made = _convert(node, held, measured)
+        made = _convert(node, held, codes, measured)
         nodes += [node] if made is None else made
+        if made is None and node.op_type in _PASSING and node.input and node.input[0] in codes:
+            codes.update(node.output)
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
+    _drop_unread(graph)
     known = {each.name for each in (*graph.input, *graph.output)}
     for value, scale in measured.items():
         if value not in known:
@@ -45,36 +53,58 @@ def make_float_graph(graph: "onnx.GraphProto") -> list[MeasuredValue]:
     return list(_settle(nodes, measured))
 
 
+def _drop_unread(graph: "onnx.GraphProto") -> None:
+    """Remove initializers that no node reads any more."""
+    read: set[str] = set()
+    pending = [graph]
+    while pending:
+        current = pending.pop()
+        read.update(name for node in current.node for name in node.input)
+        read.update(output.name for output in current.output)
+        attributes = (attribute for node in current.node for attribute in node.attribute)
+        pending += [inner for attribute in attributes for inner in (attribute.g, *attribute.graphs) if inner.node]
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
 def _settle(nodes: "Sequence[onnx.NodeProto]", measured: Mapping[str, str]) -> Iterator[MeasuredValue]:
-    """Yield the values, as onnxruntime's quantiser has them: before a Relu what is behind it, of Softmax 0 to 1."""
+    """Yield the values, as onnxruntime's quantiser has them: before a Relu what is behind it."""
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in nodes:
         for name in node.input:
             readers[name].append(node)
-    softmax = {name for node in nodes if node.op_type == "Softmax" for name in node.output}
     for value, scale in measured.items():
         end = value
         while len(readers[end]) == 1 and readers[end][0].op_type == "Identity":
             end = readers[end][0].output[0]
         behind = readers[end][0].output[0] if len(readers[end]) == 1 and readers[end][0].op_type in _CUTTING else ""
-        fixed = (0.0, 1.0) if value in softmax else None
-        yield MeasuredValue(behind if behind in measured else value, scale, fixed)
+        yield MeasuredValue(behind if behind in measured else value, scale)
 
 
 def _convert(
-    node: "onnx.NodeProto", held: "Mapping[str, onnx.TensorProto]", measured: dict[str, str]
+    node: "onnx.NodeProto", held: "Mapping[str, onnx.TensorProto]", codes: Set[str], measured: dict[str, str]
 ) -> "_Made | None":
-    """Return what a node becomes; None for one that stays."""
+    """Return what a node becomes; None for one that stays.
+
+    Args:
+        node: the node.
+        held: the initializers.
+        codes: values that are codes, since they come from constants.
+        measured: takes the value whose range is measured, and its scale.
+    """
     from onnx import helper
 
     op = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
     entry = QUANTISED.get(op)
-    if entry is None or node.input[0] in held or (entry.result >= 0 and node.input[entry.result] not in held):
+    if entry is None or (entry.result >= 0 and node.input[entry.result] not in held):
+        return None
+    if op in _BETWEEN and node.input[0] in (*held, *codes):  # A constant stays one.
         return None
     if entry.result < 0:
         return [helper.make_node("Identity", [node.input[0]], [node.output[0]])]
     raw = node.input[0] if op == "QuantizeLinear" else f"{node.output[0]}{_RAW}"
-    made = [] if op == "QuantizeLinear" else _FLOATS[op](node, raw)
+    made = [] if op == "QuantizeLinear" else _FLOATS[op](node, raw, codes)
     scale, zero = (held.get(name) for name in node.input[entry.result : entry.result + 2])
     cut, value = _cut(raw, f"{node.output[0]}{_CUT}", scale, zero)
     measured[value] = node.input[entry.result]
@@ -104,43 +134,52 @@ def _cut(
     return [*held, helper.make_node("Clip", [value, *names], [name])], name
 
 
-def _plainly(op: str, *inputs: int) -> "Callable[[onnx.NodeProto, str], _Made]":
+def _plainly(op: str, *factors: int) -> _Maker:
     """Return what makes a node that does the same with floats, its factors being at these inputs."""
 
-    def make(node: "onnx.NodeProto", raw: str) -> _Made:
-        return [_make(op, node, [node.input[each] for each in inputs], raw)]
+    def make(node: "onnx.NodeProto", raw: str, codes: Set[str]) -> _Made:
+        before, names = _open_factors(node, factors, codes)
+        made = _make(op, node, names, raw)
+        made.attribute.extend(each for each in node.attribute if each.name not in _DROPPED)
+        return [*before, made]
 
     return make
 
 
-def _multiply(node: "onnx.NodeProto", raw: str) -> _Made:
-    weight, name = _dequantise(node, 3, 1)
-    return [*weight, _make("MatMul", node, [node.input[0], name], raw)]
+def _concatenate(node: "onnx.NodeProto", raw: str, codes: Set[str]) -> _Made:
+    return _plainly("Concat", *range(2, len(node.input), 3))(node, raw, codes)
 
 
-def _multiply_by_rows(node: "onnx.NodeProto", raw: str) -> _Made:
-    weight, name = _dequantise(node, 3, 0 if read_attribute(node, "transB", 0) else 1)
-    bias, names = _dequantise_bias(node, 6)
-    return [*weight, *bias, _make("Gemm", node, [node.input[0], name, *names], raw)]
-
-
-def _convolve(node: "onnx.NodeProto", raw: str) -> _Made:
-    weight, name = _dequantise(node, 3, 0)
-    bias, names = _dequantise_bias(node, 8)
-    made = _make("Conv", node, [node.input[0], name, *names], raw)
-    del made.attribute[:]
+def _multiply_by_rows(node: "onnx.NodeProto", raw: str, codes: Set[str]) -> _Made:
+    axis = 0 if read_attribute(node, "transB", 0) else 1
+    before, names = _open_factors(node, (0, 3), codes, axis)
+    bias, added = _dequantise_bias(node, 6)
+    made = _make("Gemm", node, [*names, *added], raw)
     made.attribute.extend(node.attribute)
-    return [*weight, *bias, made]
+    return [*before, *bias, made]
 
 
-def _pool(op: str) -> "Callable[[onnx.NodeProto, str], _Made]":
-    def make(node: "onnx.NodeProto", raw: str) -> _Made:
-        made = _make(op, node, [node.input[0]], raw)
-        del made.attribute[:]
-        made.attribute.extend(each for each in node.attribute if each.name != "channels_last")
-        return [made]
+def _convolve(node: "onnx.NodeProto", raw: str, codes: Set[str]) -> _Made:
+    before, names = _open_factors(node, (0, 3), codes, 0)
+    bias, added = _dequantise_bias(node, 8)
+    made = _make("Conv", node, [*names, *added], raw)
+    made.attribute.extend(node.attribute)
+    return [*before, *bias, made]
 
-    return make
+
+def _open_factors(
+    node: "onnx.NodeProto", positions: Iterable[int], codes: Set[str], axis: int = 1
+) -> tuple[_Made, list[str]]:
+    """Return the factors at these inputs in floats: activations as they are, and what makes floats of constants."""
+    made: list[onnx.NodeProto] = []
+    names = []
+    for position in positions:
+        name = node.input[position]
+        if name in codes:
+            before, name = _dequantise(node, position, axis)
+            made += before
+        names.append(name)
+    return made, names
 
 
 def _dequantise(node: "onnx.NodeProto", position: int, axis: int) -> tuple["_Made", str]:
@@ -167,13 +206,11 @@ def _dequantise_bias(node: "onnx.NodeProto", position: int) -> tuple["_Made", li
 def _make(op: str, node: "onnx.NodeProto", inputs: Iterable[str], output: str) -> "onnx.NodeProto":
     from onnx import helper
 
-    made = helper.make_node(op, list(inputs), [output], node.name)
-    made.attribute.extend(each for each in node.attribute if each.name in _KEPT)
-    return made
+    return helper.make_node(op, list(inputs), [output], node.name)
 
 
-_FLOATS: Final[Mapping[str, Callable[["onnx.NodeProto", str], "_Made"]]] = {
-    "QLinearMatMul": _multiply,
+_FLOATS: Final[Mapping[str, _Maker]] = {
+    "QLinearMatMul": _plainly("MatMul", 0, 3),
     "QLinearConv": _convolve,
     "com.microsoft.QGemm": _multiply_by_rows,
     "com.microsoft.QLinearAdd": _plainly("Add", 0, 3),
@@ -181,6 +218,7 @@ _FLOATS: Final[Mapping[str, Callable[["onnx.NodeProto", str], "_Made"]]] = {
     "com.microsoft.QLinearSigmoid": _plainly("Sigmoid", 0),
     "com.microsoft.QLinearLeakyRelu": _plainly("LeakyRelu", 0),
     "com.microsoft.QLinearSoftmax": _plainly("Softmax", 0),
-    "com.microsoft.QLinearAveragePool": _pool("AveragePool"),
-    "com.microsoft.QLinearGlobalAveragePool": _pool("GlobalAveragePool"),
+    "com.microsoft.QLinearAveragePool": _plainly("AveragePool", 0),
+    "com.microsoft.QLinearConcat": _concatenate,
+    "com.microsoft.QLinearGlobalAveragePool": _plainly("GlobalAveragePool", 0),
 }

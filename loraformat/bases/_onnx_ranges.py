@@ -5,7 +5,7 @@ an activation's scale times the weight's, and follow it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
@@ -32,21 +32,28 @@ class Quantised:
 
     Attributes:
         result: that of what it makes; -1 where that is a float.
-        factors: those of what it reads.
+        factors: those of what it reads, after the codes themselves; these may be constants, whose scales stay.
+        rest: where more of them begin, every third input; 0 for none.
         bias: a bias of whole numbers in steps of the first factor's scale times the weight's; 0 for none.
     """
 
     result: int
     factors: tuple[int, ...] = ()
+    rest: int = 0
     bias: int = 0
+
+    def list_factors(self, inputs: int) -> tuple[int, ...]:
+        """Return the scales of what an operator with so many inputs reads."""
+        return (*self.factors, *range(self.rest, inputs, 3)) if self.rest else self.factors
 
 
 QUANTISED: Final[Mapping[str, Quantised]] = {
     "QuantizeLinear": Quantised(1),
     "DequantizeLinear": Quantised(-1, (1,)),
-    "QLinearMatMul": Quantised(6, (1,)),
+    "QLinearMatMul": Quantised(6, (1, 4)),
     "QLinearConv": Quantised(6, (1,), bias=8),
     "com.microsoft.QGemm": Quantised(7, (1,), bias=6),
+    "com.microsoft.QLinearConcat": Quantised(0, rest=3),
     "com.microsoft.QLinearAdd": Quantised(6, (1, 4)),
     "com.microsoft.QLinearMul": Quantised(6, (1, 4)),
     "com.microsoft.QLinearSigmoid": Quantised(3, (1,)),
@@ -83,22 +90,29 @@ def find_measured(visits: Sequence[Visit]) -> tuple[dict[str, Measured], list[Pr
             expected = f"one of {', '.join(QUANTISED)}"
             problems.append(Problem("LF627", f"{visit.op} {visit.node.name!r}", "its own scales", expected))
         place = QUANTISED[visit.op].result if visit.op in QUANTISED else -1
-        if place < 0 or (visit.op == "QuantizeLinear" and trace_constant(visit.scope, visit.node.input[0])):
+        if place < 0 or _is_fixed(visit):
             continue
         scale, zero = (_find_initializer(visit, position) for position in (place, place + 1))
         if scale is None:
             continue
-        tied = next(_list_ties(visit, place, scale.name), "")
+        tied = next(_list_ties(visit, place, scale.name), None)
         if visit.scope.path != () or zero is None or zero.data_type not in FORMS or scale.dims[:] not in ([], [1]):
-            tied = tied or "a form that is not a number and a zero point of the main graph"
-        if tied:
-            where = f"{visit.op} {visit.node.name!r}"
-            problems.append(Problem("LF627", where, f"the scale {scale.name!r}: {tied}", "one that may change"))
+            tied = Problem("LF627", "", "a form that is not a number and a zero point of the main graph", "these")
+        if tied is not None:
+            problems.append(replace(tied, where=f"the scale {scale.name!r} of {visit.op} {visit.node.name!r}"))
         elif zero is not None:
             found.setdefault(scale.name, Measured(scale, zero, {}))
     for visit in visits:
         problems += _note_bias(visit, found)
     return found, problems
+
+
+def _is_fixed(visit: Visit) -> bool:
+    """Say whether a range has nothing to do with the weights: of a constant, or of Softmax, whose operator tells it."""
+    if visit.op != "QuantizeLinear":
+        return visit.op.endswith("Softmax")
+    made_by = visit.scope.producer(visit.node.input[0])
+    return _is_constant(visit, 0) or (isinstance(made_by, Visit) and made_by.op == "Softmax")
 
 
 def _find_initializer(visit: Visit, position: int) -> "onnx.TensorProto | None":
@@ -107,14 +121,24 @@ def _find_initializer(visit: Visit, position: int) -> "onnx.TensorProto | None":
     return trace.tensor if trace is not None and not trace.steps and not trace.blocked else None
 
 
-def _list_ties(visit: Visit, position: int, name: str) -> Iterator[str]:
-    """Yield what reads a scale besides operators that use it for activations."""
+def _list_ties(visit: Visit, position: int, name: str) -> Iterator[Problem]:
+    """Yield what reads a scale besides operators that use it for activations.
+
+    What a weight is stored in steps of has the weight's range: that of a table that is looked up is its rows' too.
+    """
     scope, own = visit.scope.find(visit.node.input[position])
     for reader, place in scope.readers.get(own, ()):
         known = QUANTISED.get(reader.op)
-        data = trace_constant(reader.scope, reader.node.input[0]) if known and reader.op[0] in "QD" else None
-        if known is None or place not in (known.result, *known.factors) or data is not None:
-            yield f"{reader.describe(place)} needs it as it is"
+        used = known is not None and place in (known.result, *known.list_factors(len(reader.node.input)))
+        if not used:
+            yield Problem("LF627", "", f"{reader.describe(place)} needs it as it is", "operators on activations alone")
+        elif known is not None and place != known.result and _is_constant(reader, place - 1):
+            found = f"{reader.describe(place)} has codes that are stored in steps of it"
+            yield Problem("LF627", "", found, "the same scale in the output", severity="note")
+
+
+def _is_constant(visit: Visit, position: int) -> bool:
+    return trace_constant(visit.scope, visit.node.input[position]) is not None
 
 
 def _note_bias(visit: Visit, found: Mapping[str, Measured]) -> Iterator[Problem]:

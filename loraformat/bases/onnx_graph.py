@@ -113,7 +113,8 @@ class OnnxGraph:
 
     def float_activations(self, graph: "onnx.GraphProto") -> Sequence[MeasuredValue]:
         """Have a main graph leave activations in floats; return whose ranges count."""
-        return make_float_graph(graph)
+        known, _ = find_measured(self._index.visits)
+        return [value for value in make_float_graph(graph) if value.scale in known]
 
     def check_ranges(self, ranges: Ranges | None) -> Sequence[Problem]:
         """Return what speaks against giving the graph these ranges; None stands for any."""

@@ -132,9 +132,9 @@ def test_an_unknown_operator_on_codes_is_refused(tmp_path: Path) -> None:
     net.nodes[-1].output[0] = "y0"
     number(net, "ys", 0.1, np.float32), number(net, "yz", 128, np.uint8)
     net.op("QuantizeLinear", ["y0", "ys", "yz"], "y0_q", "q")
-    inputs = ["ys", "yz", "y0_q", "ys", "yz"]
-    net.op("QLinearConcat", inputs, "joined", "concat", domain="com.microsoft", axis=0)
-    net.op("DequantizeLinear", ["joined", "ys", "yz"], "y")
+    inputs = ["y0_q", "ys", "yz", "ys", "yz"]
+    net.op("QLinearReduceMean", inputs, "mean", "mean", domain="com.microsoft", axes=[1], keepdims=1)
+    net.op("DequantizeLinear", ["mean", "ys", "yz"], "y")
     assert set(refuse(tmp_path, net).codes) == {"LF627"}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -14,6 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 import loraformat
 from builders import write_peft
 from loraformat.errors import LoraformatError
+
+if TYPE_CHECKING:
+    from lab import Lab
 
 pytestmark = pytest.mark.oracle
 quantization = pytest.importorskip("onnxruntime.quantization")
@@ -135,6 +138,36 @@ def test_data_that_do_not_fit_are_refused(made: Set, tmp_path: Path, arrays: Map
     assert caught.value.codes == ("LF628",)
     assert said in str(caught.value)
     assert [each.name for each in tmp_path.iterdir()] == ["data.npz"]
+
+
+@pytest.mark.parametrize(("model", "manner"), [("bert", QDQ), ("gpt2", QOPERATOR)])
+def test_real_architectures(request: pytest.FixtureRequest, tmp_path: Path, model: str, manner: Any) -> None:
+    """Tables that share a scale with what is looked up, products of activations, constants, Softmax."""
+    pytest.importorskip("torch")
+    import zoo
+
+    lab: Lab = request.getfixturevalue("lab")
+    trained, source = lab.trained(model), lab.exported(model, "ts")
+    feeds = {name: np.asarray(each) for name, each in trained.feeds.items()}
+    np.savez(tmp_path / "data.npz", **{name: each[None] for name, each in feeds.items()})  # type: ignore[arg-type]
+    loraformat.merge(source, [trained.folder], tmp_path / "float.onnx")
+    paths = {name: tmp_path / f"{name}.onnx" for name in ("base", "afresh", "accepted", "calibrated")}
+    for path, target in ((source, paths["base"]), (tmp_path / "float.onnx", paths["afresh"])):
+        reader = Reader({name: each[None] for name, each in feeds.items()})
+        quantize(path, target, reader, quant_format=manner, weight_type=INT8, reduce_range=True)
+    loraformat.merge(paths["base"], [trained.folder], paths["accepted"], accept_ranges=True, min_retained=0)
+    loraformat.merge(
+        paths["base"], [trained.folder], paths["calibrated"], calibration=tmp_path / "data.npz", min_retained=0
+    )
+    outputs = trained.specimen.outputs
+    exact = zoo.run_onnx(tmp_path / "float.onnx", trained.feeds, outputs)
+    errors = {
+        name: max(np.linalg.norm(found[each] - exact[each]) for each in exact)
+        for name, found in ((name, zoo.run_onnx(path, trained.feeds, outputs)) for name, path in paths.items())
+    }
+    assert errors["calibrated"] < errors["accepted"]
+    assert errors["calibrated"] < 1.25 * errors["afresh"]
+    assert loraformat.verify(paths["calibrated"], paths["base"], [trained.folder]).holds
 
 
 def test_a_convolution_and_other_operators(tmp_path: Path) -> None:
