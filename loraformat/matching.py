@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from loraformat.adapter import SlotKind, Target
 from loraformat.bases import Site, Weight
@@ -10,6 +11,9 @@ from loraformat.fingerprint import positions, read_number
 from loraformat.kinds import KINDS, REST, UNKNOWN, Change, Nature, SizedByBase, fits_shape
 from loraformat.problems import Problem
 from loraformat.spans import Part
+
+_PACKED: Final = 3
+"""Dimensions of a tensor of packed experts."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,6 +148,13 @@ def count_rows(site: Site, slot: SlotKind) -> int:
     """Return the rows of the canonical matrix `(out, in * kernel)` that a site applies."""
     shape = site.stored_shape()
     return shape[-1] if site.transposed[slot] else shape[0]
+
+
+def find_expert(site: Site) -> int | None:
+    """Return which of packed experts a site applies; None where it applies a weight of one, or has none."""
+    if site.weight is None or site.part is None or len(site.weight.tensor.shape) != _PACKED:
+        return None
+    return site.part.rows[0] // site.weight.tensor.shape[1]
 
 
 def cut_rows(site: Site, slot: SlotKind, rows: tuple[int, int] | None) -> Site:

@@ -6,7 +6,7 @@ from typing import Any
 
 from loraformat.bases import BaseModel
 from loraformat.evidence import Hints
-from loraformat.matching import Match
+from loraformat.matching import Match, find_expert
 from loraformat.plan import WeightedAdapter
 from loraformat.problems import Problem
 from loraformat.resolve import gather_clues, resolve
@@ -23,6 +23,7 @@ class ResolvedTarget:
         weight: name of the stored tensor.
         sites: ids of the sites that read it.
         rows: start and stop of the target's rows in the weight's canonical matrix `(out, in)`; None for all.
+        expert: which of packed experts has that matrix; None for a weight of one.
         strategy: what found it.
         evidence: what it was found by.
         verified: what of its numbers was compared, and agrees.
@@ -36,6 +37,7 @@ class ResolvedTarget:
     weight: str
     sites: tuple[str, ...]
     rows: tuple[int, int] | None
+    expert: int | None
     strategy: str
     evidence: str
     verified: tuple[str, ...]
@@ -101,6 +103,7 @@ def _describe(match: Match, divisors: Mapping[str, float]) -> ResolvedTarget:
         weight=match.weight.name,
         sites=tuple(site.id for site in match.sites),
         rows=_find_rows(match),
+        expert=find_expert(match.sites[0]),
         strategy=match.strategy,
         evidence=match.evidence,
         verified=match.verified,
@@ -114,4 +117,6 @@ def _find_rows(match: Match) -> tuple[int, int] | None:
     if match.part is None:
         return None
     start, stop, step = match.part.columns if match.transposed else match.part.rows
-    return (start, stop) if step == 1 else None
+    expert = find_expert(match.sites[0])
+    first = expert * match.weight.tensor.shape[1] if expert is not None and not match.transposed else 0
+    return (start - first, stop - first) if step == 1 else None

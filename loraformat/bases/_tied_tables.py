@@ -40,6 +40,12 @@ _WRAPPED: Final = "language_model.model."
 """Prefix of the text model in the older names of models that also see; its head stands beside `model`."""
 
 _WITH_HEAD: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "DoubleHeadsModel")
+_OTHER_HEADS: Final = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
 
 
 def grows(module: str) -> bool:
@@ -78,8 +84,8 @@ def _are_tied(tables: Sequence[Site], config: Mapping[str, JsonValue]) -> bool:
     architectures = config.get("architectures")
     named = architectures if isinstance(architectures, list | tuple) else ()
     has_head = any(isinstance(name, str) and name.endswith(_WITH_HEAD) for name in named)
-    if named and not has_head and len(tables) == 1:  # A classifier: its family's word on ties is about other models.
-        return False
+    if named and all(isinstance(name, str) and name.endswith(_OTHER_HEADS) for name in named):
+        return False  # Its family's word on ties is about models that put out tokens.
     stated = read_tie(config)
     if stated is not None:
         return stated is True

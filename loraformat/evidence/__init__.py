@@ -26,6 +26,7 @@ class MappedWeight:
         weight: name of the stored tensor.
         sites: ids of the sites that are meant; empty for all that read it.
         rows: start and stop of the target's rows in the weight's canonical matrix `(out, in)`; None for all.
+        expert: which of the weight's packed experts has that matrix; None for a weight of one.
         folded: whether it was multiplied by numbers before it was stored, which only the torch checkpoint tells.
     """
 
@@ -33,6 +34,7 @@ class MappedWeight:
     sites: tuple[str, ...] = ()
     rows: tuple[int, int] | None = None
     folded: bool = False
+    expert: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

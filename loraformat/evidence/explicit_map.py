@@ -8,7 +8,7 @@ from typing import Final
 from loraformat.bases import Site
 from loraformat.errors import refuse
 from loraformat.evidence import Lookup, MappedWeight
-from loraformat.matching import Want, count_rows, cut_rows
+from loraformat.matching import Want, count_rows, cut_rows, find_expert
 from loraformat.problems import Problem
 from loraformat.site_index import Candidate
 from loraformat.spans import read_small
@@ -43,18 +43,26 @@ def _find_obstacle(want: Want, site: Site, mapped: MappedWeight) -> Problem | No
 
 
 def _is_meant(want: Want, site: Site, mapped: MappedWeight) -> bool:
-    if site.weight is None or site.weight.name != mapped.weight or site.part or site.section:
+    if site.weight is None or site.weight.name != mapped.weight or site.section:
+        return False
+    if find_expert(site) != mapped.expert or (site.part is not None and not _is_whole_expert(site)):
         return False
     if want.change.slot not in site.transposed or (mapped.sites and site.id not in mapped.sites):
         return False
     return mapped.rows is None or mapped.rows[1] <= count_rows(site, want.change.slot)
 
 
+def _is_whole_expert(site: Site) -> bool:
+    assert site.weight is not None, "checked before"
+    return find_expert(site) is not None and site.stored_shape() == site.weight.tensor.shape[1:]
+
+
 def read_map(path: Path) -> Mapping[tuple[str, str], MappedWeight]:
     """Read a map of targets, as `loraformat resolve --json` prints it; LF422 for one that is not such a map.
 
     It is a JSON object with a list `targets` of objects: `target` and `weight` (names), and, where they are not given,
-    `parameter` is `weight`, `sites` are all that read the weight, and `rows` (start and stop) are all of it.
+    `parameter` is `weight`, `sites` are all that read the weight, and `rows` (start and stop) are all of it. Of a
+    tensor of packed experts `expert` says which.
     """
     listed = parse_json_object(read_small(path), path).get("targets")
     if not isinstance(listed, list):
@@ -76,13 +84,15 @@ def _read_entry(entry: JsonValue, where: str) -> tuple[tuple[str, str], MappedWe
         raise refuse("LF422", where, "an entry without names", "`target` and `weight`, both strings")
     if not (isinstance(sites, list) and all(isinstance(site, str) for site in sites)):
         raise refuse("LF422", where, "`sites` that are none", "a list of strings")
-    if rows is None:
-        return (target, parameter), MappedWeight(weight, tuple(map(str, sites)), None, found.get("folded") is True)
     numbers = [number for number in rows if isinstance(number, int)] if isinstance(rows, list) else []
-    if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
+    if rows is not None and (len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]):
         raise refuse("LF422", where, f"the rows {rows}", "start and stop")
+    expert = found.get("expert")
+    if expert is not None and (not isinstance(expert, int) or isinstance(expert, bool) or expert < 0):
+        raise refuse("LF422", where, f"the expert {expert!r}", "a number")
+    run = (numbers[0], numbers[1]) if numbers else None
     return (target, parameter), MappedWeight(
-        weight, tuple(map(str, sites)), (numbers[0], numbers[1]), found.get("folded") is True
+        weight, tuple(map(str, sites)), run, folded=found.get("folded") is True, expert=expert
     )
 
 

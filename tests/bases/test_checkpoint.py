@@ -150,6 +150,9 @@ def test_tied_embeddings_are_shared_when_the_configuration_says_so(tmp_path: Pat
         ({"text_config": {}, "tie_word_embeddings": True}, True),
         ({"text_config": None, "tie_word_embeddings": True}, True),
         ({"vision_config": {"tie_word_embeddings": True}}, False),
+        ({"architectures": ["BertForMaskedLM"], "tie_word_embeddings": True}, True),
+        ({"architectures": ["BertModel"], "tie_word_embeddings": True}, True),
+        ({"architectures": ["BertForSequenceClassification"], "tie_word_embeddings": True}, False),
         ({}, False),
     ],
 )

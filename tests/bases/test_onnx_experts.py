@@ -1,5 +1,6 @@
 """Experts in one tensor: each is merged into its own matrix, the right way round, however the graph picks it."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -9,7 +10,19 @@ import pytest
 from onnx import TensorProto
 
 import loraformat
-from graphs import Array, Net, dyadic, dyadic_factors, dynamo_scopes, merge_model, product, run, torchscript_name
+from builders import write_peft
+from graphs import (
+    Array,
+    Net,
+    dyadic,
+    dyadic_factors,
+    dynamo_scopes,
+    merge_model,
+    product,
+    run,
+    torchscript_name,
+    write_model,
+)
 
 EXPERTS, WIDE, HIDDEN, RANK = 3, 10, 6, 2
 """Gate and up have 10 rows together, 5 each."""
@@ -250,6 +263,29 @@ def test_two_modules_that_share_one_tensor_part(tmp_path: Path, packed: Array, r
         expected[expert] += product(factors[f"{MODULE}.{expert}.gate_up_proj"])
     check(found, expected, x)
     np.testing.assert_array_equal(found[-1], before[-1])
+
+
+def test_what_resolve_prints_of_experts_is_a_map(tmp_path: Path, packed: Array, rng: np.random.Generator) -> None:
+    net = Net()
+    net.feed("x")
+    _stored_turned(net, packed)
+    base = write_model(tmp_path / "base.onnx", net.model())
+    factors = {f"{MODULE}.{expert}.gate_up_proj": dyadic_factors(rng, WIDE, HIDDEN, RANK) for expert in (0, 2)}
+    adapter = write_peft(tmp_path / "adapter", factors)
+    found = loraformat.resolve_targets(base, adapter)
+    assert [(each.expert, each.rows, each.weight) for each in found.targets] == [
+        (expert, (0, WIDE), GATE_UP) for expert in (0, 2)
+    ]
+    (tmp_path / "map.json").write_text(json.dumps(found.as_json()))
+    loraformat.merge(base, [adapter], tmp_path / "a.onnx")
+    loraformat.merge(base, [adapter], tmp_path / "b.onnx", map=tmp_path / "map.json")
+    one, other = (onnx.load(str(tmp_path / f"{name}.onnx")).graph.initializer for name in "ab")
+    assert [tensor.raw_data for tensor in one] == [tensor.raw_data for tensor in other]
+    text = json.dumps({"targets": [each.as_json() | {"expert": "first"} for each in found.targets]})
+    (tmp_path / "map.json").write_text(text)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(base, [adapter], tmp_path / "c.onnx", map=tmp_path / "map.json")
+    assert caught.value.codes == ("LF422",)
 
 
 # --- the operator MoE ------------------------------------------------------------------------------------------------
