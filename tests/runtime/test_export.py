@@ -224,6 +224,39 @@ def make_conv() -> Node:
     return Node(net, feeds, effect, (5, 3, 3, 2), SlotKind.CONV)
 
 
+def make_fused_gemm(*, turned: bool) -> Node:
+    """The product is inside: Relu follows, with numbers on both sides of zero."""
+    net, feeds = Net(), rows(6)
+    weight, bias = dyadic(rng(), OUT, IN), dyadic(rng(), OUT)
+    inputs = [net.feed("x"), net.weight("w", weight), net.weight("b", bias)]
+    more = {"transA": int(turned), "transB": 1, "alpha": 0.5, "beta": 2.0, "activation": "Relu"}
+    net.op("FusedGemm", inputs, net.result("y"), torchscript_name(MODULE, "Gemm"), domain=MS, **more)
+    x = feeds["x"].astype(np.float64)
+    inner = 0.5 * x @ weight.T + 2.0 * bias
+
+    def effect(delta: Array) -> Array:
+        return np.maximum(inner + x @ delta.T, 0) - np.maximum(inner, 0)
+
+    return Node(net, {"x": np.ascontiguousarray(feeds["x"].T)} if turned else feeds, effect)
+
+
+def make_fused_conv() -> Node:
+    net, feeds = Net(), {"x": dyadic(rng(), 2, 3, 5, 7)}
+    weight = dyadic(rng(), 5, 3, 1, 1)
+    inputs = [net.feed("x", rank=4), net.weight(f"{MODULE}.weight", weight)]
+    more = {"domain": MS, "strides": [2, 1], "activation": "Tanh"}
+    net.op("FusedConv", inputs, net.result("y", rank=4), torchscript_name(MODULE, "Conv"), **more)
+    points = feeds["x"].astype(np.float64)[:, :, ::2]
+
+    def effect(delta: Array) -> Array:
+        before, after = (
+            np.tanh(np.einsum("oi,nihw->nohw", (weight + change)[:, :, 0, 0], points)) for change in (0, delta)
+        )
+        return after - before
+
+    return Node(net, feeds, effect, (5, 3, 1, 1), SlotKind.CONV)
+
+
 def make_inner() -> Node:
     """The node stands in both branches of an If, as in Optimum's merged decoders, and reads one weight."""
     net, feeds = Net(), rows(2, 5) | {"first": np.array(True)}
@@ -261,6 +294,9 @@ NODES: dict[str, Callable[[], Node]] = {
     "MatMulIntegerToFloat": lambda: make_dynamic("MatMulIntegerToFloat"),
     "Gather": make_gather,
     "Conv": make_conv,
+    "FusedGemm": lambda: make_fused_gemm(turned=False),
+    "FusedGemm, x turned": lambda: make_fused_gemm(turned=True),
+    "FusedConv": make_fused_conv,
     "If": make_inner,
 }
 
