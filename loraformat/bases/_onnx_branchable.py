@@ -51,7 +51,7 @@ class BranchableGraph:
     def find_opening(self, site: Site) -> Opening | Problem:
         """Return where something can be added to what a site's node makes, or why nothing can (LF820)."""
         opening = find_opening(self._nodes[site.id])
-        if isinstance(opening, Opening) and opening.is_inside and self._opset < _SPLITS:
+        if isinstance(opening, Opening) and opening.sizes and self._opset < _SPLITS:
             found = f"operators of version {self._opset}, whose Split knows no sizes"
             return Problem("LF820", f"Attention {opening.visit.node.name!r}", found, f"version {_SPLITS} or later")
         return opening

@@ -54,6 +54,7 @@ class Opening:
         visit: the node that applies the weight.
         copied: the attributes with which x is applied to the first factor too.
         sizes: where the node holds its product inside and goes on to an attention, the columns of q, k and v.
+        activation: where it goes on to an activation, the operator that this is.
     """
 
     product: Product
@@ -63,11 +64,12 @@ class Opening:
     visit: Visit
     copied: "Mapping[str, onnx.AttributeProto]" = field(default_factory=dict)
     sizes: tuple[int, ...] = ()
+    activation: str = ""
 
     @property
     def is_inside(self) -> bool:
         """Whether the node holds its product inside, and is taken apart."""
-        return bool(self.sizes)
+        return bool(self.sizes or self.activation)
 
     @property
     def value(self) -> str:
@@ -88,6 +90,8 @@ _PRODUCTS: Final[Mapping[str, tuple[Product | None, ...]]] = {
     "MatMulInteger": (None, Product.RIGHT),
     _ATTENTION: (None, Product.RIGHT),
     "com.microsoft.DynamicQuantizeMatMul": (None, Product.RIGHT),
+    "com.microsoft.FusedConv": (None, Product.KERNEL),
+    "com.microsoft.FusedGemm": (None, Product.RIGHT),
     "com.microsoft.FusedMatMul": (None, Product.RIGHT),
     "com.microsoft.MatMulIntegerToFloat": (None, Product.RIGHT),
     "com.microsoft.MatMulNBits": (None, Product.RIGHT),
@@ -96,8 +100,6 @@ _PRODUCTS: Final[Mapping[str, tuple[Product | None, ...]]] = {
 
 _REASONS: Final[Mapping[str, str]] = {
     "com.microsoft.EmbedLayerNormalization": "the operator goes on to the norm, and puts out no rows of the table",
-    "com.microsoft.FusedConv": "the operator goes on to an activation, and puts out no product",
-    "com.microsoft.FusedGemm": "the operator goes on to an activation, and puts out no product",
     "com.microsoft.MoE": "the operator chooses among experts itself, and puts out no product of one",
     "com.microsoft.QAttention": "the operator goes on to the attention, and puts out no product",
     "com.microsoft.QGemm": "the operator computes in whole numbers only",
@@ -108,9 +110,10 @@ _REASONS: Final[Mapping[str, str]] = {
 }
 _MENDS: Final[Mapping[str, str]] = {
     "com.microsoft.EmbedLayerNormalization": _AS_IT_WAS,
-    "com.microsoft.FusedConv": _AS_IT_WAS,
-    "com.microsoft.FusedGemm": _AS_IT_WAS,
 }
+_ACTIVATING: Final = frozenset({"com.microsoft.FusedConv", "com.microsoft.FusedGemm"})
+_ACTIVATIONS: Final = frozenset({"Relu", "Sigmoid", "Tanh"})
+"""Those without settings."""
 _ATTENDING: Final = frozenset({"num_heads", "mask_filter_value", "scale", "unidirectional", "qkv_hidden_sizes"})
 _ATTENDED: Final = frozenset({0, 1, 2, 3, 5})
 """Attributes and inputs of an Attention that MultiHeadAttention has too: no past, no rotation."""
@@ -132,6 +135,8 @@ def find_opening(raw: RawSite) -> Opening | Problem:
         return _refuse(visit, f"numbers computed as {'nobody knows what' if dtype is None else dtype.name}")
     if visit.op == _ATTENTION:
         return _find_inside(raw, dtype)
+    if visit.op in _ACTIVATING:
+        return _find_activated(raw, product, dtype)
     x, maker = _find_x(raw), _find_maker(visit)
     if x is None or maker is None:
         return _refuse(visit, "codes of whole numbers without their floats beside them")
@@ -152,6 +157,16 @@ def _find_inside(raw: RawSite, dtype: Dtype) -> Opening | Problem:
     if len(given) != 3 or sum(given) != columns or min(given) <= 0:
         return _refuse(visit, f"columns {given} for q, k and v, of {columns}")
     return Opening(Product.RIGHT, dtype, node.input[0], visit, visit, {}, tuple(given))
+
+
+def _find_activated(raw: RawSite, product: Product, dtype: Dtype) -> Opening | Problem:
+    """Return a product with an activation as it can be taken apart, or why it cannot."""
+    visit, node = raw.visit, raw.visit.node
+    activation = next((each.s.decode() for each in node.attribute if each.name == "activation"), "")
+    if activation not in _ACTIVATIONS or any(node.input[3:]):
+        found = f"an operator that goes on to {activation or 'nothing that it names'}, or adds something more"
+        return _refuse(visit, found, _AS_IT_WAS)
+    return Opening(product, dtype, node.input[0], visit, visit, _copy_attributes(raw), activation=activation)
 
 
 def _refuse(visit: Visit, found: str, mend: str = "") -> Problem:
@@ -258,5 +273,5 @@ def _find_follower(visit: Visit) -> Visit | None:
 
 def _copy_attributes(raw: RawSite) -> "Mapping[str, onnx.AttributeProto]":
     """Return what a convolution does besides its kernel, or that x is turned first."""
-    wanted = _CONV_ATTRIBUTES if raw.visit.op == "Conv" else frozenset({"transA"})
+    wanted = _CONV_ATTRIBUTES if raw.visit.op.endswith("Conv") else frozenset({"transA"})
     return {attribute.name: attribute for attribute in raw.visit.node.attribute if attribute.name in wanted}

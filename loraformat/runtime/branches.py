@@ -75,7 +75,8 @@ def _multiply_right(branch: Branch, opening: Opening, chain: Chain) -> str:
     node = opening.visit.node
     turned = opening.copied["transA"].i if "transA" in opening.copied else 0
     if turned:
-        inner = chain.add(node.op_type, [opening.x, branch.layout.down], "lora_A", domain=node.domain, transA=1)
+        op, domain = ("Gemm", "") if opening.activation else (node.op_type, node.domain)
+        inner = chain.add(op, [opening.x, branch.layout.down], "lora_A", domain=domain, transA=1)
     else:
         inner = chain.add("MatMul", [opening.x, branch.layout.down], "lora_A")
     return chain.add("MatMul", [inner, branch.layout.up], "lora_B")

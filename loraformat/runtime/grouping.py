@@ -123,5 +123,5 @@ def _name_branch(base: BranchableGraph, served: Served) -> str:
         return served.target.name
     here = [site for site in base.sites if site.id == served.sites[0].id]
     whole = next((site.module for site in here if site.module and site.weight and site.weight.name), "")
-    inside = isinstance(opening := base.find_opening(served.sites[0]), Opening) and opening.is_inside
+    inside = isinstance(opening := base.find_opening(served.sites[0]), Opening) and bool(opening.sizes)
     return f"{whole}.{_INSIDE}" if whole and inside else whole or served.target.name

@@ -1,7 +1,8 @@
 """What is done to a graph's own nodes where something is added to a product: mostly, one value gets another name.
 
 An Attention holds its product inside. It is taken apart into nodes that do the same: the product, a Split of it into
-q, k and v, and MultiHeadAttention, which adds the bias and attends.
+q, k and v, and MultiHeadAttention, which adds the bias and attends. So is a FusedGemm or FusedConv: into the product
+and the activation.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import onnx
 
 _WEIGHT, _BIAS, _MASK, _ATTENTION_BIAS = 1, 2, 3, 5
+_FUSED: Final = "Fused"
 _INT64: Final = 7
 _KEPT: Final = frozenset({"num_heads", "mask_filter_value", "scale", "unidirectional"})
 
@@ -36,16 +38,24 @@ class Junction:
 
 def open_junction(opening: Opening, chain: Chain) -> Junction:
     """Begin the nodes at an opening."""
+    node = opening.visit.node
     if not opening.is_inside:
         return Junction(opening, chain.take(f"{opening.value}.base"), opening.value)
-    weight = opening.visit.node.input[_WEIGHT]
-    return Junction(opening, chain.add("MatMul", [opening.x, weight], ""), chain.take(f"{chain.path}/summed"))
+    if opening.sizes:
+        before = chain.add("MatMul", [opening.x, node.input[_WEIGHT]], "")
+    else:
+        before = chain.add(node.op_type.removeprefix(_FUSED), node.input, "")
+        kept = (attribute for attribute in node.attribute if not attribute.name.startswith("activation"))
+        chain.nodes[-1].attribute.extend(kept)
+    return Junction(opening, before, chain.take(f"{chain.path}/summed"))
 
 
 def close_junction(junction: Junction, chain: Chain) -> Addition:
     """End the nodes at an opening, with the sum among them."""
     opening = junction.opening
-    if opening.is_inside:
+    if opening.activation:
+        chain.add(opening.activation, [junction.summed], "", output=opening.value)
+    elif opening.sizes:
         _attend(opening.visit.node, opening.sizes, junction.summed, chain)
     return Addition(opening, junction.before, chain.nodes)
 

@@ -11,11 +11,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from builders import Factors
+import loraformat
+from builders import Factors, write_peft
 from graphs import (
+    STYLES,
     Array,
     Net,
     dyadic,
+    dyadic_factors,
+    linear_net,
     make_adapter,
     make_target,
     product,
@@ -220,6 +224,39 @@ def make_conv() -> Node:
     return Node(net, feeds, effect, (5, 3, 3, 2), SlotKind.CONV)
 
 
+def make_fused_gemm(*, turned: bool) -> Node:
+    """The product is inside: Relu follows, with numbers on both sides of zero."""
+    net, feeds = Net(), rows(6)
+    weight, bias = dyadic(rng(), OUT, IN), dyadic(rng(), OUT)
+    inputs = [net.feed("x"), net.weight("w", weight), net.weight("b", bias)]
+    more = {"transA": int(turned), "transB": 1, "alpha": 0.5, "beta": 2.0, "activation": "Relu"}
+    net.op("FusedGemm", inputs, net.result("y"), torchscript_name(MODULE, "Gemm"), domain=MS, **more)
+    x = feeds["x"].astype(np.float64)
+    inner = 0.5 * x @ weight.T + 2.0 * bias
+
+    def effect(delta: Array) -> Array:
+        return np.maximum(inner + x @ delta.T, 0) - np.maximum(inner, 0)
+
+    return Node(net, {"x": np.ascontiguousarray(feeds["x"].T)} if turned else feeds, effect)
+
+
+def make_fused_conv() -> Node:
+    net, feeds = Net(), {"x": dyadic(rng(), 2, 3, 5, 7)}
+    weight = dyadic(rng(), 5, 3, 1, 1)
+    inputs = [net.feed("x", rank=4), net.weight(f"{MODULE}.weight", weight)]
+    more = {"domain": MS, "strides": [2, 1], "activation": "Tanh"}
+    net.op("FusedConv", inputs, net.result("y", rank=4), torchscript_name(MODULE, "Conv"), **more)
+    points = feeds["x"].astype(np.float64)[:, :, ::2]
+
+    def effect(delta: Array) -> Array:
+        before, after = (
+            np.tanh(np.einsum("oi,nihw->nohw", (weight + change)[:, :, 0, 0], points)) for change in (0, delta)
+        )
+        return after - before
+
+    return Node(net, feeds, effect, (5, 3, 1, 1), SlotKind.CONV)
+
+
 def make_inner() -> Node:
     """The node stands in both branches of an If, as in Optimum's merged decoders, and reads one weight."""
     net, feeds = Net(), rows(2, 5) | {"first": np.array(True)}
@@ -257,6 +294,9 @@ NODES: dict[str, Callable[[], Node]] = {
     "MatMulIntegerToFloat": lambda: make_dynamic("MatMulIntegerToFloat"),
     "Gather": make_gather,
     "Conv": make_conv,
+    "FusedGemm": lambda: make_fused_gemm(turned=False),
+    "FusedGemm, x turned": lambda: make_fused_gemm(turned=True),
+    "FusedConv": make_fused_conv,
     "If": make_inner,
 }
 
@@ -277,3 +317,32 @@ def test_nothing_changes_without_an_adapter_and_its_product_is_added_with_one(tm
     np.testing.assert_allclose(
         active.astype(np.float64), before.astype(np.float64) + wanted, rtol=0, atol=node.tolerance
     )
+
+
+@pytest.mark.parametrize("files", ["", "one"])
+@pytest.mark.parametrize("style", STYLES)
+def test_every_style_of_export_is_served(tmp_path: Path, style: str, files: str) -> None:
+    weights = {"model.a": dyadic(rng(), 12, 10), "model.b": dyadic(rng(), 7, 9)}
+    base = write_model(tmp_path / "base.onnx", linear_net(weights, style).model(), files)
+    adapter = write_peft(tmp_path / "adapter", {n: dyadic_factors(rng(), *w.shape, 3) for n, w in weights.items()})
+    model = tmp_path / "base.lora.onnx"
+    runtime.export_runtime(base, [adapter], model, external_data="share" if files else None)
+    x = {f"in.{name}": dyadic(rng(), 4, weight.shape[1]) for name, weight in weights.items()}
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx")
+    for one, other in zip(run(model, x), run(base, x), strict=True):
+        assert same_bits(one, other)
+    active = run(model, x | runtime.adapter_feeds(model, [adapter]))
+    for one, other in zip(active, run(tmp_path / "merged.onnx", x), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
+
+
+def test_bfloat16_models_have_inputs_of_their_form(tmp_path: Path) -> None:
+    """The processor's provider has no MatMul of this form: only what is written is looked at."""
+    node = make_matmul(ml_dtypes.bfloat16)
+    base, model = write_model(tmp_path / "base.onnx", node.net.model()), tmp_path / "model.onnx"
+    runtime.export_runtime(base, [node.adapter()], model)
+    onnx.checker.check_model(str(model), full_check=True)
+    feeds = runtime.adapter_feeds(model, [node.adapter()])
+    assert {array.dtype.name for array in feeds.values()} == {"bfloat16"}
+    down, up = (array.astype(np.float32) for array in feeds.values())
+    np.testing.assert_allclose((down @ up).T, node.delta(), rtol=0.02)

@@ -72,7 +72,16 @@ def test_what_is_no_product_of_thin_matrices(tmp_path: Path, kind: str) -> None:
 def make_fused() -> Net:
     net = Net()
     weight, bias = net.weight(f"{MODULE}.weight", dyadic(rng(2), OUT, IN)), net.weight("b", dyadic(rng(), OUT))
-    net.op("FusedGemm", [net.feed("x"), weight, bias], net.result("y"), "/f", domain=MS, transB=1, activation="Relu")
+    net.op(
+        "FusedGemm",
+        [net.feed("x"), weight, bias],
+        net.result("y"),
+        "/f",
+        domain=MS,
+        transB=1,
+        activation="LeakyRelu",
+        activation_alpha=0.1,
+    )
     return net
 
 
