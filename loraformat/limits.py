@@ -42,6 +42,9 @@ MAX_PROTO_DEPTH: Final = 100
 MAX_ZIP_DIRECTORY_BYTES: Final = 100_000_000
 """The list of a zip archive's members: about a hundred bytes for each tensor."""
 
+MAX_ARCHIVE_MEMBERS: Final = 10_000
+"""Members of a tar archive; NeMo's have two, and one for each process of a parallel model."""
+
 MAX_PICKLE_BYTES: Final = 100_000_000
 """The pickle of a torch checkpoint holds names and shapes, no weights: about 140 bytes for each tensor."""
 

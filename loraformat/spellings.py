@@ -121,23 +121,30 @@ class SpellingTable:
         self.rows: tuple[ModuleRow, ...] = tuple(_read_row(row) for row in fields["modules"])
 
     @cached_property
-    def _index(self) -> Mapping[tuple[str, bool, str], Sequence[tuple[ModuleRow, int, re.Pattern[str]]]]:
-        """Spelling, whether flat, and path with `#` for numbers, to the rows that may fit."""
-        index: dict[tuple[str, bool, str], list[tuple[ModuleRow, int, re.Pattern[str]]]] = {}
+    def _index(self) -> Mapping[tuple[str, bool, str], Sequence[tuple[ModuleRow, int, str]]]:
+        """Spelling, whether flat, and path with `#` for numbers, to the rows that may fit, each with its pattern."""
+        index: dict[tuple[str, bool, str], list[tuple[ModuleRow, int, str]]] = {}
         for row in self.rows:
             for spelling, patterns in row.paths.items():
                 for part, pattern in enumerate(patterns):
                     for flat in (False, True):
                         text = pattern.replace(".", "_") if flat else pattern
                         skeleton = _NUMBER.sub("#", _HOLE.sub("0", text))
-                        index.setdefault((spelling, flat, skeleton), []).append((row, part, _compile(text)))
+                        index.setdefault((spelling, flat, skeleton), []).append((row, part, text))
         return index
 
     def find(self, path: str, spelling: str, *, flat: bool = False) -> list[Place]:
         """Return the places that a path may mean in a spelling; `flat` takes `_` for every dot."""
+        return self._find(path, _NUMBER.sub("#", path), spelling, flat)
+
+    def find_missing(self, paths: Mapping[str, str], spelling: str, *, flat: bool = False) -> tuple[str, ...]:
+        """Return the paths that a spelling does not have; `paths` has each with `#` for its numbers."""
+        return tuple(path for path, skeleton in paths.items() if not self._find(path, skeleton, spelling, flat))
+
+    def _find(self, path: str, skeleton: str, spelling: str, flat: bool) -> list[Place]:
         found = []
-        for row, part, expression in self._index.get((spelling, flat, _NUMBER.sub("#", path)), ()):
-            match = expression.fullmatch(path)
+        for row, part, pattern in self._index.get((spelling, flat, skeleton), ()):
+            match = _compile(pattern).fullmatch(path)
             if match is not None:
                 found.append(Place(row, part, tuple(sorted(match.groupdict().items()))))
         return found
@@ -167,11 +174,11 @@ class Reading:
 
 def read_names(paths: Iterable[str], *, flat: bool = False) -> list[Reading]:
     """Return every table and spelling that knows some of the paths, those that know most first."""
-    listed = sorted(set(paths))
+    listed = {path: _NUMBER.sub("#", path) for path in sorted(set(paths))}
     readings = []
     for table in all_tables():
         for spelling in table.spellings:
-            missed = tuple(path for path in listed if not table.find(path, spelling, flat=flat))
+            missed = table.find_missing(listed, spelling, flat=flat)
             if len(missed) < len(listed):
                 readings.append(Reading(table, spelling, missed, len(listed)))
     return sorted(readings, key=lambda reading: (len(reading.missed), reading.table.name, reading.spelling))
@@ -219,6 +226,7 @@ def _read_order(fields: Mapping[str, Any] | None) -> Order | None:
     return Order(fields["rule"], fields.get("heads", "")) if fields else None
 
 
+@cache
 def _compile(pattern: str) -> re.Pattern[str]:
     """Return the expression of a pattern; a hole that stands twice must be the same number."""
     parts: list[str] = []

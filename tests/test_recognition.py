@@ -12,7 +12,8 @@ from builders import write_config, write_tensors
 from loraformat.errors import LoraformatError
 from loraformat.loading import is_base, load_adapter
 from loraformat.problems import Problem
-from loraformat.recognition import UNMERGEABLE, recognise_fields, recognise_files, recognise_tensors, recognise_type
+from loraformat.recognition import recognise_fields, recognise_files, recognise_tensors, recognise_type
+from loraformat.unmergeable import UNMERGEABLE
 from loraformat.validation import validate_path
 
 TENSORS = {

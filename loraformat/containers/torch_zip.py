@@ -86,7 +86,7 @@ class TorchZip:
             InputError: LF101, LF105, LF106, LF109, LF111, LF112, LF114, LF121, LF123, LF301.
             RefusedError: LF110, LF901, LF902.
         """
-        return open_indexed(path, _index)
+        return open_indexed(path, index_checkpoint)
 
     def write(self, sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Mapping[str, JsonValue]) -> None:
         """Write a new checkpoint; see `write_torch_zip`."""
@@ -113,7 +113,8 @@ def list_crc_fields(file: TensorFile) -> Mapping[Span, tuple[int, ...]]:
     }
 
 
-def _index(file: InputFile) -> TensorFile:
+def index_checkpoint(file: InputFile) -> TensorFile:
+    """Return the tensors of an open checkpoint; raises as `TorchZip.open` does."""
     if not file.size_bytes:
         raise refuse("LF101", file.path, "an empty file", "a torch checkpoint")
     head = file.read(0, min(HEAD_BYTES, file.size_bytes))

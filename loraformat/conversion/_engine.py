@@ -167,8 +167,9 @@ def find_writer(name: str) -> WritingScheme:
 
 def convert_source(source: Source, scheme: WritingScheme, facts: BaseFacts, rounding: Rounding) -> Converted:
     """Convert in memory; what stands against it is among the problems."""
-    names = scheme.names if source.adapter.scheme != scheme.name else ""  # In its own scheme it keeps its spelling.
-    adapter, found = respell(source.adapter, names, facts)
+    adapter, found = source.adapter, list[Problem]()
+    if adapter.scheme != scheme.name:  # In its own scheme it keeps its spelling.
+        adapter, found = respell(adapter, scheme.names or scheme.name, facts)
     written = scheme.write(adapter, facts)
     problems = [*source.adapter.problems, *found, *written.problems]
     if rounding.allowed:

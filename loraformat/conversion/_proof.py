@@ -118,7 +118,7 @@ def _pieces(target: Target) -> Iterator[tuple[str, NDArray[np.float64]]]:
                 rest.pop(role, None)
     if "lora_B.bias" in factors:
         yield "bias", factors["lora_B.bias"] * target.scale
-    if rest:
+    if set(rest) - _MAGNITUDES:
         yield "scale", np.array([target.scale])
     for role in sorted(rest):
         yield role, rest[role]
@@ -154,4 +154,6 @@ _FORMULAS: Final[tuple[tuple[tuple[str, ...], Callable[..., Iterator[tuple[str, 
     (("lora_embedding_A", "lora_embedding_B"), _embedding),
     (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), _hadamard),
 )
+_MAGNITUDES: Final = frozenset({"lora_magnitude_vector", "dora_scale", "m"})
+"""Roles of DoRA, which no scale multiplies."""
 _OPTIONAL: Final = ("lora_mid.weight", "lora_B.bias")

@@ -7,7 +7,8 @@ how fused weights are taken apart and put together, `_ordering` how rows are put
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from functools import partial
+from typing import Final, Protocol
 
 from loraformat.adapter import Adapter, Factor, Target
 from loraformat.base_facts import BaseFacts
@@ -49,25 +50,28 @@ class _Route:
     new: str
 
 
-Speller = Callable[[Reading, str], str | None]
-"""From a reading of a component's names to the spelling that is wanted; None where its table does not matter."""
+class Speller(Protocol):
+    """From a reading of a component's names to the spelling that is wanted; None where its table does not matter."""
+
+    def __call__(self, reading: Reading, component: str) -> str | None: ...
 
 
 def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, list[Problem]]:
     """Return the adapter with its modules spelled as the scheme `names` of the tables wants them.
 
-    Components that no table knows stay as they are: the scheme itself decides whether it can name them.
+    Components that no table knows stay as they are: the scheme itself decides whether it can name them. A scheme that
+    no table has takes any names, and gets those that it had before.
     """
-    if not names:
-        return adapter, []
     earlier = find_texts(find_memory(adapter.provenance, SPELLING_KEY), names)
 
     def spell(reading: Reading, component: str) -> str | None:
         known = reading.table.schemes.get(names)
-        if known is None or reading.spelling in known.also:
-            return reading.spelling if known else None
         own = earlier.get(component)
-        return own if own in reading.table.spellings else known.spelling
+        if own in reading.table.spellings:
+            return own
+        if known is None:
+            return None
+        return reading.spelling if reading.spelling in known.also else known.spelling
 
     return _respell(adapter, spell, facts)
 
@@ -91,25 +95,29 @@ def respell_like(adapter: Adapter, model: Adapter, facts: BaseFacts) -> tuple[Ad
 def _respell(adapter: Adapter, speller: Speller, facts: BaseFacts) -> tuple[Adapter, list[Problem]]:
     result = Respelled()
     known = adapter.provenance.get(FUSED)
+    left_out = str(adapter.provenance.get(COMPONENT_KEY, ""))
     models = dict(find_memory(adapter.provenance, MODEL_KEY))
     spellings = dict(find_memory(adapter.provenance, SPELLING_KEY))
     groups: dict[str, list[Target]] = defaultdict(list)
     for target in adapter.targets:
         groups[split_component(target.name)[0]].append(target)
     for component, targets in sorted(groups.items()):
-        route, problem = _choose_route(component, targets, speller, facts, models.get(component))
+        stated = left_out if component in ("", "diffusion_model") else component
+        route, problem = _choose_route(
+            component, targets, partial(speller, component=stated), facts, models.get(stated)
+        )
         result.problems += [problem] if problem else []
-        if route is None:
-            result.targets += targets
-            continue
-        left_out = str(adapter.provenance.get(COMPONENT_KEY, ""))
-        owner = component if component not in ("", "diffusion_model") else left_out or _adopt(route.table)
+        owner = stated or (_adopt(route.table) if route else component)
         prefix = f"{owner}." if owner else ""
+        if route is None:
+            result.targets += [replace(each, name=f"{prefix}{split_component(each.name)[1]}") for each in targets]
+            continue
         if route.old == route.new:
             result.targets += [replace(each, name=f"{prefix}{split_component(each.name)[1]}") for each in targets]
         else:
             models[owner] = route.table.name
-            spellings |= _remember_spelling(adapter.scheme, owner, route)
+            if _is_unusual(adapter.scheme, route):
+                spellings[adapter.scheme] = {**find_texts(spellings, adapter.scheme), owner: route.old}
             _respell_component(prefix, targets, route, facts, known if isinstance(known, Mapping) else {}, result)
     provenance = {name: value for name, value in adapter.provenance.items() if name not in (FUSED, COMPONENT_KEY)}
     names_left = {target.name for target in result.targets}
@@ -122,14 +130,18 @@ def _respell(adapter: Adapter, speller: Speller, facts: BaseFacts) -> tuple[Adap
     return replace(adapter, targets=ordered, provenance=provenance, absorbed=absorbed), result.problems
 
 
-def _remember_spelling(scheme: str, owner: str, route: _Route) -> dict[str, JsonValue]:
-    """Return the spelling that a source used, where it is not the one that its scheme is written in."""
+def _is_unusual(scheme: str, route: _Route) -> bool:
+    """Say whether a source used another spelling than the one that its scheme is written in."""
     names = route.table.schemes.get(scheme)
-    return {scheme: {owner: route.old}} if names is not None and route.old in names.also else {}
+    return names is None or route.old in names.also
 
 
 def _choose_route(
-    component: str, targets: Sequence[Target], speller: Speller, facts: BaseFacts, remembered: JsonValue
+    component: str,
+    targets: Sequence[Target],
+    speller: Callable[[Reading], str | None],
+    facts: BaseFacts,
+    remembered: JsonValue,
 ) -> tuple[_Route | None, Problem | None]:
     """Return the route for the names of one component, or why none can be chosen."""
     readings = [
@@ -137,7 +149,7 @@ def _choose_route(
         for reading in read_names(split_component(target.name)[1] for target in targets)
         if not reading.missed and _may_be(reading, component)
     ]
-    spelled = [(reading, speller(reading, component)) for reading in readings]
+    spelled = [(reading, speller(reading)) for reading in readings]
     routes = [_Route(reading.table, reading.spelling, new) for reading, new in spelled if new is not None]
     unchanged = [route for route in routes if route.old == route.new]
     settled = {route.table.name for route in unchanged}  # The names agree in the other spellings of these tables.

@@ -57,7 +57,8 @@ class _AlphaValue:
 
     def read(self, modules: Sequence[Module], bundle: Bundle, stated: StatedScale) -> ScalesRead:
         """Return the one scaling; without an alpha, or with 0, llama.cpp takes 1."""
-        alpha = check_number(json.loads(bundle.metadata.get(_ALPHA, "0.0")), bundle)
+        text = json.loads(bundle.metadata.get(_ALPHA, "0.0"))
+        alpha = float(np.float32(check_number(text, bundle)))  # The text is the shortest that leads to this number.
         own = Scaling(ScalingRule.ALPHA_OVER_RANK, alpha) if alpha else UNIT
         scaling = state(stated) or own
         return ScalesRead({module.name: scaling if module.rank else UNIT for module in modules})
@@ -66,7 +67,7 @@ class _AlphaValue:
         """Return the key-value, which is a float32."""
         alphas = {alpha_of(target) for target in targets if target.rank}
         alpha = max(alphas, default=0.0)
-        result = ScalesWritten(metadata={_ALPHA: json.dumps(float(str(np.float32(alpha))))})
+        result = ScalesWritten(metadata={_ALPHA: json.dumps(float(np.float32(alpha)))})
         if float(np.float32(alpha)) != alpha:
             found = f"alpha {alpha!r} as float32, relative error {abs(float(np.float32(alpha)) / alpha - 1):.2g}"
             result.problems.append(Problem("LF320", _ALPHA, found, severity="note"))

@@ -52,6 +52,10 @@ PARTS: Final = {
 }
 """Spelling to role to path; `qkv` and `gate_up` for one weight that is several elsewhere."""
 
+HALVES: Final = "meta-halves"
+"""Meta's names over rotary rows in halves: how ExecuTorch runs Qwen."""
+PARTS[HALVES] = PARTS["meta"]
+
 EXPERTS: Final = {
     "transformers": {
         **{role: f"model.layers.{{i}}.mlp.experts.{{e}}.{role}_proj" for role in ("gate", "up", "down")},
@@ -95,6 +99,7 @@ ENDS: Final = {
     "torchtune": ("tok_embeddings", "output"),
     "litgpt": ("transformer.wte", "lm_head"),
     "gguf": ("token_embd", "output"),
+    HALVES: ("tok_embeddings", "output"),
     "megatron": ("embedding.word_embeddings", "output_layer"),
     "megatron-canonical": ("embedding.word_embeddings", "output_layer"),
 }
@@ -184,6 +189,8 @@ def write(name: str, title: str, rows: list[Row], classes: dict[str, str]) -> No
     schemes: dict[str, dict[str, Any]] = {
         scheme: {"spelling": spelling} for scheme, spelling in SCHEMES.items() if spelling in spellings
     }
+    if {"meta", HALVES} & spellings:
+        schemes["executorch"] = {"spelling": "meta" if "meta" in spellings else HALVES}
     if "transformers-5" in spellings:
         schemes["peft"]["also"] = ["transformers-5"]
     table(
@@ -199,7 +206,7 @@ def write(name: str, title: str, rows: list[Row], classes: dict[str, str]) -> No
 
 def main() -> None:
     """Write the tables."""
-    every = list(PARTS)
+    every = [spelling for spelling in PARTS if spelling != HALVES]
     llama = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "granite": "granite", "smollm3": "smollm3"}
     rows = also_in_5(decoder(every, ["meta", "torchtune", "gguf"]))
     rows += experts({"transformers": "mixtral", "transformers-5": "transformers-5", "meta": "meta", "gguf": "gguf"})
@@ -208,7 +215,7 @@ def main() -> None:
     qwen |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe"}
     no_meta = [spelling for spelling in every if spelling != "meta"]
     shared: list[Row] = [{"paths": {"transformers": one, "gguf": two}} for one, two in SHARED.values()]
-    rows = also_in_5([*decoder(no_meta, []), *shared])
+    rows = also_in_5([*decoder([*no_meta, HALVES], []), *shared])
     rows += experts({spelling: spelling for spelling in ("transformers", "transformers-5", "gguf")})
     write("qwen-decoder", "Qwen2 and Qwen3, and others of their layout", rows, qwen)
     gemma = {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"}

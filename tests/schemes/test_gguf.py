@@ -121,7 +121,7 @@ def test_the_family_and_the_heads_are_asked_for() -> None:
 def test_rslora_becomes_an_alpha_and_different_scales_are_folded_or_refused() -> None:
     converted = convert_peft(d.QWEN, lora_alpha=6, use_rslora=True)
     assert not find_against(converted)
-    assert converted.written.metadata["adapter.lora.alpha"] == float(str(np.float32(6 * np.sqrt(3))))
+    assert converted.written.metadata["adapter.lora.alpha"] == float(np.float32(6 * np.sqrt(3)))
     folded = convert_peft(d.QWEN, lora_alpha=6, alpha_pattern={"q_proj": 12})
     assert not find_against(folded)
     steps = {step.name: step.operations for step in folded.steps}
