@@ -263,7 +263,7 @@ def test_unilora_without_its_indices() -> None:
     ("module", "category"),
     [
         ("lin", "lin"),
-        ("layers.0", "0"),
+        ("layers.0", "layers_0"),
         ("h.3.proj", "proj"),
         ("encoder.layer.0.attention.self.query", "self_query"),
         ("vision_model.encoder.layers.0.self_attn.q_proj", "self_attn_q_proj"),
