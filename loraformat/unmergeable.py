@@ -156,10 +156,10 @@ UNMERGEABLE: Final = (
         frozenset({"SHADOW"}),
     ),
     Unmergeable(
-        "a decomposition of the base (PSOFT, FRoD)",
+        "a decomposition of the base (PSOFT)",
         "it turns between singular vectors of the base, which decompositions elsewhere find with other signs",
         _MERGE_THERE,
-        frozenset({"PSOFT", "FROD"}),
+        frozenset({"PSOFT"}),
     ),
     Unmergeable(
         "factors without places (AdaMSS)",

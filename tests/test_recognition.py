@@ -59,7 +59,6 @@ TYPES = {
     "LILY": "Lily",
     "SHADOW": "Shadow",
     "PSOFT": "a decomposition of the base",
-    "FROD": "a decomposition of the base",
     "ADAMSS": "factors without places",
 }
 HUB = {

@@ -1,8 +1,8 @@
-"""Vectors of TinyLoRA that targets share in groups, by the order of the base's modules, which no file says.
+"""What targets share in groups: FRoD's factors by the names of modules, TinyLoRA's vectors by their order in the base.
 
-But each target's random matrices were drawn with the seed of its place in that order, so that they tell it. Source:
-huggingface/peft 0.21, tuners/tinylora; torch's normal numbers of a seed, which Box and Muller's formula makes of the
-words of a Mersenne Twister.
+No file says that order. But each target's random matrices were drawn with the seed of its place in it, so that they
+tell it. Source: huggingface/peft 0.21, tuners/frod and tuners/tinylora; torch's normal numbers of a seed, which Box and
+Muller's formula makes of the words of a Mersenne Twister.
 """
 
 import math
@@ -87,3 +87,38 @@ def draw_normal(seed: int, count: int) -> NDArray[np.float64]:
     uniform = ((pairs[..., 0] << np.uint64(32) | pairs[..., 1]) & np.uint64((1 << 53) - 1)) * 2.0**-53
     lengths, turns = np.sqrt(-2 * np.log1p(-uniform[:, 1])), 2 * np.pi * uniform[:, 0]
     return np.stack([lengths * np.cos(turns), lengths * np.sin(turns)], axis=1).reshape(-1)[:count]
+
+
+_SHARED: Final = "base_model."
+_PREFIX: Final = "base_model.model."
+_BY_CATEGORY: Final = ("frod_V", "frod_s_indices", "frod_s_size")
+_DIAGONAL: Final = ".frod_lambda_l"
+
+
+def give_factors(tensors: Mapping[str, Factor], config: PeftConfig) -> Mapping[str, Factor] | Problem:
+    """Return the tensors with the factors of FRoD that modules of one name share under each one's own."""
+    heads = tuple(f"{_SHARED}{role}." for role in _BY_CATEGORY)
+    shared = {key: factor for key, factor in tensors.items() if key.startswith(heads)}
+    own = {key: factor for key, factor in tensors.items() if key not in shared}
+    used = set()
+    for key in [key for key in own if key.endswith(_DIAGONAL)]:
+        module = key.removesuffix(_DIAGONAL)
+        for role in _BY_CATEGORY:
+            name = f"{_SHARED}{role}.{name_category(module.removeprefix(_PREFIX))}"
+            if name in shared:
+                own[f"{module}.{role}"] = shared[name]
+                used.add(name)
+    stray = sorted(set(shared) - used)
+    if stray:
+        return Problem("LF202", stray[0], f"a factor of {len(stray)} that no target has a name for", "a target's name")
+    return own
+
+
+def name_category(module: str) -> str:
+    """Return what FRoD calls the modules of one name in all layers: the last two parts, or one of them."""
+    *above, owner, last = ["", "", *module.split(".")]
+    if not owner or owner.isdigit():
+        return last
+    if (owner, last) == ("output", "dense") and above[-1] == "attention":
+        return "attention_output"
+    return f"{owner}_{last}"

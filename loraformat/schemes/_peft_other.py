@@ -21,7 +21,7 @@ from loraformat.schemes._peft_writing import Folder, begin_config, find_raw, is_
 from loraformat.strict_json import JsonValue
 
 _SAME: Final = 1e-12
-_SHARING: Final = frozenset({"VERA", "PVERA", "RANDLORA", "VBLORA", "TINYLORA"})
+_SHARING: Final = frozenset({"VERA", "PVERA", "RANDLORA", "VBLORA", "TINYLORA", "UNILORA", "FROD"})
 """Types whose targets share factors, which PEFT stores once."""
 _LORA_KINDS: Final = frozenset({"lora", "dora", "tokens"})
 Targets = Mapping[str, Target]

@@ -15,7 +15,7 @@ from loraformat.errors import refuse
 from loraformat.operations import WholeNumbers
 from loraformat.problems import Problem
 from loraformat.schemes._peft_config import PeftConfig
-from loraformat.schemes._peft_order import give_vectors
+from loraformat.schemes._peft_order import give_factors, give_vectors
 from loraformat.schemes._peft_patterns import fits_whole
 from loraformat.schemes._peft_type import Barrier, Factors, PeftType, read_number
 from loraformat.strict_json import JsonValue
@@ -262,6 +262,12 @@ TYPES: Final[Mapping[str, PeftType]] = {
         _same("unilora_theta_d", *(f"unilora_{what}_{side}" for what in ("indices", "scales") for side in "AB")),
         rank=(("unilora_indices_A", 0),),
         obstacles=(Barrier("save_indices", lambda saved: saved is not True, _PLACES, False, "LF232"),),
+    ),
+    "FROD": PeftType(
+        "frod",
+        _same("frod_V", "frod_lambda_l", "frod_lambda_s_values", "frod_s_indices", "frod_s_size"),
+        obstacles=(_NOT_SAVED,),
+        arrange=give_factors,
     ),
     "BEFT": PeftType("beft", _same("beft_bias")),
     "LN_TUNING": PeftType(

@@ -268,7 +268,7 @@ def test_rows_of_added_tokens_are_no_table(tmp_path: Path) -> None:
 
 VIRTUAL_TOKENS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}
 ROUTED = {"LILY", "SHADOW"}
-NOT_MERGED = {"FINEGATES", "FROD", "UILINLORA"}
+NOT_MERGED = {"FINEGATES", "UILINLORA"}
 OTHER_FORMS = {
     "ADALORA",  # singular values between the factors, pruned
     "BEFT",  # biases
@@ -387,7 +387,7 @@ GROUPS = (
     Group(
         "forms that are not merged",
         lambda fields: fields["peft_type"] in NOT_MERGED,
-        9,
+        5,
         "LF209",
         "What they add cannot be told from the file, or is not computed; none is LoRA, and none may be taken for it.",
         "",
@@ -402,7 +402,7 @@ GROUPS = (
     Group(
         "other forms",
         lambda fields: fields["peft_type"] in OTHER_FORMS,
-        73,
+        77,
         None,
         "Kinds of their own, each merged by its own formula.",
     ),

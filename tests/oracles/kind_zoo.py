@@ -294,6 +294,12 @@ SPECIMENS: dict[str, Specimen] = {
     "unilora": Specimen(
         lambda t: peft.UniLoraConfig(r=3, theta_d_length=40, save_indices=True, target_modules=t), LINEAR
     ),
+    "frod": Specimen(
+        lambda t: peft.FrodConfig(progressbar=False, sparse_rate=0.1, target_modules=t),
+        (*LINEAR, "odd"),
+        torch.float32,
+        tolerance=1e-5,
+    ),
     "beft": Specimen(lambda t: peft.BeftConfig(target_modules=t), ("lin",)),
     "ln_tuning": Specimen(lambda t: peft.LNTuningConfig(target_modules=t), ("norm",)),
     "tinylora": Specimen(

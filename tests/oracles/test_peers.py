@@ -157,3 +157,71 @@ def test_lokr_of_a_conv1d_is_multiplied_in_two_ways(tmp_path: Path) -> None:
         target = make_target("lokr", SlotKind.CONV, factors, kron_axes=axes)
         found = merge(folder, {"m.weight": weight.numpy()}, target)["m.weight"]
         np.testing.assert_allclose(found, (weight + change).numpy(), rtol=1e-12)
+
+
+def make_tied(folder: Path, **fields: Any) -> "tuple[Any, Any, Any]":
+    """Return PEFT's model of a Llama with tied tables, its tokens, and what it computes; base and adapter are saved."""
+    import peft
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=30,
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **fields)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+        tokens = torch.tensor([[1, 4, 9, 2]])
+        trained = adapted(tokens).logits
+    adapted.save_pretrained(folder / "adapter")
+    return adapted, tokens, trained
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_adds_the_change_of_tied_tables_twice(tmp_path: Path) -> None:
+    """With `ensure_weight_tying` both tables have one change, and PEFT merges it into their one weight once for each."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    fields = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    adapted, tokens, trained = make_tied(tmp_path, **fields)
+    base = adapted.base_model.model.model.embed_tokens.base_layer.weight.detach().clone()
+    loraformat.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "ours")
+    theirs = adapted.merge_and_unload()
+    with torch.no_grad():
+        plain = LlamaForCausalLM.from_pretrained(tmp_path / "ours").eval()
+        found, other = plain(tokens).logits, theirs(tokens).logits
+    torch.testing.assert_close(found, trained, rtol=1e-4, atol=1e-5)
+    assert float((other - trained).abs().max()) > 0.1
+    once, twice = (each.model.embed_tokens.weight.detach() - base for each in (plain, theirs))
+    torch.testing.assert_close(twice, 2 * once, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_changes_a_tied_table_that_nobody_trained(tmp_path: Path) -> None:
+    """LoRA of the head alone: PEFT's merge changes the embedding too; ours parts them where the user asks for it."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    adapted, tokens, trained = make_tied(tmp_path, target_modules=["lm_head"])
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "refused")
+    assert "LF402" in caught.value.codes
+    loraformat.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "ours", untie=True)
+    theirs = adapted.merge_and_unload()
+    with torch.no_grad():
+        plain = LlamaForCausalLM.from_pretrained(tmp_path / "ours").eval()
+        found, other = plain(tokens).logits, theirs(tokens).logits
+    torch.testing.assert_close(found, trained, rtol=1e-4, atol=1e-5)
+    assert float((other - trained).abs().max()) > 0.1

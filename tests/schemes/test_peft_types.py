@@ -16,6 +16,7 @@ from loraformat.base_facts import NO_FACTS
 from loraformat.errors import LoraformatError
 from loraformat.kinds import KINDS
 from loraformat.schemes import NOT_STATED, Bundle
+from loraformat.schemes._peft_order import name_category
 from loraformat.schemes._peft_types import TYPES
 from loraformat.schemes.peft import SCHEME
 
@@ -258,6 +259,27 @@ def test_unilora_without_its_indices() -> None:
     assert caught.value.codes == ("LF232",)
 
 
+@pytest.mark.parametrize(
+    ("module", "category"),
+    [
+        ("lin", "lin"),
+        ("layers.0", "layers_0"),
+        ("h.3.proj", "proj"),
+        ("encoder.layer.0.attention.self.query", "self_query"),
+        ("vision_model.encoder.layers.0.self_attn.q_proj", "self_attn_q_proj"),
+        ("encoder.layer.0.attention.output.dense", "attention_output"),
+        ("encoder.layer.0.output.dense", "output_dense"),
+    ],
+)
+def test_categories_of_frod(module: str, category: str) -> None:
+    """As PEFT's `_category_from_key` has them."""
+    assert name_category(module) == category
+    own = {f"{module}.frod_lambda_l": (4,), f"{module}.frod_lambda_s_values": (2,)}
+    shared = {f"base_model.frod_V.{category}": (4, 4), "base_model.frod_V.another": (3, 3)}
+    problems = find_errors(partial(read, make_bundle("FROD", {**own, **shared})))
+    assert [(problem.code, problem.where) for problem in problems] == [("LF202", "base_model.frod_V.another")]
+
+
 def test_names_of_a_raw_state_dict() -> None:
     bundle = make_bundle("OFT", {"m.q.oft_R.default.weight": (3, 6)})
     assert list(read(bundle).targets[0].factors) == ["oft_R.weight"]
@@ -274,7 +296,7 @@ def test_a_tensor_of_another_type_is_not_dropped() -> None:
     assert errors(make_bundle("IA3", {"m.q.ia3_l": (6, 1), "m.q.oft_r": (3, 6, 6)})) == ["LF202"]
 
 
-@pytest.mark.parametrize("peft_type", ["PSOFT", "FROD", "ADAMSS", "XLORA", "CPT", "new"])
+@pytest.mark.parametrize("peft_type", ["PSOFT", "ADAMSS", "XLORA", "CPT", "new"])
 def test_types_that_are_not_merged_say_why(peft_type: str) -> None:
     with pytest.raises(LoraformatError) as caught:
         read(make_bundle(peft_type, {"m.q.a": (2, 3)}))
