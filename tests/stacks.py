@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from onnx import helper
 
 from graphs import Net, dyadic
 
@@ -74,7 +75,7 @@ class Stack:
 
     def attend(self, x: str) -> str:
         normed = self.norm(x)
-        q, k, v = (self.linear(normed, role) for role in ("query", "key", "value"))
+        q, k, v = self.pack(normed) if "packed" in self.flags else self.project(normed)
         scores = self.op("MatMul", q, self.op("Transpose", k, perm=[1, 0]))
         if "turned" in self.flags:
             scores = self.op("Transpose", scores, perm=[1, 0])
@@ -91,6 +92,19 @@ class Stack:
         if "outputs" in self.flags:
             self.linear(context, "other", SHAPES["output"])
         return self.op("Add", x, out)
+
+    def project(self, normed: str) -> list[str]:
+        return [self.linear(normed, role) for role in ("query", "key", "value")]
+
+    def pack(self, normed: str) -> list[str]:
+        """Apply the three in one matrix, in an order that no rule tells: values, queries, keys."""
+        rows = [SHAPES[role][0] for role in ("value", "query", "key")]
+        whole = self.linear(normed, "qkv", (sum(rows), HIDDEN))
+        lengths = self.net.weight(f"c{len(self.net.initializers)}", np.array(rows))
+        v, q, k = outputs = [f"{whole}_{index}" for index in range(3)]
+        node = helper.make_node("Split", [whole, lengths], outputs, f"split{self.number}", axis=-1)
+        self.net.nodes.append(node)
+        return [q, k, v]
 
     def block(self, x: str, read: str) -> str:
         if "no blocks" in self.flags:

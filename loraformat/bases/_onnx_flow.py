@@ -17,6 +17,7 @@ _DATA_FIRST: Final = frozenset(
 """Operators of whose inputs only the first is data; the others say how."""
 _SHAPES: Final = frozenset({"Shape", "Size", "ConstantOfShape", "Constant"})
 """What these put out says nothing of values."""
+_UNCHANGED: Final = frozenset({"Cast", "Identity"})
 _LAST_BY_DEFAULT: Final = 13
 """The version from which a Softmax is over the last axis unless it says otherwise."""
 _QUANTISING: Final = "DynamicQuantizeLinear"
@@ -174,12 +175,30 @@ def read_last_size(reshape: Visit) -> int:
     made_by = scope.producers.get(name)
     if isinstance(made_by, Visit) and made_by.op == "Concat":
         scope, name = made_by.scope, made_by.node.input[-1]
+    numbers = _read_integers(scope, name)
+    return max(0, numbers[-1]) if numbers else 0
+
+
+def _read_integers(scope: Scope, name: str) -> list[int]:
+    """Return constant whole numbers; none for anything else."""
     trace = trace_constant(scope, name)
     tensor = trace.tensor if trace is not None and not trace.blocked else None
     if tensor is None or tensor.data_type != _INT64:
-        return 0
-    sizes = np.frombuffer(tensor.raw_data, np.int64).tolist() if tensor.raw_data else list(tensor.int64_data)
-    return max(0, sizes[-1]) if sizes else 0
+        return []
+    return np.frombuffer(tensor.raw_data, np.int64).tolist() if tensor.raw_data else list(tensor.int64_data)
+
+
+def find_rows(flow: Flow, layer: Visit, part: Slice) -> tuple[int, int] | None:
+    """Return start and stop of the rows of a layer that a value is made of, where one Split cuts what it puts out."""
+    readers = list(flow.list_readers(layer, _UNCHANGED))
+    split = readers[0][0] if len(readers) == 1 else None
+    if split is None or split.op != "Split" or not any(a.name == "axis" and a.i == -1 for a in split.node.attribute):
+        return None
+    lengths = _read_integers(split.scope, split.node.input[1]) if len(split.node.input) > 1 else []
+    used = [index for index, name in enumerate(split.node.output) if (id(split.scope), name) in part.values]
+    if len(used) != 1 or len(lengths) != len(split.node.output) or sum(lengths) != sizes(flow.sites[layer])[0]:
+        return None
+    return sum(lengths[: used[0]]), sum(lengths[: used[0] + 1])
 
 
 def reads_vector(visit: Visit) -> bool:

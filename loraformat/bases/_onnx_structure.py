@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from loraformat.bases import Role, Roles
-from loraformat.bases._onnx_flow import Flow, Slice, multiply_scalars, read_last_size, reads_vector, sizes
+from loraformat.bases._onnx_flow import Flow, Slice, find_rows, multiply_scalars, read_last_size, reads_vector, sizes
 from loraformat.bases._onnx_scopes import Visit
 from loraformat.bases._onnx_sites import RawSite
 
@@ -39,6 +39,8 @@ _SKIPS: Final = frozenset({"com.microsoft.SkipLayerNormalization", "com.microsof
 _BIASED: Final = frozenset({"Cast", "Identity", "Reshape", "Dropout"})
 _LAST_AXES: Final = frozenset({-1, 3})
 _NEAR: Final = 1e-3
+_Cuts = dict[Visit, Mapping[str, tuple[int, int]]]
+"""Of layers that put out queries, keys and values in one, the rows of each."""
 _Block = Mapping[str, Visit]
 """Roles of the layers of one attention or one block behind it."""
 
@@ -55,9 +57,9 @@ def find_roles(visits: Sequence[Visit], found: Sequence[RawSite], opset: int) ->
         found: all sites.
         opset: version of ONNX's own operators.
     """
-    flow = Flow(visits, found, opset)
+    flow, cuts = Flow(visits, found, opset), _Cuts()
     try:
-        attentions = [_read_attention(flow, visit) for visit in _list_cores(flow)]
+        attentions = [_read_attention(flow, visit, cuts) for visit in _list_cores(flow)]
         attentions = _order(flow, attentions)
         blocks = _list_blocks(flow)
         layers = [
@@ -66,12 +68,11 @@ def find_roles(visits: Sequence[Visit], found: Sequence[RawSite], opset: int) ->
         _check_layers(flow, layers)
     except _UnlikeError as unlike:
         return Roles({}, 0, str(unlike))
-    roles = {
-        flow.sites[visit].visit.describe(flow.sites[visit].position): Role(number, name)
-        for number, layer in enumerate(layers)
-        for name, visit in layer.items()
-    }
-    return Roles(roles, len(layers))
+    sites = {visit: raw.visit.describe(raw.position) for visit, raw in flow.sites.items()}
+    roles = {sites[visit]: Role(at, name) for at, layer in enumerate(layers) for name, visit in layer.items()}
+    packed = ((at, layer["qkv"]) for at, layer in enumerate(layers) if "qkv" in layer)
+    parts = {Role(at, name): (sites[visit], rows) for at, visit in packed for name, rows in cuts.get(visit, {}).items()}
+    return Roles(roles, len(layers), parts=parts)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -143,8 +144,11 @@ def _keep_between(scores: Sequence[Visit], nodes: Collection[Visit]) -> list[Vis
     return list(kept)
 
 
-def _read_attention(flow: Flow, core: _Core) -> dict[str, Visit]:
-    """Return the layers that make queries, keys and values, or all of them in one, and the one behind."""
+def _read_attention(flow: Flow, core: _Core, cuts: _Cuts) -> dict[str, Visit]:
+    """Return the layers that make queries, keys and values, or all of them in one, and the one behind.
+
+    Of one for all, the rows of each are noted in `cuts`.
+    """
     q, k, v = (
         flow.trace_back(visit.scope, visit.node.input[position])
         for visit, position in ((core.scores, 0), (core.scores, 1), (core.context, 1))
@@ -161,6 +165,9 @@ def _read_attention(flow: Flow, core: _Core) -> dict[str, Visit]:
     for layer in {query, key, value}:
         _check_norm(flow, layer, where)
     if query is key is value:
+        found = {name: find_rows(flow, query, each) for name, each in (("query", q), ("key", k), ("value", v))}
+        rows = {name: each for name, each in found.items() if each is not None}
+        cuts[query] = rows if len(set(rows.values())) == len(found) else {}
         return {"qkv": query, "output": output}
     if len({query, key, value}) != 3:
         raise _UnlikeError(f"{where} has queries, keys and values in two layers")
@@ -169,7 +176,8 @@ def _read_attention(flow: Flow, core: _Core) -> dict[str, Visit]:
 
 def _find_head_size(flow: Flow, q: Slice, query: Visit) -> int:
     """Return the size of a head, as the graph cuts queries into heads, or 0; where it does not, there is one head."""
-    rows = sizes(flow.sites[query])[0]
+    start, stop = find_rows(flow, query, q) or (0, sizes(flow.sites[query])[0])
+    rows = stop - start
     cuts = {read_last_size(visit) for visit in q.visits if visit.op == "Reshape"} - {rows}
     return rows if not cuts else cuts.pop() if len(cuts) == 1 else 0
 

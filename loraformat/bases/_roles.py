@@ -1,7 +1,7 @@
 """What layers do in a model, whatever they are called."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 
@@ -27,11 +27,14 @@ class Roles:
         by_site: roles by ids of sites; each layer of the stack has the same.
         layers: how many layers the stack has.
         reason: why nothing is told; empty where it is.
+        parts: of roles that one layer has together, such as those of a packed `qkv`, the site, and start and stop of
+            the rows of its canonical matrix `(out, in)`.
     """
 
     by_site: Mapping[str, Role]
     layers: int
     reason: str = ""
+    parts: Mapping[Role, tuple[str, tuple[int, int]]] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -7,13 +7,13 @@ many or too few was found; and what names lead to has the very role that the nam
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from loraformat.bases import Role
+from loraformat.bases import Role, Roles, Site
 from loraformat.evidence import Lookup
-from loraformat.matching import Want
+from loraformat.matching import Want, cut_rows
 from loraformat.problems import Problem
 from loraformat.site_index import Candidate
 
@@ -54,10 +54,22 @@ class Structure:
         if _KEY not in lookup.kept:
             lookup.kept[_KEY] = _settle(lookup)
         role = lookup.kept[_KEY].get(want.target.name)
-        found = [site for site in lookup.sites if role is not None and roles.by_site.get(site.id) == role]
-        named = (replace(site, module=want.target.name, evidence=self.name) for site in found[:1])
-        evidence = f"{role.name} of layer {role.layer}" if role is not None else ""
+        if role is None:
+            return []
+        found = _find_site(want, lookup.sites, roles, role)
+        named = (replace(site, module=want.target.name, evidence=self.name) for site in found)
+        evidence = f"{role.name} of layer {role.layer}"
         return [Candidate(site, self.name, self.name, evidence=evidence) for site in named]
+
+
+def _find_site(want: Want, sites: Sequence[Site], roles: Roles, role: Role) -> list[Site]:
+    """Return the site that has a role, or the rows of one that has it with others."""
+    found = [site for site in sites if roles.by_site.get(site.id) == role]
+    if found or role not in roles.parts:
+        return found[:1]
+    place, rows = roles.parts[role]
+    whole = [site for site in sites if site.id == place and not site.part and want.change.slot in site.transposed]
+    return [cut_rows(site, want.change.slot, rows) for site in whole[:1]]
 
 
 def read_role(name: str) -> Role | None:

@@ -68,6 +68,22 @@ def test_every_layer_takes_in_its_own_change(tmp_path: Path, stack: Stack) -> No
     assert loraformat.verify(tmp_path / "merged.onnx", case.base, [case.adapter], resolve="structure").holds
 
 
+def test_the_rows_of_a_packed_weight_are_those_that_a_split_makes(tmp_path: Path) -> None:
+    case = Case(tmp_path, Stack(flags=frozenset({"packed"})))
+    before, after = stored_weights(case.base), case.merge(resolve="structure")
+    starts = {"value": 0, "query": 2 * HEAD, "key": 3 * HEAD}
+    for number in range(case.stack.layers):
+        name = case.stack.weights[number, "qkv"]
+        wanted = before[name].T.astype(np.float64)
+        for role, start in starts.items():
+            factors = case.factors[f"model.layers.{number}.{NAMES[role]}"]
+            wanted[start : start + SHAPES[role][0]] += product(factors)
+        np.testing.assert_array_equal(after[name].T, wanted.astype(np.float32))
+    assert {name for name, old in before.items() if (old != after[name]).any()} == set(case.deltas) | {
+        case.stack.weights[number, "qkv"] for number in range(case.stack.layers)
+    }
+
+
 def test_what_resolve_prints(tmp_path: Path) -> None:
     case = Case(tmp_path, Stack())
     found = loraformat.resolve_targets(case.base, case.adapter, resolve="structure")

@@ -27,6 +27,7 @@ MODELS = ("llama", "qwen2_tied", "gpt2", "bert", "distilbert", "vit")
 FOUND = [(model, exporter, "") for model in MODELS for exporter in ("ts", "dynamo")]
 FOUND += [("llama", "dynamo", tool) for tool in ("ORT extended", "onnxslim", "onnxsim")]
 FOUND += [("bert", "dynamo", "onnxslim"), ("bert", "dynamo", "ORT transformer optimiser"), ("llama", "ts", "float16")]
+FOUND += [("vit", "dynamo", "onnxsim")]  # Queries, keys and values in one matrix, and a Split behind it.
 KEPT = [("llama", "ORT extended"), ("llama", "onnxslim")]
 """Paths that leave the names of some biases: what names find and what roles find go together."""
 REFUSED = [("gpt2", "ORT transformer optimiser"), ("t5", ""), ("whisper", ""), ("convnet", "")]
