@@ -109,8 +109,8 @@ def resolve(
     unspoken = [want for want in missing if want not in spoken]
     lost = [(want.name, names[want.target.name], lookup.indexes[want.parameter]) for want in unspoken]
     lacking = [each for each in lacking if each.want not in allowed]
-    if unspoken:  # Then what a strategy has to say for itself is why.
-        problems = [replace(problem, severity="error") for problem in problems]
+    if unspoken:  # Then what the strategy has to say for itself is why.
+        problems = [replace(each, severity="error") if each.code == "LF425" else each for each in problems]
     problems += report_missing(lost) + shared + report_collisions(matches)
     problems += report_dropped(matches) + report_renamed(matches) + _report_biases(lacking, wanted=new_biases)
     left_out = tuple(want.name for want in allowed)
