@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 import loraformat
-from builders import write_peft
+from builders import write_peft, write_tensors
 from loraformat import plan
 from loraformat.errors import LoraformatError
 
@@ -103,6 +103,32 @@ def test_kept_scales_are_kept(case: Case, tmp_path: Path, name: str) -> None:
     before, after = tensors(base), tensors(merged)
     for each in before:
         assert (before[each].tobytes() == after[each].tobytes()) == ("Q4" not in each and "fc3.weight" not in each)
+
+
+def test_a_function_of_the_weight_sees_the_float_numbers(case: Case, tmp_path: Path) -> None:
+    """DoRA: rows of W + Δ, each of the length that the adapter says."""
+    base, lengths = quantise(case, "symmetric", case.float_base), {}
+    arrays = {}
+    for module in TOUCHED:
+        prefix = f"base_model.model.{module}"
+        down, up = case.factors[module]
+        lengths[module] = np.linspace(0.5, 2, len(up)).astype(np.float32)
+        arrays |= {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
+        arrays[f"{prefix}.lora_magnitude_vector"] = lengths[module]
+    adapter = case.adapt("dora", *TOUCHED, use_dora=True)
+    write_tensors(adapter / "adapter_model.safetensors", arrays, {"format": "pt"})
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx", base_checkpoint=case.checkpoint)
+    wanted = {}
+    for module in TOUCHED:
+        whole = case.base[module] + case.delta[module]
+        wanted[module] = whole * (lengths[module][:, None] / np.linalg.norm(whole, axis=1, keepdims=True))
+    source = case.make(wanted, "dora.onnx")
+    MADE["symmetric"](source, tmp_path / "afresh.onnx")
+    found, afresh = tensors(tmp_path / "merged.onnx"), tensors(tmp_path / "afresh.onnx")
+    for each, values in found.items():
+        if each.endswith("_Q4"):
+            assert np.mean(values != afresh[each]) < 1e-3, each
+    assert loraformat.verify(tmp_path / "merged.onnx", base, [adapter], base_checkpoint=case.checkpoint).holds
 
 
 def shift(path: Path, target: Path, change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> Path:
