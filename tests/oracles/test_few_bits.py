@@ -258,3 +258,23 @@ def tokenizers_of(size: int) -> Any:
 
     words = Tokenizer(models.WordLevel({str(index): index for index in range(size)}, unk_token="0"))
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="2", bos_token="1", pad_token="0")
+
+
+def test_a_models_own_files_are_rewritten_or_stay(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "TILE_BYTES", 4096)
+    source, options = quantise(case, "asymmetric", case.float_base), {"base_checkpoint": case.checkpoint}
+    own, merged = tmp_path / "own.onnx", tmp_path / "merged.onnx"
+    own.write_bytes(source.read_bytes())
+    loraformat.merge(source, [case.adapter], merged, **options)
+    loraformat.merge_into(own, [case.adapter], **options, keep_undo=True)
+    found, wanted = tensors(own), tensors(merged)
+    assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+    assert loraformat.verify(own, source, [case.adapter], **options).holds
+    loraformat.unmerge(own)
+    assert own.read_bytes() == source.read_bytes()
+    other = shift(source, tmp_path / "gptq.onnx", lambda codes: codes ^ np.uint8(0x11))
+    before = other.read_bytes()
+    with pytest.raises(LoraformatError) as caught:
+        loraformat.merge_into(other, [case.adapter], **options)
+    assert caught.value.codes == ("LF617",)
+    assert other.read_bytes() == before
