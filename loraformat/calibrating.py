@@ -42,7 +42,9 @@ def measure_merged(base: BaseModel, order: Order, data: Path, effort: Effort) ->
     Raises:
         LoraformatError: LF628 data that do not fit, LF627 ranges that cannot be measured, what merging raises.
     """
-    listed = base.check_ranges(None) if isinstance(base, CalibratedBase) else ()
+    if not isinstance(base, CalibratedBase) or not base.check_ranges({}):
+        raise refuse("LF628", data, "activations with no measured ranges", "a graph that has some; no --calibration")
+    listed = base.check_ranges(None)
     problems = [problem for problem in listed if problem.severity == "error"]
     if problems:
         raise error_for(problems)

@@ -30,8 +30,9 @@ from loraformat.weight_work import WeightWork, count_held
 
 _RUN_BYTES: Final = 8 << 20
 _BUFFERS_PER_WORKER: Final = 5
-_CODED_BUFFERS: Final = 9
-"""A quantised weight needs some for scales and zero points beside each number, and for codes before they are bytes."""
+_CODED_BUFFERS: Final = 11
+"""A quantised weight needs some for scales and zero points beside each number, for codes before they are bytes, and for
+float numbers beside what codes stand for."""
 _FACTOR_COPIES: Final = 3
 _PANELS: Final = 2
 """Floats that stand turned in the output are held both ways."""

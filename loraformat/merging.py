@@ -44,6 +44,8 @@ from loraformat.side_receipt import find_receipt
 from loraformat.unmerging import Undone, take_back, undo_merge
 from loraformat.verification import Verification, add_runs, verify_merge
 
+_USUAL: Final = {"external_data": "copy", "on_quantized": "requantize"}
+"""Names of what is done where nothing is asked for."""
 _RESOLVING: Final = ("allow_unmatched", "strip_prefix", "ignore_fingerprints")
 
 
@@ -276,8 +278,7 @@ def _order(
     own = PlanOptions.__annotations__.keys() - others
     given: dict[str, Any] = {name: value for name, value in options.items() if name in own}
     hints = read_hints(cast(HintOptions, options))
-    if given.get("external_data") == "copy":
-        del given["external_data"]
+    given = {name: value for name, value in given.items() if _USUAL.get(name) != value}
     data = given.pop("calibration", None)
     if data is not None:
         given |= _calibrate(

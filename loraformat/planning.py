@@ -88,6 +88,8 @@ class _Found:
     def plan_weights(self, wishes: "_Wishes") -> tuple[PlannedWeight, ...]:
         """Return the weights of the plan, sorted; problems are kept."""
         dequantise = wishes.on_quantized == DEQUANTIZE
+        if wishes.on_quantized not in (None, DEQUANTIZE):
+            self.problems.append(Problem("LF626", "--on-quantized", str(wishes.on_quantized), f"{DEQUANTIZE}"))
         keep_scales = wishes.keep_scales or dequantise
         planned = [
             plan_weight(table, group[0].weight, self.problems, keep_scales=keep_scales)

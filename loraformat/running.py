@@ -219,7 +219,8 @@ def _read(
     beside.CopyFrom(node)
     del beside.input[2:], beside.output[:]
     beside.input[position] = _MARK
-    return _Reader(node, beside, flipped, form)
+    after = _follow(nodes, node, ("DequantizeLinear",)) if node.op_type == "Gather" else None
+    return _Reader(after or node, beside, flipped, form)  # A table of codes is dequantised after the lookup.
 
 
 def _follow(

@@ -71,7 +71,7 @@ def find_coding(opened: OnnxFile, raw: RawSite, stored: StoredTensor) -> Coding 
         return None
     where = stored.name or raw.trace.name
     holders = [step for step in raw.trace.steps if step.op == _DEQUANTISE]
-    holder = holders[0] if holders else raw.visit
+    holder = holders[0] if holders else _find_after(raw.visit) or raw.visit
     if len(holders) > 1 or (holders and holder.op == raw.visit.op) or _is_unknown(holder):
         found_codes = f"numbers stored as {stored.dtype.name} that {holder.op} reads"
         return Problem("LF403", where, found_codes, "one DequantizeLinear, or an operator that does the same")
@@ -90,6 +90,16 @@ def find_coding(opened: OnnxFile, raw: RawSite, stored: StoredTensor) -> Coding 
     zeros_fixed = _find_zero_ties(companions, zero_readers)
     padding = matrix[1] - int(read_attribute(holder.node, "K", 0)) if holder.op == _MATMUL_NBITS else 0
     return Coding(encoding, matrix, block, companions, zero, fixed, zeros_fixed, padding)
+
+
+def _find_after(visit: Visit) -> Visit | None:
+    """Return what dequantises codes after they were looked up, with one scale for all."""
+    readers = visit.scope.readers.get(visit.node.output[0], ()) if visit.op == "Gather" else ()
+    if len(readers) != 1 or readers[0][0].op != _DEQUANTISE:
+        return None
+    scales = _trace(readers[0][0], 1)
+    is_one = scales is not None and scales.tensor is not None and math.prod(scales.tensor.dims) == 1
+    return readers[0][0] if is_one else None
 
 
 def find_coded_part(coding: Coding | None, raw: RawSite) -> Part | None:

@@ -107,6 +107,17 @@ def _replace_lookup(visit: Visit, name: str) -> _Plan:
     return [NodeEdit(visit.index, (_make(visit, "Gather", [name, visit.node.input[1]], visit.node.output[0]),))], []
 
 
+def _replace_codes_lookup(visit: Visit, name: str) -> _Plan:
+    """Y = DequantizeLinear(Gather(W)): the lookup is one of floats, and what dequantises goes."""
+    readers = visit.scope.readers.get(visit.node.output[0], ())
+    if len(readers) != 1 or readers[0][0].op != _DEQUANTISE:
+        return None
+    after, made = readers[0][0], _make(visit, "Gather", [name, visit.node.input[1]], "")
+    made.output[0] = after.node.output[0]
+    made.attribute.extend(visit.node.attribute)
+    return [NodeEdit(visit.index, (made,)), NodeEdit(after.index, ())], []
+
+
 def _replace_dynamic(visit: Visit, name: str) -> _Plan:
     return _multiply(visit, visit, visit.node.input[0], name, 4), []
 
@@ -172,6 +183,7 @@ _REPLACED: Final[Mapping[str, _Reader]] = {
     _DEQUANTISE: _drop_dequantising,
     _NBITS: _replace_nbits,
     _GATHER: _replace_lookup,
+    "Gather": _replace_codes_lookup,
     "com.microsoft.DynamicQuantizeMatMul": _replace_dynamic,
     "com.microsoft.MatMulIntegerToFloat": _replace_to_float,
     "MatMulInteger": _replace_integer,

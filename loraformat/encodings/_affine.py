@@ -48,6 +48,9 @@ class Blocks:
             values = function.reduce(values, axis=1, keepdims=True)
         elif self.block[1] > 1:
             values = function.reduceat(values, np.arange(0, self.matrix[1], self.block[1]), axis=1)
+        if self.block[0] == 1:
+            function(held[rows.start : rows.stop], values, out=held[rows.start : rows.stop])
+            return
         blocks = np.arange(rows.start, rows.stop) // self.block[0]
         starts = np.flatnonzero(np.diff(blocks, prepend=-1))
         places = blocks[starts]

@@ -142,6 +142,37 @@ def test_a_table_becomes_one_of_floats(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, WEIGHT.T + (up @ down).T, atol=1e-5)
 
 
+@pytest.mark.parametrize("on_quantized", ["requantize", "dequantize"])
+def test_a_table_that_is_dequantised_after_the_lookup(tmp_path: Path, on_quantized: str) -> None:
+    """As onnxruntime's dynamic quantiser leaves embeddings."""
+    net, step = Net(), np.array(0.01, np.float32)
+    inputs = [net.weight("embed.weight_quantized", CODES.T), net.feed("ids", TensorProto.INT64)]
+    rows = net.op("Gather", inputs, "rows", "/embed/Gather_quant")
+    zero = net.weight("zero", np.array(3, np.int8))
+    net.op("DequantizeLinear", [rows, net.weight("step", step), zero], net.result("y", rank=3), "dequantise")
+    base = write_model(tmp_path / "base.onnx", net.model())
+    adapter, down, up = tmp_path / "a", values(7, 2, OUT) * 0.4, values(8, IN, 2) * 0.4
+    write_peft(adapter, {}, r=2, alpha=2)
+    arrays = {"base_model.model.embed.lora_embedding_A": down, "base_model.model.embed.lora_embedding_B": up}
+    write_tensors(adapter / "adapter_model.safetensors", arrays)
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx", on_quantized=on_quantized)
+    ids = np.arange(OUT, dtype=np.int64)[None]
+    found = run(tmp_path / "merged.onnx", {"ids": ids})[0][0]
+    wanted = (CODES.T.astype(np.float32) - 3) * step + (up @ down).T
+    np.testing.assert_allclose(found, wanted, atol=1e-5 if on_quantized == "dequantize" else 0.01)
+    assert loraformat.verify(tmp_path / "merged.onnx", base, [adapter], run=True, sizes={"ids_0": 1}).holds
+
+
+def test_other_ways_are_refused(tmp_path: Path) -> None:
+    net = Net()
+    nbits(net)
+    base, pair = write_model(tmp_path / "base.onnx", net.model(check=False)), (values(4, 2, IN), values(5, OUT, 2))
+    adapter = write_peft(tmp_path / "adapter", {MODULE: pair}, alpha=2)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(base, [adapter], tmp_path / "merged.onnx", on_quantized="drop")
+    assert caught.value.codes == ("LF626",)
+
+
 def test_a_matrix_of_many_panels_is_turned_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, columns = 520, 1008  # The last block of a row is not full.
     rng = np.random.default_rng(9)

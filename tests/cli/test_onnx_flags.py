@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from click.testing import Result
 
-from builders import write_peft
-from graphs import dyadic, dyadic_factors, linear_net, stored_weights, write_model
+from builders import lora_factors, write_peft, write_tensors
+from graphs import Net, dyadic, dyadic_factors, linear_net, stored_weights, write_model
 from stacks import NAMES, RANK, SHAPES, Stack
 
 
@@ -59,3 +59,42 @@ def test_layers_without_names_are_found_on_request(tmp_path: Path, run: Callable
     assert run("merge", base, adapter, "-o", mapped, "--map", tmp_path / "map.json").exit_code == 0
     one, other = (stored_weights(path) for path in (merged, mapped))
     assert all((one[name] == other[name]).all() for name in one)
+
+
+def make_few_bits(folder: Path) -> tuple[Path, Path, Path]:
+    """Return a graph of 4 bits, an adapter for it, and the checkpoint that its codes were made of."""
+    rng = np.random.default_rng(33)
+    weight = rng.standard_normal((24, 32)).astype(np.float32)
+    scales = (np.abs(weight).max(axis=1, keepdims=True) / 7).astype(np.float32)
+    codes = (np.rint(weight / scales) + 8).astype(np.uint8).reshape(24, 1, 32)
+    net = Net()
+    inputs = [net.feed("x"), net.weight("w_Q4", codes[..., 0::2] | codes[..., 1::2] << 4), net.weight("w_s", scales)]
+    sizes = {"bits": 4, "K": 32, "N": 24, "block_size": 32}
+    net.op("MatMulNBits", inputs, net.result("y"), "/model/a/MatMul", domain="com.microsoft", **sizes)
+    base = write_model(folder / "base.onnx", net.model(check=False))
+    adapter = write_peft(folder / "adapter", {"model.a": lora_factors(rng, 24, 32, 2)})
+    return base, adapter, write_tensors(folder / "model.safetensors", {"model.a.weight": weight})
+
+
+def test_weights_of_four_bits(tmp_path: Path, run: Callable[..., Result]) -> None:
+    base, adapter, checkpoint = make_few_bits(tmp_path)
+    words = ["merge", base, adapter, "-o", tmp_path / "merged.onnx"]
+    refused = run(*words)
+    assert refused.exit_code == 1
+    assert "--base-checkpoint" in refused.stderr
+    assert "--on-quantized dequantize" in refused.stderr
+    checked = ["verify", tmp_path / "merged.onnx", "--base", base, "--adapter", adapter]
+    assert run(*words, "--base-checkpoint", checkpoint, "--any-rounding").exit_code == 0
+    assert run(*checked, "--base-checkpoint", checkpoint).exit_code == 0
+    assert run(*words, "--on-quantized", "dequantize", "--force").exit_code == 0
+    assert run(*checked).exit_code == 0
+    assert (tmp_path / "merged.onnx").stat().st_size > base.stat().st_size + 2000
+
+
+def test_calibration_data_for_a_graph_without_ranges(tmp_path: Path, run: Callable[..., Result]) -> None:
+    base, adapter = make(tmp_path)
+    np.savez(tmp_path / "data.npz", x=np.zeros((1, 1, 16)))
+    result = run("merge", base, adapter, "-o", tmp_path / "m.onnx", "--calibration", tmp_path / "data.npz")
+    assert result.exit_code == 1
+    assert "LF628" in result.stderr
+    assert "no measured ranges" in result.stderr

@@ -72,10 +72,10 @@ class Case:
         self.float_base = self.make({}, "float.onnx")
         self.float_merged = self.make(self.merged, "float-merged.onnx")
 
-    def adapt(self, name: str, *modules: str) -> Path:
+    def adapt(self, name: str, *modules: str, **config: Any) -> Path:
         """Write the adapter, with some of its targets."""
         factors = {module: self.factors[module] for module in modules}
-        return write_peft(self.folder / name, factors, r=RANK, lora_alpha=SCALE * RANK)
+        return write_peft(self.folder / name, factors, r=RANK, lora_alpha=SCALE * RANK, **config)
 
     def make(self, weights: Mapping[str, Array], name: str) -> Path:
         """Write the float model with some other weights."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 import loraformat
-from builders import write_peft
+from builders import write_peft, write_tensors
 from loraformat import plan
 from loraformat.errors import LoraformatError
 
@@ -103,6 +103,32 @@ def test_kept_scales_are_kept(case: Case, tmp_path: Path, name: str) -> None:
     before, after = tensors(base), tensors(merged)
     for each in before:
         assert (before[each].tobytes() == after[each].tobytes()) == ("Q4" not in each and "fc3.weight" not in each)
+
+
+def test_a_function_of_the_weight_sees_the_float_numbers(case: Case, tmp_path: Path) -> None:
+    """DoRA: rows of W + Δ, each of the length that the adapter says."""
+    base, lengths = quantise(case, "symmetric", case.float_base), {}
+    arrays = {}
+    for module in TOUCHED:
+        prefix = f"base_model.model.{module}"
+        down, up = case.factors[module]
+        lengths[module] = np.linspace(0.5, 2, len(up)).astype(np.float32)
+        arrays |= {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
+        arrays[f"{prefix}.lora_magnitude_vector"] = lengths[module]
+    adapter = case.adapt("dora", *TOUCHED, use_dora=True)
+    write_tensors(adapter / "adapter_model.safetensors", arrays, {"format": "pt"})
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx", base_checkpoint=case.checkpoint)
+    wanted = {}
+    for module in TOUCHED:
+        whole = case.base[module] + case.delta[module]
+        wanted[module] = whole * (lengths[module][:, None] / np.linalg.norm(whole, axis=1, keepdims=True))
+    source = case.make(wanted, "dora.onnx")
+    MADE["symmetric"](source, tmp_path / "afresh.onnx")
+    found, afresh = tensors(tmp_path / "merged.onnx"), tensors(tmp_path / "afresh.onnx")
+    for each, values in found.items():
+        if each.endswith("_Q4"):
+            assert np.mean(values != afresh[each]) < 1e-3, each
+    assert loraformat.verify(tmp_path / "merged.onnx", base, [adapter], base_checkpoint=case.checkpoint).holds
 
 
 def shift(path: Path, target: Path, change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> Path:
@@ -232,3 +258,23 @@ def tokenizers_of(size: int) -> Any:
 
     words = Tokenizer(models.WordLevel({str(index): index for index in range(size)}, unk_token="0"))
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="2", bos_token="1", pad_token="0")
+
+
+def test_a_models_own_files_are_rewritten_or_stay(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "TILE_BYTES", 4096)
+    source, options = quantise(case, "asymmetric", case.float_base), {"base_checkpoint": case.checkpoint}
+    own, merged = tmp_path / "own.onnx", tmp_path / "merged.onnx"
+    own.write_bytes(source.read_bytes())
+    loraformat.merge(source, [case.adapter], merged, **options)
+    loraformat.merge_into(own, [case.adapter], **options, keep_undo=True)
+    found, wanted = tensors(own), tensors(merged)
+    assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+    assert loraformat.verify(own, source, [case.adapter], **options).holds
+    loraformat.unmerge(own)
+    assert own.read_bytes() == source.read_bytes()
+    other = shift(source, tmp_path / "gptq.onnx", lambda codes: codes ^ np.uint8(0x11))
+    before = other.read_bytes()
+    with pytest.raises(LoraformatError) as caught:
+        loraformat.merge_into(other, [case.adapter], **options)
+    assert caught.value.codes == ("LF617",)
+    assert other.read_bytes() == before
