@@ -135,7 +135,8 @@ def _merge(lab: Lab, name: str, base: Path, way: str, compare: Callable[[Path], 
         resolved = loraformat.resolve_targets(base, adapter, **options)
         codes = sorted({problem.code for problem in error.problems})
         return {"found": len({each.target for each in resolved.targets}), "codes": codes}
-    return {"found": sum(len(weight.targets) for weight in receipt.weights), "apart": compare(output)}
+    found = {target for weight in receipt.weights for target in weight.targets}
+    return {"found": len(found), "apart": compare(output)}
 
 
 def save_checkpoint(lab: Lab, name: str) -> Path:

@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto
 
 import loraformat
+import loraformat.runtime
 from builders import write_peft
 from graphs import (
     Array,
@@ -255,3 +256,15 @@ def test_a_checkpoint_is_refused(tmp_path: Path) -> None:
     save_file({f"{n}.weight": w for n, w in shop.weights.items()}, shop.folder / "base.safetensors")
     shop.base = shop.folder / "base.safetensors"
     refuse(shop, shop.folder / "merged.safetensors")
+
+
+def test_a_model_with_inputs_for_adapters_reads_the_base_s_own_file(tmp_path: Path) -> None:
+    shop = Shop(tmp_path, "")
+    output = shop.folder / "runtime.onnx"
+    loraformat.runtime.export_runtime(shop.base, [shop.adapter], output, external_data="share")
+    assert output.stat().st_size < shop.base.stat().st_size - 4 * sum(np.prod(SHAPES[name]) for name in TOUCHED) + 8192
+    tensors = onnx.load(str(output), load_external_data=False).graph.initializer
+    places = [entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"]
+    assert places == ["base.onnx"] * len(TOUCHED)
+    for one, other in zip(run(output, shop.feeds), run(shop.base, shop.feeds), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -3,12 +3,12 @@
 Where the rows lie is what the operator defines, or what the attention behind it says; never a guess from a shape.
 """
 
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
+from loraformat.bases._onnx_built_names import rename_built
 from loraformat.bases._onnx_names import OUTPUT_NAME, read_node_path
 from loraformat.bases._onnx_picks import read_numbers
 from loraformat.bases._onnx_scopes import Visit
@@ -26,35 +26,22 @@ _MEMBERS: Final = (
     ("q", "k", "v"),
 )
 """What the modules of q, k and v are called in families of models; an adapter has one of these sets."""
-_BUILT: Final = tuple(
-    (re.compile(rf"(?<=\.){re.escape(built)}(?=\.|$)"), own)
-    for built, own in (
-        ("attn", "self_attn"),
-        ("attn.o_proj", "self_attn.out_proj"),
-        ("attn.o_proj", "self_attn.dense"),
-        ("moe", "mlp"),
-        ("moe", "feed_forward"),
-        ("mlp.gate_proj", "feed_forward.w1"),
-        ("mlp.up_proj", "feed_forward.w3"),
-        ("mlp.down_proj", "feed_forward.w2"),
-    )
-)
-"""What the builder calls modules, and what models do: one name for what families call by several."""
 _FUSED: Final = {"qkv_proj": _MEMBERS[1], "gate_up_proj": ("gate_proj", "up_proj")}
 """What the builder puts into one matrix, in this order."""
 _STEPS: Final = 4
 
 
-def expand_packed(sites: Sequence[RawSite], producer: str) -> list[RawSite]:
+def expand_packed(sites: Sequence[RawSite], producer: str, inputs: Collection[str]) -> list[RawSite]:
     """Return the sites, and one for each module whose weight is a part of a packed one, or is split.
 
     Args:
         sites: of the whole graph.
         producer: what the model says has made it.
+        inputs: names of the graph's inputs.
     """
     found = [each for site in sites if site.visit.op in _ATTENTION for each in _open_attention(site)]
     if producer == _BUILDER:
-        found += _open_built(sites)
+        found += _open_built([*sites, *found], inputs)
     return [*sites, *found]
 
 
@@ -70,13 +57,10 @@ def _open_attention(site: RawSite) -> Iterator[RawSite]:
         yield from (replace(each, evidence=OUTPUT_NAME) for each in _cut(site, modules, sizes))
 
 
-def _open_built(sites: Sequence[RawSite]) -> Iterator[RawSite]:
+def _open_built(sites: Sequence[RawSite], inputs: Collection[str]) -> Iterator[RawSite]:
     """Yield what onnxruntime-genai's builder has: other names, q, k and v in one, gate and up apart."""
     renamed = [
-        replace(site, module=built.sub(own, site.module))
-        for site in sites
-        for built, own in _BUILT
-        if built.search(site.module)
+        replace(site, module=name) for site in sites if site.module for name in rename_built(site.module, inputs)
     ]
     yield from renamed
     named = [site for site in (*sites, *renamed) if site.part is None]

@@ -56,7 +56,9 @@ class OnnxGraph:
         self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
 
     def _find_sites(self, visits: Sequence[Visit]) -> list[RawSite]:
-        return expand_packed([*find_sites(visits), *find_experts(visits)], self._opened.model.producer_name)
+        model = self._opened.model
+        inputs = {entry.name for entry in model.graph.input}
+        return expand_packed([*find_sites(visits), *find_experts(visits)], model.producer_name, inputs)
 
     def _name_copies(self, found: Sequence[RawSite], sites: Sequence[Site], names: set[str]) -> list[Site]:
         """Return the sites, those that share a weight with the name that a copy of it would have."""

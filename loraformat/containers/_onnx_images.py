@@ -92,7 +92,8 @@ def describe_extended(model: ModelParts, wanted: Wanted, edits: Sequence[Leaf], 
         edits: what is new in the model's file.
         share: whether it refers to the base's data files rather than to copies.
     """
-    data, leaves = ([], []) if share else _copy_data(model, wanted, ())[:2]
+    moved = [move_out(each, model.file.path.name, each.numbers.begin) for each in model.inlines]
+    data, leaves = ([], moved) if share else _copy_data(model, wanted, ())[:2]
     return [*data, FileImage(wanted.output.absolute(), edit_file(model.file, splice([*leaves, *edits])))]
 
 

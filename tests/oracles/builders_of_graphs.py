@@ -57,7 +57,7 @@ def run_cached(path: Path, feeds: dict[str, Any]) -> np.ndarray[Any, Any]:
     given = {}
     for entry in session.get_inputs():
         if entry.name in feeds:
-            given[entry.name] = feeds[entry.name]
+            given[entry.name] = feeds[entry.name].astype(np.int32) if "int32" in entry.type else feeds[entry.name]
         else:
             sizes = [size if isinstance(size, int) else _SIZES.get(size, 0) for size in entry.shape]
             form = np.float16 if "float16" in entry.type else np.float32
@@ -78,7 +78,6 @@ OPTIMUM_TASKS = {
     "bert": "text-classification",
     "distilbert": "text-classification",
     "t5": "text2text-generation-with-past",
-    "whisper_long": "automatic-speech-recognition-with-past",
 }
 """What Optimum is asked to export of each specimen."""
 

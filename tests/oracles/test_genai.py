@@ -43,3 +43,30 @@ def test_every_target_by_its_name(lab: "Lab", tmp_path: Path, model: str) -> Non
     found = run_cached(tmp_path / "merged.onnx", first)
     allowed = COARSE.get(model, ABSOLUTE_TOLERANCE)
     assert np.abs(found - trained.unmerged["logits"][:1]).max() <= allowed < trained.effect / 100
+
+
+def test_whisper_in_two_models(lab: "Lab", tmp_path: Path) -> None:
+    """The encoder's model also computes the keys and values that the decoder makes of its states."""
+    import zoo_built
+    from builders_of_graphs import build_genai, run_cached
+    from lab import ABSOLUTE_TOLERANCE
+    from zoo import run_onnx
+
+    import loraformat
+
+    trained = lab.trained(zoo_built.WHISPER)
+    folder = build_genai(trained.specimen, lab.root / "genai-whisper").parent
+    allowed = {"encoder": ["*.decoder.*self_attn*", "*.decoder.*fc*", "*encoder_attn.q_proj", "*encoder_attn.out_proj"]}
+    allowed["decoder"] = ["*.encoder.*", "*encoder_attn.k_proj", "*encoder_attn.v_proj"]
+    found: list[str] = []
+    for half, left_out in allowed.items():
+        receipt = loraformat.merge(
+            folder / f"{half}.onnx", [trained.folder], tmp_path / f"{half}.onnx", allow_unmatched=left_out
+        )
+        found += [target for weight in receipt.weights for target in weight.targets]
+    assert sorted(found) == sorted(trained.deltas)
+    states = run_onnx(tmp_path / "encoder.onnx", {"audio_features": trained.feeds["input_features"]})
+    cache = {name.replace("present", "past"): value for name, value in states.items() if "cross" in name}
+    logits = run_cached(tmp_path / "decoder.onnx", {"input_ids": trained.feeds["decoder_input_ids"], **cache})
+    apart = np.abs(logits - trained.unmerged["logits"]).max()
+    assert apart <= ABSOLUTE_TOLERANCE < trained.effect / 100

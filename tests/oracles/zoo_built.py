@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+import torch
 import transformers
 import zoo
 from peft import LoraConfig
@@ -51,6 +52,48 @@ def _specimen(name: str, model_type: str, lora: dict[str, Any], **fields: Any) -
         TEXT_AXES,
     )
 
+
+WHISPER: Final = "built_whisper"
+_MELS, _FRAMES = 80, 3000
+"""The builder's encoder takes 30 seconds."""
+
+
+def make_whisper() -> nn.Module:
+    config = transformers.WhisperConfig(
+        vocab_size=99,
+        num_mel_bins=_MELS,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=52,
+        decoder_ffn_dim=44,
+        max_source_positions=_FRAMES // 2,
+        max_target_positions=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        use_cache=False,
+        attn_implementation="eager",
+    )
+    return _randomised(lambda: transformers.WhisperForConditionalGeneration(config))
+
+
+def _speech() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(17)
+    tokens = torch.randint(3, 99, (1, 5), generator=generator)
+    return {"input_features": torch.randn(1, _MELS, _FRAMES, generator=generator), "decoder_input_ids": tokens}
+
+
+zoo.SPECIMENS[WHISPER] = Specimen(
+    WHISPER,
+    make_whisper,
+    _speech,
+    lambda: LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]),
+    {},
+)
 
 BUILT: Final = {
     specimen.name: specimen
