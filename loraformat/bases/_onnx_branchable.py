@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from loraformat.adapter import SlotKind
 from loraformat.bases import Site, Weight
 from loraformat.bases._onnx_extension import Extension, edit_model, list_names
 from loraformat.bases._onnx_openings import Opening, find_opening
@@ -94,14 +95,21 @@ class BranchableGraph:
         return self._opened.extended_images(output, edits, fresh, share=share, is_taken=is_taken)
 
     def _free(self, raw: RawSite, site: Site) -> Site:
-        """Return the site of a MatMulNBits with its size, where a merge cannot read the codes: nobody asks for them."""
-        if site.weight is not None or raw.visit.op != _NBITS or raw.obstacle is not None or raw.trace.tensor is None:
+        """Return the site of codes that a merge cannot read with the size that they have: nobody asks for them."""
+        if site.weight is not None or raw.obstacle is not None or raw.part is not None or raw.trace.tensor is None:
             return site
-        rows, columns = (int(read_attribute(raw.visit.node, name, 0)) for name in ("N", "K"))
         tensor = self._opened.stored_tensor(raw.trace.tensor)
-        if min(rows, columns) <= 0 or not isinstance(tensor, StoredTensor):
+        if not isinstance(tensor, StoredTensor) or tensor.dtype.family == "float":
             return site
-        part = Part((rows, columns), (*(raw.rows or (0, rows)), 1), (0, columns, 1))
+        shape = tensor.shape
+        if raw.visit.op == _NBITS:
+            shape = tuple(int(read_attribute(raw.visit.node, name, 0)) for name in ("N", "K"))
+        if len(shape) != 2 or min(shape) <= 0:
+            return site
+        turned = site.transposed.get(SlotKind.LINEAR, False)
+        rows = (*(raw.rows or (0, shape[1 if turned else 0])), 1)
+        whole = Part((shape[0], shape[1]), (0, shape[0], 1), (0, shape[1], 1))
+        part = replace(whole, columns=rows) if turned else replace(whole, rows=rows)
         weight = Weight(tensor.name, tensor.name, tensor, frozenset(), _UNREAD)
         return replace(site, weight=weight, obstacle=None, part=part)
 

@@ -1,9 +1,9 @@
 """Where something can be added to what a node of an ONNX graph makes of its weight, while the model runs.
 
 The product x·W is wanted in floating point, with x beside it. Where the graph computes in whole numbers, both are
-looked for further up and down: before x is quantised, and after the product has its scale. A bias, and a rounding of
-the product to whole numbers and back, come first: what is added is then not rounded with it, and runtimes still see
-the patterns that they fuse.
+looked for further up and down: before x is quantised as it comes, and after the product has its scale. A bias comes
+first, so that runtimes still see the pattern that they fuse. What rounds a product to a range comes after: quantisers
+leave activations out that such a range stands for.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ _STEPS: Final = 6
 _CONV_ATTRIBUTES: Final = frozenset({"auto_pad", "dilations", "kernel_shape", "pads", "strides"})
 _ATTENTION: Final = "com.microsoft.Attention"
 _AS_IT_WAS: Final = "Give the model as it was before it was optimised, and let onnxruntime optimise that."
-_QUANTISERS: Final = frozenset({"DynamicQuantizeLinear", "QuantizeLinear"})
+_QUANTISER: Final = "DynamicQuantizeLinear"
 
 
 class Product(StrEnum):
@@ -204,37 +204,44 @@ def _find_x(raw: RawSite) -> str | None:
     if visit.op not in {"MatMulInteger", "com.microsoft.MatMulIntegerToFloat"}:
         return str(x)
     made_by = visit.scope.producer(x)
-    if not isinstance(made_by, Visit) or made_by.op not in _QUANTISERS or made_by.scope is not visit.scope:
+    if not isinstance(made_by, Visit) or made_by.op != _QUANTISER or made_by.scope is not visit.scope:
         return None
     return str(made_by.node.input[0])
 
 
 def _find_maker(visit: Visit) -> Visit | None:
     """Return what makes the value to add to: the node itself, or what follows it and belongs to the product."""
-    current: Visit = visit
-    if visit.op == "MatMulInteger":
-        scaled = _find_scaled(visit)
-        if scaled is None:
-            return None
-        current = scaled
-    seen: set[str] = set()
-    for _ in range(_STEPS):
-        follower = _find_follower(current)
-        if follower is None or follower.op in seen:
-            break
-        seen.add(follower.op)
-        current = follower
-    return current
+    made = _find_scaled(visit) if visit.op == "MatMulInteger" else visit
+    return (_find_bias(made) or made) if made is not None else None
 
 
 def _find_scaled(visit: Visit) -> Visit | None:
-    """Return the Mul after which a product of codes is a float: that by both scales."""
+    """Return the Mul after which a product of codes is a float: that by the scales of x and of the weight."""
+    missing, last = {_QUANTISER, ""}, visit
     for follower in _follow(visit):
         if follower.op == "Mul":
-            return follower
-        if follower.op != "Cast":
+            missing -= _find_factors(follower, last.node.output[0])
+            if not missing:
+                return follower
+        elif follower.op != "Cast":
             return None
+        last = follower
     return None
+
+
+def _find_factors(visit: Visit, product: str) -> set[str]:
+    """Return which scales a product is multiplied by: that of x is of its quantiser, that of the weight a constant."""
+    pending, found = [name for name in visit.node.input if name != product], set[str]()
+    while pending:
+        name = pending.pop()
+        made_by = visit.scope.producer(name)
+        if isinstance(made_by, Visit) and made_by.op == "Mul" and made_by.scope is visit.scope:
+            pending += made_by.node.input
+        elif isinstance(made_by, Visit) and made_by.op == _QUANTISER:
+            found.add(_QUANTISER)
+        elif trace_constant(visit.scope, name) is not None:
+            found.add("")
+    return found
 
 
 def _follow(visit: Visit) -> Iterator[Visit]:
@@ -255,20 +262,14 @@ def _only_reader(visit: Visit) -> Visit | None:
     return readers[0][0]
 
 
-def _find_follower(visit: Visit) -> Visit | None:
-    """Return the addition of a bias, or the pair that rounds to whole numbers and back, that reads a product alone."""
+def _find_bias(visit: Visit) -> Visit | None:
+    """Return the addition of a bias that alone reads a product."""
     reader = _only_reader(visit)
-    if reader is None:
+    if reader is None or reader.op != "Add":
         return None
-    if reader.op == "Add":
-        other = next((name for name in reader.node.input if name != visit.node.output[0]), "")
-        trace = trace_constant(visit.scope, other) if other else None
-        is_bias = trace is not None and trace.tensor is not None and len(trace.tensor.dims) == 1
-        return reader if is_bias else None
-    if reader.op == "QuantizeLinear" and reader.node.input[0] == visit.node.output[0]:
-        back = _only_reader(reader)
-        return back if back is not None and back.op == "DequantizeLinear" else None
-    return None
+    other = next((name for name in reader.node.input if name != visit.node.output[0]), "")
+    trace = trace_constant(visit.scope, other) if other else None
+    return reader if trace is not None and trace.tensor is not None and len(trace.tensor.dims) == 1 else None
 
 
 def _copy_attributes(raw: RawSite) -> "Mapping[str, onnx.AttributeProto]":

@@ -25,7 +25,7 @@ from loraformat.runtime.branches import Branch, build_branch, describe_inputs
 from loraformat.runtime.chains import Names
 from loraformat.runtime.factors import Pair, write_pairs
 from loraformat.runtime.grouping import plan_branches
-from loraformat.runtime.judging import Judge
+from loraformat.runtime.judging import Judge, find_caveats
 from loraformat.runtime.layouts import RuntimeInputs
 from loraformat.runtime.opening import open_model
 from loraformat.runtime.targets import ServedAdapter, ServeOptions, serve
@@ -45,6 +45,7 @@ class ExportOptions(AdapterOptions, HintOptions, ServeOptions, total=False):
         adapters_out: a folder for the adapters too, as `NAME.onnx_adapter` each; in a model with slots they are one
             stack, `stack.onnx_adapter`. It is made if it is missing.
         batched: how many adapters the rows of a batch choose from; 0 where all rows of a run have one.
+        accept_ranges: accept activation ranges of a quantised model that were measured on the base.
         external_data: `share` has the model refer to the base's data files, beside which it must stand; else they are
             copied.
         force: replace an existing output.
@@ -53,6 +54,7 @@ class ExportOptions(AdapterOptions, HintOptions, ServeOptions, total=False):
 
     adapters_out: StrPath | None
     batched: int
+    accept_ranges: bool
     external_data: str | None
     force: bool
     durable: bool
@@ -118,6 +120,9 @@ def export_runtime(
     own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
     judge = Judge(graph, batched=bool(options.get("batched")))
     served = [serve(opened, graph.sites, item, hints, own, judge.judge) for item in weighted]
+    caveats = find_caveats(served, accepted=options.get("accept_ranges", False))
+    if any(problem.severity == "error" for problem in caveats):
+        raise error_for(caveats)
     branches = plan_branches(graph, served)
     inputs, extension = _extend(graph, branches, options.get("batched", 0), judge.list_sequences())
     place = Path(output)
@@ -136,7 +141,7 @@ def export_runtime(
         {each.name: len(each.served) for each in served},
         tuple(stack.report for stack in stacks),
         tuple(name for each in served for name in each.left_out),
-        (*(problem for each in served for problem in each.problems), *judge.list_doubts()),
+        (*(problem for each in served for problem in each.problems), *caveats, *judge.list_doubts()),
     )
 
 

@@ -1,14 +1,28 @@
 """Whether a branch can stand beside the nodes that a change acts on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
 from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases._onnx_openings import Opening
 from loraformat.bases._onnx_rows import Axes, Rows
-from loraformat.problems import Problem
+from loraformat.problems import Problem, Severity
 from loraformat.runtime.batched import find_obstacle
-from loraformat.runtime.targets import Served
+from loraformat.runtime.targets import Served, ServedAdapter
+
+_EXPORT_AGAIN: Final = (
+    "What an adapter adds is cut off where the base's own numbers ended. Give the float model, and quantise the one "
+    "with inputs; or take it as it is: --accept-ranges."
+)
+
+
+def find_caveats(adapters: Sequence[ServedAdapter], *, accepted: bool) -> list[Problem]:
+    """Return what the user must accept of a model that was quantised with activations (LF441), or has."""
+    sites = (site for adapter in adapters for change in adapter.served for site in change.sites)
+    found = {site.caveat for site in sites if site.caveat is not None}
+    severity: Severity = "warning" if accepted else "error"
+    return [replace(each, severity=severity, mend=_EXPORT_AGAIN) for each in sorted(found, key=lambda each: each.where)]
 
 
 class Judge:

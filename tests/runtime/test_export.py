@@ -146,30 +146,27 @@ def codes() -> tuple[Array, Array]:
 
 
 def make_qdq() -> Node:
-    """Static ranges on both sides: what is added is not rounded to them."""
-    net, feeds = Net(), {"x": dyadic(rng(), 5, IN, step=0.25, reach=20)}
-    step, zero = net.weight("step", np.array(0.25, np.float32)), net.weight("zero", np.array(0, np.int8))
-    wide, of_y = (
-        net.op("DequantizeLinear", [net.weight("w", codes()[0]), net.weight("s", codes()[1])], "wide", axis=1),
-        "y",
-    )
-    net.op("QuantizeLinear", [net.feed("x"), step, zero], "xq", "/q")
-    net.op("DequantizeLinear", ["xq", step, zero], "xf", "/dq")
-    net.op("MatMul", ["xf", wide], "made", NAME)
-    net.op("QuantizeLinear", ["made", step, zero], "yq", "/yq")
-    net.op("DequantizeLinear", ["yq", step, zero], net.result(of_y), "/ydq")
+    net, feeds = Net(), rows(2, 5)
+    inputs = [net.weight("w", codes()[0]), net.weight("s", codes()[1])]
+    wide = net.op("DequantizeLinear", inputs, "wide", axis=1)
+    net.op("MatMul", [net.feed("x", rank=3), wide], net.result("y", rank=3), NAME)
     return Node(net, feeds, on_rows(feeds))
 
 
-def make_integer() -> Node:
-    """What onnxruntime's dynamic quantisation leaves."""
+def make_integer(*, one_by_one: bool = False) -> Node:
+    """What onnxruntime's dynamic quantisation leaves: a product by both scales, or by one after the other."""
     net, feeds = Net(), rows(2, 5)
     net.nodes.append(helper.make_node("DynamicQuantizeLinear", [net.feed("x", rank=3)], ["xq", "xs", "xz"], name="/dq"))
     zero = net.weight("z", np.array(0, np.int8))
     net.op("MatMulInteger", ["xq", net.weight("w", codes()[0]), "xz", zero], "made", NAME)
     net.op("Cast", ["made"], "wide", "/cast", to=1)
-    net.op("Mul", ["xs", net.weight("s", np.array(0.02, np.float32))], "scales", "/scales")
-    net.op("Mul", ["wide", "scales"], net.result("y", rank=3), "/scaled")
+    step = net.weight("s", np.array(0.02, np.float32))
+    if one_by_one:
+        net.op("Mul", ["wide", "xs"], "half", "/half")
+        net.op("Mul", [step, "half"], net.result("y", rank=3), "/scaled")
+    else:
+        net.op("Mul", ["xs", step], "scales", "/scales")
+        net.op("Mul", ["wide", "scales"], net.result("y", rank=3), "/scaled")
     return Node(net, feeds, on_rows(feeds))
 
 
@@ -290,6 +287,7 @@ NODES: dict[str, Callable[[], Node]] = {
     "MatMulNBits of 2 bits": lambda: make_nbits(2),
     "QDQ": make_qdq,
     "MatMulInteger": make_integer,
+    "MatMulInteger, scale by scale": lambda: make_integer(one_by_one=True),
     "DynamicQuantizeMatMul": lambda: make_dynamic("DynamicQuantizeMatMul"),
     "MatMulIntegerToFloat": lambda: make_dynamic("MatMulIntegerToFloat"),
     "Gather": make_gather,
@@ -346,3 +344,28 @@ def test_bfloat16_models_have_inputs_of_their_form(tmp_path: Path) -> None:
     assert {array.dtype.name for array in feeds.values()} == {"bfloat16"}
     down, up = (array.astype(np.float32) for array in feeds.values())
     np.testing.assert_allclose((down @ up).T, node.delta(), rtol=0.02)
+
+
+def test_what_is_added_comes_before_the_range_of_the_product(tmp_path: Path) -> None:
+    """Quantisers leave a Relu out where the range of what follows begins at zero: the range stands for it."""
+    net, x = Net(), dyadic(rng(), 9, IN, step=0.25, reach=20)
+    step, zero = net.weight("step", np.array(0.25, np.float32)), net.weight("zero", np.array(0, np.int8))
+    least = net.weight("least", np.array(-128, np.int8))
+    stored, scales = codes()
+    wide = net.op("DequantizeLinear", [net.weight("w", stored), net.weight("s", scales)], "wide", axis=1)
+    xq = net.op("QuantizeLinear", [net.feed("x"), step, zero], "xq", "/q")
+    made = net.op("MatMul", [net.op("DequantizeLinear", [xq, step, zero], "xf", "/dq"), wide], "made", NAME)
+    yq = net.op("QuantizeLinear", [made, step, least], "yq", "/yq")
+    net.op("DequantizeLinear", [yq, step, least], net.result("y"), "/ydq")
+    base, model = write_model(tmp_path / "base.onnx", net.model()), tmp_path / "model.onnx"
+    factors = dyadic(rng(), RANK, IN, step=0.25), dyadic(rng(), OUT, RANK, step=0.25)
+    adapter = make_adapter(make_target(MODULE, factors))
+    with pytest.raises(loraformat.FindingError) as caught:
+        runtime.export_runtime(base, [adapter], model)
+    assert caught.value.codes == ("LF441",)
+    done = runtime.export_runtime(base, [adapter], model, accept_ranges=True)
+    assert [(each.code, each.severity) for each in done.problems] == [("LF441", "warning")]
+    product_of_both = x.astype(np.float64) @ (stored * scales.astype(np.float64) + product(factors).T)
+    (found,) = run(model, {"x": x} | runtime.adapter_feeds(model, [adapter]))
+    assert (product_of_both < -1).any()
+    np.testing.assert_allclose(found, np.clip(product_of_both, 0, 255 * 0.25), rtol=0, atol=0.126)

@@ -38,6 +38,12 @@ _FILE: Final = click.Path(path_type=Path)
     help="N slots for adapters, and an input that says which one each row of a batch has.",
 )
 @click.option(
+    "--accept-ranges",
+    is_flag=True,
+    default=None,
+    help="Accept activation ranges that a quantised model has of its base.",
+)
+@click.option(
     "--external-data",
     type=click.Choice(["copy", "share"]),
     help="share: a small model beside the base, which refers to the base's data.",
