@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Final, TypeAlias, TypedDict, Unpack
 
 from loraformat.adapter import Adapter
+from loraformat.adapter_folders import FACTORS_NAMES
 from loraformat.bases import BaseModel
 from loraformat.engine import Effort, Progress, count_workers
 from loraformat.errors import refuse
 from loraformat.evidence import Hints
 from loraformat.evidence.explicit_map import read_map
 from loraformat.limits import DEFAULT_MEMORY_BYTES
-from loraformat.loading import FACTORS_NAMES, load_for_base, open_base
+from loraformat.loading import load_for_base, open_base
 from loraformat.output_forms import require_shared
 from loraformat.plan import SHARE, Plan, WeightedAdapter
 from loraformat.schemes import StatedScale

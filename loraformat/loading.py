@@ -1,41 +1,33 @@
 """From a path that a user named to an adapter or a base: which container, which scheme, which kind of base."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
-from itertools import chain
 from os.path import isdir
 from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import Adapter, SlotKind
+from loraformat.adapter_folders import CONFIG_NAME, FACTORS_NAMES, find_factors, read_config_beside
 from loraformat.base_facts import NO_FACTS, BaseFacts, read_facts
 from loraformat.bases import BASES, BaseFormat, BaseModel
 from loraformat.containers import CONTAINERS, Container
 from loraformat.derived import find_origins
 from loraformat.errors import LoraformatError, error_for, refuse
-from loraformat.flat_yaml import parse_flat_yaml
 from loraformat.known_scales import find_scale
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.receipt import RUNTIME_KEY
-from loraformat.recognition import PEFT_TYPE, Recognised, recognise_config, recognise_files, recognise_tensors
-from loraformat.schemes import NOT_STATED, SCHEMES, AmbiguousScheme, Bundle, FolderScheme, Layout, Scheme, StatedScale
+from loraformat.recognition import PEFT_TYPE, Recognised, recognise_config, recognise_tensors
+from loraformat.schemes import NOT_STATED, SCHEMES, AmbiguousScheme, Bundle, Scheme, StatedScale
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, read_small
 from loraformat.strict_json import JsonValue, parse_json_object
 
-FACTORS_NAME: Final = "adapter_model.safetensors"
-CONFIG_NAME: Final = "adapter_config.json"
 _BASE_CONFIG: Final = "config.json"
 _NEED_BASE: Final = frozenset({"LF311", "LF314"})
 """Problems that a base can solve: counts that are not known, and flat names."""
-_YAML: Final = (".yaml", ".yml")
 _DIGEST_STEP_BYTES: Final = 1 << 22
-FACTORS_NAMES: Final = (FACTORS_NAME, "adapter_model.bin", "adapter_model.pt")
-"""What the file with the factors is called in a PEFT folder, the one to prefer first."""
-
 _KNOWN_ENDINGS: Final = (
     ("lora_down.weight", "kohya's scheme"),
     ("_lora.down.weight", "the oldest scheme of diffusers"),
@@ -120,19 +112,19 @@ def _find_unused(adapter: Adapter, stated: StatedScale) -> list[Problem]:
 
 def open_bundle(path: Path) -> tuple[Bundle, InputFile]:
     """Return the named tensors at `path` with what lies beside them, and the file that holds them."""
-    factors = _find_factors(path) if isdir(path) else path
+    factors = find_factors(path) if isdir(path) else path
     head, size = _read_head(factors)
     try:
         opened = _choose_container(factors, head, size).open(factors)
     except LoraformatError:
         _refuse_by_config(path, factors)
         raise
-    return Bundle(path, opened.tensors, opened.metadata, _read_config(factors)), opened.file
+    return Bundle(path, opened.tensors, opened.metadata, read_config_beside(factors)), opened.file
 
 
 def _refuse_by_config(path: Path, factors: Path) -> None:
     """Raise LF209 where the configuration beside an unreadable file names an adapter that no weight can hold."""
-    unmergeable = recognise_config(_read_config(factors) or {})
+    unmergeable = recognise_config(read_config_beside(factors) or {})
     if unmergeable is not None:
         raise error_for([unmergeable.as_problem(path)])
 
@@ -221,44 +213,6 @@ def is_base(path: Path) -> bool:
         return False
     head, size = _read_head(path)
     return any(base.accepts(path, head, size) for _, base in BASES)
-
-
-def _find_factors(folder: Path) -> Path:
-    others = (name for layout in _list_layouts() for name in layout.factors if "*" not in name)
-    found = next((name for name in chain(FACTORS_NAMES, others) if (folder / name).exists()), None)
-    if found is not None:
-        return folder / found
-    names = sorted(entry.name for entry in folder.iterdir())
-    unmergeable = recognise_files(names) or recognise_config(_read_config(folder / FACTORS_NAME) or {})
-    if unmergeable is not None:
-        raise error_for([unmergeable.as_problem(folder)])
-    inside = ", ".join(names[:6]) or "nothing"
-    raise refuse("LF121", folder, f"a folder with {inside}", f"a folder with {FACTORS_NAME}")
-
-
-def _list_layouts() -> Iterator[Layout]:
-    """Yield how schemes lay out their folders; imports a scheme only when it comes to it."""
-    for _, scheme in SCHEMES:
-        if isinstance(scheme, FolderScheme):
-            yield scheme.layout
-
-
-def _read_config(factors: Path) -> Mapping[str, JsonValue] | None:
-    """Return the configuration beside a name that a scheme has; beside any other it may belong to another file."""
-    fitting = (each for each in _list_layouts() if any(fnmatchcase(factors.name, name) for name in each.factors))
-    own = factors.name in FACTORS_NAMES
-    names = (CONFIG_NAME,) if own else tuple(name for layout in fitting for name in layout.configs)
-    paths = [factors.with_name(name) for name in dict.fromkeys(names)]
-    found = [_parse_config(path) for path in paths if path.exists()]
-    return {name: value for config in reversed(found) for name, value in config.items()} if found else None
-
-
-def _parse_config(path: Path) -> Mapping[str, JsonValue]:
-    data = read_small(path)
-    described = describe_head(data[:HEAD_BYTES])
-    if described is not None and not data.lstrip().startswith(b"{"):
-        raise refuse("LF111", path, described.what, "JSON text", described.mend)
-    return parse_flat_yaml(data, path) if path.suffix in _YAML else parse_json_object(data, path)
 
 
 def _read_head(path: Path) -> tuple[bytes, int]:

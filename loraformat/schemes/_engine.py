@@ -15,19 +15,13 @@ from loraformat.errors import error_for
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, Holds, StatedScale, WrittenBundle
+from loraformat.schemes._beside import Module
 from loraformat.schemes._groups import name_kind, rank_of, slot_of
 from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._memory import PROVENANCE_KEY, annotate, find_memory, find_texts, recall
 from loraformat.schemes._naming import NamesRead, Naming
-from loraformat.schemes._scales import (
-    Module,
-    ScalePlace,
-    ScalesWritten,
-    find_homeless_options,
-    read_options,
-    remember_options,
-    write_options,
-)
+from loraformat.schemes._options import find_homeless_options, read_options, remember_options, write_options
+from loraformat.schemes._scales import ScalePlace, ScalesWritten
 from loraformat.schemes._table import NameTable
 from loraformat.strict_json import JsonValue
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Set
 from typing import Final
 
 from loraformat.adapter import Factor, SlotKind
-from loraformat.schemes._scales import BOUNDED
+from loraformat.schemes._options import BOUNDED
 
 TOKEN: Final = "token embedding"  # noqa: S105 - a word of a text, and no secret
 """What is no change of a weight, but the row of a new token, which travels with an adapter."""

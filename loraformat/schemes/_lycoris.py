@@ -14,11 +14,12 @@ from loraformat.base_facts import BaseFacts
 from loraformat.derived import derive
 from loraformat.operations import Scale
 from loraformat.schemes import Bundle, StatedScale, WrittenBundle
+from loraformat.schemes._beside import ALPHA
 from loraformat.schemes._engine import TableScheme
 from loraformat.schemes._groups import TOKEN
 from loraformat.schemes._memory import find_memory
 from loraformat.schemes._naming import BUNDLED
-from loraformat.schemes._scales import ALPHA, ON_INPUT
+from loraformat.schemes._options import ON_INPUT
 from loraformat.schemes._table import COLUMN, Row
 
 _ADDED: Final = "diff_b"

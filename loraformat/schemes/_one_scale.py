@@ -8,8 +8,9 @@ from typing import Any, Final
 from loraformat.adapter import Scaling, ScalingRule, Target
 from loraformat.errors import refuse
 from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes._beside import Module
 from loraformat.schemes._files import UNIT
-from loraformat.schemes._scales import Module, ScalesRead, ScalesWritten
+from loraformat.schemes._scales import ScalesRead, ScalesWritten
 from loraformat.strict_json import JsonValue
 
 Config = Mapping[str, JsonValue]

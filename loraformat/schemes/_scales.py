@@ -1,7 +1,6 @@
 """Where a scheme keeps the scale: in a tensor beside each module, in a configuration, or nowhere."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -10,40 +9,26 @@ import numpy as np
 
 from loraformat.adapter import Factor, Scaling, ScalingRule, Target
 from loraformat.derived import NewFactor
-from loraformat.dtypes import BY_NAME
 from loraformat.errors import refuse
 from loraformat.problems import Problem
 from loraformat.rescaling import rescale
 from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes._beside import (
+    ALPHA,
+    FLOAT32,
+    Form,
+    Module,
+    as_number,
+    form_of,
+    make_number,
+    read_alpha,
+    recall_form,
+    remember_forms,
+)
+from loraformat.schemes._options import BOUNDED
 from loraformat.strict_json import JsonValue
 
-_Form = tuple[str, tuple[int, ...]]
-"""A number form and a shape."""
-_FLOAT32: Final = ("float32", ())
-_FLOAT64: Final = ("float64", ())
-_INT64: Final = ("int64", ())
 UNIT: Final = Scaling(ScalingRule.MULTIPLIER, 1.0)
-ALPHA: Final = "alpha"
-"""The role of a tensor beside a module's factors that holds its alpha."""
-ON_INPUT: Final = "on_input"
-"""The role of LyCORIS' tensor that says which side (IA)³ multiplies: 1 for the inputs."""
-BOUNDED: Final = frozenset({"lycoris_oft", "lycoris_boft"})
-"""Kinds for which alpha is no scale but a bound."""
-
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """What is stored for one module, before it is a target.
-
-    Attributes:
-        name: the target that it will be.
-        rank: as its factors have it; 0 for a kind without one.
-        sidecars: role to tensor of what is no factor, such as an alpha.
-    """
-
-    name: str
-    rank: int
-    sidecars: Mapping[str, Factor]
 
 
 @dataclass(slots=True)
@@ -112,7 +97,7 @@ class AlphaTensors:
             alpha = read_alpha(module)
             if alpha is not None:
                 tensor = module.sidecars[ALPHA]
-                forms[module.name] = _form_of(tensor)
+                forms[module.name] = form_of(tensor)
                 if not (alpha and module.rank):
                     idle[module.name] = alpha
             result.scalings[module.name] = _scale_by(alpha, module.rank) if alpha is not None else UNIT
@@ -120,7 +105,7 @@ class AlphaTensors:
             fallback = self._fall_back(silent, bundle, stated, result)
             result.scalings |= dict.fromkeys(silent, fallback)
             result.remembered["silent"] = len(silent) == len(modules) or silent
-        result.remembered |= _remember_forms(forms)
+        result.remembered |= remember_forms(forms)
         if idle:
             result.remembered["idle_alphas"] = idle
         return result
@@ -149,10 +134,10 @@ class AlphaTensors:
         silent = remembered.get("silent")
         for target in targets:
             was_silent = silent is True or (isinstance(silent, Sequence) and target.name in silent)
-            alpha = _number(idle.get(target.name)) if target.scaling == UNIT else _alpha_of(target)
+            alpha = as_number(idle.get(target.name)) if target.scaling == UNIT else _alpha_of(target)
             if alpha is None or (was_silent and target.scale == 1.0):
                 continue
-            factor = _make_alpha(target.name, alpha, _recall_form(remembered, target.name))
+            factor = _make_alpha(target.name, alpha, recall_form(remembered, target.name))
             result.sidecars[target.name] = {ALPHA: factor}
             stored = float(factor.read().astype(np.float64).reshape(-1)[0])
             if stored != alpha:
@@ -190,67 +175,6 @@ def fold_rankless(targets: Sequence[Target]) -> tuple[list[Target], list[Problem
     return [same or next(made).target for same in moved], [each.problem for each in rescaled if each.problem]
 
 
-def find_homeless_options(target: Target) -> list[Problem]:
-    """Return the options of a target for which `write_options` has no place."""
-    bound = {"constraint"} if target.kind in BOUNDED else set()
-    left = sorted(set(target.options) - {ON_INPUT} - bound)
-    return [
-        Problem("LF312", target.name, f"{name} {target.options[name]!r:.80}", "an option that it can state")
-        for name in left
-    ]
-
-
-def read_alpha(module: Module) -> float | None:
-    """Return the number of an alpha tensor, None without one.
-
-    Raises:
-        FindingError: LF203 not one number, LF207 not finite.
-    """
-    return _read_number(module, ALPHA)
-
-
-def _read_number(module: Module, role: str) -> float | None:
-    tensor = module.sidecars.get(role)
-    if tensor is None:
-        return None
-    where = f"{module.name}: {role}"
-    if tensor.elements != 1:
-        raise refuse("LF203", where, f"shape {tensor.shape}", "one number")
-    value = float(tensor.read().astype(np.float64).reshape(-1)[0])
-    if not math.isfinite(value):
-        raise refuse("LF207", where, f"{value}", "a finite number")
-    return value
-
-
-def read_options(kind: str, module: Module) -> dict[str, JsonValue]:
-    """Return the options of a target that stand in tensors beside its factors; raises as `read_alpha`."""
-    if kind in BOUNDED:
-        alpha = read_alpha(module)
-        return {"constraint": alpha} if alpha else {}
-    side = _read_number(module, ON_INPUT)
-    return {} if side is None else {ON_INPUT: bool(side)}
-
-
-def remember_options(sidecars: Mapping[str, Mapping[str, Factor]]) -> dict[str, JsonValue]:
-    """Return the forms of tensors that hold options, target to form, where `write_options` writes another."""
-    forms = {name: _form_of(beside[ON_INPUT]) for name, beside in sidecars.items() if ON_INPUT in beside}
-    odd: dict[str, JsonValue] = {name: form for name, form in forms.items() if form != "int64[]"}
-    return {"side_forms": odd} if odd else {}
-
-
-def write_options(target: Target, remembered: Mapping[str, JsonValue]) -> dict[str, Factor]:
-    """Return the tensors that hold a target's options; none is rounded."""
-    bound = _number(target.options.get("constraint"))
-    if target.kind in BOUNDED and bound is not None:
-        form = _recall_form(remembered, target.name)
-        return {ALPHA: _make_number(target.name, ALPHA, bound, form, _FLOAT64)}
-    if ON_INPUT not in target.options:
-        return {}
-    forms = remembered.get("side_forms")
-    form = _parse_form(forms.get(target.name) if isinstance(forms, Mapping) else None, _INT64)
-    return {ON_INPUT: _make_number(target.name, ON_INPUT, float(target.options[ON_INPUT] is True), form, _INT64)}
-
-
 def _scale_by(alpha: float, rank: int) -> Scaling:
     return Scaling(ScalingRule.ALPHA_OVER_RANK, alpha) if alpha and rank else UNIT
 
@@ -265,46 +189,6 @@ def _alpha_of(target: Target) -> float | None:
     return value * math.sqrt(target.rank) if rule is ScalingRule.ALPHA_OVER_SQRT_RANK else value * target.rank
 
 
-def _number(value: JsonValue) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _make_alpha(name: str, alpha: float, form: _Form) -> NewFactor:
+def _make_alpha(name: str, alpha: float, form: Form) -> NewFactor:
     """Return an alpha in its remembered form where that holds the number, else in float32."""
-    return _make_number(name, ALPHA, alpha, form, _FLOAT32)
-
-
-def _make_number(name: str, role: str, value: float, form: _Form, otherwise: _Form) -> NewFactor:
-    dtype, shape = form
-    with np.errstate(over="ignore"):
-        array = np.full(shape, value).astype(BY_NAME[dtype].numpy())
-    if float(array.astype(np.float64).reshape(-1)[0]) != value:
-        array = np.full(shape, value, dtype=BY_NAME[otherwise[0]].numpy())
-    return NewFactor(f"{name}.{role}", array)
-
-
-def _form_of(tensor: Factor) -> str:
-    return f"{tensor.dtype.name}{list(tensor.shape)}"
-
-
-def _remember_forms(forms: Mapping[str, str]) -> dict[str, JsonValue]:
-    """Return the usual form of the alphas, and the targets that have another; nothing where all are as written here."""
-    if not forms:
-        return {}
-    usual = Counter(forms.values()).most_common(1)[0][0]
-    others: dict[str, JsonValue] = {name: form for name, form in forms.items() if form != usual}
-    remembered: dict[str, JsonValue] = {} if usual == "float32[]" else {"alpha_form": usual}
-    return remembered | ({"alpha_forms": others} if others else {})
-
-
-def _recall_form(remembered: Mapping[str, JsonValue], name: str) -> _Form:
-    others = remembered.get("alpha_forms")
-    text = others.get(name) if isinstance(others, Mapping) else None
-    return _parse_form(text or remembered.get("alpha_form"), _FLOAT32)
-
-
-def _parse_form(text: JsonValue, otherwise: _Form) -> _Form:
-    dtype, bracket, sizes = text.partition("[") if isinstance(text, str) else ("", "", "")
-    if not bracket or dtype not in BY_NAME or BY_NAME[dtype].family not in ("float", "int", "uint"):
-        return otherwise
-    return dtype, (1,) * len([size for size in sizes.removesuffix("]").split(",") if size])
+    return make_number(name, ALPHA, alpha, form, FLOAT32)

@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from typing import Final
 
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, Target
+from loraformat.derived import derive
 from loraformat.errors import error_for, refuse
+from loraformat.operations import Reshape
 from loraformat.problems import Problem
 from loraformat.schemes import PIPELINES, Bundle, Holds, StatedScale
 from loraformat.schemes._groups import TOKEN
+from loraformat.schemes._naming import BUNDLED
 from loraformat.spellings import read_order_file
 
 _NUMBERED: Final = re.compile(r"(unet|text_encoder):(\d+):(up|down)")
@@ -87,7 +90,8 @@ def _group(
             groups.setdefault(match[1], {}).setdefault(int(match[2]), {})[_ROLES[match[3]]] = tensor
         elif _TOKEN.fullmatch(key):
             unit = Scaling(ScalingRule.MULTIPLIER, 1.0)
-            tokens.append(Target(key, TOKEN, SlotKind.PARAMETER, {"embedding": tensor}, 0, unit))
+            row = derive(Reshape((1, *tensor.shape)), tensor)  # As others bundle it: tokens below each other.
+            tokens.append(Target(f"{BUNDLED}.{key}", TOKEN, SlotKind.PARAMETER, {"clip_l": row}, 0, unit))
         else:
             problems.append(Problem("LF202", key, f"a tensor of shape {tensor.shape}", "a numbered factor or a token"))
     return groups, tokens

@@ -13,6 +13,7 @@ from typing import Final
 from loraformat.adapter import SlotKind, Target
 from loraformat.errors import LoraformatError
 from loraformat.schemes import PIPELINES, Bundle, Holds, StatedScale
+from loraformat.schemes._beside import ALPHA, Module
 from loraformat.schemes._engine import TableScheme
 from loraformat.schemes._groups import TOKEN
 from loraformat.schemes._lora_config import describe_lora
@@ -22,7 +23,7 @@ from loraformat.schemes._memory import find_texts
 from loraformat.schemes._naming import COMPONENTS, ComponentNaming, split_component
 from loraformat.schemes._peft_config import PeftConfig
 from loraformat.schemes._peft_writing import says_the_same
-from loraformat.schemes._scales import ALPHA, AlphaTensors, Module, ScalesRead, ScalesWritten
+from loraformat.schemes._scales import AlphaTensors, ScalesRead, ScalesWritten
 from loraformat.schemes._table import NameTable, Row
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 

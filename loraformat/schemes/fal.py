@@ -9,10 +9,11 @@ from typing import Final
 
 from loraformat.adapter import SlotKind
 from loraformat.schemes import PIPELINES, Bundle, Holds
+from loraformat.schemes._beside import ALPHA
 from loraformat.schemes._engine import TableReader
 from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._naming import ComponentNaming
-from loraformat.schemes._scales import ALPHA, AlphaTensors
+from loraformat.schemes._scales import AlphaTensors
 from loraformat.schemes._table import NameTable, Row
 
 

@@ -18,13 +18,14 @@ from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, 
 from loraformat.base_facts import BaseFacts
 from loraformat.problems import Problem
 from loraformat.schemes import DECODERS, Bundle, Holds, StatedScale, WrittenBundle
+from loraformat.schemes._beside import Module
 from loraformat.schemes._experts import EXPERTS_A, EXPERTS_B, is_stack, join_stacks, part_stacks
 from loraformat.schemes._files import UNIT, FiledScheme, alpha_of, level_alphas
 from loraformat.schemes._marks import Marks
 from loraformat.schemes._memory import PROVENANCE_KEY, find_memory, find_texts
 from loraformat.schemes._one_scale import check_number, state
 from loraformat.schemes._patterned import PatternedNaming
-from loraformat.schemes._scales import Module, ScalesRead, ScalesWritten
+from loraformat.schemes._scales import ScalesRead, ScalesWritten
 from loraformat.schemes._table import TRANSPOSED, NameTable, Row
 from loraformat.spellings import all_tables
 from loraformat.strict_json import JsonValue

@@ -18,6 +18,7 @@ import loraformat
 from builders import MemoryFactor
 from loraformat.adapter import Adapter
 from loraformat.base_facts import NO_FACTS
+from loraformat.conversion import list_pairs
 from loraformat.conversion._engine import Rounding, Source, convert_source, find_writer
 from loraformat.loading import choose_scheme
 from loraformat.schemes import NOT_STATED, Bundle, StatedScale, WritingScheme
@@ -201,3 +202,36 @@ def test_two_files_of_one_adapter_agree(tmp_path: Path) -> None:
     for left, right in zip(one.targets, other.targets, strict=True):
         for role, factor in left.factors.items():
             np.testing.assert_array_equal(factor.read(), right.factors[role].read())
+
+
+EVERYWHERE = {
+    "Tashu014__lora-imdb-distilbert": None,
+    "abrhaleyarefaine1997__gpt2-tigrinya-lora": None,
+    "ao-wei__gemma3-270m-svg-lora-partb/adapter": 16.0,
+    "microsoft__LoRA/examples/NLU/roberta_base_lora_mnli.bin": 16.0,
+    "cloneofsimo__lora/example_loras/lora_disney.safetensors": 1.0,
+    "catundchat__stable-diffusion-v1.5-lora/pytorch_lora_weights.safetensors": None,
+    "wyek1n__MLX-CLI/adapters/0000100_adapters.safetensors": 16.0,
+}
+"""Real files of each scheme that has one, and the alpha that a user must state."""
+
+
+@pytest.mark.parametrize("place", EVERYWHERE)
+def test_a_real_file_goes_everywhere_or_is_refused_as_the_table_of_pairs_says(place: str) -> None:
+    """Nothing is refused but for what the pair has no place for, and nothing is left out."""
+    pairs = {(pair.source, pair.target): pair for pair in list_pairs()}
+    for writer in (each.name for each in loraformat.list_schemes() if each.writes):
+        plan = loraformat.plan_conversion(CORPUS / place, writer, alpha=EVERYWHERE[place])
+        pair = pairs[plan.origin, plan.scheme]
+        explained = {
+            "LF312": bool(pair.kinds or pair.slots),
+            "LF310": pair.models != "all",
+            "LF341": pair.models != "all",
+            "LF316": pair.models != "none",  # Several families have these names: as LF311, --base decides.
+            "LF311": True,
+            "LF313": pair.scale != "",
+        }
+        against = {problem.code for problem in plan.problems if problem.severity == "error"}
+        assert {code for code in against if not explained.get(code)} == set(), (writer, against)
+        assert against or not plan.account.refused, writer
+        assert str(pair) != "=" or against <= {"LF311", "LF316"}, writer

@@ -95,4 +95,4 @@ def test_the_scale_must_be_said() -> None:
 
 def test_token_embeddings_are_carried_and_go_nowhere() -> None:
     adapter = SCHEME.read(TestCloneofsimo().examples()["safeloras"], STATED)
-    assert [(target.name, target.kind) for target in adapter.targets][:1] == [("<s1>", "token embedding")]
+    assert [(target.name, target.kind) for target in adapter.targets][:1] == [("bundle_emb.<s1>", "token embedding")]
