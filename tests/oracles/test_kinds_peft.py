@@ -201,6 +201,8 @@ def _configure(kind: str, targets: "list[str] | str", turned: bool) -> object:
         "loha": lambda: peft.LoHaConfig(r=3, alpha=6, init_weights=False, target_modules=targets),
         "oft": lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=targets),
         "hra": lambda: peft.HRAConfig(r=4, target_modules=targets),
+        "deft": lambda: peft.DeftConfig(r=3, target_modules=targets),
+        "osf": lambda: peft.OSFConfig(effective_rank=5, target_modules=targets),
     }
     return makers[kind]()
 
@@ -208,7 +210,16 @@ def _configure(kind: str, targets: "list[str] | str", turned: bool) -> object:
 @pytest.mark.parametrize("exporter", ["ts", "dynamo"])
 @pytest.mark.parametrize(
     ("model", "kind"),
-    [("llama", "dora"), ("llama", "loha"), ("llama", "oft"), ("llama", "hra"), ("gpt2", "dora"), ("gpt2", "vera")],
+    [
+        ("llama", "dora"),
+        ("llama", "loha"),
+        ("llama", "oft"),
+        ("llama", "hra"),
+        ("llama", "deft"),
+        ("llama", "osf"),
+        ("gpt2", "dora"),
+        ("gpt2", "vera"),
+    ],
 )
 def test_in_a_graph(lab: "Lab", tmp_path: Path, model: str, kind: str, exporter: str) -> None:
     """The exporters store a Linear's matrix transposed: columns have norms, and rows are turned in blocks."""

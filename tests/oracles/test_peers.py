@@ -190,7 +190,7 @@ def make_tied(folder: Path, **fields: Any) -> "tuple[Any, Any, Any]":
 
 @pytest.mark.filterwarnings("ignore")
 def test_peft_adds_the_change_of_tied_tables_twice(tmp_path: Path) -> None:
-    """With `ensure_weight_tying` both tables have one change, and PEFT merges it into their one weight once for each."""
+    """With `ensure_weight_tying` both tables have one change, and PEFT merges it into the one weight once for each."""
     import torch
     from transformers import LlamaForCausalLM
 
