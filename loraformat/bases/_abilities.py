@@ -1,0 +1,147 @@
+"""What some bases can besides: share their data, copy a weight for some readers, stand in floats, be measured."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from loraformat.bases._model import BaseModel
+from loraformat.dtypes import Dtype
+from loraformat.images import FileImage
+from loraformat.problems import Problem
+from loraformat.spans import InputFile, Span
+
+
+@runtime_checkable
+class SharedBase(Protocol):
+    """A base beside which another model can stand that refers to its data files, where most of its numbers are."""
+
+    def describe_sharing_images(
+        self,
+        output: Path,
+        blank_bytes: int,
+        fresh: str,
+        touched: Sequence[Span],
+        is_taken: Callable[[Path], bool] = os.path.lexists,
+    ) -> list[FileImage]:
+        """Return the files that such a model adds, the one with the receipt last.
+
+        Args:
+            output: where the model will stand, in the folder of this one.
+            blank_bytes: as in `BaseModel.describe_images`, like `fresh` and `is_taken`.
+            fresh: the same.
+            touched: the bytes that differ, those of whole tensors.
+            is_taken: the same.
+        """
+        ...
+
+    def list_shared(self) -> Mapping[str, InputFile]:
+        """Return the data files by their paths from the model's folder; none for a base without."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WeightCopy:
+    """A weight that some of its sites get for themselves.
+
+    Attributes:
+        name: of the new tensor.
+        key: of the weight.
+        readers: ids of the sites.
+    """
+
+    name: str
+    key: str
+    readers: tuple[str, ...]
+
+
+@runtime_checkable
+class CopyingBase(BaseModel, Protocol):
+    """A base in which some sites of a weight can get a copy of it: an ONNX graph."""
+
+    def with_copies(self, copies: Sequence[WeightCopy]) -> "CopyingBase":
+        """Return the base, whose outputs have these copies, to be filled at `FileImage.locate_fresh(name)`."""
+        ...
+
+    def rewire(self, graph: Any) -> None:
+        """Have the main graph of the parsed base read the copies, each an Identity of its source; to run it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFloats:
+    """A quantised weight that becomes a tensor of floats.
+
+    Attributes:
+        name: of the new tensor.
+        key: of the weight.
+    """
+
+    name: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class FloatForm:
+    """How a quantised weight stands where it has become a tensor of floats.
+
+    Attributes:
+        name: the tensor's name.
+        dtype: number form, that of the scales.
+        shape: dimensions.
+        turned: whether it is the transpose of the matrix of codes.
+        padding: columns at the end of each row of codes that it lacks.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    turned: bool
+    padding: int
+
+
+@runtime_checkable
+class DequantisingBase(BaseModel, Protocol):
+    """A base in which floats can stand in the place of codes: an ONNX graph, whose operators change with them."""
+
+    def find_float_form(self, key: str) -> FloatForm | Problem:
+        """Return how a quantised weight would stand in floats, or why it cannot (LF619)."""
+        ...
+
+    def with_floats(self, floats: Sequence[WeightFloats]) -> "DequantisingBase":
+        """Return the base, whose outputs have these weights in floats, to be filled at `FileImage.locate_fresh`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredValue:
+    """A value whose range is to be measured.
+
+    Attributes:
+        name: the value's.
+        scale: the name of the scale that stands for the range; several values may have one.
+    """
+
+    name: str
+    scale: str
+
+
+@runtime_checkable
+class CalibratedBase(BaseModel, Protocol):
+    """A base that may have ranges of activations as numbers: an ONNX graph.
+
+    A range is known by the name of the scale that stands for it.
+    """
+
+    def float_activations(self, graph: Any) -> Sequence[MeasuredValue]:
+        """Have the main graph of the parsed base leave activations in floats; return whose ranges count."""
+        ...
+
+    def check_ranges(self, ranges: Mapping[str, tuple[float, float]] | None) -> Sequence[Problem]:
+        """Return what speaks against giving the base these ranges (LF627); None stands for any."""
+        ...
+
+    def with_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> "CalibratedBase":
+        """Return the base, whose outputs have scales, zero points and biases of these ranges."""
+        ...
