@@ -11,7 +11,7 @@ from loraformat.plan import Plan, PlannedWeight
 from loraformat.problems import Problem, Severity
 from loraformat.receipt import AppliedAdapter, MergedWeight, Receipt
 from loraformat.side_receipt import find_receipt
-from loraformat.tiles import TileSums
+from loraformat.tile_sums import TileSums
 
 _LONGEST_ROOM: Final = 9_999_999_999
 

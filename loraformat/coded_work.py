@@ -15,7 +15,8 @@ from loraformat.encodings import CODED, Coder, Coding, Fit
 from loraformat.plan import PlannedWeight
 from loraformat.references import Floats, Likeness, place_references, put_references
 from loraformat.sinks import Sink
-from loraformat.tiles import TileBuffers, TileSums, change_tile, sum_up
+from loraformat.tile_sums import TileSums, sum_up
+from loraformat.tiles import TileBuffers, change_tile
 from loraformat.weight_work import WeightWork, as_bytes, find_encoding
 
 _NO_FLOATS: Final = Floats()

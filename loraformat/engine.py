@@ -25,7 +25,8 @@ from loraformat.output_forms import index_weights, list_written
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
 from loraformat.references import Floats
 from loraformat.sinks import Sink, put_piece
-from loraformat.tiles import TileBuffers, TileSums, merge_rows
+from loraformat.tile_sums import TileSums
+from loraformat.tiles import TileBuffers, merge_rows
 from loraformat.weight_work import WeightWork, count_held
 
 _RUN_BYTES: Final = 8 << 20

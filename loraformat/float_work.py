@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.coded_work import CodedWork, Place
-from loraformat.tiles import TileBuffers, TileSums, change_tile, sum_up
+from loraformat.tile_sums import TileSums, sum_up
+from loraformat.tiles import TileBuffers, change_tile
 from loraformat.weight_work import as_bytes
 
 PANEL_BYTES: Final = 8 << 20

@@ -18,7 +18,7 @@ from loraformat.outputs import may_resume, output_errors, remove
 from loraformat.plan import Plan
 from loraformat.spans import InputFile
 from loraformat.strict_json import JsonValue, parse_json, write_canonical
-from loraformat.tiles import TileSums
+from loraformat.tile_sums import TileSums
 
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 

@@ -6,9 +6,8 @@ Replaced values come first, a function of the base next, and the sum of all delt
 tile needs is allocated once for each worker.
 """
 
-import math
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final, cast
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from loraformat.kinds import Delta, Nature, WeightMap
 from loraformat.sinks import Sink
+from loraformat.tile_sums import TileSums, count_broken, sum_up
 from loraformat.weight_work import Placed, WeightWork, as_bytes
 
 _SUMMED: Final = 4
@@ -31,49 +31,6 @@ _NUMBERS_SUMMED: Final = 1 << 17
 """As many numbers of a weight are summed up at least, or all of them."""
 
 _SHAPES_HELD: Final = 64
-
-
-@dataclass(frozen=True, slots=True)
-class TileSums:
-    """What one tile, or the tiles of one weight, add up to; float64.
-
-    Attributes:
-        kept: Σ Δ·(W′−W).
-        wanted: Σ Δ².
-        base: Σ W².
-        overflowed: numbers that left the range of the stored form.
-        not_finite: numbers of the base that were NaN or infinite before.
-        error: the largest |W′ − (W+Δ)| beside the largest |W+Δ| of its tile.
-    """
-
-    kept: float = 0.0
-    wanted: float = 0.0
-    base: float = 0.0
-    overflowed: int = 0
-    not_finite: int = 0
-    error: float = 0.0
-
-    def __add__(self, other: "TileSums") -> "TileSums":
-        return TileSums(
-            self.kept + other.kept,
-            self.wanted + other.wanted,
-            self.base + other.base,
-            self.overflowed + other.overflowed,
-            self.not_finite + other.not_finite,
-            max(self.error, other.error),
-        )
-
-    @property
-    def retained(self) -> float:
-        """Share of the delta that survived rounding; 1.0 when there was none."""
-        return self.kept / self.wanted if self.wanted else 1.0
-
-    @property
-    def relative(self) -> float:
-        """‖Δ‖ / ‖W‖; 0.0 for a zero delta."""
-        if not self.wanted:
-            return 0.0
-        return float(np.sqrt(self.wanted / self.base)) if self.base else float("inf")
 
 
 class TileBuffers(threading.local):
@@ -131,7 +88,7 @@ def _add_tile(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, o
     delta = merged[some].copy()
     np.add(base, merged, out=merged)
     written = _round_and_write(work, buffers, merged, sink, offset)
-    broken = _count_broken(base, merged, written)
+    broken = count_broken(base, merged, written)
     if not delta.size:
         return broken
     wanted = merged[some]
@@ -259,62 +216,3 @@ def _round_and_write(
         work.written_encoding.encode(merged, written)
     sink.write(as_bytes(written).data, offset)
     return written
-
-
-def sum_up(base: NDArray[Any], delta: NDArray[Any], merged: NDArray[Any], found: NDArray[Any]) -> TileSums:
-    """Return the sums of a tile; `merged` and `found` are overwritten.
-
-    A number that overflowed makes the sums infinite or NaN, as does one of the base that was so before: only then is
-    it looked for.
-
-    Args:
-        base: W.
-        delta: Δ.
-        merged: W + Δ before it was rounded.
-        found: the values that were written.
-    """
-    w, d, m, f = (array.reshape(-1) for array in (base, delta, merged, found))
-    largest = _largest(m)
-    error = 0.0
-    if found is not merged:
-        difference = _largest(np.subtract(f, m, out=m))
-        error = difference / largest if largest and math.isfinite(difference / largest) else 0.0
-    np.subtract(f, w, out=f)
-    sums = float(np.dot(f, d)), float(np.dot(d, d)), float(np.dot(w, w))
-    if math.isfinite(sum(sums)):
-        return TileSums(*sums, error=error)
-    before = np.isfinite(w)
-    overflowed = int(np.count_nonzero(before & ~np.isfinite(f)))
-    return TileSums(*_sum_wide(w, d, f), overflowed, int(np.count_nonzero(~before)))
-
-
-def _count_broken(base: NDArray[Any], merged: NDArray[Any], written: NDArray[Any]) -> TileSums:
-    """Return how many numbers left the range of the output's form, and how many of the base were never in it."""
-    if _is_in_range(merged, written.dtype):
-        return TileSums()
-    before = np.isfinite(base)
-    overflowed = int(np.count_nonzero(before & ~np.isfinite(written.astype(np.float64))))
-    return TileSums(overflowed=overflowed, not_finite=int(np.count_nonzero(~before)))
-
-
-def _is_in_range(merged: NDArray[Any], form: np.dtype[Any]) -> bool:
-    """Say whether all numbers are surely finite in `form`; in one pass, so that False may be said too often."""
-    flat = merged.reshape(-1)
-    if form.itemsize >= flat.dtype.itemsize or form.name == "bfloat16":  # Exponents as wide as the working form's.
-        return math.isfinite(np.dot(flat, flat))
-    import ml_dtypes
-
-    return _largest(flat) <= float(ml_dtypes.finfo(form).max)  # type: ignore[no-untyped-call]
-
-
-def _largest(values: NDArray[Any]) -> float:
-    """Return the largest absolute value; NaN where there is one."""
-    return float(max(values.max(initial=0), -values.min(initial=0)))
-
-
-def _sum_wide(w: NDArray[Any], d: NDArray[Any], change: NDArray[Any]) -> tuple[float, float, float]:
-    """Return the sums in float64, without the places that are not finite."""
-    wide_d, wide_w, wide_change = d.astype(np.float64), w.astype(np.float64), change.astype(np.float64)
-    good = np.isfinite(wide_change) & np.isfinite(wide_w)
-    wide_d[~good] = wide_w[~good] = wide_change[~good] = 0.0
-    return float(wide_change @ wide_d), float(wide_d @ wide_d), float(wide_w @ wide_w)

@@ -33,7 +33,7 @@ from loraformat.running import RunResult, compare_runs, list_changes
 from loraformat.side_receipt import find_receipt, name_side_receipt
 from loraformat.sinks import CompareSink, Difference
 from loraformat.spans import InputFile
-from loraformat.tiles import TileSums
+from loraformat.tile_sums import TileSums
 
 _LISTED: Final = 8
 _TOLERANCE: Final = 1e-4

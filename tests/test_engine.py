@@ -15,7 +15,7 @@ from loraformat.loading import open_base
 from loraformat.output_forms import Order, describe_output
 from loraformat.plan import WeightedAdapter
 from loraformat.planning import build_plan
-from loraformat.tiles import TileSums
+from loraformat.tile_sums import TileSums
 from models import STATES, suffix_of, write_adapter, write_base
 
 ROOM = 4000

@@ -12,7 +12,7 @@ import loraformat
 from loraformat import engine, job_log
 from loraformat.job_log import FileJobLog, describe_work, read_log
 from loraformat.spans import InputFile
-from loraformat.tiles import TileSums
+from loraformat.tile_sums import TileSums
 from models import files_below, leftovers, write_adapter, write_base
 
 SUMS = {

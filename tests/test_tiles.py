@@ -32,7 +32,8 @@ from graphs import (
 )
 from loraformat.adapter import Adapter, SlotKind
 from loraformat.receipt import Receipt
-from loraformat.tiles import TileBuffers, TileSums
+from loraformat.tile_sums import TileSums
+from loraformat.tiles import TileBuffers
 
 NARROW = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 UNTOLD = -9.0

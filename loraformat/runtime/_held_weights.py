@@ -20,7 +20,7 @@ from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
 from loraformat.runtime._served_graph import Place
 from loraformat.sinks import MemorySink
 from loraformat.strict_json import write_canonical
-from loraformat.tiles import TileSums
+from loraformat.tile_sums import TileSums
 
 _Key: TypeAlias = tuple[Any, ...]
 
