@@ -579,7 +579,7 @@ def test_a_sum_that_is_computed_in_the_graph_is_none_either(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_bias_that_another_module_reads_is_refused(tmp_path: Path, style: str) -> None:
+def test_a_bias_that_another_module_reads_is_copied(tmp_path: Path, style: str) -> None:
     """Exporters store equal tensors once, as zeros at the start of a training are."""
     net = Net()
     bias = net.weight(f"{MODULE}.bias", np.zeros(4, np.float32))
@@ -589,12 +589,15 @@ def test_a_bias_that_another_module_reads_is_refused(tmp_path: Path, style: str)
     second = ["middle", net.weight("model.tail.weight", dyadic(dice(1), 4, 4)), bias]
     net.op("Gemm", second, "y", torchscript_name("model.tail", "Gemm"), scoped, transB=1)
     base = write_model(tmp_path / "base.onnx", net.model())
-    for name in (MODULE, "model.tail"):
-        assert refusal(base, make_adapter(saved(name, bias=np.ones(4)))).codes == ("LF402",)
-    error = refusal(base, make_adapter(saved(weight=np.ones((4, 4)), bias=np.ones(4))))
-    assert error.codes == ("LF402",)
-    assert f"{MODULE}.bias" in error.problems[0].where
-    merge_into(base, make_adapter(saved(weight=np.ones((4, 4)))))
+    for name, more in ((MODULE, {}), ("model.tail", {}), (MODULE, {"weight": np.ones((4, 4))})):
+        after, receipt = merge_into(base, make_adapter(saved(name, bias=np.ones(4), **more)))
+        (copied,) = (weight for weight in receipt.weights if weight.copied_from)
+        assert copied.copied_from == f"{MODULE}.bias"
+        assert copied.targets == (name,)
+        assert (after[copied.name] == 1).all()
+        assert not after[f"{MODULE}.bias"].any()
+        (problem,) = receipt.problems
+        assert problem.code == "LF417"
 
 
 def test_a_bias_that_the_graph_lacks(tmp_path: Path) -> None:
