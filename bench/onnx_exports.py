@@ -161,12 +161,13 @@ def write(results: Mapping[str, Any]) -> Iterator[str]:
     models = dict.fromkeys(model for cases in rows.values() for model in cases)
     yield "# ONNX export paths"
     yield ""
-    yield "Written by `python bench/onnx_exports.py --results FILE --output docs/onnx-exports.md`."
+    yield from INTRODUCED
     yield ""
     yield f"Models: {', '.join(models)}: tiny, from configurations, random weights, adapters trained with PEFT."
     yield f"Packages: {', '.join(sorted(results['packages']))}."
     yield ""
     yield from EXPLAINED
+    yield ""
     columns = ["exporter", "tool", "models", "targets", *(cell for way in WAYS for cell in (way, "apart")), "base"]
     yield f"| {' | '.join([*columns, 'refused'])} |"
     yield f"|---|---|{'--:|' * (len(columns) - 2)}---|"
@@ -176,6 +177,11 @@ def write(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 _TOOLS = ("", *onnx_paths.TOOLS)
+INTRODUCED = """\
+Written by `python bench/onnx_exports.py --results FILE --output docs/onnx-exports.md`, run in two environments: Optimum
+wants another transformers than the rest. Encoder and decoder that it exports apart, with both branches of a merged
+decoder, are `tests/oracles/test_optimum.py`; Whisper of the builder is `tests/oracles/test_genai.py`.
+""".splitlines()
 EXPLAINED = """\
 `names`: targets resolved by names alone; `checkpoint`: with `--base-checkpoint`; `stamped`: by the fingerprints of a
 stamped adapter. A merge is all or nothing, so a model with a target that is not resolved is refused, with the codes in

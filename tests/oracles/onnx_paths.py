@@ -28,7 +28,7 @@ def optimise(level: str) -> Tool:
     return save
 
 
-_KINDS: Final = {"gpt2": "gpt2", "vit": "vit"}
+_KINDS: Final = {"gpt2": "gpt2", "vit": "vit", "unet": "unet"}
 
 
 def fuse_transformer(specimen: zoo.Specimen, source: Path, path: Path) -> Path:
@@ -37,8 +37,8 @@ def fuse_transformer(specimen: zoo.Specimen, source: Path, path: Path) -> Path:
     from onnxruntime.transformers.optimizer import optimize_model
 
     config = getattr(specimen.make(), "config", None)
-    kind = _KINDS.get(str(getattr(config, "model_type", "")), "bert")
-    heads = getattr(config, "num_attention_heads", 0)
+    kind = _KINDS.get(str(getattr(config, "model_type", specimen.name)), "bert")
+    heads = getattr(config, "num_attention_heads", 0) or 0
     hidden = getattr(config, "hidden_size", 0)
     with zoo.quiet():
         model = optimize_model(
