@@ -39,7 +39,9 @@ def converter() -> Any:
 @pytest.mark.parametrize("table", ["llama-decoder", "qwen-decoder", "gemma-decoder"])
 def test_names_are_those_of_torchtune(converter: Any, table: str) -> None:
     theirs = {key.removesuffix(".weight"): value for key, value in converter._FROM_HF.items() if value is not None}
-    for row in find_table(table).rows:
+    rows = [row for row in find_table(table).rows if "torchtune" in row.paths]  # It has no experts.
+    assert len(rows) > 4
+    for row in rows:
         for ours, tune in zip(row.paths["transformers"], row.paths["torchtune"], strict=True):
             assert theirs[ours.replace("{i}", "{}")] == f"{tune.replace('{i}', '{}')}.weight"
 
