@@ -601,22 +601,22 @@ BOMBS = {
     "deep tuples": b")" + b"\x85" * 100_000,
     "deep lists": b"]" * 50_000 + b"a" * 49_999,
     "deep dictionaries": (b"}" + text("a")) * 50_000 + b"N" + b"s" * 50_000,
-    "a long text in many places": text("x" * 10**6) + b"\x940](" + b"h\x00" * 20_000 + b"e",
+    "a long text in many places": text("x" * 10**6) + b"\x940](" + b"h\x00" * 5_000 + b"e",
     "a long text, encoded often": text("x" * 10**6)
     + b"\x940"
     + named("_codecs.encode")
     + b"\x940]("
-    + (b"h\x01h\x00" + text("latin1") + b"\x86R") * 20_000
+    + (b"h\x01h\x00" + text("latin1") + b"\x86R") * 5_000
     + b"e",
     "a long list, made a set often": b"]("
     + b"N" * 10**5
     + b"e\x940"
     + named("builtins.set")
     + b"\x940]("
-    + b"h\x01h\x00\x85R" * 20_000
+    + b"h\x01h\x00\x85R" * 5_000
     + b"e",
     "a long tuple as a shape": b"(" + b"K\x01" * 10**5 + b"t\x940" + named("torch.Size") + b"\x940]h\x01h\x00\x85Ra",
-    "keys that collide": pairs((number(index * (2**61 - 1)), b"N") for index in range(20_000)),
+    "keys that collide": pairs((number(index * (2**61 - 1)), b"N") for index in range(5_000)),
 }
 
 

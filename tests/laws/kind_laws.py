@@ -36,7 +36,7 @@ from loraformat.kinds import (
 )
 
 # One law runs for several classes, on purpose.
-_law = settings(suppress_health_check=list(HealthCheck), max_examples=50)
+_law = settings(suppress_health_check=list(HealthCheck), max_examples=settings.default.max_examples // 4)
 
 TINY = 1e-37
 """Below the smallest normal float32, rounding is no longer relative."""
