@@ -81,6 +81,35 @@ def hint_options(function: Decorated) -> Decorated:
     return function
 
 
+def matching_options(function: Decorated) -> Decorated:
+    """Add what decides which targets must find a weight, and by which name."""
+    for add in (
+        click.option(
+            "--ignore-fingerprints",
+            is_flag=True,
+            default=None,
+            help="Accept weights that do not match their target's fingerprint.",
+        ),
+        click.option(
+            "--strip-prefix", metavar="PREFIX", help="Remove this from the front of the adapters' target names."
+        ),
+        click.option(
+            "--allow-unmatched",
+            multiple=True,
+            metavar="GLOB",
+            help="Targets that may be left out, where there is no place for them; repeatable.",
+        ),
+    ):
+        function = add(function)
+    return function
+
+
+def ranges_option(function: Decorated) -> Decorated:
+    """Add --accept-ranges."""
+    told = "Accept activation ranges that a quantised model has of its base."
+    return click.option("--accept-ranges", is_flag=True, default=None, help=told)(function)
+
+
 def check_stated(alpha: float | None, scale: float | None) -> None:
     """Refuse --alpha beside --scale."""
     if alpha is not None and scale is not None:

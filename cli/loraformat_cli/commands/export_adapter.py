@@ -5,7 +5,14 @@ from typing import Any, Final
 
 import click
 
-from loraformat_cli.options import adapter_options, check_stated, common_options, hint_options, json_option
+from loraformat_cli.options import (
+    adapter_options,
+    check_stated,
+    common_options,
+    hint_options,
+    json_option,
+    matching_options,
+)
 from loraformat_cli.params import WeightedAdapter
 from loraformat_cli.screen import Screen
 
@@ -20,19 +27,7 @@ _FILE: Final = click.Path(path_type=Path)
 @json_option
 @adapter_options
 @hint_options
-@click.option(
-    "--allow-unmatched",
-    multiple=True,
-    metavar="GLOB",
-    help="Targets that may be left out, where the model has no input for them; repeatable.",
-)
-@click.option("--strip-prefix", metavar="PREFIX", help="Remove this from the front of the adapters' target names.")
-@click.option(
-    "--ignore-fingerprints",
-    is_flag=True,
-    default=None,
-    help="Accept weights that do not match their target's fingerprint.",
-)
+@matching_options
 @common_options
 @click.pass_obj
 def command(

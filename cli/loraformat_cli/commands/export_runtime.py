@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from loraformat_cli.options import adapter_options, check_stated, common_options, hint_options, json_option
+from loraformat_cli.options import (
+    adapter_options,
+    check_stated,
+    common_options,
+    hint_options,
+    json_option,
+    matching_options,
+    ranges_option,
+)
 from loraformat_cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -37,12 +45,7 @@ _FILE: Final = click.Path(path_type=Path)
     metavar="N",
     help="N slots for adapters, and an input that says which one each row of a batch has.",
 )
-@click.option(
-    "--accept-ranges",
-    is_flag=True,
-    default=None,
-    help="Accept activation ranges that a quantised model has of its base.",
-)
+@ranges_option
 @click.option(
     "--external-data",
     type=click.Choice(["copy", "share"]),
@@ -53,19 +56,7 @@ _FILE: Final = click.Path(path_type=Path)
 @json_option
 @adapter_options
 @hint_options
-@click.option(
-    "--allow-unmatched",
-    multiple=True,
-    metavar="GLOB",
-    help="Targets that may be left out, where the base lacks them or nothing can be added; repeatable.",
-)
-@click.option("--strip-prefix", metavar="PREFIX", help="Remove this from the front of the adapters' target names.")
-@click.option(
-    "--ignore-fingerprints",
-    is_flag=True,
-    default=None,
-    help="Accept weights that do not match their target's fingerprint.",
-)
+@matching_options
 @common_options
 @click.pass_obj
 def command(

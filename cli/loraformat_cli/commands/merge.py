@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE, RETAINED_WARN
-from loraformat_cli.options import adapter_options, check_stated, common_options, hint_options, json_option
+from loraformat_cli.options import (
+    adapter_options,
+    check_stated,
+    common_options,
+    hint_options,
+    json_option,
+    matching_options,
+    ranges_option,
+)
 from loraformat_cli.params import ByteSize, Finite, WeightedAdapter
 from loraformat_cli.screen import Screen
 
@@ -31,8 +39,7 @@ _ONLY_MERGING: Final = frozenset(
 @json_option
 @adapter_options
 @hint_options
-@click.option("--allow-unmatched", multiple=True, metavar="GLOB", help="Targets that the base may lack; repeatable.")
-@click.option("--strip-prefix", metavar="PREFIX", help="Remove this from the front of the adapters' target names.")
+@matching_options
 @click.option(
     "--min-retained",
     type=Finite(0.0, 1.0),
@@ -46,21 +53,10 @@ _ONLY_MERGING: Final = frozenset(
     help=f"Warn when less of a change survives rounding.  [default: {RETAINED_WARN}]",
 )
 @click.option("--allow-zero", is_flag=True, help="Accept adapters that change nothing.")
-@click.option(
-    "--ignore-fingerprints",
-    is_flag=True,
-    default=None,
-    help="Accept weights that do not match their target's fingerprint.",
-)
 @click.option("--untie", is_flag=True, default=None, help="Let tied tables part where adapters change them apart.")
 @click.option("--new-biases", is_flag=True, default=None, help="Give biases to modules that have none.")
 @click.option("--keep-scales", is_flag=True, default=None, help="Leave the scales of quantised weights as they are.")
-@click.option(
-    "--accept-ranges",
-    is_flag=True,
-    default=None,
-    help="Accept activation ranges that a quantised model has of its base.",
-)
+@ranges_option
 @click.option(
     "--calibration",
     type=_FILE,

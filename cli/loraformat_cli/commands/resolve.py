@@ -5,7 +5,14 @@ from typing import Any, Final
 
 import click
 
-from loraformat_cli.options import adapter_options, check_stated, common_options, hint_options, json_option
+from loraformat_cli.options import (
+    adapter_options,
+    check_stated,
+    common_options,
+    hint_options,
+    json_option,
+    matching_options,
+)
 from loraformat_cli.screen import Screen
 
 _FILE: Final = click.Path(path_type=Path)
@@ -17,14 +24,7 @@ _FILE: Final = click.Path(path_type=Path)
 @json_option
 @adapter_options
 @hint_options
-@click.option("--allow-unmatched", multiple=True, metavar="GLOB", help="Targets that the base may lack; repeatable.")
-@click.option("--strip-prefix", metavar="PREFIX", help="Remove this from the front of the adapter's target names.")
-@click.option(
-    "--ignore-fingerprints",
-    is_flag=True,
-    default=None,
-    help="Accept weights that do not match their target's fingerprint.",
-)
+@matching_options
 @common_options
 @click.pass_obj
 def command(screen: Screen, /, base: Path, adapter: Path, **flags: Any) -> None:
