@@ -21,8 +21,6 @@ from loraformat.schemes._peft_writing import Folder, begin_config, find_raw, is_
 from loraformat.strict_json import JsonValue
 
 _SAME: Final = 1e-12
-_SHARING: Final = frozenset({"VERA", "PVERA", "RANDLORA", "VBLORA", "TINYLORA", "UNILORA", "FROD"})
-"""Types whose targets share factors, which PEFT stores once."""
 _LORA_KINDS: Final = frozenset({"lora", "dora", "tokens"})
 Targets = Mapping[str, Target]
 Config = dict[str, JsonValue]
@@ -40,7 +38,7 @@ def find_type(adapter: Adapter, types: Mapping[str, PeftType]) -> str | None:
 def fill_other(adapter: Adapter, targets: Targets, name: str, row: PeftType) -> Folder:
     """Return the folder of `peft_type` `name` for targets by the path of their module."""
     where = adapter.source or "the adapter"
-    if name in _SHARING:
+    if row.is_sharing:
         return Folder({}, {}, [Problem("LF312", where, f"peft_type {name!r}", "a type without shared factors")])
     ends = {"weight": "weight", "bias": "bias"} | {role: end for end, role in row.roles.items()}
     tensors, problems = place(targets, ends)

@@ -71,6 +71,7 @@ class PeftType:
         scaling: how its scale follows where neither field says it.
         obstacles: fields under which it cannot be merged.
         drawn: roles that all targets share, and that are drawn again from a seed where they were not saved.
+        is_sharing: whether its targets share factors, which PEFT stores once.
         arrange: gives targets what they share in groups, each under a name of its own.
     """
 
@@ -86,6 +87,7 @@ class PeftType:
     scaling: Callable[[PeftConfig, Factors], float] = field(default=lambda config, factors: 1.0)
     obstacles: Sequence["Barrier"] = ()
     drawn: Sequence[str] = ()
+    is_sharing: bool = False
     arrange: Callable[[Factors, PeftConfig], Factors | Problem] = field(default=lambda tensors, config: tensors)
 
     @property

@@ -165,6 +165,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         _same("vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B"),
         rank=(("vera_lambda_d", 0),),
         drawn=("vera_A", "vera_B"),
+        is_sharing=True,
     ),
     "PVERA": PeftType(
         "pvera",
@@ -172,6 +173,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         rank=(("pvera_B", 1),),
         adjust=_halve_rank,
         drawn=("pvera_A", "pvera_B"),
+        is_sharing=True,
     ),
     "ADALORA": PeftType(
         "adalora",
@@ -196,6 +198,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         rank=(("randlora_lambda", 0),),
         alpha="randlora_alpha",
         obstacles=(_NOT_SAVED,),
+        is_sharing=True,
     ),
     "VBLORA": PeftType(
         "vblora",
@@ -210,6 +213,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         ),
         rank=(("vblora_logits_A", 0), ("vblora_logits_A_topk_indices", 0)),
         options={"topk": 2},
+        is_sharing=True,
     ),
     "MISS": PeftType(
         "miss", _same("miss_block"), rank=(("miss_block", 0),), more=_read_miss_variant, adjust=_choose_miss
@@ -262,12 +266,14 @@ TYPES: Final[Mapping[str, PeftType]] = {
         _same("unilora_theta_d", *(f"unilora_{what}_{side}" for what in ("indices", "scales") for side in "AB")),
         rank=(("unilora_indices_A", 0),),
         obstacles=(Barrier("save_indices", lambda saved: saved is not True, _PLACES, False, "LF232"),),
+        is_sharing=True,
     ),
     "FROD": PeftType(
         "frod",
         _same("frod_V", "frod_lambda_l", "frod_lambda_s_values", "frod_s_indices", "frod_s_size"),
         obstacles=(_NOT_SAVED,),
         arrange=give_factors,
+        is_sharing=True,
     ),
     "BEFT": PeftType("beft", _same("beft_bias")),
     "LN_TUNING": PeftType(
@@ -280,6 +286,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         rank=(("tinylora_P", 1),),
         obstacles=(_NOT_SAVED,),
         arrange=give_vectors,
+        is_sharing=True,
     ),
     "SUPERTUNING": PeftType(
         "supertuning",
