@@ -40,6 +40,31 @@ Exporter = Literal["ts", "ts_nofold", "dynamo", "dynamo_noopt"]
 EXPORTERS: tuple[Exporter, ...] = ("ts", "ts_nofold", "dynamo", "dynamo_noopt")
 OPSET = 18
 
+DECODER = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "use_cache": False,
+    "attn_implementation": "eager",
+}
+"""Sizes of a small decoder with grouped queries."""
+
+ENCODER = {
+    "vocab_size": 103,
+    "hidden_size": 32,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "num_labels": 5,
+    "attn_implementation": "eager",
+}
+"""Sizes of a small encoder with a classifier."""
+
 
 @dataclass(frozen=True)
 class Specimen:
@@ -148,20 +173,7 @@ PIXEL_AXES: Mapping[str, Mapping[int, str]] = {"pixel_values": {0: "batch"}}
 
 
 def make_llama(*, tied: bool = False) -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=24,
-        intermediate_size=44,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=10,
-        attention_bias=True,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        use_cache=False,
-        attn_implementation="eager",
-    )
+    config = transformers.LlamaConfig(**DECODER, head_dim=10, attention_bias=True, tie_word_embeddings=tied)
     return _randomised(lambda: transformers.LlamaForCausalLM(config))
 
 

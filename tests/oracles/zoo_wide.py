@@ -5,22 +5,11 @@ import transformers
 import zoo
 from peft import LoraConfig
 from torch import nn
-from zoo import TEXT_AXES, Specimen, _randomised, _tokens
+from zoo import DECODER, ENCODER, TEXT_AXES, Specimen, _randomised, _tokens
 
 
 def make_qwen2() -> nn.Module:
-    config = transformers.Qwen2Config(
-        vocab_size=97,
-        hidden_size=24,
-        intermediate_size=44,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        use_cache=False,
-        attn_implementation="eager",
-    )
+    config = transformers.Qwen2Config(**DECODER, tie_word_embeddings=True)
     return _randomised(lambda: transformers.Qwen2ForCausalLM(config))
 
 
@@ -40,18 +29,7 @@ def make_distilbert() -> nn.Module:
 
 def make_qwen3() -> nn.Module:
     """Norms of queries and keys."""
-    config = transformers.Qwen3Config(
-        vocab_size=97,
-        hidden_size=24,
-        intermediate_size=44,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=10,
-        max_position_embeddings=64,
-        use_cache=False,
-        attn_implementation="eager",
-    )
+    config = transformers.Qwen3Config(**DECODER, head_dim=10)
     return _randomised(lambda: transformers.Qwen3ForCausalLM(config))
 
 
@@ -74,17 +52,7 @@ def make_phi3() -> nn.Module:
 
 
 def make_roberta() -> nn.Module:
-    config = transformers.RobertaConfig(
-        vocab_size=103,
-        hidden_size=32,
-        intermediate_size=52,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        num_labels=5,
-        pad_token_id=1,
-        attn_implementation="eager",
-    )
+    config = transformers.RobertaConfig(**ENCODER, pad_token_id=1)
     return _randomised(lambda: transformers.RobertaForSequenceClassification(config))
 
 
