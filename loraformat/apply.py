@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from loraformat.accounting import draft_receipt, finish_receipt
 from loraformat.bases import BaseModel
-from loraformat.engine import Assignment, Effort, carry_out
+from loraformat.engine import Effort, carry_out
 from loraformat.errors import refuse
 from loraformat.files import write_at
 from loraformat.images import Blank, FileImage
 from loraformat.job_log import FileJobLog, describe_work, read_log
+from loraformat.jobs import Assignment
 from loraformat.output_folders import PendingFolder
 from loraformat.output_forms import Order, choose_form, describe_output, list_inputs, list_touched
 from loraformat.outputs import FOLDER_UNDO, PendingOutput, name_log, output_errors

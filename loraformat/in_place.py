@@ -14,10 +14,11 @@ from loraformat.accounting import draft_receipt, finish_receipt
 from loraformat.apply import Work
 from loraformat.bases import BaseModel
 from loraformat.disk_space import check_space
-from loraformat.engine import Assignment, carry_out
+from loraformat.engine import carry_out
 from loraformat.errors import refuse
 from loraformat.files import copy_range, resolve_inside
 from loraformat.images import Copy, FileImage
+from loraformat.jobs import Assignment
 from loraformat.output_forms import Order, list_touched
 from loraformat.outputs import PendingOutput, output_errors, sync_folder
 from loraformat.plan import Plan

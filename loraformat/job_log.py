@@ -27,7 +27,7 @@ Head: TypeAlias = list[JsonValue]
 
 
 class FileJobLog:
-    """A log of jobs, as `engine.JobLog`; use as a context manager, which removes it unless the run may be resumed.
+    """A log of jobs, as `jobs.JobLog`; use as a context manager, which removes it unless the run may be resumed.
 
     Args:
         path: the log's file; a log that stands there is overwritten.

@@ -99,8 +99,8 @@ KEEP_CODES_BYTES: Final = 1 << 18
 MAX_EVIDENCE_BYTES: Final = 100_000
 """One node's name-scope metadata, which is parsed as a Python literal."""
 
-TILE_BYTES: Final = 1 << 20
-"""float32 bytes of one tile: its buffers stay in a core's second-level cache."""
+TILE_BYTES: Final = 2 << 20
+"""float32 bytes of one tile: all workers' buffers stay in the last cache, and Python between tiles costs little."""
 
 STREAM_BYTES: Final = 4 << 20
 """What is held of a factor of the size of a weight, for each worker: reads of this size are as fast as any."""

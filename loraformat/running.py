@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from loraformat.bases import BaseModel, CopyingBase
 from loraformat.coded_work import CodedWork, list_tiles
-from loraformat.engine import index_targets, open_floats
 from loraformat.errors import refuse
+from loraformat.jobs import index_targets, open_floats
 from loraformat.limits import RETAINED_WARN
 from loraformat.output_forms import Order, index_weights
 from loraformat.problems import Problem

@@ -21,7 +21,7 @@ from loraformat.weight_work import Placed, WeightWork, as_bytes
 _SUMMED: Final = 4
 """Of the tiles of a large weight that is only added to, one in so many is summed up."""
 
-_ROWS_SKIPPED: Final = 8
+_ROWS_SKIPPED: Final = 32
 """And of the rows of such a tile at most one in so many."""
 
 _ALL_SUMMED: Final = 4
@@ -85,15 +85,23 @@ def _add_tile(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, o
     base = _read_base(work, buffers, rows, shape)
     merged = _sum_deltas(work, buffers, rows, shape)
     some = _choose_rows(work, rows)
-    delta = merged[some].copy()
+    delta = _keep(buffers, "some deltas", merged[some])
     np.add(base, merged, out=merged)
     written = _round_and_write(work, buffers, merged, sink, offset)
     broken = count_broken(base, merged, written)
     if not delta.size:
         return broken
-    wanted = merged[some]
-    sums = sum_up(base[some], delta, wanted, _read_back(work, buffers, wanted, written[some]))
+    wanted = _keep(buffers, "some wanted", merged[some])
+    found = _read_back(work, buffers, wanted, written[some])
+    sums = sum_up(_keep(buffers, "some of the base", base[some]), delta, wanted, found)
     return replace(sums, overflowed=broken.overflowed, not_finite=broken.not_finite)
+
+
+def _keep(buffers: TileBuffers, purpose: str, rows: NDArray[Any]) -> NDArray[Any]:
+    """Return a copy of some rows; in memory of the worker's, since what is taken anew for each tile costs page faults."""
+    kept = buffers.take(purpose, cast(tuple[int, int], rows.shape), rows.dtype)
+    np.copyto(kept, rows)
+    return kept
 
 
 def _change_and_sum(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, offset: int) -> TileSums:

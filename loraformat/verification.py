@@ -13,9 +13,10 @@ from typing import Any, Final, cast
 
 from loraformat.bases import BaseModel
 from loraformat.dtypes import BY_NAME
-from loraformat.engine import Assignment, Effort, carry_out
+from loraformat.engine import Effort, carry_out
 from loraformat.errors import refuse
 from loraformat.images import Copy, FileImage
+from loraformat.jobs import Assignment
 from loraformat.locating import index_tensors, locate_weight
 from loraformat.output_forms import (
     Order,

@@ -322,15 +322,15 @@ def test_a_resumed_run_gives_the_same_bytes(
 
 def _count_tiles(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the tiles that this process merges, in the last number of a list."""
-    from loraformat import engine
+    from loraformat import jobs
 
-    counts, real = [0], engine.merge_rows
+    counts, real = [0], jobs.merge_rows
 
     def counted(*arguments: Any) -> Any:
         counts[-1] += 1
         return real(*arguments)
 
-    monkeypatch.setattr(engine, "merge_rows", counted)
+    monkeypatch.setattr(jobs, "merge_rows", counted)
     return counts
 
 

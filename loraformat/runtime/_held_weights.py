@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from loraformat.adapter import Target
 from loraformat.bases import BaseModel, Weight
 from loraformat.dtypes import BY_NAME
-from loraformat.engine import Assignment, Effort, carry_out, index_targets
+from loraformat.engine import Effort, carry_out
 from loraformat.images import Copy, FileImage, Fresh
+from loraformat.jobs import Assignment, index_targets
 from loraformat.output_forms import Order, index_weights, list_written
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
 from loraformat.runtime._served_graph import Place
