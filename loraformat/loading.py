@@ -27,7 +27,7 @@ from loraformat.strict_json import JsonValue, parse_json_object
 _BASE_CONFIG: Final = "config.json"
 _NEED_BASE: Final = frozenset({"LF311", "LF314"})
 """Problems that a base can solve: counts that are not known, and flat names."""
-_DIGEST_STEP_BYTES: Final = 1 << 22
+_DIGEST_STEP_BYTES: Final = 1 << 20
 _KNOWN_ENDINGS: Final = (
     ("lora_down.weight", "kohya's scheme"),
     ("_lora.down.weight", "the oldest scheme of diffusers"),
@@ -132,8 +132,11 @@ def _refuse_by_config(path: Path, factors: Path) -> None:
 def digest_file(file: InputFile) -> str:
     """Return the SHA-256 of a file, hexadecimal."""
     digest = hashlib.sha256()
+    room = memoryview(bytearray(min(_DIGEST_STEP_BYTES, file.size_bytes)))
     for start in range(0, file.size_bytes, _DIGEST_STEP_BYTES):
-        digest.update(file.read(start, min(_DIGEST_STEP_BYTES, file.size_bytes - start)))
+        part = room[: file.size_bytes - start]
+        file.read_into(part, start)
+        digest.update(part)
     return digest.hexdigest()
 
 

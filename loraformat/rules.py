@@ -90,8 +90,12 @@ def _survey(factor: Factor) -> tuple[int, tuple[int, ...], bool]:
     broken, passed, used = 0, 0, False
     first: tuple[int, ...] = ()
     for values in read_runs(factor):
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(values.astype(np.float32, copy=False))
+        with np.errstate(over="ignore", invalid="ignore"):
+            narrow = values.astype(np.float32, copy=False).reshape(-1)
+            if 0 < np.dot(narrow, narrow) < math.inf:  # One pass says both of nearly all factors.
+                used, passed = True, passed + values.size
+                continue
+            finite = np.isfinite(narrow)
         if not finite.all():
             places = np.flatnonzero(~finite)
             first = first if broken else tuple(map(int, np.unravel_index(passed + places[0], factor.shape)))

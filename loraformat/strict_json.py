@@ -81,11 +81,11 @@ def _write(value: JsonValue) -> str:
         return json.dumps(value)
     if isinstance(value, int | float):
         return _write_number(value)
-    if isinstance(value, Mapping):
-        plain = all(map(str.isascii, value))  # Then code units are in the order of the characters.
-        ordered = sorted(value.items(), key=_key_of if plain else _utf_16)
-        return "{" + ",".join(f"{_write(key)}:{_write(item)}" for key, item in ordered) + "}"
-    return "[" + ",".join(map(_write, value)) + "]"
+    if isinstance(value, list | tuple) or not isinstance(value, Mapping):  # Asked first: a mapping is asked for slowly.
+        return "[" + ",".join(map(_write, value)) + "]"
+    plain = all(map(str.isascii, value))  # Then code units are in the order of the characters.
+    ordered = sorted(value.items(), key=_key_of if plain else _utf_16)
+    return "{" + ",".join(f"{_write(key)}:{_write(item)}" for key, item in ordered) + "}"
 
 
 def _key_of(item: tuple[str, JsonValue]) -> str:

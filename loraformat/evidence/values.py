@@ -71,8 +71,10 @@ def verify_values(want: Want, candidates: Sequence[Candidate], lookup: Lookup) -
     What cannot be compared passes as it is. A site that has only an end of its name in common with the target, and
     other numbers, is dropped: it is another module's.
     """
+    if not _has_reference(want, lookup):
+        return list(candidates)
     able = [candidate for candidate in candidates if _is_able(want, candidate.site)]
-    if not able or not _has_reference(want, lookup):
+    if not able:
         return list(candidates)
     verified = [c for candidate in able if (c := _verify(want, candidate, lookup)) is not None]
     if verified:
