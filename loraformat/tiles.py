@@ -98,7 +98,7 @@ def _add_tile(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, o
 
 
 def _keep(buffers: TileBuffers, purpose: str, rows: NDArray[Any]) -> NDArray[Any]:
-    """Return a copy of some rows; in memory of the worker's, since what is taken anew for each tile costs page faults."""
+    """Return a copy of some rows, in the worker's own memory: what is taken anew for each tile costs page faults."""
     kept = buffers.take(purpose, cast(tuple[int, int], rows.shape), rows.dtype)
     np.copyto(kept, rows)
     return kept
