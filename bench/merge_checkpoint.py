@@ -6,9 +6,9 @@
 
 The base is a Llama with random numbers, the adapter has rank 16 on every linear layer. Files lie in the page cache.
 The candidates take turns; printed are medians, ratios of each round's pair to `cp -r`, and the peak memory of the
-process as Linux accounts for it (VmHWM, interpreter included). "merge, call" is `loraformat.merge` inside a running
-Python, "merge, process" the whole `python` process; PEFT's time is loading, `merge_and_unload` and `save_pretrained`,
-without its imports.
+process as Linux accounts for it (VmHWM, interpreter included). "merge, call" is `loraformat.merge` once imported,
+"merge, process" the whole `python` process; PEFT's time is loading, `merge_and_unload` and `save_pretrained`, once
+imported.
 """
 
 import argparse
@@ -48,9 +48,9 @@ SHAPES = {
 }
 MERGE = """
 import re, sys, time
-import loraformat
+from loraformat import merge
 start = time.perf_counter()
-loraformat.merge(sys.argv[1], [sys.argv[2]], sys.argv[3])
+merge(sys.argv[1], [sys.argv[2]], sys.argv[3])
 seconds = time.perf_counter() - start
 print(seconds, re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """

@@ -1,51 +1,47 @@
 """The functions of the public face that merge, prove and undo."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Unpack, cast
 
-from loraformat.accounting import check_untouched
-from loraformat.apply import Work, apply_order, apply_plans
+from loraformat.apply import apply_order, apply_plans
 from loraformat.arguments import (
     AdapterArgument,
-    AdapterOptions,
-    EffortOptions,
     HintOptions,
     MergeOptions,
     PlanOptions,
     ResolveOptions,
     StrPath,
     VerifyOptions,
-    WorkOptions,
-    check_sharing,
-    make_effort,
     read_hints,
-    wants_anew,
     weigh_adapters,
 )
-from loraformat.bases import BaseModel
-from loraformat.calibrating import check_measured, describe_data, make_room, measure_merged
-from loraformat.engine import Effort
+from loraformat.calibrating import check_measured
 from loraformat.errors import refuse
-from loraformat.evidence import Hints
-from loraformat.in_place import check_no_journal, merge_in_place
+from loraformat.in_place import merge_in_place
 from loraformat.kinds import Nature
-from loraformat.limits import RETAINED_REFUSE, RETAINED_WARN
-from loraformat.loading import list_files, open_base
-from loraformat.output_forms import Order, require_rewriter
-from loraformat.outputs import check_apart, output_errors
+from loraformat.loading import open_base
+from loraformat.orders import (
+    check_order_apart,
+    choose_output,
+    form_suffix,
+    make_order,
+    open_sound,
+    read_effort,
+    read_work,
+)
+from loraformat.output_forms import Order
+from loraformat.outputs import output_errors
 from loraformat.plan import Plan, WeightedAdapter
-from loraformat.planning import build_plan, default_output
+from loraformat.planning import build_plan
 from loraformat.receipt import Receipt, Statement, read_statement
 from loraformat.resolving import Resolved, resolve_one
 from loraformat.side_receipt import find_receipt
 from loraformat.unmerging import Undone, take_back, undo_merge
 from loraformat.verification import Verification, add_runs, verify_merge
 
-_USUAL: Final = {"external_data": "copy", "on_quantized": "requantize"}
-"""Names of what is done where nothing is asked for."""
 _RESOLVING: Final = ("allow_unmatched", "strip_prefix", "ignore_fingerprints")
 
 
@@ -56,11 +52,11 @@ def plan_merge(
     **options: Unpack[PlanOptions],
 ) -> Plan:
     """Return what `merge` would do with the same arguments; reads no weight of the base and writes nothing."""
-    opened = _open(base)
+    opened = open_sound(base)
     weighted = weigh_adapters(adapters, options, opened)
     if options.get("calibration") is not None:  # It takes a merge to measure ranges.
         options = {**options, "calibration": None, "accept_ranges": True}
-    return _order(opened, weighted, _place(opened, weighted, output, options), options).plan
+    return make_order(opened, weighted, choose_output(opened, weighted, output, options), options).plan
 
 
 def merge(
@@ -84,11 +80,11 @@ def merge(
     Raises:
         LoraformatError: with every problem that was found; the output is what it was before.
     """
-    opened = _open(base)
+    opened = open_sound(base)
     weighted = weigh_adapters(adapters, options, opened)
-    order = _order(opened, weighted, _place(opened, weighted, output, options), options)
-    _check_apart(order)
-    return apply_order(opened, order, _make_work(options))
+    order = make_order(opened, weighted, choose_output(opened, weighted, output, options), options)
+    check_order_apart(order)
+    return apply_order(opened, order, read_work(options))
 
 
 def merge_each(
@@ -108,19 +104,19 @@ def merge_each(
     Raises:
         LoraformatError: nothing of any output remains then.
     """
-    opened = _open(base)
+    opened = open_sound(base)
     weighted = weigh_adapters(adapters, options, opened)
-    suffix = _form_suffix(opened, options)
+    suffix = form_suffix(opened, options)
     names = [f"{item.name}{suffix}" for item in weighted]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise refuse("LF601", str(folder), f"several adapters called {', '.join(twice)}", "a name for each")
     place = Path(folder)
-    orders = [_order(opened, [item], place / name, options) for item, name in zip(weighted, names, strict=True)]
+    orders = [make_order(opened, [item], place / name, options) for item, name in zip(weighted, names, strict=True)]
     for order in orders:
-        _check_apart(order)
+        check_order_apart(order)
     with _make_folder(place):
-        return apply_plans(opened, orders, _make_work(options))
+        return apply_plans(opened, orders, read_work(options))
 
 
 @contextmanager
@@ -146,9 +142,9 @@ def merge_into(base: StrPath, adapters: Sequence[AdapterArgument], **options: Un
         adapters: as in `merge`.
         options: as in `merge`; `keep_undo` keeps the overwritten bytes, so that `unmerge` is exact.
     """
-    opened = _open(base)
+    opened = open_sound(base)
     weighted = weigh_adapters(adapters, options, opened)
-    return merge_in_place(opened, _order(opened, weighted, opened.path, options), _make_work(options))
+    return merge_in_place(opened, make_order(opened, weighted, opened.path, options), read_work(options))
 
 
 def resolve_targets(base: StrPath, adapter: AdapterArgument, **options: Unpack[ResolveOptions]) -> Resolved:
@@ -162,7 +158,7 @@ def resolve_targets(base: StrPath, adapter: AdapterArgument, **options: Unpack[R
     Returns:
         The targets with their weights, and problems of those without; what does not resolve is returned, never raised.
     """
-    opened = _open(base)
+    opened = open_sound(base)
     (item,) = weigh_adapters([adapter], options, opened)
     given: dict[str, Any] = {name: options[name] for name in _RESOLVING if name in options}
     return resolve_one(opened, item, read_hints(cast(HintOptions, options)), given)
@@ -185,14 +181,14 @@ def verify(
     Raises:
         LoraformatError: a model or an adapter that cannot be read, or that no longer makes a plan.
     """
-    opened, proof = _open(base), _open(merged)
+    opened, proof = open_sound(base), open_sound(merged)
     record = find_receipt(proof)
     statement = read_statement(record, proof.path) if record is not None else None
     weighted = weigh_adapters(_take_weights(adapters, statement), options, opened)
     hints = read_hints(cast(HintOptions, options))
     plan = build_plan(opened, weighted, proof.path, hints=hints, **(statement.options if statement else {}))
     order = Order(plan, weighted, hints.checkpoint)
-    found = verify_merge(proof, opened, order, _make_effort(options))
+    found = verify_merge(proof, opened, order, read_effort(options))
     if (data := options.get("calibration")) is not None:
         problems = check_measured(proof, plan.ranges, Path(data))
         found = replace(found, problems=(*found.problems, *problems))
@@ -230,7 +226,7 @@ def unmerge(
     if undone is not None:
         return undone
     opened = open_base(Path(model))
-    undone = undo_merge(opened, place, _make_work(options))
+    undone = undo_merge(opened, place, read_work(options))
     if undone is not None:
         return undone
     if not adapters:
@@ -243,12 +239,12 @@ def unmerge(
     negated = [replace(item, weight=-item.weight) for item in weighted]
     # Fingerprints, and a checkpoint, are of the base's numbers, which the model no longer has.
     given: MergeOptions = {**options, "ignore_fingerprints": True, "base_checkpoint": None}
-    order = _order(opened, negated, _place(opened, negated, output, options), given)
+    order = make_order(opened, negated, choose_output(opened, negated, output, options), given)
     for weight in order.plan.weights:
         if any(change.nature is not Nature.ADDITIVE for change in weight.changes):
             raise refuse("LF622", weight.name, "values that were put in place of the base's", "what was added to them")
-    _check_apart(order)
-    receipt = apply_order(opened, order, _make_work(options))
+    check_order_apart(order)
+    receipt = apply_order(opened, order, read_work(options))
     return Undone(Path(receipt.output), exact=False, restored_bytes=sum(w.nbytes for w in order.plan.weights))
 
 
@@ -262,83 +258,3 @@ def _check_stated(statement: Statement, weighted: Sequence[WeightedAdapter], mod
                 f"{name} ({sha256:.12}...) with {weight:g}" for name, sha256, weight in statement.adapters
             )
             raise refuse("LF803", f"{model}: receipt: adapters", found, names)
-
-
-def _open(base: StrPath) -> BaseModel:
-    """Open a base that no killed merge in place has left half done."""
-    check_no_journal(Path(base).absolute())
-    return open_base(Path(base))
-
-
-def _order(
-    base: BaseModel, weighted: Sequence[WeightedAdapter], output: Path, options: PlanOptions | MergeOptions
-) -> Order:
-    """Plan a merge; what the options do not say is as `build_plan` has it."""
-    others = AdapterOptions.__annotations__.keys() | HintOptions.__annotations__.keys() | {"to"}
-    own = PlanOptions.__annotations__.keys() - others
-    given: dict[str, Any] = {name: value for name, value in options.items() if name in own}
-    hints = read_hints(cast(HintOptions, options))
-    given = {name: value for name, value in given.items() if _USUAL.get(name) != value}
-    data = given.pop("calibration", None)
-    if data is not None:
-        given |= _calibrate(
-            base, weighted, output, Path(data), (hints, given, _make_effort(cast(MergeOptions, options)))
-        )
-    plan = build_plan(base, weighted, output, anew=wants_anew(options.get("to")), hints=hints, **given)
-    check_sharing(plan, base, options)
-    check_untouched(plan, base)
-    return Order(plan, weighted, hints.checkpoint)
-
-
-def _calibrate(
-    base: BaseModel,
-    weighted: Sequence[WeightedAdapter],
-    output: Path,
-    data: Path,
-    manner: tuple[Hints, Mapping[str, Any], Effort],
-) -> dict[str, Any]:
-    """Merge once aside, and return what `build_plan` is to be told of the ranges that the merged model has."""
-    hints, given, effort = manner
-    stated = {name: value for name, value in given.items() if name not in ("external_data", "accept_ranges")}
-    with make_room(output) as room:
-        aside = Path(room) / f"merged{base.suffix}"
-        plan = build_plan(base, weighted, aside, hints=hints, accept_ranges=True, **stated)
-        ranges = measure_merged(base, Order(plan, weighted, hints.checkpoint), data, replace(effort, progress=None))
-    return {"ranges": ranges, "calibration": describe_data(data)}
-
-
-def _place(
-    base: BaseModel, weighted: Sequence[WeightedAdapter], output: StrPath | None, options: PlanOptions | MergeOptions
-) -> Path:
-    """Return where the merged model goes."""
-    return Path(output) if output is not None else default_output(base.path, _form_suffix(base, options), weighted)
-
-
-def _form_suffix(base: BaseModel, options: PlanOptions | MergeOptions) -> str:
-    """Return the file name ending of the output."""
-    return require_rewriter(base).suffix if wants_anew(options.get("to")) else base.suffix
-
-
-def _check_apart(order: Order) -> None:
-    for item in order.adapters:
-        check_apart(order.plan.output, [file.path for file in list_files(item.adapter)])
-    if order.checkpoint is not None:
-        check_apart(order.plan.output, [file.path for file in order.checkpoint.files])
-
-
-def _make_effort(options: EffortOptions | VerifyOptions | WorkOptions | MergeOptions) -> Effort:
-    own = {name: value for name, value in options.items() if name in EffortOptions.__annotations__}
-    return make_effort(**cast(EffortOptions, own))
-
-
-def _make_work(options: WorkOptions | MergeOptions) -> Work:
-    return Work(
-        _make_effort(options),
-        min_retained=options.get("min_retained", RETAINED_REFUSE),
-        warn_retained=options.get("warn_retained", RETAINED_WARN),
-        force=options.get("force", False),
-        durable=options.get("durable", False),
-        resume=options.get("resume", False),
-        link=options.get("link", False),
-        keep_undo=options.get("keep_undo", False),
-    )
