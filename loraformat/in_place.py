@@ -6,7 +6,7 @@ merge was killed, and the model is neither base nor merged until it has been rol
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from loraformat.bases import BaseModel
 from loraformat.disk_space import check_space
 from loraformat.engine import carry_out
 from loraformat.errors import refuse
-from loraformat.files import copy_range, resolve_inside
+from loraformat.files import copy_range
 from loraformat.images import Copy, FileImage
 from loraformat.jobs import Assignment
 from loraformat.output_forms import Order, list_touched
@@ -73,7 +73,7 @@ def merge_in_place(base: BaseModel, order: Order, work: Work) -> Receipt:
         try:
             receipt = _rewrite(base, order, images, sinks, work)
         except BaseException:
-            roll_back(base.path)
+            roll_back(base.path, name_files(base))
             raise
     if work.keep_undo:
         os.replace(name_journal(base.path), name_undo(base.path))
@@ -111,17 +111,20 @@ def _rewrite(base: BaseModel, order: Order, images: Sequence[FileImage], sinks: 
     return receipt
 
 
-def restore_in_place(model: Path, undo: Undo) -> None:
+def restore_in_place(model: Path, files: Mapping[str, InputFile], undo: Undo) -> None:
     """Write the kept bytes back to where they stood; doing it twice is doing it once.
 
-    The model need not be readable: between two writes it may be anything.
+    Args:
+        model: path of the model.
+        files: those of its files that a merge writes to, as `name_files` gives them: the file with the kept bytes may
+            be a stranger's, and names what it likes.
+        undo: what was kept.
     """
-    root = find_root(model)
-    files = {kept.file: InputFile(resolve_inside(root / "model", kept.file)) for kept in undo.spans}
     check_undo(undo, files)
-    images = [_describe_itself(file) for file in files.values()]
-    with _open_for_patches(images, {file.path for file in files.values()}) as sinks:
-        for name, sink in zip(files, sinks, strict=True):
+    touched = {kept.file: files[kept.file] for kept in undo.spans}
+    images = [_describe_itself(file) for file in touched.values()]
+    with _open_for_patches(images, {file.path for file in touched.values()}) as sinks:
+        for name, sink in zip(touched, sinks, strict=True):
             for kept in undo.spans:
                 if sink is not None and kept.file == name:
                     with output_errors(sink.path):
@@ -135,13 +138,19 @@ def restore_in_place(model: Path, undo: Undo) -> None:
         beside.unlink(missing_ok=True)
 
 
-def roll_back(model: Path) -> int:
+def roll_back(model: Path, files: Mapping[str, InputFile]) -> int:
     """Restore a model from the journal of a merge in place that was not completed; return the bytes written back."""
     journal = name_journal(model)
     undo = open_undo(journal)
-    restore_in_place(model, undo)
+    restore_in_place(model, files, undo)
     journal.unlink()
     return undo.kept_bytes
+
+
+def name_files(model: BaseModel) -> dict[str, InputFile]:
+    """Return those of a model's files that numbers lie in, by the names that undo files give them."""
+    root, holding = find_root(model.path), {tensor.span.path for tensor in model.list_tensors()}
+    return {os.path.relpath(file.path, root): file for file in model.files if file.path in holding}
 
 
 def find_root(model: Path) -> Path:

@@ -196,7 +196,7 @@ class PlannedWeight:
         tile_rows: rows of the stored matrix that are computed at a time; part of the plan, since it can decide the
             last bits.
         changes: what is added, in the order of the adapters.
-        evidence: how it was found.
+        evidence: how it was found; not part of the digest.
         new: how it stands in the output, where not as in the base.
         companions: scales and zero points of a quantised weight.
         block: rows and columns of it that share a scale.
@@ -283,7 +283,7 @@ class Plan:
         problems: warnings and notes.
         config_changes: members of the model's `config.json` that follow from the changes, and their new values.
         rewritten: whether the output is written anew, in safetensors, rather than copied with its spans changed.
-        options: what the user asked for beyond the usual, by the names of `build_plan`'s arguments.
+        options: what the user asked for beyond the usual: `SettledWishes`.
     """
 
     base: Mapping[str, Any]
@@ -327,7 +327,7 @@ class Plan:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of everything that decides the merged numbers: equal plans give equal bytes."""
+        """Digest of everything that decides the merged bytes, and not of how targets were found."""
         return hashlib.sha256(write_canonical(self._decisive())).hexdigest()
 
     def _decisive(self) -> dict[str, Any]:
@@ -335,7 +335,7 @@ class Plan:
             "base": dict(self.base),
             "format": self.format,
             "adapters": [asdict(adapter) for adapter in self.adapters],
-            "weights": [asdict(weight) for weight in self.weights],
+            "weights": [_describe_work(weight) for weight in self.weights],
             "unmatched": list(self.unmatched),
             "config_changes": dict(self.config_changes),
             "rewritten": self.rewritten,
@@ -345,7 +345,16 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """Return the record for `--json`."""
         problems = [dict(problem.as_json()) for problem in self.problems]
-        return self._decisive() | {"output": str(self.output), "sha256": self.sha256, "problems": problems}
+        weights = [asdict(weight) for weight in self.weights]
+        told = {"weights": weights, "output": str(self.output), "problems": problems}
+        return self._decisive() | told | {"sha256": self.sha256}
+
+
+def _describe_work(weight: PlannedWeight) -> dict[str, Any]:
+    """Return what is done to a weight: a map, a checkpoint and a name that find the same give the same bytes."""
+    record = asdict(weight)
+    del record["evidence"]
+    return record
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:

@@ -9,7 +9,8 @@ from typing import Any
 from loraformat.apply import Work, write_copies
 from loraformat.bases import BaseModel
 from loraformat.errors import refuse
-from loraformat.in_place import find_root, roll_back
+from loraformat.in_place import name_files, roll_back
+from loraformat.loading import open_base
 from loraformat.placing import Place
 from loraformat.problems import Problem
 from loraformat.side_receipt import find_receipt
@@ -48,6 +49,8 @@ class Undone:
 def take_back(model: Path, output: Path | None) -> Undone | None:
     """Roll back a merge in place that was not completed; None where there is no journal of one.
 
+    The model is half done, but its structure is whole: a merge in place overwrites only values and their checksums.
+
     Raises:
         LoraformatError: LF621 an output is asked for, LF803 a journal that is none of this model.
     """
@@ -56,7 +59,7 @@ def take_back(model: Path, output: Path | None) -> Undone | None:
         return None
     if output is not None:
         raise refuse("LF621", model, f"the journal {journal.name}", "no -o: the model itself is rolled back")
-    return Undone(model, exact=True, restored_bytes=roll_back(model))
+    return Undone(model, exact=True, restored_bytes=roll_back(model, name_files(open_base(model))))
 
 
 def undo_merge(model: BaseModel, output: Path | None, work: Work) -> Undone | None:
@@ -75,7 +78,7 @@ def undo_merge(model: BaseModel, output: Path | None, work: Work) -> Undone | No
     if not path.is_file():
         return None
     undo = open_undo(path)
-    files = {os.path.relpath(file.path, find_root(model.path)): file for file in model.files}
+    files = name_files(model)
     check_undo(undo, files)
     receipt = find_receipt(model) or {}
     if receipt.get("plan_sha256") != undo.plan_sha256:
@@ -88,7 +91,7 @@ def undo_merge(model: BaseModel, output: Path | None, work: Work) -> Undone | No
     os.replace(
         path, name_journal(model.path)
     )  # A model that is half restored must not be taken for a whole one either.
-    return Undone(model.path, exact=True, restored_bytes=roll_back(model.path))
+    return Undone(model.path, exact=True, restored_bytes=roll_back(model.path, files))
 
 
 def _write_restored(model: BaseModel, output: Path, undo: Undo, names: Mapping[Path, str], work: Work) -> None:

@@ -113,6 +113,8 @@ def test_the_digest_is_that_of_what_decides_the_numbers(tmp_path: Path, rng: np.
     same_structure = plan_of(other_base, adapter)
     assert same_structure.sha256 == plan.sha256, "numbers of the base are not read"
     assert replace(plan, output=Path("elsewhere"), problems=()).sha256 == plan.sha256
+    found_otherwise = tuple(replace(weight, evidence="a map") for weight in plan.weights)
+    assert replace(plan, weights=found_otherwise).sha256 == plan.sha256
 
 
 def test_the_order_of_adapters_is_part_of_it(tmp_path: Path) -> None:
@@ -129,6 +131,7 @@ def test_its_json_is_strict_and_complete(tmp_path: Path) -> None:
     assert record["sha256"] == plan.sha256
     assert [weight["name"] for weight in record["weights"]] == [weight.name for weight in plan.weights]
     assert record["weights"][0]["changes"][0]["target"] in NAMES
+    assert record["weights"][0]["evidence"] == plan.weights[0].evidence != ""
 
 
 # --- what it says ----------------------------------------------------------------------------------------------------

@@ -128,6 +128,21 @@ def test_a_hostile_journal_changes_nothing(
     assert files_below(tmp_path) == before
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_journal_names_only_files_of_its_model(tmp_path: Path, form: str) -> None:
+    """What else lies in the folder, another model's numbers or a program, is not its to overwrite."""
+    model = write_base(tmp_path / "in", form)
+    folder = model if model.is_dir() else model.parent
+    (folder / "other.safetensors").write_bytes(bytes(100))
+    (folder / "config.json").write_text("{}" + " " * 100)
+    before = files_below(tmp_path)
+    for sibling in ("other.safetensors", "config.json"):
+        journal = write_undo(name_journal(model), {f"{sibling}@8": b"1234"}, **record_in_place(None))
+        assert codes(loraformat.unmerge, model) == ("LF803",)
+        journal.unlink()
+        assert files_below(tmp_path) == before
+
+
 def test_a_journal_does_not_reach_through_links(tmp_path: Path) -> None:
     model = write_base(tmp_path / "in", "safetensors")
     (tmp_path / "secret").write_bytes(bytes(100))

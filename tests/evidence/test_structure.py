@@ -98,6 +98,9 @@ def test_what_resolve_prints(tmp_path: Path) -> None:
     loraformat.merge(case.base, [case.adapter], tmp_path / "mapped.onnx", map=tmp_path / "map.json")
     for name, values in stored_weights(tmp_path / "mapped.onnx").items():
         np.testing.assert_array_equal(values, after[name])
+    for hint in ({"map": tmp_path / "map.json"}, {"resolve": "structure"}):  # Whichever of both it was made with.
+        for name in ("merged.onnx", "mapped.onnx"):
+            assert loraformat.verify(tmp_path / name, case.base, [case.adapter], **hint).problems == ()
 
 
 def differing(*flags: str, **options: Any) -> Stack:
