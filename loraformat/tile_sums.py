@@ -82,18 +82,27 @@ def sum_up(base: NDArray[Any], delta: NDArray[Any], merged: NDArray[Any], found:
     return TileSums(*_sum_wide(w, d, f), overflowed, int(np.count_nonzero(~before)))
 
 
-def count_broken(base: NDArray[Any], merged: NDArray[Any], written: NDArray[Any]) -> TileSums:
-    """Return how many numbers left the range of the output's form, and how many of the base were never in it."""
-    if not written.size or _is_in_range(merged, written):
-        return TileSums()
+def count_broken(base: NDArray[Any], finite: NDArray[np.bool_]) -> TileSums:
+    """Return how many numbers left the range of the output's form, and how many of the base were never in it.
+
+    Args:
+        base: W.
+        finite: which numbers that were written are.
+    """
     before = np.isfinite(base)
-    overflowed = int(np.count_nonzero(before & ~np.isfinite(written.astype(np.float64))))
-    return TileSums(overflowed=overflowed, not_finite=int(np.count_nonzero(~before)))
+    return TileSums(overflowed=int(np.count_nonzero(before & ~finite)), not_finite=int(np.count_nonzero(~before)))
 
 
-def _is_in_range(merged: NDArray[Any], written: NDArray[Any]) -> bool:
-    """Say whether all numbers are surely finite in the form of `written`; False may be said too often."""
+def is_in_range(merged: NDArray[Any], written: NDArray[Any]) -> bool:
+    """Say whether all numbers are surely finite in the form of `written`; False may be said too often.
+
+    Args:
+        merged: W + Δ before it was rounded.
+        written: the same in the output's form.
+    """
     infinity = _INFINITIES.get(written.dtype.name)
+    if not written.size:
+        return True
     if infinity is not None:  # Read off the narrow form, which is half the memory.
         return bool(written.view(np.int16).max() < infinity and written.view(np.uint16).max() < infinity | _SIGN)
     flat = merged.reshape(-1)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from loraformat.kinds import Delta, Nature, WeightMap
 from loraformat.sinks import Sink
-from loraformat.tile_sums import TileSums, count_broken, sum_up
+from loraformat.tile_sums import TileSums, count_broken, is_in_range, sum_up
 from loraformat.weight_work import Placed, WeightWork, as_bytes
 
 _SUMMED: Final = 4
@@ -82,19 +82,26 @@ def merge_rows(work: WeightWork, buffers: TileBuffers, run: range, sink: Sink, s
 def _add_tile(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, offset: int) -> TileSums:
     """Merge a tile that is only added to, in the fewest buffers: the caches like to hold no more."""
     shape = (len(rows), work.weight.matrix[1])
-    base = _read_base(work, buffers, rows, shape)
+    stored = buffers.take("stored", shape, work.stored_form)
+    work.read_stored(rows, stored)
     merged = _sum_deltas(work, buffers, rows, shape)
     some = _choose_rows(work, rows)
     delta = _keep(buffers, "some deltas", merged[some])
-    np.add(base, merged, out=merged)
+    base = buffers.take("some of the base", cast(tuple[int, int], delta.shape), work.work_form)
+    work.encoding.decode(stored[some], base)
+    work.encoding.add(stored, merged)
     written = _round_and_write(work, buffers, merged, sink, offset)
-    broken = count_broken(base, merged, written)
-    if not delta.size:
-        return broken
-    wanted = _keep(buffers, "some wanted", merged[some])
-    found = _read_back(work, buffers, wanted, written[some])
-    sums = sum_up(_keep(buffers, "some of the base", base[some]), delta, wanted, found)
+    sums = TileSums()
+    if delta.size:
+        wanted = _keep(buffers, "some wanted", merged[some])
+        sums = sum_up(base, delta, wanted, _read_back(work, buffers, wanted, written[some]))
+    broken = TileSums() if is_in_range(merged, written) else _count_broken(work, buffers, rows, written)
     return replace(sums, overflowed=broken.overflowed, not_finite=broken.not_finite)
+
+
+def _count_broken(work: WeightWork, buffers: TileBuffers, rows: range, written: NDArray[Any]) -> TileSums:
+    finite = np.isfinite(written.astype(np.float64))  # Before the base is read once more, maybe to where `written` is.
+    return count_broken(_read_base(work, buffers, rows, cast(tuple[int, int], written.shape)), finite)
 
 
 def _keep(buffers: TileBuffers, purpose: str, rows: NDArray[Any]) -> NDArray[Any]:

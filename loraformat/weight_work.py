@@ -111,6 +111,13 @@ class WeightWork:
             if self.runs_left == 0:
                 self._placed = None
 
+    def read_stored(self, rows: range, out: NDArray[Any]) -> None:
+        """Write rows of the base into `out: (rows, columns)` of the stored form; zeros where the base has none."""
+        have = max(0, min(rows.stop, self.base_rows) - rows.start)
+        if have:
+            self._read_rows(range(rows.start, rows.start + have), out[:have])
+        out[have:] = 0
+
     def read_base(self, rows: range, stored: NDArray[Any], out: NDArray[Any]) -> None:
         """Write rows of the base into `out: (rows, columns)` of the work form; zeros where the base has none.
 
@@ -119,12 +126,9 @@ class WeightWork:
             stored: room for them in the stored form; `out` itself where that is the work form.
             out: where they go.
         """
-        have = max(0, min(rows.stop, self.base_rows) - rows.start)
-        if have:
-            self._read_rows(range(rows.start, rows.start + have), stored[:have])
-            if stored is not out:
-                self.encoding.decode(stored[:have], out[:have])
-        out[have:] = 0
+        self.read_stored(rows, stored)
+        if stored is not out:
+            self.encoding.decode(stored, out)
 
     def _read_rows(self, rows: range, out: NDArray[Any]) -> None:
         """Write stored rows into `out`; a view that is no run of bytes is read whole."""

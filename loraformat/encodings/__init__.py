@@ -37,6 +37,10 @@ class Encoding(Protocol):
         """Write the values of `stored` into `out`, of the same shape and the work form; allocates nothing."""
         ...
 
+    def add(self, stored: NDArray[Any], out: NDArray[Any]) -> None:
+        """Add the values of `stored` to `out`, of the same shape and the work form, as `decode` and a sum would."""
+        ...
+
     def encode(self, values: NDArray[Any], out: NDArray[Any]) -> None:
         """Round `values` once (nearest, ties to even) into `out`, of the same shape and the stored form.
 

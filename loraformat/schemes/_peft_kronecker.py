@@ -50,9 +50,7 @@ def complete_lokr(targets: Mapping[str, Target], config: dict[str, JsonValue]) -
         found = {name: f"w1 {sizes[name].left}, w2 {sizes[name].right}" for name in others[factor]}
         return [Problem("LF312", targets[name].name, each, expected) for name, each in found.items()]
     config |= {"decompose_both": both, "decompose_factor": factor, "use_effective_conv2d": has_core}
-    found_against = [
-        _check_ranks(target, sizes[name], stated_rank(target), both=both) for name, target in targets.items()
-    ]
+    found_against = [_check_ranks(target, sizes[name], both=both) for name, target in targets.items()]
     return [problem for problem in found_against if problem is not None]
 
 
