@@ -32,26 +32,32 @@ class _Sizes:
     ranks: tuple[int, int]
 
 
-def complete_lokr(targets: Mapping[str, tuple[Target, int]], config: dict[str, JsonValue]) -> list[Problem]:
+def complete_lokr(targets: Mapping[str, Target], config: dict[str, JsonValue]) -> list[Problem]:
     """Add the fields under which PEFT makes just these factors; return the targets for which there are none.
 
     Args:
-        targets: name to target and the rank that the configuration states for it.
+        targets: by the names that the configuration has for them.
         config: gets `decompose_both`, `decompose_factor` and `use_effective_conv2d`.
     """
-    sizes = {name: _measure(target.factors) for name, (target, _) in targets.items()}
+    sizes = {name: _measure(target.factors) for name, target in targets.items()}
     both = any(each.ranks[0] for each in sizes.values())
-    has_core = any("lokr_t2" in target.factors for target, _ in targets.values())
+    has_core = any("lokr_t2" in target.factors for target in targets.values())
     candidates = (-1, *sorted({side for each in sizes.values() for side in each.left}))
     others = {each: [name for name, size in sizes.items() if not _is_divided(size, each)] for each in candidates}
     factor = min(candidates, key=lambda each: len(others[each]))
     expected = f"the sides that PEFT gives it by decompose_factor {factor}, as others have them"
     if others[factor]:
         found = {name: f"w1 {sizes[name].left}, w2 {sizes[name].right}" for name in others[factor]}
-        return [Problem("LF312", targets[name][0].name, each, expected) for name, each in found.items()]
+        return [Problem("LF312", targets[name].name, each, expected) for name, each in found.items()]
     config |= {"decompose_both": both, "decompose_factor": factor, "use_effective_conv2d": has_core}
-    found_against = [_check_ranks(target, sizes[name], rank, both=both) for name, (target, rank) in targets.items()]
+    found_against = [_check_ranks(target, sizes[name], both=both) for name, target in targets.items()]
     return [problem for problem in found_against if problem is not None]
+
+
+def stated_rank(target: Target) -> int:
+    """Return a target's rank; for whole factors one from which on PEFT has them whole, by which nothing is rounded."""
+    widest = max(size for factor in target.factors.values() for size in factor.shape[:2])
+    return target.rank or 1 << (widest - 1).bit_length()
 
 
 def _measure(factors: Mapping[str, Factor]) -> _Sizes:
@@ -68,8 +74,9 @@ def _measure_side(factors: Mapping[str, Factor], role: str, *, has_core: bool = 
     return (first[1 if has_core else 0], second[1]), second[0]
 
 
-def _check_ranks(target: Target, sizes: _Sizes, rank: int, *, both: bool) -> Problem | None:
+def _check_ranks(target: Target, sizes: _Sizes, *, both: bool) -> Problem | None:
     """Return a problem of factors that PEFT has in another form: from half of the longer side on, it has them whole."""
+    rank = stated_rank(target)
     made = both and rank < max(sizes.left) / 2, rank < max(sizes.right) / 2
     if made == tuple(map(bool, sizes.ranks)) and {each for each in sizes.ranks if each} <= {rank}:
         return None

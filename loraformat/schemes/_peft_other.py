@@ -1,4 +1,4 @@
-"""Folders of PEFT's types other than LORA: with the configuration that they came with, or one made for LoHa and LoKr.
+"""Folders of PEFT's types other than LORA: with the configuration they came with, or a new one where the type allows.
 
 PEFT makes factors of the shapes that its configuration says, and loads no others. So whatever is written is read once
 more, without its numbers, and must say what the adapter says.
@@ -6,7 +6,7 @@ more, without its numbers, and must say what the adapter says.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from loraformat.adapter import Adapter, ScalingRule, Target
@@ -15,7 +15,7 @@ from loraformat.problems import Problem
 from loraformat.schemes._lora_config import exact_pattern
 from loraformat.schemes._peft_config import PeftConfig
 from loraformat.schemes._peft_groups import REPLACE
-from loraformat.schemes._peft_kronecker import complete_lokr
+from loraformat.schemes._peft_kronecker import stated_rank
 from loraformat.schemes._peft_type import PeftType
 from loraformat.schemes._peft_writing import Folder, begin_config, find_raw, is_covered, place
 from loraformat.strict_json import JsonValue
@@ -32,7 +32,7 @@ def find_type(adapter: Adapter, types: Mapping[str, PeftType]) -> str | None:
     stated = find_raw(adapter).get("peft_type")
     if isinstance(stated, str) and stated in types and not kinds & _LORA_KINDS:
         return stated
-    return next((name for name in _COMPLETE if kinds == {types[name].kind}), None)
+    return next((name for name, row in types.items() if row.complete and kinds == {row.kind}), None)
 
 
 def fill_other(adapter: Adapter, targets: Targets, name: str, row: PeftType) -> Folder:
@@ -45,12 +45,12 @@ def fill_other(adapter: Adapter, targets: Targets, name: str, row: PeftType) -> 
     raw = find_raw(adapter)
     if raw and not _find_against(row, raw, targets):
         return Folder(tensors, dict(raw), problems)
-    if name not in _COMPLETE:
+    if row.complete is None:
         found = f"targets that are not those of its configuration, of peft_type {name!r}"
         return Folder(tensors, {}, [*problems, Problem("LF312", where, found, "the configuration of the training run")])
     config = begin_config(adapter) | _describe(targets, name)
     factored = {each: target for each, target in targets.items() if target.kind != REPLACE}
-    against = _COMPLETE[name](factored, config) or _find_against(row, config, targets)
+    against = row.complete(factored, config) or _find_against(row, config, targets)
     return Folder(tensors, config, [*problems, *against])
 
 
@@ -81,7 +81,7 @@ def _compare(name: str, target: Target, again: Target | Problem, config: PeftCon
 
 
 def _describe(targets: Targets, name: str) -> Config:
-    """Return the fields that LoHa and LoKr have in common."""
+    """Return the fields that types with rank and alpha have in common."""
     factored = {each: target for each, target in targets.items() if target.kind != REPLACE}
     ranks = {each: stated_rank(target) for each, target in factored.items()}
     alphas = {each: _alpha(target, ranks[each]) for each, target in factored.items()}
@@ -102,27 +102,7 @@ def _usual(values: Any) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def stated_rank(target: Target) -> int:
-    """Return a target's rank; for whole factors one from which on PEFT has them whole, by which nothing is rounded."""
-    widest = max(size for factor in target.factors.values() for size in factor.shape[:2])
-    return target.rank or 1 << (widest - 1).bit_length()
-
-
 def _alpha(target: Target, rank: int) -> int | float:
     is_alpha = target.rank and target.scaling.rule is ScalingRule.ALPHA_OVER_RANK
     value = target.scaling.value if is_alpha else target.scale * rank
     return int(value) if float(value).is_integer() and abs(value) < 2**53 else value
-
-
-def _complete_loha(targets: Targets, config: Config) -> Sequence[Problem]:
-    config["use_effective_conv2d"] = any("hada_t1" in target.factors for target in targets.values())
-    return ()
-
-
-_COMPLETE: Final[Mapping[str, Callable[[Targets, Config], Sequence[Problem]]]] = {
-    "LOHA": _complete_loha,
-    "LOKR": lambda targets, config: complete_lokr(
-        {name: (target, stated_rank(target)) for name, target in targets.items()}, config
-    ),
-}
-"""`peft_type` to what else its configuration says; returns what PEFT cannot hold."""

@@ -33,6 +33,8 @@ _REPLACED: Final = (
 Factors = Mapping[str, Factor]
 Options = Callable[[PeftConfig, str, Factors], Mapping[str, JsonValue]]
 """Configuration, target and factors to the target's options."""
+Complete = Callable[[Mapping[str, Target], dict[str, JsonValue]], Sequence[Problem]]
+"""Targets and the configuration that is made for them to what stands against it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ class PeftType:
         drawn: roles that all targets share, and that are drawn again from a seed where they were not saved.
         is_sharing: whether its targets share factors, which PEFT stores once.
         arrange: gives targets what they share in groups, each under a name of its own.
+        complete: adds to a configuration made for targets what a type with rank and alpha has besides, and returns what
+            PEFT cannot hold; None for a type that is only written with the configuration it came with.
     """
 
     kind: str
@@ -89,6 +93,7 @@ class PeftType:
     drawn: Sequence[str] = ()
     is_sharing: bool = False
     arrange: Callable[[Factors, PeftConfig], Factors | Problem] = field(default=lambda tensors, config: tensors)
+    complete: Complete | None = None
 
     @property
     def table(self) -> NameTable:
