@@ -17,6 +17,7 @@ from loraformat.loading import load_for_base, open_base
 from loraformat.output_forms import require_shared
 from loraformat.plan import SHARE, Plan, WeightedAdapter
 from loraformat.schemes import StatedScale
+from loraformat.wishes import Wishes
 
 StrPath: TypeAlias = str | os.PathLike[str]
 AdapterSource: TypeAlias = StrPath | Adapter
@@ -56,43 +57,16 @@ class HintOptions(TypedDict, total=False):
     resolve: str | None
 
 
-class PlanOptions(AdapterOptions, HintOptions, total=False):
+class PlanOptions(AdapterOptions, HintOptions, Wishes, total=False):
     """What a plan depends on besides base, adapters and output.
 
     Attributes:
-        allow_unmatched: glob patterns of adapter targets that may be left out when the base has nothing for them.
-        strip_prefix: removed from the front of the targets' names.
-        allow_zero: accept a scale of zero.
-        ignore_fingerprints: accept weights that do not match the fingerprint of their target.
-        untie: let tables part that `config.json` ties, where adapters change them apart.
-        new_biases: give biases to modules that have none, where adapters change them.
-        keep_scales: leave the scales of quantised weights as they are.
-        accept_ranges: accept activation ranges of a quantised model that were measured on the base.
-        any_rounding: where `base_checkpoint` gives the numbers of weights of 4 bits, round to the nearest codes, though
-            the base's own were found in another way (GPTQ).
         calibration: an `.npz` with samples for each input of an ONNX graph that has measured ranges of activations:
             they are measured anew on the merged model.
-        on_quantized: `dequantize` writes quantised weights that change as floats, and the operators that read them with
-            them; else they are quantised again.
-        external_data: `share` writes, beside an ONNX base, a small model that refers to the base's data files, and to
-            one of its own for what differs; otherwise all are copied.
-        dtype: number form of the output's floating-point tensors, such as `bfloat16`; else each keeps its own.
         to: `safetensors` writes the output anew in this format; else it keeps the base's own.
     """
 
-    allow_unmatched: Sequence[str]
-    strip_prefix: str | None
-    allow_zero: bool
-    ignore_fingerprints: bool
-    untie: bool
-    new_biases: bool
-    keep_scales: bool
-    accept_ranges: bool
     calibration: StrPath | None
-    any_rounding: bool
-    on_quantized: str | None
-    external_data: str | None
-    dtype: str | None
     to: str | None
 
 

@@ -283,7 +283,7 @@ class Plan:
         problems: warnings and notes.
         config_changes: members of the model's `config.json` that follow from the changes, and their new values.
         rewritten: whether the output is written anew, in safetensors, rather than copied with its spans changed.
-        options: what the user asked for beyond the usual, by the names of `build_plan`'s arguments.
+        options: what the user asked for beyond the usual: `SettledWishes`.
     """
 
     base: Mapping[str, Any]

@@ -7,10 +7,10 @@ factors.
 import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 from loraformat.bases import BaseModel, CalibratedBase
 from loraformat.coded_plans import DEQUANTIZE, check_codes, make_float, plan_references
@@ -25,8 +25,8 @@ from loraformat.problems import Problem, Severity
 from loraformat.resolve import Resolution, gather_clues, resolve
 from loraformat.rewriting import plan_rewriting
 from loraformat.rules import check_adapter
-from loraformat.strict_json import JsonValue
 from loraformat.weight_plans import WeightChange, part_tables, plan_bias, plan_weight
+from loraformat.wishes import SettledWishes, list_unusual
 
 _NO_HINTS: Final = Hints()
 _FLOAT32_MAX: Final = (2.0 - 2.0**-23) * 2.0**127
@@ -74,23 +74,25 @@ class _Found:
             self.problems += _check_scale(change)
             self.biases[bias.name].append((bias, change))
 
-    def check_sites(self, wishes: "_Wishes") -> None:
+    def check_sites(self, wishes: SettledWishes) -> None:
         """Note what the user must accept of the weights that change, and the weights that nothing can be added to."""
         entries = [entry for group in self.changes.values() for entry in group]
         caveats = {site.caveat for entry in entries for site in entry.match.sites if site.caveat is not None}
-        severity: Severity = "warning" if wishes.accept_ranges else "error"
-        if wishes.ranges is None:
+        severity: Severity = "warning" if wishes.get("accept_ranges") else "error"
+        ranges = wishes.get("ranges")
+        if ranges is None:
             self.problems += [replace(each, severity=severity) for each in sorted(caveats, key=lambda each: each.where)]
         elif isinstance(self.base, CalibratedBase):
-            self.problems += self.base.check_ranges(wishes.ranges)
-        self.problems += [] if wishes.on_quantized == DEQUANTIZE else check_codes(entries)
+            self.problems += self.base.check_ranges(ranges)
+        self.problems += [] if wishes.get("on_quantized") == DEQUANTIZE else check_codes(entries)
 
-    def plan_weights(self, wishes: "_Wishes") -> tuple[PlannedWeight, ...]:
+    def plan_weights(self, wishes: SettledWishes) -> tuple[PlannedWeight, ...]:
         """Return the weights of the plan, sorted; problems are kept."""
-        dequantise = wishes.on_quantized == DEQUANTIZE
-        if wishes.on_quantized not in (None, DEQUANTIZE):
-            self.problems.append(Problem("LF626", "--on-quantized", str(wishes.on_quantized), f"{DEQUANTIZE}"))
-        keep_scales = wishes.keep_scales or dequantise
+        way = wishes.get("on_quantized")
+        dequantise = way == DEQUANTIZE
+        if way not in (None, DEQUANTIZE):
+            self.problems.append(Problem("LF626", "--on-quantized", str(way), f"{DEQUANTIZE}"))
+        keep_scales = wishes.get("keep_scales", False) or dequantise
         planned = [
             plan_weight(table, group[0].weight, self.problems, keep_scales=keep_scales)
             for group in self.changes.values()
@@ -109,22 +111,8 @@ def build_plan(
     adapters: Sequence[WeightedAdapter],
     output: Path,
     *,
-    allow_unmatched: Sequence[str] = (),
-    strip_prefix: str | None = None,
-    allow_zero: bool = False,
-    ignore_fingerprints: bool = False,
-    untie: bool = False,
-    new_biases: bool = False,
-    keep_scales: bool = False,
-    accept_ranges: bool = False,
-    ranges: Mapping[str, tuple[float, float]] | None = None,
-    calibration: str | None = None,
-    any_rounding: bool = False,
-    on_quantized: str | None = None,
-    external_data: str | None = None,
-    dtype: str | None = None,
-    anew: bool = False,
     hints: Hints = _NO_HINTS,
+    **wishes: Unpack[SettledWishes],
 ) -> Plan:
     """Plan the merge of `adapters` into `base`.
 
@@ -132,43 +120,12 @@ def build_plan(
         base: the opened base.
         adapters: what to merge, in the order in which deltas are summed.
         output: where the merged model will stand.
-        allow_unmatched: glob patterns of targets that may be left out.
-        strip_prefix: removed from the front of target names.
-        allow_zero: accept scales of zero.
-        ignore_fingerprints: accept weights that do not match the fingerprint of their target.
-        untie: let tables part that the configuration ties, where adapters change them apart.
-        new_biases: give biases to modules that have none, where adapters change them.
-        keep_scales: leave the scales of quantised weights as they are.
-        accept_ranges: accept activation ranges that were measured on the base.
-        ranges: of activations, by the names of their scales, in the place of the base's.
-        calibration: what data they were measured on.
-        on_quantized: `dequantize` has the output hold quantised weights that change in floats.
-        any_rounding: round weights of a few bits to the nearest codes, whatever way theirs were found.
-        external_data: `share` has the output refer to the base's data files for what does not change.
-        dtype: number form of the output's floating-point tensors; None keeps each one's own.
-        anew: write the output anew, as safetensors.
         hints: what there is to find targets by, besides names.
+        wishes: `SettledWishes` says what there is.
 
     Raises:
         LoraformatError: with every problem that was found, not only the first.
     """
-    wishes = _Wishes(
-        allow_unmatched=tuple(allow_unmatched),
-        strip_prefix=strip_prefix,
-        allow_zero=allow_zero,
-        ignore_fingerprints=ignore_fingerprints,
-        untie=untie,
-        new_biases=new_biases,
-        keep_scales=keep_scales,
-        accept_ranges=accept_ranges,
-        ranges=ranges,
-        calibration=calibration,
-        any_rounding=any_rounding,
-        on_quantized=on_quantized,
-        external_data=external_data,
-        dtype=dtype,
-        anew=anew,
-    )
     found = _Found(base)
     for position, item in enumerate(adapters):
         _resolve_adapter(found, position, item, wishes, hints)
@@ -177,50 +134,24 @@ def build_plan(
     return _compose_plan(base, adapters, output, wishes, found, planned)
 
 
-@dataclass(frozen=True, slots=True)
-class _Wishes:
-    """What a plan is made by besides base, adapters and hints; the names are those of `build_plan`'s arguments."""
-
-    allow_unmatched: tuple[str, ...]
-    strip_prefix: str | None
-    allow_zero: bool
-    ignore_fingerprints: bool
-    untie: bool
-    new_biases: bool
-    keep_scales: bool
-    accept_ranges: bool
-    ranges: Mapping[str, tuple[float, float]] | None
-    calibration: str | None
-    any_rounding: bool
-    on_quantized: str | None
-    external_data: str | None
-    dtype: str | None
-    anew: bool
-
-    def unusual(self) -> dict[str, JsonValue]:
-        """Return those that are not as usual: not empty, not False."""
-        named = asdict(self) | {"allow_unmatched": list(self.allow_unmatched)}
-        named["ranges"] = {name: list(ends) for name, ends in sorted((self.ranges or {}).items())}
-        return {name: value for name, value in named.items() if value}
-
-
-def _resolve_adapter(found: _Found, position: int, item: WeightedAdapter, wishes: _Wishes, hints: Hints) -> None:
+def _resolve_adapter(found: _Found, position: int, item: WeightedAdapter, wishes: SettledWishes, hints: Hints) -> None:
     """Add what one adapter changes, or what stands against it."""
-    checked = check_adapter(item.adapter, allow_zero=wishes.allow_zero)
-    checked += _check_weight(item, allow_zero=wishes.allow_zero)
+    allow_zero = wishes.get("allow_zero", False)
+    checked = check_adapter(item.adapter, allow_zero=allow_zero)
+    checked += _check_weight(item, allow_zero=allow_zero)
     found.problems += checked
     if any(problem.severity == "error" for problem in checked):
         found.counts.append(0)
         return
-    clues = gather_clues(item.adapter, found.base, hints, strip_prefix=wishes.strip_prefix)
+    clues = gather_clues(item.adapter, found.base, hints, strip_prefix=wishes.get("strip_prefix"))
     resolution = resolve(
         item.adapter,
         found.base.sites,
-        allow_unmatched=wishes.allow_unmatched,
-        strip_prefix=wishes.strip_prefix,
-        ignore_fingerprints=wishes.ignore_fingerprints,
-        untie=wishes.untie,
-        new_biases=wishes.new_biases,
+        allow_unmatched=wishes.get("allow_unmatched", ()),
+        strip_prefix=wishes.get("strip_prefix"),
+        ignore_fingerprints=wishes.get("ignore_fingerprints", False),
+        untie=wishes.get("untie", False),
+        new_biases=wishes.get("new_biases", False),
         clues=clues,
     )
     found.add(position, item, resolution, clues)
@@ -230,7 +161,7 @@ def _compose_plan(
     base: BaseModel,
     adapters: Sequence[WeightedAdapter],
     output: Path,
-    wishes: _Wishes,
+    wishes: SettledWishes,
     found: _Found,
     planned: tuple[PlannedWeight, ...],
 ) -> Plan:
@@ -240,8 +171,9 @@ def _compose_plan(
     if any(problem.severity == "error" for problem in problems):
         raise error_for([problem for problem in problems if problem.severity == "error"])
     rewriting = None
-    if wishes.anew or wishes.dtype is not None or config_changes or any(map(_is_anew, planned)):
-        rewriting = plan_rewriting(base, planned, wishes.dtype, anew=wishes.anew, config_changes=config_changes)
+    anew, dtype = wishes.get("anew", False), wishes.get("dtype")
+    if anew or dtype is not None or config_changes or any(map(_is_anew, planned)):
+        rewriting = plan_rewriting(base, planned, dtype, anew=anew, config_changes=config_changes)
         problems += rewriting.problems
     return Plan(
         base=describe_base(base),
@@ -256,7 +188,7 @@ def _compose_plan(
         problems=tuple(problems),
         config_changes=rewriting.config_changes if rewriting else {},
         rewritten=rewriting is not None,
-        options=wishes.unusual(),
+        options=list_unusual(wishes),
     )
 
 

@@ -130,7 +130,7 @@ class Statement:
         adapters: name, digest and weight of each adapter.
         weights: name of each merged weight, and the rest of its record.
         room_bytes: the room that the model has for the receipt.
-        options: arguments of `build_plan`.
+        options: `SettledWishes`.
     """
 
     base: Mapping[str, Any]

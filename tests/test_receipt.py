@@ -11,7 +11,8 @@ import loraformat
 from builders import write_peft
 from graphs import dyadic_factors, linear_net, write_model
 from loraformat.problems import Problem
-from loraformat.receipt import RECEIPT_VERSION, AppliedAdapter, MergedWeight, Receipt
+from loraformat.receipt import _OPTIONS, RECEIPT_VERSION, AppliedAdapter, MergedWeight, Receipt
+from loraformat.wishes import SettledWishes
 
 RECEIPT = Receipt(
     output="/somewhere/out.onnx",
@@ -54,6 +55,10 @@ def test_the_parent_is_kept_whole() -> None:
     record = json.loads(grandchild.embedded_text())
     assert record["parent"]["parent"] == json.loads(RECEIPT.embedded_text())
     assert "parent" not in record["parent"]["parent"]
+
+
+def test_a_receipt_may_state_each_wish_that_a_plan_can_have() -> None:
+    assert _OPTIONS.keys() == SettledWishes.__annotations__.keys()
 
 
 @pytest.mark.parametrize("relative", [math.inf, math.nan])
