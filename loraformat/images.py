@@ -6,8 +6,9 @@ to the input by construction.
 """
 
 import math
+import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -15,6 +16,23 @@ from typing import TypeAlias
 
 from loraformat.dtypes import Dtype
 from loraformat.spans import InputFile, Span, StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class NewOutput:
+    """Where the files of an output will stand, and what they are to have.
+
+    Attributes:
+        path: the output's: its folder, or of one or several files the one that names it.
+        blank_bytes: room for the receipt, in the last file.
+        fresh: digits that go into the name of a data file whose usual name is taken.
+        is_taken: says whether a path is another file's.
+    """
+
+    path: Path
+    blank_bytes: int
+    fresh: str
+    is_taken: Callable[[Path], bool] = os.path.lexists
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from loraformat.bases import (
 )
 from loraformat.dtypes import BY_NAME
 from loraformat.errors import refuse
-from loraformat.images import FileImage, OutputTensor
+from loraformat.images import FileImage, NewOutput, OutputTensor
 from loraformat.loading import list_files
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
 from loraformat.spans import InputFile, Span, StoredTensor
@@ -80,6 +80,7 @@ def describe_output(
         is_taken: says whether the path of a data file is another file's.
     """
     plan = order.plan
+    output = NewOutput(plan.output, blank_bytes, plan.sha256[:8], is_taken)
     if plan.copies:
         base = add_copies(plan, base)
     if plan.floats:
@@ -89,12 +90,9 @@ def describe_output(
         assert isinstance(base, CalibratedBase), "only such a base has ranges"
         base = base.with_ranges(plan.ranges)
     if plan.is_sharing:
-        touched = list_touched(plan, base)
-        return require_shared(base).describe_sharing_images(
-            plan.output, blank_bytes, plan.sha256[:8], touched, is_taken
-        )
+        return require_shared(base).describe_sharing_images(output, list_touched(plan, base))
     if not plan.rewritten:
-        return base.describe_images(plan.output, blank_bytes, plan.sha256[:8], is_taken)
+        return base.describe_images(output)
     rewriter = require_rewriter(base)
     tensors = _edit_tensors(rewriter.output_tensors(), plan)
     replaced = _find_tokenizer(order) if "vocab_size" in plan.config_changes else {}

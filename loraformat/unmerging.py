@@ -9,6 +9,7 @@ from typing import Any
 from loraformat.apply import Work, write_copies
 from loraformat.bases import BaseModel
 from loraformat.errors import refuse
+from loraformat.images import NewOutput
 from loraformat.in_place import name_files, roll_back
 from loraformat.loading import open_base
 from loraformat.placing import Place
@@ -98,7 +99,7 @@ def _write_restored(model: BaseModel, output: Path, undo: Undo, names: Mapping[P
     """Write a copy of the merged model with the kept bytes; its receipt says so."""
     record = write_canonical({"version": "1.0", "undone": {"plan_sha256": undo.plan_sha256}})
     receipt = model.encode_receipt(record.decode())
-    images = model.describe_images(output, len(receipt), undo.plan_sha256[:8])
+    images = model.describe_images(NewOutput(output, len(receipt), undo.plan_sha256[:8]))
     paths = {name: path for path, name in names.items()}
     for kept in undo.spans:
         span = Span(paths[kept.file], kept.offset, kept.length)

@@ -1,14 +1,12 @@
 """What some bases can besides: share their data, copy a weight for some readers, stand in floats, be measured."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from loraformat.bases._model import BaseModel
 from loraformat.dtypes import Dtype
-from loraformat.images import FileImage
+from loraformat.images import FileImage, NewOutput
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Span
 
@@ -17,22 +15,12 @@ from loraformat.spans import InputFile, Span
 class SharedBase(Protocol):
     """A base beside which another model can stand that refers to its data files, where most of its numbers are."""
 
-    def describe_sharing_images(
-        self,
-        output: Path,
-        blank_bytes: int,
-        fresh: str,
-        touched: Sequence[Span],
-        is_taken: Callable[[Path], bool] = os.path.lexists,
-    ) -> list[FileImage]:
+    def describe_sharing_images(self, output: NewOutput, touched: Sequence[Span]) -> list[FileImage]:
         """Return the files that such a model adds, the one with the receipt last.
 
         Args:
-            output: where the model will stand, in the folder of this one.
-            blank_bytes: as in `BaseModel.describe_images`, like `fresh` and `is_taken`.
-            fresh: the same.
+            output: the model, in the folder of this one.
             touched: the bytes that differ, those of whole tensors.
-            is_taken: the same.
         """
         ...
 

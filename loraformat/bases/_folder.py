@@ -4,7 +4,6 @@ The output is a folder: the shards with the adapted weights rewritten, every oth
 `merge_receipt.json`.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from loraformat.bases._shards import INDEX_SUFFIX, open_shards
 from loraformat.bases._state_dict import digest_structure, list_sites, read_model_config
 from loraformat.bases._travelling import find_travelling
 from loraformat.containers import Container, TensorFile
-from loraformat.images import Copy, FileImage
+from loraformat.images import Copy, FileImage, NewOutput
 from loraformat.outputs import FOLDER_UNDO
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Span, StoredTensor
@@ -58,12 +57,11 @@ class StateDictFolder:
         """Return every stored tensor, shard after shard."""
         return list(self._shards.tensors.values())
 
-    def describe_images(
-        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
-    ) -> list[FileImage]:
+    def describe_images(self, output: NewOutput) -> list[FileImage]:
         """Return the shards, the other files, and last the receipt."""
-        images = [FileImage(output / name, [Copy(file, 0, file.size_bytes)]) for name, file in self._copied().items()]
-        return [*images, describe_receipt_file(output / RECEIPT_NAME, blank_bytes)]
+        folder = output.path
+        images = [FileImage(folder / name, [Copy(file, 0, file.size_bytes)]) for name, file in self._copied().items()]
+        return [*images, describe_receipt_file(folder / RECEIPT_NAME, output.blank_bytes)]
 
     def compute_checksums(
         self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1

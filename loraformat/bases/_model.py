@@ -1,14 +1,13 @@
 """A base model: its sites, its weights, and how it is written."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from loraformat.adapter import SlotKind
 from loraformat.encodings import Coding
-from loraformat.images import FileImage, OutputTensor
+from loraformat.images import FileImage, NewOutput, OutputTensor
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Part, Span, StoredTensor
 from loraformat.strict_json import JsonValue
@@ -186,13 +185,8 @@ class BaseModel(Protocol):
         """Return every stored tensor, for `inspect`."""
         ...
 
-    def describe_images(
-        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
-    ) -> list[FileImage]:
-        """Return the output files: this base plus a blank of `blank_bytes` for the receipt, in the last file.
-
-        `fresh` distinguishes data files whose usual name is taken, as `is_taken` says of a path.
-        """
+    def describe_images(self, output: NewOutput) -> list[FileImage]:
+        """Return the output files: this base plus a blank for the receipt, in the last file."""
         ...
 
     def compute_checksums(

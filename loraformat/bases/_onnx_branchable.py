@@ -1,9 +1,7 @@
 """An ONNX graph as one that branches are put beside: where they can stand, what a model with them is."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import SlotKind
@@ -15,7 +13,7 @@ from loraformat.bases._onnx_sites import RawSite
 from loraformat.bases._onnx_uses import read_attribute
 from loraformat.containers.onnx_file import OnnxFile
 from loraformat.encodings import Coding
-from loraformat.images import FileImage
+from loraformat.images import FileImage, NewOutput
 from loraformat.problems import Problem
 from loraformat.spans import Part, StoredTensor
 
@@ -73,26 +71,16 @@ class BranchableGraph:
         """Return the model's own annotation of this key."""
         return next((entry.value for entry in self._opened.model.metadata_props if entry.key == key), None)
 
-    def describe_images(
-        self,
-        output: Path,
-        extension: Extension,
-        fresh: str,
-        *,
-        share: bool,
-        is_taken: Callable[[Path], bool] = os.path.lexists,
-    ) -> list[FileImage]:
+    def describe_images(self, output: NewOutput, extension: Extension, *, share: bool) -> list[FileImage]:
         """Return the files of this model with more in its graph; all else of it is as it is.
 
         Args:
-            output: as in `BaseModel.describe_images`, like `fresh` and `is_taken`.
+            output: the model; it gets no receipt.
             extension: what is new.
-            fresh: the same.
             share: whether it refers to this one's data files, beside which it then stands.
-            is_taken: the same.
         """
         edits = edit_model(self._opened.file, self._opened.model, extension)
-        return self._opened.extended_images(output, edits, fresh, share=share, is_taken=is_taken)
+        return self._opened.extended_images(output, edits, share=share)
 
     def _free(self, raw: RawSite, site: Site) -> Site:
         """Return the site of codes that a merge cannot read with the size that they have: nobody asks for them."""

@@ -3,7 +3,6 @@
 The output is the same archive with spans and checksums rewritten, and the receipt in a file beside it.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from loraformat.bases._receipts import describe_receipt_file, name_receipt, read
 from loraformat.bases._rewriting import note_values
 from loraformat.bases._state_dict import digest_structure, list_sites, read_model_config
 from loraformat.containers import Container, TensorFile
-from loraformat.images import Copy, FileImage
+from loraformat.images import Copy, FileImage, NewOutput
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Span, StoredTensor
 
@@ -50,13 +49,11 @@ class ZipStateDict:
         """Return every stored tensor."""
         return list(self._opened.tensors.values())
 
-    def describe_images(
-        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
-    ) -> list[FileImage]:
+    def describe_images(self, output: NewOutput) -> list[FileImage]:
         """Return a copy of the archive, and last the receipt beside it."""
         file = self._opened.file
-        copy = FileImage(output, [Copy(file, 0, file.size_bytes)])
-        return [copy, describe_receipt_file(name_receipt(output), blank_bytes)]
+        copy = FileImage(output.path, [Copy(file, 0, file.size_bytes)])
+        return [copy, describe_receipt_file(name_receipt(output.path), output.blank_bytes)]
 
     def compute_checksums(
         self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1

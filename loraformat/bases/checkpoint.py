@@ -1,7 +1,6 @@
 """A PyTorch state dict in one safetensors file: a site is a named tensor."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +11,7 @@ from loraformat.bases._state_dict import digest_structure, list_sites, read_mode
 from loraformat.containers import TensorFile
 from loraformat.containers._safetensors_images import describe_images, escape_for_header
 from loraformat.containers.safetensors import CONTAINER
-from loraformat.images import FileImage
+from loraformat.images import FileImage, NewOutput
 from loraformat.problems import Problem
 from loraformat.receipt import RECEIPT_KEY
 from loraformat.spans import InputFile, Span, StoredTensor
@@ -47,11 +46,9 @@ class Checkpoint:
         """Return every stored tensor."""
         return list(self._opened.tensors.values())
 
-    def describe_images(
-        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
-    ) -> list[FileImage]:
+    def describe_images(self, output: NewOutput) -> list[FileImage]:
         """Return the one output file: another header, the same data area."""
-        return describe_images(self._opened, output, RECEIPT_KEY, blank_bytes)
+        return describe_images(self._opened, output.path, RECEIPT_KEY, output.blank_bytes)
 
     def compute_checksums(
         self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,7 +22,7 @@ from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite, find_sites
 from loraformat.bases._onnx_structure import find_roles
 from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, open_onnx
-from loraformat.images import FileImage
+from loraformat.images import FileImage, NewOutput
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Part, Span, StoredTensor
 
@@ -161,24 +161,13 @@ class OnnxGraph:
         """Return every stored tensor, in graphs, attributes and functions."""
         return self._tensors
 
-    def describe_images(
-        self, output: Path, blank_bytes: int, fresh: str, is_taken: Callable[[Path], bool] = os.path.lexists
-    ) -> list[FileImage]:
+    def describe_images(self, output: NewOutput) -> list[FileImage]:
         """Return the data files and, last, the model: the same bytes and a metadata entry for the receipt."""
-        return self._opened.images(output, blank_bytes, fresh, is_taken, tuple(self._copies.values()), self._change)
+        return self._opened.images(output, *self.changes)
 
-    def describe_sharing_images(
-        self,
-        output: Path,
-        blank_bytes: int,
-        fresh: str,
-        touched: Sequence[Span],
-        is_taken: Callable[[Path], bool] = os.path.lexists,
-    ) -> list[FileImage]:
+    def describe_sharing_images(self, output: NewOutput, touched: Sequence[Span]) -> list[FileImage]:
         """Return a data file with the tensors that differ, and the model, which refers to the base's files too."""
-        return self._opened.sharing_images(
-            output, blank_bytes, fresh, touched, is_taken, tuple(self._copies.values()), self._change
-        )
+        return self._opened.sharing_images(output, touched, *self.changes)
 
     def list_shared(self) -> Mapping[str, InputFile]:
         """Return the data files that a model beside this one may refer to, by their paths from its folder."""

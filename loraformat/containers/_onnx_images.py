@@ -1,6 +1,6 @@
 """The files of a copy of an ONNX model, described: the same bytes, a receipt, and what else is asked for."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -12,7 +12,7 @@ from loraformat.containers._onnx_sharing import OwnData, move_out, read_entries,
 from loraformat.containers._onnx_walk import ExternalSite, InlineSite
 from loraformat.containers._protobuf import LENGTH, Field, Frame, Leaf, encode_bytes, encode_tag, encode_varint, splice
 from loraformat.errors import refuse
-from loraformat.images import Blank, Edit, FileImage, Literal, Piece, edit_file
+from loraformat.images import Blank, Edit, FileImage, Literal, NewOutput, Piece, edit_file
 from loraformat.limits import MAX_PROTOBUF_BYTES
 from loraformat.receipt import RECEIPT_KEY
 from loraformat.spans import InputFile, Span
@@ -48,18 +48,12 @@ class Wanted:
     """What is asked of a copy.
 
     Attributes:
-        output: where it will stand.
-        blank_bytes: room for the receipt.
-        fresh: digits to insert into the name of a data file that is taken.
-        is_taken: says whether a path is another file's.
+        output: where it will stand, and with how much room.
         copies: tensors of their own for some readers of others.
         change: what else changes in the graph.
     """
 
-    output: Path
-    blank_bytes: int
-    fresh: str
-    is_taken: Callable[[Path], bool]
+    output: NewOutput
     copies: Sequence[TensorCopy] = field(default=())
     change: GraphChange = field(default=GraphChange())
 
@@ -94,15 +88,15 @@ def describe_extended(model: ModelParts, wanted: Wanted, edits: Sequence[Leaf], 
     """
     moved = [move_out(each, model.file.path.name, each.numbers.begin) for each in model.inlines]
     data, leaves = ([], moved) if share else _copy_data(model, wanted, ())[:2]
-    return [*data, FileImage(wanted.output.absolute(), edit_file(model.file, splice([*leaves, *edits])))]
+    return [*data, FileImage(wanted.output.path.absolute(), edit_file(model.file, splice([*leaves, *edits])))]
 
 
 def _copy_data(
     model: ModelParts, wanted: Wanted, dropped: Iterable[Field]
 ) -> tuple[list[FileImage], list[Leaf], dict[str, tuple[str, int]]]:
     """Return copies of the data files, the edits that refer to them, and where added tensors lie in them."""
-    output = wanted.output.absolute()
-    names = DataNames(model.file.path.name, output, wanted.fresh, wanted.is_taken)
+    output = wanted.output.path.absolute()
+    names = DataNames(model.file.path.name, output, wanted.output.fresh, wanted.output.is_taken)
     chosen: dict[Path, PurePosixPath] = {}
     data: list[FileImage] = []
     leaves: list[Leaf] = []
@@ -136,11 +130,11 @@ def describe_sharing(model: ModelParts, wanted: Wanted, touched: Sequence[Span])
         wanted: its output is in the base's folder.
         touched: the bytes that differ, those of whole tensors.
     """
-    output = wanted.output.absolute()
+    output = wanted.output.path.absolute()
     files = {file.path: file for file in (*model.data.values(), *([model.file] if model.inlines else []))}
     inside = {site.numbers.begin for site in model.inlines}
     own = OwnData(files, [span for span in touched if span.path != model.file.path or span.offset in inside])
-    names = DataNames(output.name, output, wanted.fresh, wanted.is_taken)
+    names = DataNames(output.name, output, wanted.output.fresh, wanted.output.is_taken)
     taken = {name.casefold() for name in (*model.data, model.file.path.name)}
     location = names.choose(PurePosixPath(f"{output.name}.data"), taken)
     leaves = _drop_receipts(model)
@@ -178,8 +172,8 @@ def _drop_receipts(model: ModelParts) -> list[Leaf]:
 
 
 def _make_model(model: ModelParts, leaves: Sequence[Leaf], wanted: Wanted) -> FileImage:
-    pieces = edit_file(model.file, splice(leaves), _receipt_entry(wanted.blank_bytes))
-    image = FileImage(wanted.output.absolute(), pieces)
+    pieces = edit_file(model.file, splice(leaves), _receipt_entry(wanted.output.blank_bytes))
+    image = FileImage(wanted.output.path.absolute(), pieces)
     if wanted.added and image.size_bytes > MAX_PROTOBUF_BYTES:
         names = ", ".join(repr(each.name) for each in wanted.added)
         found = f"a file of {image.size_bytes} bytes with {names}"

@@ -6,7 +6,7 @@ bytes with a few of them replaced.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from loraformat.containers._protobuf import Leaf, decode_varint
 from loraformat.dtypes import BY_ONNX, Dtype
 from loraformat.errors import LoraformatError, refuse
 from loraformat.files import resolve_inside
-from loraformat.images import FileImage
+from loraformat.images import FileImage, NewOutput
 from loraformat.limits import MAX_DIMS
 from loraformat.problems import Problem
 from loraformat.receipt import RECEIPT_KEY
@@ -217,13 +217,7 @@ class OnnxFile:
             return None
 
     def images(
-        self,
-        output: Path,
-        blank_bytes: int,
-        fresh: str,
-        is_taken: Callable[[Path], bool] = os.path.lexists,
-        copies: Sequence[TensorCopy] = (),
-        change: GraphChange = _NO_CHANGE,
+        self, output: NewOutput, copies: Sequence[TensorCopy] = (), change: GraphChange = _NO_CHANGE
     ) -> list[FileImage]:
         """Return the files of a copy of the model: data files first, the model last.
 
@@ -231,57 +225,38 @@ class OnnxFile:
         what `copies` add.
 
         Args:
-            output: where the copy will stand.
-            blank_bytes: room for the receipt.
-            fresh: digits to insert into the name of a data file that is taken.
-            is_taken: says whether a path is another file's.
+            output: the copy.
             copies: tensors of their own for some readers of others.
             change: what else changes in the graph.
         """
-        return describe_copy(self._parts(), Wanted(output, blank_bytes, fresh, is_taken, copies, change))
+        return describe_copy(self._parts(), Wanted(output, copies, change))
 
-    def extended_images(
-        self,
-        output: Path,
-        edits: Sequence[Leaf],
-        fresh: str,
-        *,
-        share: bool,
-        is_taken: Callable[[Path], bool] = os.path.lexists,
-    ) -> list[FileImage]:
-        """Return the files of a model with more in its graph: data files first, the model last.
+    def extended_images(self, output: NewOutput, edits: Sequence[Leaf], *, share: bool) -> list[FileImage]:
+        """Return the files of a model with more in its graph, without a receipt: data files first, the model last.
 
         Args:
-            output: where it will stand; in the folder of this one if it shares the data files.
+            output: the model; in the folder of this one if it shares the data files.
             edits: what is new in the model's file.
-            fresh: digits to insert into the name of a data file that is taken.
             share: whether it refers to the data files of this one rather than to copies.
-            is_taken: says whether a path is another file's.
         """
-        return describe_extended(self._parts(), Wanted(output, 0, fresh, is_taken), edits, share=share)
+        return describe_extended(self._parts(), Wanted(output), edits, share=share)
 
     def sharing_images(
         self,
-        output: Path,
-        blank_bytes: int,
-        fresh: str,
+        output: NewOutput,
         touched: Sequence[Span],
-        is_taken: Callable[[Path], bool] = os.path.lexists,
         copies: Sequence[TensorCopy] = (),
         change: GraphChange = _NO_CHANGE,
     ) -> list[FileImage]:
         """Return the files of a model that shares the data files of this one: a data file of its own, the model last.
 
         Args:
-            output: where the model will stand, in the folder of this one.
-            blank_bytes: room for the receipt.
-            fresh: digits to insert into the name of a data file that is taken.
+            output: the model, in the folder of this one.
             touched: the bytes that differ, those of whole tensors.
-            is_taken: says whether a path is another file's.
             copies: as in `images`.
             change: as in `images`.
         """
-        return describe_sharing(self._parts(), Wanted(output, blank_bytes, fresh, is_taken, copies, change), touched)
+        return describe_sharing(self._parts(), Wanted(output, copies, change), touched)
 
     def _parts(self) -> ModelParts:
         return ModelParts(self.file, self._graph, self._externals, self._inlines, self._receipts, self.data_files())

@@ -12,6 +12,7 @@ from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases._onnx_extension import Addition, Extension
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.errors import error_for, refuse
+from loraformat.images import NewOutput
 from loraformat.loading import list_files
 from loraformat.output_forms import require_shared
 from loraformat.outputs import PendingOutput, check_apart, check_output, output_errors
@@ -128,7 +129,7 @@ def export_runtime(
     place = Path(output)
     share = _check_sharing(opened, place, options.get("external_data"))
     fresh = sha256(inputs.as_text().encode()).hexdigest()[:8]
-    images = graph.describe_images(place, extension, fresh, share=share)
+    images = graph.describe_images(NewOutput(place, 0, fresh), extension, share=share)
     for item in weighted:
         check_apart(place, [file.path for file in list_files(item.adapter)])
     durable, force = options.get("durable", False), options.get("force", False)

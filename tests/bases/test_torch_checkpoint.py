@@ -15,6 +15,7 @@ from laws.base_laws import StateDictLaws
 from loraformat.bases import BaseModel
 from loraformat.bases.torch_checkpoint import BASE
 from loraformat.containers.torch_zip import CONTAINER
+from loraformat.images import NewOutput
 from loraformat.loading import open_base
 from torch_zips import checkpoint, number, pairs, read_checked, view, write_torch
 
@@ -99,7 +100,7 @@ def test_only_members_with_touched_spans_get_another_checksum(tmp_path: Path) ->
     path = write_torch(tmp_path / "m.pt", {"a.weight": SIX, "b.weight": SIX})
     data = bytearray(path.read_bytes())
     base = open_base(path)
-    images = base.describe_images(tmp_path / "out.pt", 10, "0")
+    images = base.describe_images(NewOutput(tmp_path / "out.pt", 10, "0"))
     spans = {tensor.name: tensor.span for tensor in base.list_tensors()}
     for span in spans.values():
         data[span.offset] ^= 1

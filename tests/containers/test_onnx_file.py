@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from laws.container_laws import ContainerLaws, rewrite
 from loraformat.containers.onnx_file import CONTAINER, OnnxFile, open_onnx
 from loraformat.errors import LoraformatError
-from loraformat.images import Blank, Copy
+from loraformat.images import Blank, Copy, NewOutput
 from loraformat.limits import KEEP_INLINE_BYTES
 from loraformat.problems import Problem
 from loraformat.receipt import RECEIPT_KEY
@@ -442,7 +442,7 @@ def test_a_hub_cache_of_symlinks(tmp_path):
     file = open_onnx(snapshot / "model.onnx")
     assert assert_same_numbers(file, model) > 8
     (tmp_path / "out").mkdir()
-    write(file.images(tmp_path / "out" / "model.onnx", 10, FRESH))
+    write(file.images(NewOutput(tmp_path / "out" / "model.onnx", 10, FRESH)))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.onnx", "model.onnx_data"]
 
 
@@ -508,7 +508,7 @@ def receipt_of(path):
 def test_images_of_an_inline_model(tmp_path):
     path = save(tmp_path / "base.onnx", make_model())
     file = open_onnx(path)
-    (image,) = file.images(tmp_path / "out.onnx", 300, FRESH)
+    (image,) = file.images(NewOutput(tmp_path / "out.onnx", 300, FRESH))
     write([image])
     data = (tmp_path / "out.onnx").read_bytes()
     assert data.startswith(path.read_bytes())
@@ -543,7 +543,7 @@ def external_model(folder, name, location, **options):
 def test_images_rename_data_files(tmp_path, location, renamed):
     path = external_model(tmp_path, "base.onnx", location)
     file = open_onnx(path)
-    images = file.images(tmp_path / "merged-model.onnx", 70, FRESH)
+    images = file.images(NewOutput(tmp_path / "merged-model.onnx", 70, FRESH))
     assert [image.path.name for image in images] == [renamed, "merged-model.onnx"]
     write(images)
     expected = run(path)
@@ -558,7 +558,7 @@ def test_long_names_change_the_lengths_of_lengths(tmp_path):
     path = external_model(tmp_path, "b.onnx", "b.data")
     file = open_onnx(path)
     output = tmp_path / ("long" * 40 + ".onnx")
-    write(file.images(output, 70, FRESH))
+    write(file.images(NewOutput(output, 70, FRESH)))
     assert assert_same_numbers(open_onnx(output), onnx.load(path)) > 8
     expected = onnx.load(path, load_external_data=False)
     for tensor, _ in pairs(expected, expected):
@@ -577,7 +577,7 @@ def test_several_data_files_and_folders(tmp_path):
     tensors = [external(f"w{i}", (2, 3), place, 0, 24, checksum="00") for i, place in enumerate(places)]
     path = save(tmp_path / "in" / "base.onnx", helper.make_model(helper.make_graph([], "g", [], [], tensors)))
     (tmp_path / "out").mkdir()
-    images = open_onnx(path).images(tmp_path / "out" / "new.onnx", 0, FRESH)
+    images = open_onnx(path).images(NewOutput(tmp_path / "out" / "new.onnx", 0, FRESH))
     names = [str(image.path.relative_to(tmp_path / "out")) for image in images]
     # base.x would take the name that x has already.
     assert names == ["sub/new.data", "new.x", f"new-{FRESH}.x", "new.onnx"]
@@ -593,18 +593,18 @@ def test_several_data_files_and_folders(tmp_path):
 def test_the_same_name_elsewhere_changes_no_byte(tmp_path):
     path = external_model(tmp_path / "in", "base.onnx", "weights.bin")
     (tmp_path / "out").mkdir()
-    images = open_onnx(path).images(tmp_path / "out" / "base.onnx", 9, FRESH)
+    images = open_onnx(path).images(NewOutput(tmp_path / "out" / "base.onnx", 9, FRESH))
     assert [image.path for image in images] == [tmp_path / "out" / "weights.bin", tmp_path / "out" / "base.onnx"]
     write(images)
     assert (tmp_path / "out" / "base.onnx").read_bytes().startswith(path.read_bytes())
-    again = open_onnx(path).images(tmp_path / "out" / "base.onnx", 9, FRESH)
+    again = open_onnx(path).images(NewOutput(tmp_path / "out" / "base.onnx", 9, FRESH))
     assert again[0].path.name == f"weights-{FRESH}.bin"
 
 
 def test_a_taken_name_gets_fresh_digits(tmp_path):
     path = external_model(tmp_path, "base.onnx", "base.onnx.data")
     (tmp_path / "out.onnx.data").write_bytes(b"of someone else")
-    images = open_onnx(path).images(tmp_path / "out.onnx", 9, FRESH)
+    images = open_onnx(path).images(NewOutput(tmp_path / "out.onnx", 9, FRESH))
     assert images[0].path.name == f"out-{FRESH}.onnx.data"
     write(images)
     assert (tmp_path / "out.onnx.data").read_bytes() == b"of someone else"
@@ -615,7 +615,7 @@ def test_a_data_file_never_takes_the_models_own_name(tmp_path):
     (tmp_path / "base").write_bytes(bytes(24))
     graph = helper.make_graph([], "g", [], [], [external("w", (2, 3), "base")])
     path = save(tmp_path / "base.onnx", helper.make_model(graph))
-    images = open_onnx(path).images(tmp_path / "out", 9, FRESH)
+    images = open_onnx(path).images(NewOutput(tmp_path / "out", 9, FRESH))
     assert [image.path.name for image in images] == [f"out-{FRESH}", "out"]
 
 
@@ -631,7 +631,7 @@ def test_a_receipt_is_replaced_wherever_it_stands(tmp_path):
         file = open_onnx(_write(tmp_path / name, data))
         assert file.receipt == receipt
         assert file.problems == []
-        write(file.images(tmp_path / "out.onnx", 50, FRESH))
+        write(file.images(NewOutput(tmp_path / "out.onnx", 50, FRESH)))
         assert (tmp_path / "out.onnx").read_bytes()[: len(plain)] == plain
         assert receipt_of(tmp_path / "out.onnx") == " " * 50
         onnx.checker.check_model(tmp_path / "out.onnx")
@@ -643,7 +643,7 @@ def test_a_receipt_is_replaced_wherever_it_stands(tmp_path):
 def test_the_structure_digest(tmp_path):
     model = make_model()
     file = open_onnx(save(tmp_path / "base.onnx", model))
-    write(file.images(tmp_path / "out.onnx", 123, FRESH))
+    write(file.images(NewOutput(tmp_path / "out.onnx", 123, FRESH)))
     assert open_onnx(tmp_path / "out.onnx").structure_sha256 == file.structure_sha256
     data = bytearray((tmp_path / "base.onnx").read_bytes())
     span = file.stored_tensor(file.model.graph.initializer[0]).span
@@ -708,7 +708,7 @@ def test_a_sparse_model_of_more_than_two_gigabytes(tmp_path):
     tracemalloc.start()
     file = open_onnx(path)
     big, little = (file.stored_tensor(tensor) for tensor in file.model.graph.initializer)
-    (image,) = file.images(tmp_path / "out.onnx", 100, FRESH)
+    (image,) = file.images(NewOutput(tmp_path / "out.onnx", 100, FRESH))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 50_000_000

@@ -19,7 +19,7 @@ from loraformat.containers._protobuf import (
 )
 from loraformat.containers.onnx_file import CONTAINER, open_onnx
 from loraformat.errors import InputError, LoraformatError, RefusedError
-from loraformat.images import Edit, Literal
+from loraformat.images import Edit, Literal, NewOutput
 from loraformat.limits import MAX_PROTO_DEPTH
 from loraformat.spans import InputFile
 
@@ -212,7 +212,7 @@ def test_an_external_flag_with_high_bits_counts_as_protobuf_counts_it(tmp_path):
     (tmp_path / "w.bin").write_bytes(b"1234")
     file = opened(tmp_path, IR + block(7, block(5, tensor)))
     assert file.model.graph.initializer[0].data_location == TensorProto.EXTERNAL
-    assert len(file.images(tmp_path / "out.onnx", 5, "00000000")) == 2
+    assert len(file.images(NewOutput(tmp_path / "out.onnx", 5, "00000000"))) == 2
 
 
 # -- limits -------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from loraformat.adapter import SlotKind
 from loraformat.bases import BASES, BaseFormat, BaseModel
 from loraformat.dtypes import BY_NAME
 from loraformat.errors import LoraformatError
-from loraformat.images import OutputTensor
+from loraformat.images import NewOutput, OutputTensor
 from loraformat.loading import open_base
 from outputs import rewrite_spans, write_images
 
@@ -88,7 +88,7 @@ class StateDictLaws:
 
     def copy(self, base: BaseModel, receipt: str = '{"version":"1.0"}', blank_bytes: int = 40) -> Path:
         """Write the output of a merge that changes nothing."""
-        images = base.describe_images(self.output(base.path), blank_bytes, "0")
+        images = base.describe_images(NewOutput(self.output(base.path), blank_bytes, "0"))
         write_images(images, base.encode_receipt(receipt))
         return self.output(base.path)
 
@@ -144,7 +144,7 @@ class StateDictLaws:
 
     def test_a_copy_of_a_copy_has_the_newer_receipt(self, opened: BaseModel) -> None:
         again = open_base(self.copy(opened))
-        images = again.describe_images(self.output(opened.path, "twice"), 60, "0")
+        images = again.describe_images(NewOutput(self.output(opened.path, "twice"), 60, "0"))
         write_images(images, again.encode_receipt('{"é":2}'))
         assert open_base(self.output(opened.path, "twice")).parent_receipt == {"é": 2}
 
@@ -154,7 +154,7 @@ class StateDictLaws:
         assert [(problem.code, problem.severity) for problem in again.problems] == [("LF104", "note")]
 
     def test_the_receipt_s_blank_is_in_the_last_file(self, opened: BaseModel) -> None:
-        images = opened.describe_images(self.output(opened.path), 40, "0")
+        images = opened.describe_images(NewOutput(self.output(opened.path), 40, "0"))
         lengths = [[piece.length for _, piece in image.placed() if type(piece).__name__ == "Blank"] for image in images]
         assert lengths[-1] == [40]
         assert not any(lengths[:-1])
@@ -162,7 +162,7 @@ class StateDictLaws:
     def test_rewritten_spans_are_found_by_other_readers(self, opened: BaseModel) -> None:
         """Checksums of touched members are true again, and nothing else changes."""
         copy = self.copy(opened)
-        images = opened.describe_images(copy, 40, "0")
+        images = opened.describe_images(NewOutput(copy, 40, "0"))
         expected = make_state()
         for name in (f"{Q}.weight", "model.layers.1.norm.weight"):
             expected[name] = expected[name] + np.float32(1)
@@ -176,7 +176,7 @@ class StateDictLaws:
 
     def test_finishing_an_output_without_changes_changes_nothing(self, opened: BaseModel) -> None:
         copy = self.copy(opened)
-        images = opened.describe_images(copy, 40, "0")
+        images = opened.describe_images(NewOutput(copy, 40, "0"))
         before = [image.path.read_bytes() for image in images]
         rewrite_spans(opened, images, {})
         assert [image.path.read_bytes() for image in images] == before

@@ -15,7 +15,7 @@ import loraformat
 from builders import lora_factors, write_peft
 from loraformat.bases import BaseModel
 from loraformat.dtypes import BY_NAME
-from loraformat.images import OutputTensor
+from loraformat.images import NewOutput, OutputTensor
 from loraformat.loading import open_base
 from outputs import rewrite_spans, write_images
 
@@ -66,7 +66,7 @@ def assert_same(found: State, expected: State) -> None:
 
 def overwrite(base: BaseModel, output: Path, changed: State) -> None:
     """Write an output with the new numbers of some tensors, as a merge does."""
-    images = base.describe_images(output, 40, "0")
+    images = base.describe_images(NewOutput(output, 40, "0"))
     write_images(images)
     rewrite_spans(base, images, {name: bits(value) for name, value in changed.items()})
 

@@ -1,0 +1,153 @@
+"""The change of a weight computed beside it, in a parsed ONNX graph.
+
+Every node that reads a changed weight gets a second node beside it, the same with the change in the place of the
+weight, and the two results are added.
+"""
+
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import onnx
+
+_PASSING: Final = frozenset({"Identity", "Cast", "Transpose", "DequantizeLinear"})
+_NBITS: Final = "MatMulNBits"
+_INTEGER: Final = "MatMulInteger"
+_LINEAR: Final = {
+    "MatMul": (0, 1),
+    "Gemm": (0, 1),
+    "Conv": (1,),
+    "Gather": (0,),
+    "FusedMatMul": (0, 1),
+    _NBITS: (1,),
+    _INTEGER: (1,),
+}
+"""Operators whose result is linear in a weight, and the inputs where it can be; their other inputs but X are added."""
+FLOAT: Final = 1
+"""float32, as onnx numbers it."""
+MARK: Final = "#change"
+"""What the names of new inputs end with, and a number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The change of one stored tensor.
+
+    Attributes:
+        tensor: the tensor's name in the graph.
+        shape: its dimensions as the operator reads them.
+        form: number form in which the operator reads it, as onnx numbers them.
+        delta: the change, as a matrix of float32, in the stored orientation.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    form: int
+    delta: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """A node that applies a weight, and how to compute the change beside it.
+
+    Attributes:
+        total: the node to whose output the change is added: itself, or what makes a float of its whole numbers.
+        beside: the same operation on the change, which it reads as `MARK`; without an output yet.
+        flipped: whether the change is to be transposed.
+        form: number form in which it is read.
+    """
+
+    total: "onnx.NodeProto"
+    beside: "onnx.NodeProto"
+    flipped: bool
+    form: int
+
+
+def add_branches(model: "onnx.ModelProto", changes: Sequence[Change]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Add to a model what computes changes apart; yield the new inputs and their values."""
+    from onnx import helper
+
+    graph = model.graph
+    nodes, known = list(graph.node), {change.tensor for change in changes}
+    for change in changes:
+        for count, reader in enumerate(list(_find_readers(nodes, change, known))):
+            name = f"{change.tensor}{MARK}{count}"
+            values = change.delta.reshape(change.shape)
+            values = np.ascontiguousarray(values.T if reader.flipped else values)
+            index = next(index for index, each in enumerate(nodes) if each is reader.total)
+            nodes[index : index + 1] = _branch(reader, name)
+            graph.input.append(helper.make_tensor_value_info(name, FLOAT, values.shape))
+            yield name, values
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _find_readers(nodes: "Sequence[onnx.NodeProto]", change: Change, known: Set[str]) -> Iterator[_Reader]:
+    """Yield the nodes that apply a tensor, directly or through what only hands it on; copies change by themselves."""
+    values = {change.tensor: (False, change.form)}
+    for node in nodes:
+        if node.op_type in _PASSING and node.input and node.input[0] in values and known.isdisjoint(node.output):
+            flipped, form = values[node.input[0]]
+            form = next((each.i for each in node.attribute if each.name == "to"), form)
+            values[node.output[0]] = (flipped ^ (node.op_type == "Transpose"), form)
+            continue
+        for position in _LINEAR.get(node.op_type, ()):
+            if position < len(node.input) and node.input[position] in values and MARK not in node.name:
+                reader = _read(nodes, node, position, *values[node.input[position]])
+                if reader is not None:
+                    yield reader
+
+
+def _read(
+    nodes: "Sequence[onnx.NodeProto]", node: "onnx.NodeProto", position: int, flipped: bool, form: int
+) -> _Reader | None:
+    from onnx import NodeProto, helper
+
+    if node.op_type == _NBITS:
+        return _Reader(node, helper.make_node("MatMul", [node.input[0], MARK], []), True, form)
+    if node.op_type == _INTEGER:
+        made_by = next((each for each in nodes if node.input[0] in each.output), None)
+        total = _follow(nodes, node, ("Cast", "Mul"))
+        if made_by is None or made_by.op_type != "DynamicQuantizeLinear" or total is None:
+            return None
+        return _Reader(total, helper.make_node("MatMul", [made_by.input[0], MARK], []), flipped, form)
+    beside = NodeProto()
+    beside.CopyFrom(node)
+    del beside.input[2:], beside.output[:]
+    beside.input[position] = MARK
+    after = _follow(nodes, node, ("DequantizeLinear",)) if node.op_type == "Gather" else None
+    return _Reader(after or node, beside, flipped, form)  # A table of codes is dequantised after the lookup.
+
+
+def _follow(
+    nodes: "Sequence[onnx.NodeProto]", node: "onnx.NodeProto", operators: Sequence[str]
+) -> "onnx.NodeProto | None":
+    """Return the last of a chain of operators that each read the one before."""
+    for operator in operators:
+        readers = [each for each in nodes if node.output[0] in each.input]
+        if len(readers) != 1 or readers[0].op_type != operator:
+            return None
+        node = readers[0]
+    return node
+
+
+def _branch(reader: _Reader, name: str) -> "list[onnx.NodeProto]":
+    """Return the node, what it makes of the change, and the sum of both under the name of the node's output."""
+    from onnx import NodeProto, helper
+
+    own, beside = NodeProto(), NodeProto()
+    own.CopyFrom(reader.total)
+    beside.CopyFrom(reader.beside)
+    output = own.output[0]
+    own.output[0] = f"{output}{name}#base"
+    read = name if reader.form == FLOAT else f"{name}#{reader.form}"
+    cast = [] if read == name else [helper.make_node("Cast", [name], [read], read, to=reader.form)]
+    beside.input[list(beside.input).index(MARK)] = read
+    beside.name = f"{own.name}{name}"
+    beside.output.append(f"{output}{name}")
+    total = helper.make_node("Add", [own.output[0], beside.output[0]], [output], f"{beside.name}#sum")
+    return [own, *cast, beside, total]
