@@ -116,7 +116,7 @@ class Flow:
         pending, seen = list(visit.node.output[:1]), set(visit.node.output[:1])
         while pending:
             for reader, position in visit.scope.readers.get(pending.pop(), ()):
-                if reader.op in passing or (reader.op == _QUANTISING and position == 0):
+                if reader.op in passing or (reader.op == _QUANTISING and position == 0) or _rescales(reader):
                     outputs = [name for name in list(reader.node.output)[:1] if name not in seen]
                     pending += outputs
                     seen.update(outputs)
@@ -179,6 +179,12 @@ def _reads_steps(visit: Visit) -> bool:
     """Say whether a node reads the step that an activation was just quantised by."""
     made_by = (visit.scope.producer(name) for name in visit.node.input if name)
     return any(isinstance(each, Visit) and each.op == _QUANTISING for each in made_by)
+
+
+def _rescales(visit: Visit) -> bool:
+    """Say whether a node multiplies a product of codes by the steps of its factors."""
+    made_by = (visit.scope.producer(name) for name in visit.node.input if visit.op == "Mul" and name)
+    return any(isinstance(each, Visit) and each.op == "Mul" and _reads_steps(each) for each in made_by)
 
 
 def turns_neighbours(visit: Visit) -> bool:

@@ -41,7 +41,12 @@ _IN_ACTIVATIONS: Final = (
 )
 _NORMS: Final = frozenset({"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"}) | frozenset(
     f"com.microsoft.{name}"
-    for name in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "EmbedLayerNormalization")
+    for name in (
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+        "EmbedLayerNormalization",
+        "QEmbedLayerNormalization",
+    )
 )
 _SKIPS: Final = frozenset({"com.microsoft.SkipLayerNormalization", "com.microsoft.SkipSimplifiedLayerNormalization"})
 _BIASED: Final = frozenset({"Cast", "Identity", "Reshape", "Dropout"}) | QUANTISING
