@@ -154,11 +154,13 @@ def find_expert(site: Site) -> int | None:
     """Return which of packed experts a site applies; None where it applies a weight of one, or has none."""
     if site.weight is None or site.part is None or len(site.weight.tensor.shape) != _PACKED:
         return None
+    if site.weight.coding is not None:  # Then these are the dimensions of blocks.
+        return None
     return site.part.rows[0] // site.weight.tensor.shape[1]
 
 
-def cut_rows(site: Site, slot: SlotKind, rows: tuple[int, int] | None) -> Site:
-    """Return a site of some rows of the canonical matrix `(out, in)` that another applies whole."""
+def cut_rows(site: Site, slot: SlotKind, rows: tuple[int, ...] | None) -> Site:
+    """Return a site of some rows, from start to stop by a step, of the canonical `(out, in)` that another applies."""
     assert site.weight is not None, "chosen so"
     if rows is None:
         return site
@@ -170,7 +172,7 @@ def cut_rows(site: Site, slot: SlotKind, rows: tuple[int, int] | None) -> Site:
     return replace(site, part=replace(whole, rows=_cut_line(whole.rows, rows)))
 
 
-def _cut_line(line: tuple[int, int, int], places: tuple[int, int]) -> tuple[int, int, int]:
+def _cut_line(line: tuple[int, int, int], places: tuple[int, ...]) -> tuple[int, int, int]:
     """Return some of the places of a line, counted along it."""
     kept = range(*line)[slice(*places)]
     return kept.start, kept.stop, kept.step

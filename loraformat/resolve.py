@@ -166,8 +166,8 @@ def _match_verified(
 ) -> list[Match] | Problem:
     """Return the weight that candidates lead to, once its numbers are those of the checkpoint; nothing for none."""
     mapped = lookup.clues.mapped.get((want.target.name, want.parameter))
-    if mapped is not None and not (candidates and candidates[0].strategy == "map"):
-        found = f"the map's weight {mapped.weight!r}, which no site of the base reads as a {want.change.slot} slot"
+    if mapped and not (candidates and candidates[0].strategy == "map"):
+        found = f"the map's weight {mapped[0].weight!r}, which no site of the base reads as a {want.change.slot} slot"
         return Problem("LF420", want.name, found, "a weight of the base")
     verified = verify_values(want, candidates, lookup)
     if isinstance(verified, Problem):

@@ -1,8 +1,8 @@
 """Which weight each target of an adapter is, and how that is known: a table for people, and a map for `--map`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from loraformat.bases import BaseModel
 from loraformat.evidence import Hints
@@ -11,6 +11,8 @@ from loraformat.plan import WeightedAdapter
 from loraformat.problems import Problem
 from loraformat.resolve import gather_clues, resolve
 from loraformat.rules import check_adapter
+
+_Key: TypeAlias = tuple[str, str, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,8 @@ class ResolvedTarget:
         parameter: `weight`, `bias` ...
         weight: name of the stored tensor.
         sites: ids of the sites that read it.
-        rows: start and stop of the target's rows in the weight's canonical matrix `(out, in)`; None for all.
+        rows: start and stop, and step where it is not 1, of the target's rows in the weight's canonical matrix
+            `(out, in)`; None for all.
         expert: which of packed experts has that matrix; None for a weight of one.
         strategy: what found it.
         evidence: what it was found by.
@@ -30,19 +33,23 @@ class ResolvedTarget:
         transposed: whether the stored matrix is the transpose of `(out, in)`.
         folded: whether it was multiplied by numbers, or its rows moved, before it was stored: a merge needs the torch
             checkpoint for them.
+        section: start and stop of the target's own rows that the weight has; None for all.
+        copies: names of tensors that have the same numbers, one for each further call of the module.
     """
 
     target: str
     parameter: str
     weight: str
     sites: tuple[str, ...]
-    rows: tuple[int, int] | None
+    rows: tuple[int, ...] | None
     expert: int | None
     strategy: str
     evidence: str
     verified: tuple[str, ...]
     transposed: bool
     folded: bool
+    section: tuple[int, int] | None = None
+    copies: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the record for `--json`."""
@@ -89,16 +96,26 @@ def resolve_one(base: BaseModel, item: WeightedAdapter, hints: Hints, options: M
     clues = gather_clues(item.adapter, base, hints, strip_prefix=options.get("strip_prefix"))
     found = resolve(item.adapter, base.sites, clues=clues, **options)
     divisors = {site.id: site.divisor for site in base.sites}
-    targets = sorted(
-        (_describe(match, divisors) for match in found.matches),
-        key=lambda each: (each.target, each.parameter, each.weight),
-    )
-    return Resolved(tuple(targets), (*problems, *found.problems))
+    described: dict[_Key, ResolvedTarget] = {}
+    for match in found.matches:
+        for name in dict.fromkeys((match.target.name, *match.also)):
+            _add(described, _describe(match, name, divisors))
+    return Resolved(tuple(described[key] for key in sorted(described)), (*problems, *found.problems))
 
 
-def _describe(match: Match, divisors: Mapping[str, float]) -> ResolvedTarget:
+def _add(described: dict[_Key, ResolvedTarget], each: ResolvedTarget) -> None:
+    """Add a target, or what further calls of its module read to what is known of it."""
+    key = (each.target, each.parameter, each.section or (0, 0))
+    known = described.setdefault(key, each)
+    if known is not each:
+        copies = dict.fromkeys((*known.copies, each.weight, *each.copies))
+        sites = tuple(dict.fromkeys((*known.sites, *each.sites)))
+        described[key] = replace(known, sites=sites, copies=tuple(copies))
+
+
+def _describe(match: Match, target: str, divisors: Mapping[str, float]) -> ResolvedTarget:
     return ResolvedTarget(
-        target=match.target.name,
+        target=target,
         parameter=match.want.parameter,
         weight=match.weight.name,
         sites=tuple(site.id for site in match.sites),
@@ -109,14 +126,17 @@ def _describe(match: Match, divisors: Mapping[str, float]) -> ResolvedTarget:
         verified=match.verified,
         transposed=match.transposed,
         folded=bool(match.row_factors or match.row_order) or match.divisor != divisors[match.sites[0].id],
+        section=match.section,
+        copies=tuple(dict.fromkeys(weight.name for weight in match.weights[1:])),
     )
 
 
-def _find_rows(match: Match) -> tuple[int, int] | None:
-    """Return the rows of the canonical matrix that a part of a stored one is, where these are a run."""
+def _find_rows(match: Match) -> tuple[int, ...] | None:
+    """Return the rows of the canonical matrix that a part of a stored one is."""
     if match.part is None:
         return None
     start, stop, step = match.part.columns if match.transposed else match.part.rows
     expert = find_expert(match.sites[0])
     first = expert * match.weight.tensor.shape[1] if expert is not None and not match.transposed else 0
-    return (start - first, stop - first) if step == 1 else None
+    run = (start - first, stop - first)
+    return run if step == 1 else (*run, step)

@@ -126,3 +126,90 @@ class Stack:
 
     def roles(self) -> list[str]:
         return ["query", "key", "value", "output", *(("gate", "up", "down") if self.gated else ("first", "second"))]
+
+
+HEADS, WIDTH = 2, 16
+"""Of stacks with one operator for attention: heads of 8 numbers."""
+MICROSOFT = "com.microsoft"
+FUSED = {
+    "attention": ("Attention", {"num_heads": HEADS}),
+    "multi-head": ("MultiHeadAttention", {"num_heads": HEADS}),
+    "grouped": ("GroupQueryAttention", {"num_heads": HEADS, "kv_num_heads": 1}),
+    "packed": ("GroupQueryAttention", {"num_heads": HEADS, "kv_num_heads": 1}),
+    "standard": ("Attention", {"q_num_heads": HEADS, "kv_num_heads": 1}),
+}
+"""Operators that are all of attention, with what says how they cut heads; `packed` reads all three in one."""
+
+
+@dataclass
+class FusedStack(Stack):
+    """A stack as onnxruntime's optimisers and builders write it: one operator attends, norms add, biases are folded.
+
+    Keys and values have the same shape, but for `attention`, in which queries have it too.
+    """
+
+    operator: str = "grouped"
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rng, self.count, self.number = np.random.default_rng(7), 0, 0
+        x, added = self.net.feed("x"), ""
+        while self.number < self.layers:
+            normed, x = self.add_and_norm(x, added)
+            attended = self.linear(self.attend_at_once(normed), "output", (HIDDEN, WIDTH))
+            normed, x = self.add_and_norm(x, attended)
+            added = self.gate(normed)
+            self.number += 1
+        self.net.op("Identity", [self.add_and_norm(x, added)[0]], self.net.result("y"), "last")
+
+    def node(self, kind: str, inputs: list[str], outputs: int = 1, **more: Any) -> list[str]:
+        self.count += 1
+        names = [f"w{self.count}_{index}" for index in range(outputs)]
+        self.net.nodes.append(helper.make_node(kind, inputs, names, f"m{self.count}", **more))
+        return names
+
+    def add_and_norm(self, x: str, added: str) -> tuple[str, str]:
+        weight = self.constant(np.linspace(0.5, 1.5, HIDDEN))
+        if not added:
+            return self.op("SimplifiedLayerNormalization", x, weight, axis=-1), x
+        normed, _, _, total = self.node("SkipSimplifiedLayerNormalization", [x, added, weight], 4, domain=MICROSOFT)
+        return normed, total
+
+    def attend_at_once(self, normed: str) -> str:
+        kind, heads = FUSED[self.operator]
+        more = heads | self.attributes | ({"domain": MICROSOFT} if self.operator != "standard" else {})
+        if "unknown" in self.flags:
+            kind = "PackedAttention"
+        narrow = WIDTH if self.operator == "multi-head" else WIDTH // HEADS
+        if self.operator == "attention":
+            self.weights[self.number, "qkv"] = self.constant(dyadic(self.rng, HIDDEN, 3 * WIDTH))
+            return self.node(kind, [normed, self.weights[self.number, "qkv"]], **more)[0]
+        if self.operator == "packed":
+            whole = self.linear(normed, "qkv", (WIDTH + 2 * narrow, HIDDEN))
+            if "sliced" in self.flags:
+                whole = self.op("Transpose", whole, perm=[1, 0])
+            return self.node(kind, [whole], **more)[0]
+        q = self.rotate(self.linear(normed, "query", (WIDTH, HIDDEN)))
+        source = self.op("Mul", "x", self.constant(np.linspace(1, 2, HIDDEN))) if "crossed" in self.flags else normed
+        k = self.rotate(self.linear(source, "key", (narrow, HIDDEN)))
+        v = self.linear(source, "value", (narrow, HIDDEN))
+        given = [self.node("Concat", [q, k, v], axis=-1)[0]] if "head by head" in self.flags else [q, k, v]
+        return self.node(kind, given, **more)[0]
+
+    def rotate(self, x: str) -> str:
+        if self.flags.isdisjoint({"rotated", "interleaved"}):
+            return x
+        caches = [self.constant(np.ones((5, 4))), self.constant(np.zeros((5, 4)))]
+        turned = int("interleaved" in self.flags)
+        return self.node("RotaryEmbedding", [x, "x", *caches], domain=MICROSOFT, interleaved=turned)[0]
+
+    def gate(self, normed: str) -> str:
+        """Apply a gated block; what is gated comes first where both are in one matrix."""
+        if "one matrix" not in self.flags:
+            up, gate = self.linear(normed, "up"), self.linear(normed, "gate")
+        else:
+            lengths = self.net.weight(f"c{len(self.net.initializers)}", np.array([INNER, INNER]))
+            whole = self.linear(normed, "gate_up", (2 * INNER, HIDDEN))
+            up, gate = self.node("Split", [whole, lengths], 2, axis=-1)
+        active = self.node("QuickGelu", [gate], domain=MICROSOFT, alpha=1.0)[0]
+        return self.linear(self.op("Mul", up, active), "down")

@@ -21,6 +21,11 @@ _UNCHANGED: Final = frozenset({"Cast", "Identity"})
 _LAST_BY_DEFAULT: Final = 13
 """The version from which a Softmax is over the last axis unless it says otherwise."""
 _QUANTISING: Final = "DynamicQuantizeLinear"
+QUANTISING: Final = frozenset({"QuantizeLinear", "DequantizeLinear"})
+"""What rounds a value on its way."""
+_ROTATIONS: Final = frozenset({"RotaryEmbedding", "com.microsoft.RotaryEmbedding"})
+_FACTORS: Final = {"com.microsoft.FusedMatMul": "alpha", "com.microsoft.RotaryEmbedding": "scale"}
+"""Operators that multiply by an attribute."""
 _INT64: Final = 7
 _SCALAR_FORMS: Final = {1: np.float32, 10: np.float16, 11: np.float64}
 
@@ -107,11 +112,11 @@ class Flow:
         return self.trace_back(*self.read(layer))
 
     def list_readers(self, visit: Visit, passing: Set[str]) -> Iterator[tuple[Visit, int]]:
-        """Yield the nodes that read a node's results, and where, through operators that only pass them on."""
-        pending, seen = list(visit.node.output), set(visit.node.output)
+        """Yield the nodes that read a node's first result, and where, through operators that only pass it on."""
+        pending, seen = list(visit.node.output[:1]), set(visit.node.output[:1])
         while pending:
             for reader, position in visit.scope.readers.get(pending.pop(), ()):
-                if reader.op in passing or (reader.op == _QUANTISING and position == 0):
+                if reader.op in passing or (reader.op == _QUANTISING and position == 0) or _rescales(reader):
                     outputs = [name for name in list(reader.node.output)[:1] if name not in seen]
                     pending += outputs
                     seen.update(outputs)
@@ -156,17 +161,36 @@ def read_scalar(visit: Visit, position: int) -> float | None:
 
 
 def multiply_scalars(visits: Iterable[Visit]) -> float:
-    """Return the product of all single numbers that Mul, Div and products of matrices multiply by."""
+    """Return the product of all single numbers that nodes multiply by, but for the scales of quantised products."""
     total = 1.0
     for visit in visits:
-        if visit.op == "Mul":
+        if visit.op == "Mul" and not _reads_steps(visit):
             factors = [number for position in (0, 1) if (number := read_scalar(visit, position)) is not None]
             total *= prod(factors)
         elif visit.op == "Div":
             total /= read_scalar(visit, 1) or 1.0
-        elif visit.op == "com.microsoft.FusedMatMul":
-            total *= next((a.f for a in visit.node.attribute if a.name == "alpha"), 1.0)
+        elif visit.op in _FACTORS:
+            name = _FACTORS[visit.op]
+            total *= next((a.f for a in visit.node.attribute if a.name == name), 0.0) or 1.0
     return total
+
+
+def _reads_steps(visit: Visit) -> bool:
+    """Say whether a node reads the step that an activation was just quantised by."""
+    made_by = (visit.scope.producer(name) for name in visit.node.input if name)
+    return any(isinstance(each, Visit) and each.op == _QUANTISING for each in made_by)
+
+
+def _rescales(visit: Visit) -> bool:
+    """Say whether a node multiplies a product of codes by the steps of its factors."""
+    made_by = (visit.scope.producer(name) for name in visit.node.input if visit.op == "Mul" and name)
+    return any(isinstance(each, Visit) and each.op == "Mul" and _reads_steps(each) for each in made_by)
+
+
+def turns_neighbours(visit: Visit) -> bool:
+    """Say whether an operator rotates each number with its neighbour, not with the one half a head away."""
+    name = "interleaved" if visit.op in _ROTATIONS else "rotary_interleaved"
+    return any(each.name == name and each.i for each in visit.node.attribute)
 
 
 def read_last_size(reshape: Visit) -> int:

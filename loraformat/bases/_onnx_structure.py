@@ -6,20 +6,27 @@ the layer behind puts out. In a gated block the factor behind the activation is 
 a classifier. Where one layer of the stack does not look like the others, nothing is told at all.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from loraformat.bases import Role, Roles
-from loraformat.bases._onnx_flow import Flow, Slice, find_rows, multiply_scalars, read_last_size, reads_vector, sizes
+from loraformat.bases._onnx_attention import MEMBERS, Core, UnlikeError, list_cores
+from loraformat.bases._onnx_flow import (
+    QUANTISING,
+    Flow,
+    Slice,
+    Value,
+    find_rows,
+    reads_vector,
+    sizes,
+    turns_neighbours,
+)
 from loraformat.bases._onnx_scopes import Visit
 from loraformat.bases._onnx_sites import RawSite
 
-_PASSING: Final = frozenset({"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Dropout", "Flatten"})
-_MASKING: Final = frozenset({"Add", "Mul", "Div", "Where", "Cast", "Identity", "Reshape", "Sub", "Tanh", "Clip"})
-"""What scores go through on their way to the Softmax."""
-_AFTER_SOFTMAX: Final = frozenset({"Cast", "Identity", "Reshape", "Dropout", "Where", "IsNaN"})
-_PRODUCTS: Final = frozenset({"MatMul", "com.microsoft.FusedMatMul"})
+_PASSING: Final = (
+    frozenset({"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Dropout", "Flatten"}) | QUANTISING
+)
 _ACTIVATIONS: Final = frozenset(
     {"Sigmoid", "Tanh", "Erf", "Relu", "Gelu", "Swish", "Elu", "Softplus", "HardSwish", "Mish"}
     | {f"com.microsoft.{name}" for name in ("Gelu", "BiasGelu", "FastGelu", "QuickGelu", "BiasSplitGelu")}
@@ -30,23 +37,26 @@ _IN_ACTIVATIONS: Final = (
         {"Add", "Sub", "Mul", "Div", "Pow", "Cast", "Identity", "Reshape", "Max", "Min", "Clip", "Dropout", "Split"}
     )
     | frozenset({"Slice", "Transpose", "Unsqueeze", "Squeeze", "Flatten"})
+    | QUANTISING
 )
 _NORMS: Final = frozenset({"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"}) | frozenset(
     f"com.microsoft.{name}"
-    for name in ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "EmbedLayerNormalization")
+    for name in (
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+        "EmbedLayerNormalization",
+        "QEmbedLayerNormalization",
+    )
 )
 _SKIPS: Final = frozenset({"com.microsoft.SkipLayerNormalization", "com.microsoft.SkipSimplifiedLayerNormalization"})
-_BIASED: Final = frozenset({"Cast", "Identity", "Reshape", "Dropout"})
-_LAST_AXES: Final = frozenset({-1, 3})
+_BIASED: Final = frozenset({"Cast", "Identity", "Reshape", "Dropout"}) | QUANTISING
+_SUM: Final = 3
+"""Which output of theirs is the sum that they take the norm of."""
 _NEAR: Final = 1e-3
 _Cuts = dict[Visit, Mapping[str, tuple[int, int]]]
-"""Of layers that put out queries, keys and values in one, the rows of each."""
+"""Of layers that put out queries, keys and values in one, or gates and what they gate, the rows of each."""
 _Block = Mapping[str, Visit]
 """Roles of the layers of one attention or one block behind it."""
-
-
-class _UnlikeError(Exception):
-    """The graph is not what is looked for; the message says where."""
 
 
 def find_roles(visits: Sequence[Visit], found: Sequence[RawSite], opset: int) -> Roles:
@@ -59,127 +69,56 @@ def find_roles(visits: Sequence[Visit], found: Sequence[RawSite], opset: int) ->
     """
     flow, cuts = Flow(visits, found, opset), _Cuts()
     try:
-        attentions = [_read_attention(flow, visit, cuts) for visit in _list_cores(flow)]
-        attentions = _order(flow, attentions)
-        blocks = _list_blocks(flow)
+        cores = list(list_cores(flow))
+        attentions = _order(flow, [_read_attention(flow, core, cuts) for core in cores])
+        blocks = _list_blocks(flow, cuts)
         layers = [
             attention | _pick_block(flow, blocks, attentions, number) for number, attention in enumerate(attentions)
         ]
         _check_layers(flow, layers)
-    except _UnlikeError as unlike:
+    except UnlikeError as unlike:
         return Roles({}, 0, str(unlike))
     sites = {visit: raw.visit.describe(raw.position) for visit, raw in flow.sites.items()}
     roles = {sites[visit]: Role(at, name) for at, layer in enumerate(layers) for name, visit in layer.items()}
-    packed = ((at, layer["qkv"]) for at, layer in enumerate(layers) if "qkv" in layer)
-    parts = {Role(at, name): (sites[visit], rows) for at, visit in packed for name, rows in cuts.get(visit, {}).items()}
-    return Roles(roles, len(layers), parts=parts)
+    parts = {
+        Role(at, name): (sites[visit], rows)
+        for at, layer in enumerate(layers)
+        for visit in layer.values()
+        for name, rows in cuts.get(visit, {}).items()
+    }
+    return Roles(roles, len(layers), parts=parts, is_ordered=any(core.rows for core in cores))
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Core:
-    """A Softmax between two products of activations.
-
-    Attributes:
-        scores: the product before it.
-        context: the product behind it.
-        between: the nodes between scores and Softmax.
-    """
-
-    scores: Visit
-    context: Visit
-    between: Sequence[Visit] = field(default=())
-
-
-def _list_cores(flow: Flow) -> Iterator[_Core]:
-    for visit in flow.visits:
-        if visit.op != "Softmax":
-            continue
-        scores, between = _find_scores(flow, visit)
-        contexts = [
-            reader
-            for reader, position in flow.list_readers(visit, _AFTER_SOFTMAX)
-            if reader.op in _PRODUCTS and reader not in flow.sites and position == 0
-        ]
-        if len(scores) == 1 and len(set(contexts)) == 1:
-            yield _Core(scores[0], contexts[0], between)
-        elif scores or contexts:
-            raise _UnlikeError(f"the Softmax {visit.node.name!r} is not between two products")
-
-
-def _find_scores(flow: Flow, softmax: Visit) -> tuple[list[Visit], list[Visit]]:
-    """Return the products of activations that a Softmax over its last axis is taken of, and the nodes between."""
-    pending: list[Visit] = [softmax]
-    between: dict[Visit, None] = {}
-    scores: dict[Visit, None] = {}
-    while pending:
-        visit = pending.pop()
-        for name in visit.node.input[1:] if visit.op == "Where" else visit.node.input:
-            made_by = visit.scope.producer(name) if name else None
-            if not isinstance(made_by, Visit) or made_by in between or made_by in scores:
-                continue
-            if made_by.op in _PRODUCTS and made_by not in flow.sites:
-                scores[made_by] = None
-            elif made_by.op in _MASKING and made_by not in flow.sites:
-                between[made_by] = None
-                pending.append(made_by)
-    telling = [each for each in scores if all(flow.trace_back(each.scope, name).layers for name in each.node.input[:2])]
-    axis = next((a.i for a in softmax.node.attribute if a.name == "axis"), flow.softmax_axis)
-    if telling and axis not in _LAST_AXES:
-        raise _UnlikeError(f"the Softmax {softmax.node.name!r} is over the axis {axis}")
-    return telling, _keep_between(telling, between)
-
-
-def _keep_between(scores: Sequence[Visit], nodes: Collection[Visit]) -> list[Visit]:
-    """Return the nodes that scores go through, without those that make masks."""
-    pending, kept = list(scores), dict[Visit, None]()
-    while pending:
-        visit = pending.pop()
-        readers = (reader for name in visit.node.output for reader, _ in visit.scope.readers.get(name, ()))
-        fresh = {reader: None for reader in readers if reader in nodes and reader not in kept}
-        kept |= fresh
-        pending += fresh
-    return list(kept)
-
-
-def _read_attention(flow: Flow, core: _Core, cuts: _Cuts) -> dict[str, Visit]:
+def _read_attention(flow: Flow, core: Core, cuts: _Cuts) -> dict[str, Visit]:
     """Return the layers that make queries, keys and values, or all of them in one, and the one behind.
 
     Of one for all, the rows of each are noted in `cuts`.
     """
-    q, k, v = (
-        flow.trace_back(visit.scope, visit.node.input[position])
-        for visit, position in ((core.scores, 0), (core.scores, 1), (core.context, 1))
-    )
+    slices = dict(zip(MEMBERS, (core.query, core.key, core.value), strict=True))
     behind = {reader for reader, _ in flow.list_readers(core.context, _PASSING) if reader in flow.sites}
-    where = f"the attention at {core.scores.node.name!r}"
-    query, key, value = q.layer, k.layer, v.layer
+    query, key, value = core.query.layer, core.key.layer, core.value.layer
     if query is None or key is None or value is None or len(behind) != 1:
-        raise _UnlikeError(f"{where} does not have one layer each for queries, keys, values and output")
+        raise UnlikeError(f"{core.where} does not have one layer each for queries, keys, values and output")
     (output,) = behind
-    scale = multiply_scalars(dict.fromkeys((*q.visits, *k.visits, core.scores, *core.between)))
+    if any(turns_neighbours(visit) for visit in (*core.query.visits, *core.key.visits, core.context)):
+        raise UnlikeError(f"{core.where} rotates neighbouring numbers: rows may have been moved for it")
+    size = core.find_head_size(flow, query)
+    scale = core.multiply(size) if size else 0.0
     scale *= flow.sites[query].use.divisor * flow.sites[key].use.divisor
-    _check_scale(flow, scale, _find_head_size(flow, q, query), (query, key, value, output), where)
-    for layer in {query, key, value}:
-        _check_norm(flow, layer, where)
+    _check_scale(flow, scale, size, (query, key, value, output), core.where)
+    if len({_check_norm(flow, layer, core.where) for layer in (query, key, value)}) != 1:
+        raise UnlikeError(f"{core.where} makes queries, keys and values of different things")
     if query is key is value:
-        found = {name: find_rows(flow, query, each) for name, each in (("query", q), ("key", k), ("value", v))}
-        rows = {name: each for name, each in found.items() if each is not None}
-        cuts[query] = rows if len(set(rows.values())) == len(found) else {}
+        found = {name: find_rows(flow, query, each) for name, each in slices.items()}
+        rows = core.rows or {name: each for name, each in found.items() if each is not None}
+        cuts[query] = rows if len(set(rows.values())) == len(MEMBERS) else {}
         return {"qkv": query, "output": output}
     if len({query, key, value}) != 3:
-        raise _UnlikeError(f"{where} has queries, keys and values in two layers")
+        raise UnlikeError(f"{core.where} has queries, keys and values in two layers")
     return {"query": query, "key": key, "value": value, "output": output}
-
-
-def _find_head_size(flow: Flow, q: Slice, query: Visit) -> int:
-    """Return the size of a head, as the graph cuts queries into heads, or 0; where it does not, there is one head."""
-    start, stop = find_rows(flow, query, q) or (0, sizes(flow.sites[query])[0])
-    rows = stop - start
-    cuts = {read_last_size(visit) for visit in q.visits if visit.op == "Reshape"} - {rows}
-    return rows if not cuts else cuts.pop() if len(cuts) == 1 else 0
 
 
 def _check_scale(flow: Flow, scale: float, size: int, layers: Sequence[Visit], where: str) -> None:
@@ -188,11 +127,14 @@ def _check_scale(flow: Flow, scale: float, size: int, layers: Sequence[Visit], w
     fits = size > 0 and not any(rows % size for rows in (query[0], key[0], value[0], output[1]))
     if not fits or abs(scale * size**0.5 - 1) > _NEAR:
         found = f"multiplies its scores by {scale:.6g}, with heads of {size}"
-        raise _UnlikeError(f"{where} {found}: what is missing may be folded into a weight")
+        raise UnlikeError(f"{where} {found}: what is missing may be folded into a weight")
 
 
-def _check_norm(flow: Flow, layer: Visit, where: str) -> None:
-    """Refuse a layer whose input was not just scaled by a norm's vector: that may be folded into its weight."""
+def _check_norm(flow: Flow, layer: Visit, where: str) -> Value:
+    """Refuse a layer whose input was not just scaled by a norm's vector: that may be folded into its weight.
+
+    Returns what the norm puts out.
+    """
     scope, name = flow.read(layer)
     made_by = scope.producers.get(name)
     while isinstance(made_by, Visit) and made_by.op in _PASSING:
@@ -202,44 +144,56 @@ def _check_norm(flow: Flow, layer: Visit, where: str) -> None:
         made_by.op in _NORMS or (made_by.op in ("Mul", "Add") and reads_vector(made_by))
     )
     if not scaled:
-        raise _UnlikeError(f"{where}: the layer {layer.node.name!r} does not read what a norm puts out")
+        raise UnlikeError(f"{where}: the layer {layer.node.name!r} does not read what a norm puts out")
+    return id(scope), name
 
 
 def _order(flow: Flow, attentions: Sequence[dict[str, Visit]]) -> list[dict[str, Visit]]:
     """Return the attentions from first to last; each must hang on all before it."""
     if not attentions:
-        raise _UnlikeError("no attention was found")
+        raise UnlikeError("no attention was found")
     after = [flow.list_after(attention["output"]) for attention in attentions]
     counted = [
         sum(all(layer in others for layer in attention.values()) for others in after) for attention in attentions
     ]
     if sorted(counted) != list(range(len(attentions))):
-        raise _UnlikeError("the attentions do not follow one another")
+        raise UnlikeError("the attentions do not follow one another")
     return [attention for _, attention in sorted(zip(counted, attentions, strict=True), key=lambda pair: pair[0])]
 
 
 # --- what stands behind attention ------------------------------------------------------------------------------------
 
 
-def _list_blocks(flow: Flow) -> list[_Block]:
+def _list_blocks(flow: Flow, cuts: _Cuts) -> list[_Block]:
     """Return blocks of two or three layers around an activation, each added to what it was computed from."""
-    return [block for layer in flow.sites if (block := _read_block(flow, layer)) and _is_residual(flow, block, layer)]
+    found = [(layer, _read_block(flow, layer, cuts)) for layer in flow.sites]
+    return [block for layer, block in found if block and _is_residual(flow, block, layer)]
 
 
-def _read_block(flow: Flow, down: Visit) -> dict[str, Visit]:
-    """Return the layers of a block by its last one; nothing where there is no such block."""
+def _read_block(flow: Flow, down: Visit, cuts: _Cuts) -> dict[str, Visit]:
+    """Return the layers of a block by its last one; nothing where there is no such block.
+
+    Where one layer makes both the gates and what they gate, the rows of each are noted in `cuts`.
+    """
     whole = flow.read_back(down)
     if not whole.ops & _ACTIVATIONS or not whole.ops <= _IN_ACTIVATIONS or len(whole.layers) > 2:
         return {}
     halves = _split_gate(flow, down)
-    if halves is not None:
-        gate, up = halves
-        return {"gate_up": gate, "down": down} if gate is up else {"gate": gate, "up": up, "down": down}
-    return {"first": whole.layer, "second": down} if whole.layer is not None else {}
+    if halves is None:
+        return {"first": whole.layer, "second": down} if whole.layer is not None else {}
+    gate, up = (each.layer for each in halves)
+    assert gate is not None, "split so"
+    assert up is not None, "split so"
+    if gate is not up:
+        return {"gate": gate, "up": up, "down": down}
+    found = {name: find_rows(flow, gate, each) for name, each in zip(("gate", "up"), halves, strict=True)}
+    rows = {name: each for name, each in found.items() if each is not None}
+    cuts[gate] = rows if len(set(rows.values())) == len(found) else {}
+    return {"gate_up": gate, "down": down}
 
 
-def _split_gate(flow: Flow, down: Visit) -> tuple[Visit, Visit] | None:
-    """Return the layers of the two factors that the last layer of a gated block reads: with the activation, without."""
+def _split_gate(flow: Flow, down: Visit) -> tuple[Slice, Slice] | None:
+    """Return the two factors that the last layer of a gated block reads: with the activation, without."""
     scope, name = flow.read(down)
     made_by = scope.producers.get(name)
     while isinstance(made_by, Visit) and made_by.op in _BIASED:
@@ -253,7 +207,7 @@ def _split_gate(flow: Flow, down: Visit) -> tuple[Visit, Visit] | None:
     gate, up = (one, other) if _is_active(one) else (other, one)
     if gate.layer is None or up.layer is None or (gate.layer is up.layer and not _is_cut(up)):
         return None
-    return gate.layer, up.layer
+    return gate, up
 
 
 def _is_active(factor: Slice) -> bool:
@@ -269,7 +223,9 @@ def _is_residual(flow: Flow, block: _Block, down: Visit) -> bool:
     """Say whether what a block puts out is added to a value that its input was made of."""
     first = next(iter(block.values()))
     scope, name = flow.read(first)
-    before = flow.trace_back(scope, name).values | {(id(scope), name)}
+    made_of = flow.trace_back(scope, name)
+    sums = ((id(each.scope), each.node.output[_SUM]) for each in made_of.visits if each.op in _SKIPS and _sums(each))
+    before = made_of.values | {(id(scope), name), *sums}
     current: Visit | None = down
     while current is not None:
         readers = list(flow.list_readers(current, _BIASED))
@@ -285,6 +241,11 @@ def _is_residual(flow: Flow, block: _Block, down: Visit) -> bool:
     return False
 
 
+def _sums(skip: Visit) -> bool:
+    """Say whether a norm of a sum puts out the sum too."""
+    return len(skip.node.output) > _SUM and bool(skip.node.output[_SUM])
+
+
 def _pick_block(
     flow: Flow, blocks: Sequence[_Block], attentions: Sequence[Mapping[str, Visit]], number: int
 ) -> dict[str, Visit]:
@@ -294,12 +255,12 @@ def _pick_block(
     own = [block for block in blocks if all(layer in after for layer in block.values())]
     own = [block for block in own if not any(layer in later for layer in block.values())]
     if len(own) != 1:
-        raise _UnlikeError(f"{len(own)} blocks with an activation follow attention {number}, where one is expected")
+        raise UnlikeError(f"{len(own)} blocks with an activation follow attention {number}, where one is expected")
     (block,) = own
     down = block["down"] if "down" in block else block["second"]
     following = attentions[number + 1].values() if number + 1 < len(attentions) else ()
     if not set(following) <= flow.list_after(down):
-        raise _UnlikeError(f"attention {number + 1} does not follow the block behind attention {number}")
+        raise UnlikeError(f"attention {number + 1} does not follow the block behind attention {number}")
     for layer in block.values():
         if layer is not down:
             _check_norm(flow, layer, f"the block behind attention {number}")
@@ -311,7 +272,7 @@ def _check_layers(flow: Flow, layers: Sequence[Mapping[str, Visit]]) -> None:
     first = {name: sizes(flow.sites[visit]) for name, visit in layers[0].items()}
     for number, layer in enumerate(layers):
         if {name: sizes(flow.sites[visit]) for name, visit in layer.items()} != first:
-            raise _UnlikeError(f"layer {number} is not like layer 0")
+            raise UnlikeError(f"layer {number} is not like layer 0")
     visits = [visit for layer in layers for visit in layer.values()]
     if len({id(flow.sites[visit].trace.tensor) for visit in visits}) != len(visits):
-        raise _UnlikeError("a tensor that two layers read")
+        raise UnlikeError("a tensor that two layers read")

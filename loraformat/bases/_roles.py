@@ -27,14 +27,17 @@ class Roles:
         by_site: roles by ids of sites; each layer of the stack has the same.
         layers: how many layers the stack has.
         reason: why nothing is told; empty where it is.
-        parts: of roles that one layer has together, such as those of a packed `qkv`, the site, and start and stop of
-            the rows of its canonical matrix `(out, in)`.
+        parts: of roles that one layer has together, such as those of a packed `qkv` or `gate_up`, the site, and start
+            and stop of the rows of its canonical matrix `(out, in)`.
+        is_ordered: whether an operator says how the rows of packed weights lie: queries, then keys, then values. Then
+            they may lie otherwise than in the module.
     """
 
     by_site: Mapping[str, Role]
     layers: int
     reason: str = ""
     parts: Mapping[Role, tuple[str, tuple[int, int]]] = field(default_factory=dict)
+    is_ordered: bool = False
 
 
 @runtime_checkable

@@ -20,21 +20,28 @@ __all__ = ["STRATEGIES", "Clues", "Hints", "Lookup", "MappedWeight", "Strategy",
 
 @dataclass(frozen=True, slots=True)
 class MappedWeight:
-    """The weight that a user says a target's parameter is.
+    """The weight that a user says a target's parameter is, or has some rows in.
 
     Attributes:
         weight: name of the stored tensor.
         sites: ids of the sites that are meant; empty for all that read it.
-        rows: start and stop of the target's rows in the weight's canonical matrix `(out, in)`; None for all.
+        rows: start and stop, and step where it is not 1, of the target's rows in the weight's canonical matrix
+            `(out, in)`; None for all.
         expert: which of the weight's packed experts has that matrix; None for a weight of one.
         folded: whether it was multiplied by numbers before it was stored, which only the torch checkpoint tells.
+        section: start and stop of the target's own rows that the weight has; None for all.
+        copies: names of tensors that have the same numbers, one for each further call of the module.
+        transposed: whether it is stored as the transpose of `(out, in)`; None for what the operator says.
     """
 
     weight: str
     sites: tuple[str, ...] = ()
-    rows: tuple[int, int] | None = None
+    rows: tuple[int, ...] | None = None
     folded: bool = False
     expert: int | None = None
+    section: tuple[int, int] | None = None
+    copies: tuple[str, ...] = ()
+    transposed: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +49,12 @@ class Clues:
     """What there is to find the targets of one adapter by, besides names.
 
     Attributes:
-        mapped: weights by target and parameter.
+        mapped: weights by target and parameter; several where each has a section.
         reference: where the torch checkpoint of the base has each target's parameter.
         roles: what the layers of the base do, where the user asks for it.
     """
 
-    mapped: Mapping[tuple[str, str], MappedWeight] = field(default_factory=dict)
+    mapped: Mapping[tuple[str, str], Sequence[MappedWeight]] = field(default_factory=dict)
     reference: Mapping[tuple[str, str], Sequence[Match]] = field(default_factory=dict)
     roles: Roles | None = None
 
@@ -57,12 +64,12 @@ class Hints:
     """What a user hands over besides names, for all adapters of a merge.
 
     Attributes:
-        mapped: weights by target and parameter.
+        mapped: weights by target and parameter; several where each has a section.
         checkpoint: the torch checkpoint that the base was exported from.
         structure: whether what a layer does may tell which one it is.
     """
 
-    mapped: Mapping[tuple[str, str], MappedWeight] = field(default_factory=dict)
+    mapped: Mapping[tuple[str, str], Sequence[MappedWeight]] = field(default_factory=dict)
     checkpoint: BaseModel | None = None
     structure: bool = False
 

@@ -7,13 +7,14 @@ many or too few was found; and what names lead to has the very role that the nam
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Final
 
+from loraformat.adapter import SlotKind
 from loraformat.bases import Role, Roles, Site
 from loraformat.evidence import Lookup
-from loraformat.matching import Want, cut_rows
+from loraformat.matching import Want, count_rows, cut_rows
 from loraformat.problems import Problem
 from loraformat.site_index import Candidate
 
@@ -33,6 +34,10 @@ _BEHIND: Final = (
     (r"fc2|lin2|output\.dense|c_proj|dense_4h_to_h", "second"),
 )
 """Ends of the names of modules, in the families of models that have them, and what these do."""
+_MADE_OF: Final = {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
+"""Modules that hold what may be stored apart, in the order of their rows."""
+_OWN_ORDER: Final = re.compile(r"\.(?:query_key_value|Wqkv|qkv)$")
+"""Modules of which families of models have the rows in different orders: in turns, or one after the other."""
 _ATTENTION: Final = re.compile(r"att", re.I)
 _NUMBER: Final = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _OTHER_STACKS: Final = re.compile(r"encoder_attn|cross_?att|EncDecAttention|experts?\b|(?:^|\.)decoder\.|lora_", re.I)
@@ -47,7 +52,7 @@ class Structure:
     order = _ORDER
 
     def find(self, want: Want, lookup: Lookup) -> list[Candidate]:
-        """Return the one site whose role is the target's."""
+        """Return the one site whose role is the target's, or those that have it together."""
         roles = lookup.clues.roles
         if roles is None or not want.is_main:
             return []
@@ -56,20 +61,35 @@ class Structure:
         role = lookup.kept[_KEY].get(want.target.name)
         if role is None:
             return []
-        found = _find_site(want, lookup.sites, roles, role)
+        found = _find_sites(want, lookup.sites, roles, role)
         named = (replace(site, module=want.target.name, evidence=self.name) for site in found)
         evidence = f"{role.name} of layer {role.layer}"
         return [Candidate(site, self.name, self.name, evidence=evidence) for site in named]
 
 
-def _find_site(want: Want, sites: Sequence[Site], roles: Roles, role: Role) -> list[Site]:
-    """Return the site that has a role, or the rows of one that has it with others."""
+def _find_sites(want: Want, sites: Sequence[Site], roles: Roles, role: Role) -> list[Site]:
+    """Return the site that has a role, the rows of one that has it with others, or the sites that have it together."""
     found = [site for site in sites if roles.by_site.get(site.id) == role]
-    if found or role not in roles.parts:
+    if found:
         return found[:1]
-    place, rows = roles.parts[role]
-    whole = [site for site in sites if site.id == place and not site.part and want.change.slot in site.transposed]
-    return [cut_rows(site, want.change.slot, rows) for site in whole[:1]]
+    slot = want.change.slot
+    if role in roles.parts:
+        place, rows = roles.parts[role]
+        return [cut_rows(site, slot, rows) for site in _list_whole(sites, {place}, slot)[:1]]
+    start, together = 0, []
+    for name in _MADE_OF.get(role.name, ()):
+        places = {place for place, each in roles.by_site.items() if each == Role(role.layer, name)}
+        for site in _list_whole(sites, places, slot)[:1]:
+            stop = start + count_rows(site, slot)
+            together.append(replace(site, section=(start, stop)))
+            start = stop
+    return together if len(together) == len(_MADE_OF.get(role.name, ())) else []
+
+
+def _list_whole(sites: Sequence[Site], places: Set[str], slot: SlotKind) -> list[Site]:
+    """Return sites at some places, those of most rows first: the whole of what is stored."""
+    found = [s for s in sites if s.id in places and s.weight and slot in s.transposed and s.section is None]
+    return sorted(found, key=lambda site: -count_rows(site, slot))
 
 
 def read_role(name: str) -> Role | None:
@@ -106,12 +126,24 @@ def _object(lookup: Lookup, wanted: Mapping[str, Role]) -> str:
     last = max(role.layer for role in wanted.values())
     if last + 1 != roles.layers:
         return f"{roles.layers} layers in the graph, and the adapter's last one has the number {last}"
+    own = next((name for name in sorted(wanted) if _OWN_ORDER.search(name)), None)
+    stored_apart = own is not None and wanted[own] not in roles.by_site.values()
+    if own is not None and (roles.is_ordered or stored_apart):
+        return f"queries, keys and values lie one after the other, and {own} may have them in turns"
     for name, role in wanted.items():
         named = [c.site for c in lookup.indexes["weight"].find(name)] if "weight" in lookup.indexes else []
-        others = {site.id for site in named if roles.by_site.get(site.id) not in (None, role)}
+        places = _list_places(roles, role)
+        others = {site.id for site in named if site.id in roles.by_site and site.id not in places}
         if others:
             return f"{name} is {sorted(others)[0]} by its name, which is not the {role.name} of layer {role.layer}"
     return ""
+
+
+def _list_places(roles: Roles, role: Role) -> set[str]:
+    """Return the ids of the sites that have a role, alone, with others or together."""
+    names = {role.name, *_MADE_OF.get(role.name, ())}
+    alone = {place for place, each in roles.by_site.items() if each.layer == role.layer and each.name in names}
+    return alone | ({roles.parts[role][0]} if role in roles.parts else set())
 
 
 STRATEGY: Final = Structure()

@@ -122,7 +122,8 @@ def _verify(want: Want, candidate: Candidate, lookup: Lookup) -> Candidate | Non
     if likeness is not None:
         return replace(candidate, site=_settle(site, likeness), verified=VERIFIED)
     order = find_order(stored * np.float32(site.divisor), reference, slack) if len(columns) >= _TELLING else None
-    return replace(candidate, site=replace(site, row_order=order), verified=VERIFIED) if order else None
+    moved = replace(site, obstacle=_overcome(site), row_order=order or ())
+    return replace(candidate, site=moved, verified=VERIFIED) if order else None
 
 
 def _find_in(want: Want, site: Site, lookup: Lookup) -> Iterator[Site]:
@@ -151,18 +152,23 @@ def _find_moved(want: Want, site: Site, lookup: Lookup) -> Iterator[Site]:
         stored * np.float32(site.divisor), _read_reference(want, lookup, columns), _slack(site, want, lookup)
     )
     if order is not None:
-        yield replace(site, row_order=order)
+        yield replace(site, obstacle=_overcome(site), row_order=order)
 
 
 def _settle(site: Site, likeness: Likeness) -> Site:
     """Return the site, its obstacle overcome, with what its rows were multiplied by."""
-    obstacle = site.obstacle if site.obstacle and site.obstacle.code not in _OVERCOME else None
+    obstacle = _overcome(site)
     first = float(likeness.factors[0])
     if (likeness.factors == 1).all():
         return replace(site, obstacle=obstacle)
     if np.allclose(likeness.factors, first, rtol=1e-6):
         return replace(site, obstacle=obstacle, divisor=site.divisor / float(likeness.factors.mean()))
     return replace(site, obstacle=obstacle, row_factors=tuple(map(float, likeness.factors)))
+
+
+def _overcome(site: Site) -> Problem | None:
+    """Return what stands against a site still, once its numbers are the checkpoint's."""
+    return site.obstacle if site.obstacle and site.obstacle.code not in _OVERCOME else None
 
 
 def _compare(stored: NDArray[np.float32], reference: NDArray[np.float32], slack: float) -> Likeness | None:

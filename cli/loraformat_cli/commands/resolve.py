@@ -58,9 +58,11 @@ def command(screen: Screen, /, base: Path, adapter: Path, **flags: Any) -> None:
 
 
 def _name(target: Any) -> str:
-    return str(target.target) if target.parameter == "weight" else f"{target.target}.{target.parameter}"
+    section = "" if target.section is None else f" rows {target.section[0]} to {target.section[1]}"
+    return f"{target.target}{'' if target.parameter == 'weight' else f'.{target.parameter}'}{section}"
 
 
 def _place(target: Any) -> str:
     rows = "" if target.rows is None else f" rows {target.rows[0]} to {target.rows[1]}"
+    rows += f" by {target.rows[2]}" if target.rows is not None and len(target.rows) > 2 else ""
     return f"{target.weight}{rows}{', rows scaled or moved' if target.folded else ''}"
