@@ -27,6 +27,7 @@ _VECTORS: Final[Mapping[str, tuple[int, ...]]] = {
 }
 """Operators to the inputs with a norm's own vectors."""
 _CUTTING: Final = PASSING | {"Split", "Slice"}
+_SHAPES: Final = frozenset({"Shape", "Size"})
 _STEPS: Final = 8
 _NUMBERED: Final = re.compile(r"(?:^|\.)\d+\.[^.]+$")
 _OF_HEADS: Final = {
@@ -247,11 +248,19 @@ def _is_theirs(flow: Flow, group: _Group, unknown: set[Visit]) -> bool:
 
 
 def _list_norms(flow: Flow, layer: Visit) -> Iterator[str]:
-    """Yield the paths of norms between a layer and those before it."""
-    for visit in flow.read_back(layer).visits:
-        path = _name_norm(visit)
+    """Yield the paths of the norms nearest before a layer."""
+    pending, seen = [flow.read(layer)], set[tuple[int, str]]()
+    while pending:
+        scope, name = pending.pop()
+        made_by = scope.producers.get(name)
+        if (id(scope), name) in seen or not isinstance(made_by, Visit) or made_by in flow.sites:
+            continue
+        seen.add((id(scope), name))
+        path = _name_norm(made_by)
         if path:
             yield path
+        elif made_by.op not in NORMS | _SHAPES:
+            pending += [made_by.scope.find(each) for each in made_by.node.input if each]
 
 
 def _list_shifted(flow: Flow, groups: Sequence[_Group]) -> Iterator[str]:
