@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from loraformat.adapter import Adapter
-from loraformat.bases import OF_TENSORS, TENSOR_NAME, BaseModel, Site, StructuredBase, Weight
+from loraformat.bases import OF_TENSORS, TENSOR_NAME, AnchoredBase, BaseModel, Site, StructuredBase, Weight
 from loraformat.errors import refuse
 from loraformat.evidence import Clues, Hints, Lookup, find_candidates
 from loraformat.evidence.values import STRATEGY as VALUES
@@ -48,6 +48,8 @@ from loraformat.site_index import Candidate
 
 _NO_CLUES: Final = Clues()
 _NAMES: Final = "names"
+_OF_STRATEGIES: Final = frozenset({"LF425", "LF450"})
+"""What strategies say of themselves."""
 _NEW_BIASES: Final = (
     "Merge with --new-biases (new_biases=True), and check that the architecture loads biases there. Or leave them out, "
     "which changes what the adapter does: --allow-unmatched PATTERN."
@@ -110,7 +112,7 @@ def resolve(
     lost = [(want.name, names[want.target.name], lookup.indexes[want.parameter]) for want in unspoken]
     lacking = [each for each in lacking if each.want not in allowed]
     if unspoken:  # Then what the strategy has to say for itself is why.
-        problems = [replace(each, severity="error") if each.code == "LF425" else each for each in problems]
+        problems = [replace(each, severity="error") if each.code in _OF_STRATEGIES else each for each in problems]
     problems += report_missing(lost) + shared + report_collisions(matches)
     problems += report_dropped(matches) + report_renamed(matches) + _report_biases(lacking, wanted=new_biases)
     left_out = tuple(want.name for want in allowed)
@@ -134,11 +136,12 @@ def locate_reference(
 def gather_clues(adapter: Adapter, base: BaseModel, hints: Hints, *, strip_prefix: str | None = None) -> Clues:
     """Return what there is to find the targets of an adapter in a base by, besides names; LF425 for no graph."""
     reference = locate_reference(adapter, hints.checkpoint, strip_prefix=strip_prefix) if hints.checkpoint else {}
+    anchors = base.find_anchors if isinstance(base, AnchoredBase) else None
     if not hints.structure:
-        return Clues(hints.mapped, reference)
+        return Clues(hints.mapped, reference, anchors=anchors)
     if not isinstance(base, StructuredBase):
         raise refuse("LF425", base.path, f"a base of the format {base.format!r}", "an ONNX model")
-    return Clues(hints.mapped, reference, base.find_roles())
+    return Clues(hints.mapped, reference, base.find_roles(), anchors)
 
 
 def _match_all(lookup: Lookup, *, ignore_fingerprints: bool) -> tuple[list[Match], list[Want], list[Problem]]:

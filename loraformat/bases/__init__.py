@@ -21,7 +21,7 @@ from loraformat.bases._abilities import (
     WeightFloats,
 )
 from loraformat.bases._model import OF_TENSORS, TENSOR_NAME, BaseModel, Rewriter, Site, Weight
-from loraformat.bases._roles import Role, Roles, StructuredBase
+from loraformat.bases._roles import Anchor, AnchoredBase, Anchors, Role, Roles, StructuredBase
 from loraformat.bases._travelling import list_tokenizer_files
 from loraformat.registry import Registry
 
@@ -29,6 +29,9 @@ __all__ = [
     "BASES",
     "OF_TENSORS",
     "TENSOR_NAME",
+    "Anchor",
+    "AnchoredBase",
+    "Anchors",
     "BaseFormat",
     "BaseModel",
     "CalibratedBase",

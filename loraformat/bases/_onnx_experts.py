@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases._onnx_names import NODE_NAME, find_repeated, module_of_node
-from loraformat.bases._onnx_picks import Product, find_arrangement, find_product, pick_expert, trace_packed
+from loraformat.bases._onnx_names import NODE_NAME, find_repeated, module_of_node, module_of_tensor
+from loraformat.bases._onnx_picks import Product, find_arrangement, find_chooser, find_product, pick_expert, trace_packed
 from loraformat.bases._onnx_scopes import Trace, Visit
 from loraformat.bases._onnx_sites import RawSite
 from loraformat.bases._onnx_uses import Use, read_attribute
@@ -26,6 +26,8 @@ _MEMBERS: Final = ("gate_proj", "up_proj")
 _DOWN: Final = "down_proj"
 _KNOWN: Final = frozenset({GATE_UP, _DOWN, *_MEMBERS})
 _PICKING: Final = frozenset({"Gather", "GatherND", "Slice"})
+_CHOOSING: Final = frozenset({"Gather", "GatherND"})
+_ROUTERS: Final = frozenset({"gate", "router"})
 _OPERATORS: Final = {"com.microsoft.MoE": (2, 4, 6), "com.microsoft.QMoE": (2, 5, 8)}
 """Operators to the inputs with fc1, fc2 and fc3."""
 _CODED: Final = "com.microsoft.QMoE"
@@ -127,7 +129,20 @@ def _name(pack: Pack) -> Pack:
     module, evidence = module_of_node(pack.visit, pack.position, pack.trace, parameter)
     if owner and (not module or owner.startswith(f"{module}.")):
         return replace(pack, module=owner, parameter=parameter, evidence="initializer name")
+    if not module:
+        module, evidence = _find_owner(pack), "name of the router"
     return replace(pack, module=module, parameter=parameter, evidence=evidence)
+
+
+def _find_owner(pack: Pack) -> str:
+    """Return the module of experts by the name of the layer that chooses among them; nothing where it has none."""
+    chooser = find_chooser(pack.visit) if pack.visit.op in _CHOOSING else None
+    if chooser is None:
+        return ""
+    visit, position, trace = chooser
+    path = module_of_node(visit, position, trace)[0] or module_of_tensor(visit, trace)[0]
+    owner, _, name = path.rpartition(".")
+    return f"{owner}.experts" if owner and name in _ROUTERS else ""
 
 
 def _split_name(pack: Pack) -> tuple[str, str]:

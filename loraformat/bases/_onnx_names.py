@@ -22,6 +22,15 @@ _ADDENDS: Final = {
     "com.microsoft.SkipSimplifiedLayerNormalization": 3,
 }
 """The input at which an operator takes the bias of the layer whose product it reads first."""
+_SKIPS: Final = frozenset({"com.microsoft.SkipLayerNormalization", "com.microsoft.SkipSimplifiedLayerNormalization"})
+"""Of these, those that add their first two inputs: either may be the product."""
+_PRODUCTS: Final = frozenset({"MatMul", "Gemm", "MatMulInteger"}) | frozenset(
+    f"com.microsoft.{name}"
+    for name in ("FusedMatMul", "FusedGemm", "MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+)
+_SCALED: Final = frozenset({"Cast", "Identity", "Mul", "Reshape"})
+"""What stands between a product of codes and its value."""
+_STEPS: Final = 4
 _SCOPES_KEY: Final = "pkg.torch.onnx.name_scopes"
 _CLASSES_KEY: Final = "pkg.torch.onnx.class_hierarchy"
 _RULE_KEY: Final = "pkg.onnxscript.rewriter.rule_name"
@@ -163,8 +172,19 @@ def _find_addend(reader: Visit, position: int) -> str:
     inputs = list(reader.node.input)
     if reader.op == "Add" and len(inputs) == 2:
         return str(inputs[1 - position])
-    place = _ADDENDS.get(reader.op, 0) if position == 0 else 0
-    return str(inputs[place]) if 0 < place < len(inputs) else ""
+    place = _ADDENDS.get(reader.op, 0) if position <= (reader.op in _SKIPS) else 0
+    if not 0 < place < len(inputs) or (reader.op in _SKIPS and _is_product(reader, 1 - position)):
+        return ""
+    return str(inputs[place])
+
+
+def _is_product(visit: Visit, position: int) -> bool:
+    """Say whether a layer's product is read at a position: of two that are added, either may have the bias."""
+    made_by = visit.scope.producer(visit.node.input[position])
+    for _ in range(_STEPS):
+        if isinstance(made_by, Visit) and made_by.op in _SCALED:
+            made_by = made_by.scope.producer(made_by.node.input[0])
+    return isinstance(made_by, Visit) and made_by.op in _PRODUCTS
 
 
 def read_node_path(name: str) -> str:

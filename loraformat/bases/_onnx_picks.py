@@ -20,6 +20,8 @@ _WIDE: Final = 8
 _WIDTHS: Final = {6: 4, 7: _WIDE}
 """Bytes of int32 and int64, by ONNX's numbers for them."""
 _FEW: Final = 8
+_NODES: Final = 64
+_SHAPES: Final = frozenset({"Shape", "Size"})
 _PRODUCTS: Final = frozenset({"MatMul", "Gemm", "com.microsoft.FusedMatMul", "com.microsoft.FusedGemm"})
 _PASSING: Final = frozenset({"Identity", "Cast", "Squeeze", "Unsqueeze"})
 _AFTER: Final = frozenset({"Add", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
@@ -165,3 +167,36 @@ def _read_strides(slices: list[Visit]) -> str:
     """Return which of the two it is that two Slices take: one after the other, or every other one."""
     strides = {_read_index(each, 4, 0) if len(each.node.input) > 4 else 1 for each in slices}
     return "halves" if strides == {1} else "turns" if strides == {2} else ""
+
+
+def find_chooser(visit: Visit) -> tuple[Visit, int, Trace] | None:
+    """Return the linear layer whose results say which experts a node picks: node, input and weight; None for no one.
+
+    Its results go through a TopK, and what stands between makes nothing of other layers.
+    """
+    pending = [visit.scope.find(visit.node.input[1])] if len(visit.node.input) > 1 else []
+    seen: set[tuple[int, str]] = set()
+    ops: set[str] = set()
+    layers: dict[Visit, tuple[Visit, int, Trace]] = {}
+    while pending and len(seen) < _NODES:
+        scope, name = pending.pop()
+        made_by = scope.producers.get(name)
+        if (id(scope), name) in seen or not isinstance(made_by, Visit) or made_by.op in _SHAPES:
+            continue
+        seen.add((id(scope), name))
+        ops.add(made_by.op)
+        layer = _read_layer(made_by)
+        if layer is not None:
+            layers[made_by] = layer
+        else:
+            pending += [made_by.scope.find(each) for each in made_by.node.input if each]
+    return next(iter(layers.values())) if len(layers) == 1 and not pending and "TopK" in ops else None
+
+
+def _read_layer(visit: Visit) -> tuple[Visit, int, Trace] | None:
+    """Return a node that multiplies by a stored matrix, with the input that it reads it at, and the matrix."""
+    for position in (1, 0) if visit.op in _PRODUCTS else ():
+        trace = trace_constant(visit.scope, visit.node.input[position])
+        if trace is not None and trace.tensor is not None and len(trace.tensor.dims) > 1:
+            return visit, position, trace
+    return None

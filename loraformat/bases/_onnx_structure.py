@@ -24,7 +24,7 @@ from loraformat.bases._onnx_flow import (
 from loraformat.bases._onnx_scopes import Visit
 from loraformat.bases._onnx_sites import RawSite
 
-_PASSING: Final = (
+PASSING: Final = (
     frozenset({"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Dropout", "Flatten"}) | QUANTISING
 )
 _ACTIVATIONS: Final = frozenset(
@@ -39,7 +39,7 @@ _IN_ACTIVATIONS: Final = (
     | frozenset({"Slice", "Transpose", "Unsqueeze", "Squeeze", "Flatten"})
     | QUANTISING
 )
-_NORMS: Final = frozenset({"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"}) | frozenset(
+NORMS: Final = frozenset({"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"}) | frozenset(
     f"com.microsoft.{name}"
     for name in (
         "SkipLayerNormalization",
@@ -71,7 +71,7 @@ def find_roles(visits: Sequence[Visit], found: Sequence[RawSite], opset: int) ->
     try:
         cores = list(list_cores(flow))
         attentions = _order(flow, [_read_attention(flow, core, cuts) for core in cores])
-        blocks = _list_blocks(flow, cuts)
+        blocks = list_blocks(flow, cuts)
         layers = [
             attention | _pick_block(flow, blocks, attentions, number) for number, attention in enumerate(attentions)
         ]
@@ -98,7 +98,7 @@ def _read_attention(flow: Flow, core: Core, cuts: _Cuts) -> dict[str, Visit]:
     Of one for all, the rows of each are noted in `cuts`.
     """
     slices = dict(zip(MEMBERS, (core.query, core.key, core.value), strict=True))
-    behind = {reader for reader, _ in flow.list_readers(core.context, _PASSING) if reader in flow.sites}
+    behind = {reader for reader, _ in flow.list_readers(core.context, PASSING) if reader in flow.sites}
     query, key, value = core.query.layer, core.key.layer, core.value.layer
     if query is None or key is None or value is None or len(behind) != 1:
         raise UnlikeError(f"{core.where} does not have one layer each for queries, keys, values and output")
@@ -109,7 +109,7 @@ def _read_attention(flow: Flow, core: Core, cuts: _Cuts) -> dict[str, Visit]:
     scale = core.multiply(size) if size else 0.0
     scale *= flow.sites[query].use.divisor * flow.sites[key].use.divisor
     _check_scale(flow, scale, size, (query, key, value, output), core.where)
-    if len({_check_norm(flow, layer, core.where) for layer in (query, key, value)}) != 1:
+    if len({check_norm(flow, layer, core.where) for layer in (query, key, value)}) != 1:
         raise UnlikeError(f"{core.where} makes queries, keys and values of different things")
     if query is key is value:
         found = {name: find_rows(flow, query, each) for name, each in slices.items()}
@@ -130,18 +130,18 @@ def _check_scale(flow: Flow, scale: float, size: int, layers: Sequence[Visit], w
         raise UnlikeError(f"{where} {found}: what is missing may be folded into a weight")
 
 
-def _check_norm(flow: Flow, layer: Visit, where: str) -> Value:
+def check_norm(flow: Flow, layer: Visit, where: str) -> Value:
     """Refuse a layer whose input was not just scaled by a norm's vector: that may be folded into its weight.
 
     Returns what the norm puts out.
     """
     scope, name = flow.read(layer)
     made_by = scope.producers.get(name)
-    while isinstance(made_by, Visit) and made_by.op in _PASSING:
+    while isinstance(made_by, Visit) and made_by.op in PASSING:
         scope, name = made_by.scope.find(made_by.node.input[0])
         made_by = scope.producers.get(name)
     scaled = isinstance(made_by, Visit) and (
-        made_by.op in _NORMS or (made_by.op in ("Mul", "Add") and reads_vector(made_by))
+        made_by.op in NORMS or (made_by.op in ("Mul", "Add") and reads_vector(made_by))
     )
     if not scaled:
         raise UnlikeError(f"{where}: the layer {layer.node.name!r} does not read what a norm puts out")
@@ -164,7 +164,7 @@ def _order(flow: Flow, attentions: Sequence[dict[str, Visit]]) -> list[dict[str,
 # --- what stands behind attention ------------------------------------------------------------------------------------
 
 
-def _list_blocks(flow: Flow, cuts: _Cuts) -> list[_Block]:
+def list_blocks(flow: Flow, cuts: _Cuts) -> list[_Block]:
     """Return blocks of two or three layers around an activation, each added to what it was computed from."""
     found = [(layer, _read_block(flow, layer, cuts)) for layer in flow.sites]
     return [block for layer, block in found if block and _is_residual(flow, block, layer)]
@@ -263,7 +263,7 @@ def _pick_block(
         raise UnlikeError(f"attention {number + 1} does not follow the block behind attention {number}")
     for layer in block.values():
         if layer is not down:
-            _check_norm(flow, layer, f"the block behind attention {number}")
+            check_norm(flow, layer, f"the block behind attention {number}")
     return dict(block)
 
 

@@ -47,3 +47,46 @@ class StructuredBase(Protocol):
     def find_roles(self) -> Roles:
         """Return the roles of its linear layers."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """Names that are left beside layers that work together: those of one attention, or of one block behind it.
+
+    Attributes:
+        attends: whether they are those of an attention.
+        named: module paths of members by roles, as names at their nodes, weights or biases give them; `query_norm` and
+            `key_norm` are the norms of heads.
+        norm: path of the norm whose result all of them read and nothing else does; empty where no name tells, or where
+            it may be another layer's.
+        crosses: whether keys and values are made of something else than queries.
+    """
+
+    attends: bool
+    named: Mapping[str, str]
+    norm: str
+    crosses: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Anchors:
+    """What layers of a graph do together, and which names stand beside them.
+
+    Attributes:
+        roles: the roles; the number of the layer is that of the anchor.
+        anchors: the names.
+        reason: what keeps attentions from being told; empty for nothing.
+    """
+
+    roles: Roles
+    anchors: tuple[Anchor, ...]
+    reason: str = ""
+
+
+@runtime_checkable
+class AnchoredBase(Protocol):
+    """A base that tells which names stand beside layers that have none."""
+
+    def find_anchors(self) -> Anchors:
+        """Return roles of linear layers and the names beside them."""
+        ...

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases import BaseModel, FloatForm, MeasuredValue, Roles, Site, Weight, WeightCopy, WeightFloats
+from loraformat.bases import Anchors, BaseModel, FloatForm, MeasuredValue, Roles, Site, Weight, WeightCopy, WeightFloats
+from loraformat.bases._onnx_anchors import find_anchors
 from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases._onnx_coded import find_coded_part, find_coding, find_ranges
 from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
@@ -136,11 +137,15 @@ class OnnxGraph:
 
     def find_roles(self) -> Roles:
         """Return what the linear layers of the main graph do, as far as the flow of values tells."""
-        visits = self._index.visits
-        opset = max(
-            (each.version for each in self._opened.model.opset_import if each.domain in ("", "ai.onnx")), default=0
-        )
-        return find_roles(visits, find_sites(visits), opset)
+        return find_roles(self._index.visits, find_sites(self._index.visits), self._read_opset())
+
+    def find_anchors(self) -> Anchors:
+        """Return which linear layers of the main graph work together, and the names that are left beside them."""
+        return find_anchors(self._index.visits, find_sites(self._index.visits), self._read_opset())
+
+    def _read_opset(self) -> int:
+        imports = self._opened.model.opset_import
+        return max((each.version for each in imports if each.domain in ("", "ai.onnx")), default=0)
 
     @property
     def changes(self) -> tuple[Sequence[TensorCopy], GraphChange]:

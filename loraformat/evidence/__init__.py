@@ -5,11 +5,11 @@ heard, in the order of their numbers. What a fingerprint or the torch checkpoint
 `resolve.py` sees to that.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from loraformat.bases import BaseModel, Roles, Site
+from loraformat.bases import Anchors, BaseModel, Roles, Site
 from loraformat.matching import Match, Want
 from loraformat.problems import Problem
 from loraformat.registry import Registry
@@ -52,11 +52,13 @@ class Clues:
         mapped: weights by target and parameter; several where each has a section.
         reference: where the torch checkpoint of the base has each target's parameter.
         roles: what the layers of the base do, where the user asks for it.
+        anchors: finds which layers work together, and the names beside them; None for a base that tells nothing.
     """
 
     mapped: Mapping[tuple[str, str], Sequence[MappedWeight]] = field(default_factory=dict)
     reference: Mapping[tuple[str, str], Sequence[Match]] = field(default_factory=dict)
     roles: Roles | None = None
+    anchors: Callable[[], Anchors] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,14 +18,14 @@ from loraformat.matching import Want, count_rows, cut_rows
 from loraformat.problems import Problem
 from loraformat.site_index import Candidate
 
-_IN_ATTENTION: Final = (
+IN_ATTENTION: Final = (
     (r"q_proj|q_lin|query|q", "query"),
     (r"k_proj|k_lin|key|k", "key"),
     (r"v_proj|v_lin|value|v", "value"),
     (r"c_attn|qkv_proj|query_key_value|Wqkv|qkv", "qkv"),
     (r"o_proj|out_proj|out_lin|output\.dense|c_proj|dense|proj|o", "output"),
 )
-_BEHIND: Final = (
+BEHIND: Final = (
     (r"gate_proj", "gate"),
     (r"up_proj", "up"),
     (r"gate_up_proj", "gate_up"),
@@ -36,10 +36,10 @@ _BEHIND: Final = (
 """Ends of the names of modules, in the families of models that have them, and what these do."""
 _MADE_OF: Final = {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
 """Modules that hold what may be stored apart, in the order of their rows."""
-_OWN_ORDER: Final = re.compile(r"\.(?:query_key_value|Wqkv|qkv)$")
+OWN_ORDER: Final = re.compile(r"\.(?:query_key_value|Wqkv|qkv)$")
 """Modules of which families of models have the rows in different orders: in turns, or one after the other."""
-_ATTENTION: Final = re.compile(r"att", re.I)
-_NUMBER: Final = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+ATTENTION: Final = re.compile(r"att", re.I)
+NUMBER: Final = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _OTHER_STACKS: Final = re.compile(r"encoder_attn|cross_?att|EncDecAttention|experts?\b|(?:^|\.)decoder\.|lora_", re.I)
 _ORDER: Final = 50
 _KEY: Final = "structure"
@@ -61,13 +61,13 @@ class Structure:
         role = lookup.kept[_KEY].get(want.target.name)
         if role is None:
             return []
-        found = _find_sites(want, lookup.sites, roles, role)
+        found = find_sites(want, lookup.sites, roles, role)
         named = (replace(site, module=want.target.name, evidence=self.name) for site in found)
         evidence = f"{role.name} of layer {role.layer}"
         return [Candidate(site, self.name, self.name, evidence=evidence) for site in named]
 
 
-def _find_sites(want: Want, sites: Sequence[Site], roles: Roles, role: Role) -> list[Site]:
+def find_sites(want: Want, sites: Sequence[Site], roles: Roles, role: Role) -> list[Site]:
     """Return the site that has a role, the rows of one that has it with others, or the sites that have it together."""
     found = [site for site in sites if roles.by_site.get(site.id) == role]
     if found:
@@ -94,8 +94,8 @@ def _list_whole(sites: Sequence[Site], places: Set[str], slot: SlotKind) -> list
 
 def read_role(name: str) -> Role | None:
     """Return the role that a target's name gives it; None for a name that gives none, or not surely."""
-    numbers, end = _NUMBER.findall(name), _NUMBER.split(name)[-1]
-    known = _IN_ATTENTION if _ATTENTION.search(end) else _BEHIND
+    numbers, end = NUMBER.findall(name), NUMBER.split(name)[-1]
+    known = IN_ATTENTION if ATTENTION.search(end) else BEHIND
     role = next((role for ends, role in known if re.search(rf"\.(?:{ends})$", end)), None)
     if role is None or len(numbers) != 1 or _OTHER_STACKS.search(name):
         return None
@@ -120,13 +120,13 @@ def _object(lookup: Lookup, wanted: Mapping[str, Role]) -> str:
         return roles.reason
     if not wanted:
         return "no target's name says what its layer does, or it says so of several stacks"
-    begins = {_NUMBER.split(name, maxsplit=1)[0] for name in wanted}
+    begins = {NUMBER.split(name, maxsplit=1)[0] for name in wanted}
     if len(begins) > 1:
         return f"targets of several stacks: {', '.join(sorted(begins))}"
     last = max(role.layer for role in wanted.values())
     if last + 1 != roles.layers:
         return f"{roles.layers} layers in the graph, and the adapter's last one has the number {last}"
-    own = next((name for name in sorted(wanted) if _OWN_ORDER.search(name)), None)
+    own = next((name for name in sorted(wanted) if OWN_ORDER.search(name)), None)
     stored_apart = own is not None and wanted[own] not in roles.by_site.values()
     if own is not None and (roles.is_ordered or stored_apart):
         return f"queries, keys and values lie one after the other, and {own} may have them in turns"
