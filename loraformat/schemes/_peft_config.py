@@ -11,7 +11,7 @@ from loraformat.errors import error_for, refuse
 from loraformat.problems import Problem
 from loraformat.recognition import recognise_fields, recognise_type
 from loraformat.schemes import Bundle, StatedScale
-from loraformat.schemes._peft_patterns import fits
+from loraformat.schemes._peft_patterns import fits, fits_whole
 from loraformat.strict_json import JsonValue
 
 _LORA: Final = "LORA"
@@ -184,8 +184,17 @@ def _finite(scaling: Scaling, target: str) -> Scaling:
 
 def fits_pattern(pattern: str, target: str, where: str) -> bool:
     """Say whether PEFT applies a pattern to a target; LF213 for one that is no simple regular expression."""
+    return _fits(fits, pattern, target, where)
+
+
+def fits_whole_pattern(pattern: str, target: str, where: str) -> bool:
+    """Say whether all of a target is as a pattern says; LF213 as `fits_pattern` does."""
+    return _fits(fits_whole, pattern, target, where)
+
+
+def _fits(compare: Callable[[str, str], bool], pattern: str, target: str, where: str) -> bool:
     try:
-        return fits(pattern, target)
+        return compare(pattern, target)
     except ValueError as error:
         found = f"the pattern {pattern!r:.80}: {error}"
         raise refuse("LF213", where, found, "a simple regular expression") from error

@@ -17,7 +17,7 @@ from loraformat.limits import MAX_EXPERTS
 from loraformat.operations import BlockDiagonal, Reshape, Take
 from loraformat.problems import Problem
 from loraformat.row_orders import Permute
-from loraformat.schemes._peft_config import PeftConfig
+from loraformat.schemes._peft_config import PeftConfig, fits_whole_pattern
 
 A: Final = "lora_A.weight"
 B: Final = "lora_B.weight"
@@ -36,23 +36,35 @@ def find_module(name: str) -> str:
     return name
 
 
-def list_parameters(module: str, config: PeftConfig) -> list[str]:
-    """Return the parameters of a module that the configuration targets, innermost first."""
+def list_parameters(module: str, config: PeftConfig, count: int) -> list[str]:
+    """Return the parameters of a module that the configuration targets, innermost first.
+
+    Args:
+        module: its name.
+        config: what names the parameters.
+        count: how many of the module there are. A bare name may be any module's: it is left out where those that stand
+            with a module's name are as many already.
+    """
     stated = config.fields.get("target_parameters")
     entries = [entry for entry in stated if isinstance(entry, str)] if isinstance(stated, list | tuple) else []
-    found: list[str] = []
+    own, bare = [], []
     for entry in dict.fromkeys(entries):
         owner, _, parameter = entry.rpartition(".")
-        inside = module == owner or module.endswith(f".{owner}")
-        if inside if owner else not _is_targeted(module, config):
-            found.append(parameter)
-    known = [parameter for parameter in ORDER if parameter in found]
-    return list(known) if len(known) == len(found) else found
+        if not owner:
+            bare.append(parameter)
+        elif module == owner or module.endswith(f".{owner}"):
+            own.append(parameter)
+    if bare and len(own) != count and not _is_targeted(module, config):
+        own += bare
+    known = [parameter for parameter in ORDER if parameter in own]
+    return list(known) if len(known) == len(own) else own
 
 
 def _is_targeted(module: str, config: PeftConfig) -> bool:
     """Say whether a module is adapted by its own name, so that a parameter's name alone cannot mean it."""
     stated = config.fields.get("target_modules")
+    if isinstance(stated, str):
+        return fits_whole_pattern(stated, module, f"{config.where}: target_modules")
     names = stated if isinstance(stated, list | tuple) else ()
     return any(isinstance(name, str) and (module == name or module.endswith(f".{name}")) for name in names)
 
@@ -66,10 +78,10 @@ def name_parameter(name: str, levels: Mapping[str, Mapping[str, Factor]], config
         config: what names the parameters.
     """
     module = find_module(name)
-    parameters = list_parameters(module, config)
+    nested = [each for each in levels if find_module(each) == module]
+    parameters = list_parameters(module, config, len(nested))
     if not parameters:
         return None
-    nested = [each for each in levels if find_module(each) == module]
     depth = (len(name) - len(module)) // len(WRAPPED)
     if len(nested) != len(parameters) or depth >= len(parameters):
         found = f"{len(nested)} pairs of factors, and the parameters {', '.join(parameters)}"

@@ -55,7 +55,7 @@ def pack_experts(targets: Targets, raw: Mapping[str, Any]) -> Packed:
     config = PeftConfig(raw, "adapter_config.json", True)
     taken: set[str] = set()
     for module, parameters in groups.items():
-        stated = list_parameters(module, config)
+        stated = list_parameters(module, config, len(parameters))
         names = [each for each in parameters if each in stated or (_NO_MODULE in parameters and each in ORDER)]
         taken |= {name for each in names for name in parameters[each].values()}
         ordered = sorted(names, key=lambda each: (stated + list(ORDER)).index(each))
@@ -75,10 +75,10 @@ def pack_experts(targets: Targets, raw: Mapping[str, Any]) -> Packed:
 
 def _find_lone_module(name: str, config: PeftConfig) -> str | None:
     """Return the module of which a target is the only targeted parameter, without experts; None for a module itself."""
-    if list_parameters(name, config) == ["weight"]:
+    if list_parameters(name, config, 1) == ["weight"]:
         return name
     module, _, parameter = name.rpartition(".")
-    return module if list_parameters(module, config) == [parameter] else None
+    return module if list_parameters(module, config, 1) == [parameter] else None
 
 
 def _pack(name: str, key: str, experts: Mapping[int, Target], packed: Packed) -> None:

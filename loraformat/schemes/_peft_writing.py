@@ -196,7 +196,7 @@ def _names_parameters(config: PeftConfig, parameters: Targets) -> bool:
     for name in parameters:
         module, _, parameter = name.rpartition(".")
         own[module].add(parameter)
-    return all(set(list_parameters(module, config)) == names for module, names in own.items())
+    return all(set(list_parameters(module, config, len(names))) == names for module, names in own.items())
 
 
 def is_covered(config: PeftConfig, name: str) -> bool:

@@ -96,6 +96,13 @@ def test_packed_factors(tmp_path: Path, form: str, family: str, names: list[str]
     assert_near(found, trained.merged, state_of(packed), form=form)
 
 
+def test_all_linear_of_a_mixture(tmp_path: Path) -> None:
+    """PEFT 0.21 targets the router by its owner's name beside the bare names of the experts' parameters."""
+    trained = train(mixture("mixtral"), peft.LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"), tmp_path)
+    merge(trained, tmp_path / "merged")
+    assert_near(reload(tmp_path / "merged"), trained.merged, reload(trained.base), form="float32")
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_packed_factors_of_square_matrices(tmp_path: Path, family: str) -> None:
     """Only the family tells which side is the input."""

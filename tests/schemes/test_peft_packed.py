@@ -169,6 +169,23 @@ def test_a_parameter_that_is_not_packed() -> None:
     assert [target.name for target in adapter.targets] == ["model.layers.0.mlp.gate", "model.layers.0.sinks.table"]
 
 
+def test_bare_names_beside_a_router_that_is_called_by_its_owner() -> None:
+    """PEFT 0.21 writes so what `all-linear` is for a mixture of experts."""
+    router = {"lora_A.weight": (R, IN), "lora_B.weight": (E, R)}
+    shapes = {X: OTHER, f"{X}.base_layer": PACKED, "model.layers.0.mlp.gate": router, "m.q_proj": LINEAR}
+    names = ["gate_up_proj", "down_proj", "gate.weight"]
+    adapter = read(shapes, target_parameters=names, target_modules=["q_proj"])
+    packed = [f"{X}.{expert}.{name}" for expert in range(E) for name in ("gate_up_proj", "down_proj")]
+    assert {target.name for target in adapter.targets} == {*packed, "model.layers.0.mlp.gate", "m.q_proj"}
+
+
+def test_a_bare_name_means_no_module_that_a_pattern_targets() -> None:
+    shapes = {X: PACKED, "model.layers.0.self_attn.q_proj": LINEAR}
+    adapter = read(shapes, target_parameters=["down_proj"], target_modules=r".*\.(q|v)_proj")
+    assert "model.layers.0.self_attn.q_proj" in {target.name for target in adapter.targets}
+    assert codes(shapes, target_parameters=["down_proj"], target_modules="*") == ["LF213"]
+
+
 def test_a_bare_name_means_no_module_that_is_targeted_by_its_own() -> None:
     shapes = {X: PACKED, "model.layers.0.q_proj": LINEAR}
     adapter = read(shapes, target_parameters=["down_proj"], target_modules=["q_proj"])
