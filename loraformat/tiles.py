@@ -18,13 +18,13 @@ from loraformat.sinks import Sink
 from loraformat.tile_sums import TileSums, count_broken, is_in_range, sum_up
 from loraformat.weight_work import Placed, WeightWork, as_bytes
 
-_SUMMED: Final = 4
+_SUMMED: Final = 8
 """Of the tiles of a large weight that is only added to, one in so many is summed up."""
 
 _ROWS_SKIPPED: Final = 32
 """And of the rows of such a tile at most one in so many."""
 
-_ALL_SUMMED: Final = 4
+_ALL_SUMMED: Final = 2
 """A weight of fewer tiles than this times `_SUMMED` has more of them summed up, and one of so few all."""
 
 _NUMBERS_SUMMED: Final = 1 << 17
@@ -86,22 +86,28 @@ def _add_tile(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, o
     work.read_stored(rows, stored)
     merged = _sum_deltas(work, buffers, rows, shape)
     some = _choose_rows(work, rows)
-    delta = _keep(buffers, "some deltas", merged[some])
-    base = buffers.take("some of the base", cast(tuple[int, int], delta.shape), work.work_form)
-    work.encoding.decode(stored[some], base)
+    kept = _keep_rows(work, buffers, stored, merged, some) if some is not None else None
     work.encoding.add(stored, merged)
     written = _round_and_write(work, buffers, merged, sink, offset)
     sums = TileSums()
-    if delta.size:
+    if kept is not None and some is not None:
         wanted = _keep(buffers, "some wanted", merged[some])
-        sums = sum_up(base, delta, wanted, _read_back(work, buffers, wanted, written[some]))
-    broken = TileSums() if is_in_range(merged, written) else _count_broken(work, buffers, rows, written)
+        sums = sum_up(*kept, wanted, _read_back(work, buffers, wanted, written[some]))
+    if is_in_range(merged, written):
+        return sums
+    finite = np.isfinite(written.astype(np.float64))  # Before the base is read once more, maybe to where `written` is.
+    broken = count_broken(_read_base(work, buffers, rows, shape), finite)
     return replace(sums, overflowed=broken.overflowed, not_finite=broken.not_finite)
 
 
-def _count_broken(work: WeightWork, buffers: TileBuffers, rows: range, written: NDArray[Any]) -> TileSums:
-    finite = np.isfinite(written.astype(np.float64))  # Before the base is read once more, maybe to where `written` is.
-    return count_broken(_read_base(work, buffers, rows, cast(tuple[int, int], written.shape)), finite)
+def _keep_rows(
+    work: WeightWork, buffers: TileBuffers, stored: NDArray[Any], deltas: NDArray[Any], some: slice
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return some rows of the base and of the delta, before the one is added to the other."""
+    delta = _keep(buffers, "some deltas", deltas[some])
+    base = buffers.take("some of the base", cast(tuple[int, int], delta.shape), work.work_form)
+    work.encoding.decode(stored[some], base)
+    return base, delta
 
 
 def _keep(buffers: TileBuffers, purpose: str, rows: NDArray[Any]) -> NDArray[Any]:
@@ -137,12 +143,12 @@ def change_tile(work: WeightWork, buffers: TileBuffers, rows: range) -> tuple[ND
     return base, *_compose(work, buffers, rows, base)
 
 
-def _choose_rows(work: WeightWork, rows: range) -> slice:
-    """Return which rows of a tile are summed up: all in a small weight, in a large one some of some tiles."""
+def _choose_rows(work: WeightWork, rows: range) -> slice | None:
+    """Return which rows of a tile are summed up: all of a small weight, some of some tiles of a large one, or None."""
     height, (total, columns) = work.weight.tile_rows, work.weight.matrix
     every = max(1, min(_SUMMED, total // height // _ALL_SUMMED))
     if rows.start // height % every:
-        return slice(0)
+        return None
     step = max(1, min(_ROWS_SKIPPED, total * columns // every // _NUMBERS_SUMMED))
     return slice(None, None, step - 1 | 1)  # Odd: what repeats in a weight, such as heads, is met everywhere.
 

@@ -81,7 +81,7 @@ class Plain:
 
 ENCODING: Final = Plain()
 
-_STEP: Final = 1 << 16
+_STEP: Final = 1 << 19
 _ODD_AND_SIGN: Final = np.array(1 | 1 << 28 | -(1 << 31), np.int32)
 _HALF_AND_BIAS: Final = np.array(0xFFF - (112 << 23), np.int32)
 _TWICE_SMALLEST: Final = np.array(2 * 0x38800000, np.uint32)
