@@ -12,7 +12,14 @@ from typing import Final
 
 from loraformat.adapter import SlotKind
 from loraformat.bases._onnx_names import NODE_NAME, find_repeated, module_of_node, module_of_tensor
-from loraformat.bases._onnx_picks import Product, find_arrangement, find_chooser, find_product, pick_expert, trace_packed
+from loraformat.bases._onnx_picks import (
+    Product,
+    find_arrangement,
+    find_chooser,
+    find_product,
+    pick_expert,
+    trace_packed,
+)
 from loraformat.bases._onnx_scopes import Trace, Visit
 from loraformat.bases._onnx_sites import RawSite
 from loraformat.bases._onnx_uses import Use, read_attribute

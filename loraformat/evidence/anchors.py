@@ -7,7 +7,7 @@ target that two layers could be is refused (LF404).
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
