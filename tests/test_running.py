@@ -120,6 +120,52 @@ def test_what_cannot_be_computed_apart_is_named(tmp_path: Path) -> None:
     assert {(problem.code, problem.where) for problem in found.problems} == {("LF446", "w_then")}
 
 
+def _pictures(tmp_path: Path, kernel: int) -> Any:
+    """A convolution that needs pictures of more than 8 by 8, whose sizes no name tells."""
+    rng, net = np.random.default_rng(8), Net()
+    weight = net.weight(f"{MODULE}.weight", dyadic(rng, 5, 3, kernel, kernel))
+    net.op("Conv", [net.feed("x", rank=4), weight], net.result("y", rank=4), torchscript_name(MODULE, "Conv"))
+    small = dyadic(rng, 2, 3, kernel, kernel), dyadic(rng, 5, 2, 1, 1)
+    base = write_model(tmp_path / "base.onnx", net.model())
+    adapter = write_peft(tmp_path / "adapter", {MODULE: small})
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx")
+    return loraformat.verify(tmp_path / "merged.onnx", base, [adapter], run=True, sizes={"x_1": 3})
+
+
+def test_inputs_are_made_larger_where_a_model_needs_it(tmp_path: Path) -> None:
+    found = _pictures(tmp_path, 20)
+    assert not found.problems
+    assert found.runs[0].effect > 0
+
+
+def test_what_runs_on_no_size_tells_how_to_give_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        _pictures(tmp_path, 230)
+    assert caught.value.codes == ("LF446",)
+    assert "--size" in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_outputs_with_infinities_are_compared_in_what_is_finite(tmp_path: Path) -> None:
+    rng, net = np.random.default_rng(9), Net()
+    made = net.op("MatMul", [net.feed("x"), net.weight("w", dyadic(rng, 8, 7))], "made", NAME)
+    net.op("Log", [made], net.result("y"))
+    found = check(tmp_path, net.model(), {MODULE: factors(rng, 7, 8)})
+    assert not found.problems
+    assert found.runs[0].effect > 0
+
+
+def test_inputs_of_texts_and_of_sequences(tmp_path: Path) -> None:
+    rng, net = np.random.default_rng(10), Net()
+    net.op("Identity", [net.feed("words", TensorProto.STRING)], net.result("same", TensorProto.STRING))
+    net.op("MatMul", [net.feed("x"), net.weight("w", dyadic(rng, 8, 7))], net.result("y"), NAME)
+    assert not check(tmp_path, net.model(), {MODULE: factors(rng, 7, 8)}).problems
+    net.inputs.append(onnx.helper.make_tensor_sequence_value_info("many", TensorProto.FLOAT, None))
+    net.op("SequenceLength", ["many"], net.result("length", TensorProto.INT64, 0))
+    with pytest.raises(loraformat.LoraformatError, match="seq"):
+        check(tmp_path / "sequence", net.model(), {MODULE: factors(rng, 7, 8)})
+
+
 def test_a_checkpoint_cannot_be_run(tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 

@@ -71,9 +71,9 @@ def _find_folded_conv(visit: Visit, trace: Trace) -> str:
     bias, output = next(iter(inputs[place : place + 1]), ""), next(iter(visit.node.output), "")
     bias = bias.removesuffix(_QUANTISED)
     if not any(name.endswith(".weight") for name in weights):
-        return (
-            f"BatchNorm was folded into it (the weight was renamed to {trace.name})" if not _is_anonymous(visit) else ""
-        )
+        if _is_anonymous(visit) or any(_is_parameter(name, visit) for name in weights):
+            return ""
+        return f"BatchNorm was folded into it (the weight was renamed to {trace.name})"
     if any(bias == f"{name}_bias" for name in weights):
         return f"BatchNorm was folded into it (it was given the bias {bias})"
     if any(mark in name.rpartition("/")[2] for mark in _MARKS for name in (*weights, bias, output)):
@@ -84,6 +84,13 @@ def _find_folded_conv(visit: Visit, trace: Trace) -> str:
 def _is_anonymous(visit: Visit) -> bool:
     """Say whether nothing at a node tells its module, so that its weight's name tells nothing either."""
     return not (_read_scopes(_metadata(visit).get(_SCOPES_KEY, "")) or read_node_path(visit.node.name))
+
+
+def _is_parameter(name: str, visit: Visit) -> bool:
+    """Say whether a tensor has the name of a parameter of the node's module that is not its weight, as a filter bank."""
+    owner, _, own = name.rpartition(".")
+    path = read_node_path(visit.node.name)
+    return bool(owner and path) and "weight" not in own and _holds(owner.split("."), path.split("."))
 
 
 def module_of_node(visit: Visit, position: int, trace: Trace, parameter: str = "weight") -> tuple[str, str]:
