@@ -57,6 +57,7 @@ class OnnxFile:
         self.path = self.file.path
         self.problems: list[Problem] = []
         self._data: dict[Path, InputFile] = {}
+        self._places: dict[str, InputFile] = {}
         try:
             self._read()
         except BaseException:
@@ -155,12 +156,13 @@ class OnnxFile:
         return file, Span(file.path, data.offset, needed)
 
     def _open_data(self, location: str) -> InputFile:
-        """Return the open data file, opening it once."""
-        path = resolve_inside(self.path, location)
-        if path not in self._data:
-            file = self._first_open(path, location)
-            self._data[path] = file
-        return self._data[path]
+        """Return the open data file, opening it once however many tensors name it, and in however many ways."""
+        if location not in self._places:
+            path = resolve_inside(self.path, location)
+            if path not in self._data:
+                self._data[path] = self._first_open(path, location)
+            self._places[location] = self._data[path]
+        return self._places[location]
 
     def _first_open(self, path: Path, location: str) -> InputFile:
         if not os.path.lexists(path):
