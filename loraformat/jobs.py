@@ -155,8 +155,9 @@ def deal_jobs(jobs: Sequence[Job], workers: int) -> list[int]:
     ordered = sorted(range(len(jobs)), key=lambda number: jobs[number].order)
     if len({job.order[0] for job in jobs}) == 1:
         return ordered
-    share = sum(job.output_bytes for job in jobs) / workers
-    places, passed = {}, 0
+    share = max(1, sum(job.output_bytes for job in jobs) // workers)
+    places: dict[int, int] = {}
+    passed = 0
     for number in ordered:
         places[number] = passed % share
         passed += jobs[number].output_bytes
