@@ -38,7 +38,10 @@ class Encoding(Protocol):
         ...
 
     def add(self, stored: NDArray[Any], out: NDArray[Any]) -> None:
-        """Add the values of `stored` to `out`, of the same shape and the work form, as `decode` and a sum would."""
+        """Add the values of `stored` to `out`, of the work form, as `decode` and a sum would.
+
+        Both are of one shape and contiguous.
+        """
         ...
 
     def encode(self, values: NDArray[Any], out: NDArray[Any]) -> None:

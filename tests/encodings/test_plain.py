@@ -192,6 +192,17 @@ def test_what_leaves_the_range_is_not_finite_and_not_a_warning(name: str, value:
     np.testing.assert_array_equal(out.astype(np.float64), expected)
 
 
+def test_float16_steps_meet_without_a_gap() -> None:
+    """As many numbers as are converted at a time, and some more; numpy's own cast is the reference."""
+    values = (np.random.default_rng(3).standard_normal(plain._STEP + 5) * 0.01).astype(np.float32)
+    found = np.zeros(values.size, np.float16)
+    plain.ENCODING.encode(values.copy(), found)
+    assert found.tobytes() == values.astype(np.float16).tobytes()
+    sums = np.ones(values.size, np.float32)
+    plain.ENCODING.add(found, sums)
+    assert sums.tobytes() == (found.astype(np.float32) + np.float32(1)).tobytes()
+
+
 @pytest.mark.parametrize("special", [0x7C00, 0xFC00, 0x7C01, 0xFE00, 0xFFFF], ids=hex)
 def test_one_special_in_a_float16_tile_is_seen(special: int) -> None:
     stored = np.arange(0x100, dtype=np.uint16)

@@ -85,6 +85,17 @@ class EncodingLaws:
         self.decode(stored, dtype)
         assert stored.tobytes() == before
 
+    @pytest.mark.parametrize("shape", [(0, 3), (5, 7), (3, 70_001)], ids=str)
+    def test_adding_is_decoding_and_a_sum(self, dtype: Dtype, shape: tuple[int, ...]) -> None:
+        stored = np.resize(self.stored_samples(dtype), shape)
+        sums = np.random.default_rng(7).standard_normal(shape).astype(self.encoding.work_dtype(dtype))
+        with np.errstate(all="ignore"):
+            expected = self.decode(stored, dtype) + sums
+            self.encoding.add(stored, sums)
+        nan = np.isnan(expected)
+        assert (np.isnan(sums) == nan).all()
+        assert sums[~nan].tobytes() == expected[~nan].tobytes()
+
     def test_encoding_rounds_once_to_the_nearest(self, dtype: Dtype) -> None:
         values = self.value_samples(dtype)
         found, expected = self.encode(values, dtype), self.encode_reference(values, dtype)
