@@ -88,16 +88,23 @@ def _add_tile(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, o
     some = _choose_rows(work, rows)
     kept = _keep_rows(work, buffers, stored, merged, some) if some is not None else None
     work.encoding.add(stored, merged)
-    written = _round_and_write(work, buffers, merged, sink, offset)
+    written = _round(work, buffers, merged)
     sums = TileSums()
     if kept is not None and some is not None:
         wanted = _keep(buffers, "some wanted", merged[some])
         sums = sum_up(*kept, wanted, _read_back(work, buffers, wanted, written[some]))
-    if is_in_range(merged, written):
-        return sums
-    finite = np.isfinite(written.astype(np.float64))  # Before the base is read once more, maybe to where `written` is.
-    broken = count_broken(_read_base(work, buffers, rows, shape), finite)
-    return replace(sums, overflowed=broken.overflowed, not_finite=broken.not_finite)
+    if not is_in_range(merged, written):
+        broken = _count_broken(work, rows, written)
+        sums = replace(sums, overflowed=broken.overflowed, not_finite=broken.not_finite)
+    sink.write(as_bytes(written).data, offset)
+    return sums
+
+
+def _count_broken(work: WeightWork, rows: range, written: NDArray[Any]) -> TileSums:
+    """Count by the base as it is before the tile is written: the sink may be the base."""
+    base: NDArray[Any] = np.empty(written.shape, work.work_form)
+    work.read_base(rows, np.empty(written.shape, work.stored_form), base)
+    return count_broken(base, np.isfinite(written.astype(np.float64)))
 
 
 def _keep_rows(
@@ -120,7 +127,8 @@ def _keep(buffers: TileBuffers, purpose: str, rows: NDArray[Any]) -> NDArray[Any
 def _change_and_sum(work: WeightWork, buffers: TileBuffers, rows: range, sink: Sink, offset: int) -> TileSums:
     """Merge a tile whatever is done to it, and compare what was written with what was wanted."""
     base, merged, delta = change_tile(work, buffers, rows)
-    written = _round_and_write(work, buffers, merged, sink, offset)
+    written = _round(work, buffers, merged)
+    sink.write(as_bytes(written).data, offset)
     return sum_up(base, delta, merged, _read_back(work, buffers, merged, written))
 
 
@@ -227,13 +235,10 @@ def _accumulate(placed: Placed, rows: range, delta: NDArray[Any], scratch: NDArr
     np.add(sink, values, out=sink)
 
 
-def _round_and_write(
-    work: WeightWork, buffers: TileBuffers, merged: NDArray[Any], sink: Sink, offset: int
-) -> NDArray[Any]:
-    """Write the rounded tile and return it: `merged` itself where the output holds the working form."""
-    written = merged
-    if work.written_form != work.work_form:
-        written = buffers.take("stored", cast(tuple[int, int], merged.shape), work.written_form)
-        work.written_encoding.encode(merged, written)
-    sink.write(as_bytes(written).data, offset)
+def _round(work: WeightWork, buffers: TileBuffers, merged: NDArray[Any]) -> NDArray[Any]:
+    """Return the rounded tile: `merged` itself where the output holds the working form."""
+    if work.written_form == work.work_form:
+        return merged
+    written = buffers.take("stored", cast(tuple[int, int], merged.shape), work.written_form)
+    work.written_encoding.encode(merged, written)
     return written

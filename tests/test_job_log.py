@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import loraformat
-from loraformat import engine, job_log
+from loraformat import job_log, jobs
 from loraformat.job_log import FileJobLog, describe_work, read_log
 from loraformat.spans import InputFile
 from loraformat.tile_sums import TileSums
@@ -142,7 +142,7 @@ class Stopper:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done, self.stop_at = 0, 0
-        real: Callable[..., TileSums] = engine.merge_rows
+        real: Callable[..., TileSums] = jobs.merge_rows
 
         def counted(*arguments: Any) -> TileSums:
             if self.done + 1 == self.stop_at:
@@ -150,7 +150,7 @@ class Stopper:
             self.done += 1
             return real(*arguments)
 
-        monkeypatch.setattr(engine, "merge_rows", counted)
+        monkeypatch.setattr(jobs, "merge_rows", counted)
 
 
 CHANGES: dict[str, Callable[[Path, pytest.MonkeyPatch], Any]] = {

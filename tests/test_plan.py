@@ -169,7 +169,7 @@ def test_weights_are_sorted_and_changes_stand_in_the_order_of_adapters(tmp_path:
         ((5, TILE_BYTES), 1),
         ((7, TILE_BYTES // 4), 1),
         ((7, TILE_BYTES // 8), 2),
-        ((640, 64, 3, 3), TILE_BYTES // (4 * 64 * 9)),
+        ((1280, 64, 3, 3), TILE_BYTES // (4 * 64 * 9)),
     ],
     ids=str,
 )
