@@ -41,12 +41,6 @@ def is_mergeable(kind: str) -> bool:
     return known is not None
 
 
-def is_replacement(kind: str) -> bool:
-    """Say whether adapters of a kind bring values instead of changes."""
-    known = KINDS.find(kind)
-    return known is not None and known.nature is Nature.REPLACEMENT
-
-
 def refuse_kind(kind: str, where: str, found: str) -> Problem:
     """Return the problem of a kind that this version cannot merge."""
     return Problem("LF209", where, f"the kind {kind!r} ({found})", f"one of {', '.join(KINDS.names())}")

@@ -200,11 +200,6 @@ def read_order_file(name: str) -> Mapping[str, Any]:
     return parse_json_object(entry.read_bytes(), entry.name)
 
 
-def find_table(name: str) -> SpellingTable:
-    """Return the table of a name; raises KeyError."""
-    return {table.name: table for table in all_tables()}[name]
-
-
 def _folder() -> Traversable:
     """Return the packaged tables, or the checkout's own when the package runs from source."""
     packaged = files("loraformat") / "_spec" / "names"

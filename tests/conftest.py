@@ -4,6 +4,7 @@ Profiles: `HYPOTHESIS_PROFILE=thorough` looks four times longer, `nightly` a hun
 """
 
 import os
+import sys
 
 import pytest
 import pytest_socket
@@ -24,3 +25,11 @@ def _no_network():
     pytest_socket.disable_socket(allow_unix_socket=True)
     yield
     pytest_socket.enable_socket()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_bytecode(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Have programs that tests start share what they compile, where nothing is kept beside the sources."""
+    if sys.dont_write_bytecode:
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.getbasetemp().parent / "bytecode")

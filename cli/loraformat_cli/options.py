@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 
 import click
 
-from loraformat_cli.params import Finite
+from loraformat.limits import DEFAULT_MEMORY_BYTES
+from loraformat_cli.params import ByteSize, Finite
 from loraformat_cli.screen import COLOUR_MODES, Screen
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -108,6 +109,29 @@ def ranges_option(function: Decorated) -> Decorated:
     """Add --accept-ranges."""
     told = "Accept activation ranges that a quantised model has of its base."
     return click.option("--accept-ranges", is_flag=True, default=None, help=told)(function)
+
+
+def effort_options(function: Decorated) -> Decorated:
+    """Add how much of the machine to take."""
+    for add in (
+        click.option(
+            "--max-memory",
+            "max_memory_bytes",
+            type=ByteSize(),
+            metavar="SIZE",
+            help=f"Memory for the work in flight, as 256MiB or 2GB.  [default: {DEFAULT_MEMORY_BYTES >> 20}MiB]",
+        ),
+        click.option(
+            "-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: by the machine]"
+        ),
+    ):
+        function = add(function)
+    return function
+
+
+def force_option(function: Decorated) -> Decorated:
+    """Add --force."""
+    return click.option("--force", is_flag=True, help="Replace the output if it exists.")(function)
 
 
 def check_stated(alpha: float | None, scale: float | None) -> None:

@@ -51,11 +51,6 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def dense_svd(matrix: NDArray[Any]) -> Svd:
-    """Return the SVD of a small dense matrix (rows, columns); count = min(rows, columns)."""
-    return _orient(*np.linalg.svd(matrix.astype(np.float64), full_matrices=False))
-
-
 def _orient(left: Matrix, values: Matrix, right: Matrix) -> Svd:
     """Fix the signs, which an SVD leaves open and libraries choose differently."""
     peaks = left[np.abs(left).argmax(axis=0), np.arange(left.shape[1])]

@@ -8,6 +8,7 @@ apart by the tensor's shape.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from loraformat.adapter import Factor
@@ -80,7 +81,7 @@ class Name:
 
 
 class NameTable:
-    """Rows, compiled to one expression.
+    """Rows, compiled to one expression when a key is read: most tables that are imported are for other files.
 
     Args:
         rows: tried in order.
@@ -88,8 +89,11 @@ class NameTable:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = tuple(rows)
+
+    @cached_property
+    def _expression(self) -> re.Pattern[str]:
         ends = "|".join(f"(?P<row{index}>{_compile(row.pattern)})" for index, row in enumerate(self.rows))
-        self._expression = re.compile(rf"(?P<target>.+?)\.(?:{ends})", re.DOTALL)
+        return re.compile(rf"(?P<target>.+?)\.(?:{ends})", re.DOTALL)
 
     def read(self, key: str, factor: Factor | None = None) -> Name | None:
         """Return what `key` says, or None when no row knows it; the factor decides between rows of one pattern."""

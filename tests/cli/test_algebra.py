@@ -122,22 +122,23 @@ def test_diff_of_equals_ends_with_0(run, face) -> None:
     assert (result.exit_code, result.stdout) == (0, "")
 
 
-def test_end_to_end(spawn, tmp_path: Path) -> None:
-    """a + b, minus b, is a: composed, scaled, cut and compared in processes of their own."""
+def test_end_to_end(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """a + b, minus b, is a: composed, scaled, cut and compared."""
+    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(1)
     for name in "ab":
         write_peft(tmp_path / name, {"model.q": lora_factors(rng, 12, 8, 2)}, alpha=3)
-    assert spawn("compose", "a", "b", "-o", "sum.safetensors").stdout == b"sum.safetensors\n"
-    assert spawn("compose", "a", "b", "-o", "sum.safetensors").returncode == 4
-    assert spawn("scale", "b", "-1", "-o", "minus.safetensors").returncode == 0
-    done = spawn("compose", "sum.safetensors", "minus.safetensors", "-o", "back.safetensors", "--max-error", "1e-5")
-    assert (done.returncode, done.stdout) == (0, b"back.safetensors\n")
-    shown = json.loads(spawn("diff", "a", "back.safetensors", "--json").stdout)
+    assert run("compose", "a", "b", "-o", "sum.safetensors").stdout == "sum.safetensors\n"
+    assert run("compose", "a", "b", "-o", "sum.safetensors").exit_code == 4
+    assert run("scale", "b", "-1", "-o", "minus.safetensors").exit_code == 0
+    done = run("compose", "sum.safetensors", "minus.safetensors", "-o", "back.safetensors", "--max-error", "1e-5")
+    assert (done.exit_code, done.stdout) == (0, "back.safetensors\n")
+    shown = json.loads(run("diff", "a", "back.safetensors", "--json").stdout)
     assert shown["relative"] < 1e-6
     assert loraformat.load(tmp_path / "back.safetensors").targets[0].rank == 2
-    assert spawn("resize", "sum.safetensors", "--rank", "1", "-o", "one.safetensors").returncode == 0
-    assert spawn("validate", "sum.safetensors", "minus.safetensors", "one.safetensors").returncode == 0
-    assert spawn("diff", "a", "a").returncode == 0
-    refused = spawn("compose", "a", "b", "--method", "ties", "-o", "ties.safetensors")
-    assert (refused.returncode, refused.stdout) == (1, b"")
-    assert b"LF703" in refused.stderr
+    assert run("resize", "sum.safetensors", "--rank", "1", "-o", "one.safetensors").exit_code == 0
+    assert run("validate", "sum.safetensors", "minus.safetensors", "one.safetensors").exit_code == 0
+    assert run("diff", "a", "a").exit_code == 0
+    refused = run("compose", "a", "b", "--method", "ties", "-o", "ties.safetensors")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "LF703" in refused.stderr

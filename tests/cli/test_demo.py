@@ -132,38 +132,38 @@ def test_merge_end_to_end(spawn, files, tmp_path) -> None:
     assert output.read_bytes() == before
 
 
-def test_dry_run_end_to_end(spawn, files, tmp_path) -> None:
+def test_dry_run_end_to_end(run, files, tmp_path) -> None:
     output = tmp_path / "merged.onnx"
-    done = spawn("merge", files / "base.onnx", files / "adapter", "-o", output, "--dry-run")
-    assert done.returncode == 0, done.stderr
+    done = run("merge", files / "base.onnx", files / "adapter", "-o", output, "--dry-run")
+    assert done.exit_code == 0, done.output
     assert len(done.stdout.splitlines()) == 14
     assert not output.exists()
-    document = json.loads(spawn("merge", files / "base.onnx", files / "adapter", "--dry-run", "--json").stdout)
+    document = json.loads(run("merge", files / "base.onnx", files / "adapter", "--dry-run", "--json").stdout)
     assert len(document["weights"]) == 13
 
 
-def test_weights_end_to_end(spawn, files, tmp_path) -> None:
+def test_weights_end_to_end(run, files, tmp_path) -> None:
     output = tmp_path / "merged.onnx"
-    done = spawn("merge", files / "base.onnx", f"{files / 'adapter'}:0.25", f"{files / 'adapter'}:0.75", "-o", output)
-    assert done.returncode == 0, done.stderr
+    done = run("merge", files / "base.onnx", f"{files / 'adapter'}:0.25", f"{files / 'adapter'}:0.75", "-o", output)
+    assert done.exit_code == 0, done.output
     report = _report(files / "base.onnx", output, files / "reference.onnx")
     assert report.difference <= report.tolerance
 
 
-def test_inspect_end_to_end(spawn, files) -> None:
+def test_inspect_end_to_end(run, files) -> None:
     for name, listed in (("adapter", "targets"), ("base.onnx", "sites")):
-        document = json.loads(spawn("inspect", files / name, "--json").stdout)
+        document = json.loads(run("inspect", files / name, "--json").stdout)
         assert len(document[listed]) >= 13
         for words in ((), ("--all",)):
-            shown = spawn("inspect", files / name, *words)
-            assert shown.returncode == 0, shown.stderr
-            assert b"self_attn.q_proj" in shown.stdout
+            shown = run("inspect", files / name, *words)
+            assert shown.exit_code == 0, shown.output
+            assert "self_attn.q_proj" in shown.stdout
 
 
-def test_errors_end_to_end(spawn, files, tmp_path) -> None:
-    missing = spawn("merge", files / "base.onnx", tmp_path / "nothing")
-    assert (missing.returncode, missing.stdout) == (3, b"")
-    assert b"LF100" in missing.stderr
+def test_errors_end_to_end(run, files, tmp_path) -> None:
+    missing = run("merge", files / "base.onnx", tmp_path / "nothing")
+    assert (missing.exit_code, missing.stdout) == (3, "")
+    assert "LF100" in missing.stderr
     empty = tmp_path / "empty.safetensors"
     empty.write_bytes(b"")
-    assert spawn("inspect", empty).returncode == 3
+    assert run("inspect", empty).exit_code == 3

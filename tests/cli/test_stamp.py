@@ -64,24 +64,25 @@ def test_nothing_is_written_after_an_error(run, face) -> None:
     assert [name for name, _, _ in face.calls] == ["stamp"]
 
 
-def test_end_to_end(spawn, tmp_path: Path) -> None:
+def test_end_to_end(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Stamp, validate and merge: the right base passes, another one is refused, and accepted on demand."""
+    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(1)
     write_peft(tmp_path / "style", {"model.q": lora_factors(rng, 12, 8, 2)})
     for name in ("right", "wrong"):
         write_onnx(tmp_path / f"{name}.onnx", {"model.q": rng.standard_normal((12, 8)).astype(np.float32)})
-    done = spawn("stamp", "style", "--base", "right.onnx", "-o", "bound.safetensors")
-    assert (done.returncode, done.stdout) == (0, b"bound.safetensors\n")
-    assert spawn("stamp", "style", "--base", "right.onnx", "-o", "bound.safetensors").returncode == 4
-    assert spawn("stamp", "style", "--base", "right.onnx", "-o", "bound.safetensors", "--force").returncode == 0
-    assert spawn("validate", "bound.safetensors", "--base", "right.onnx").returncode == 0
-    refused = spawn("validate", "bound.safetensors", "--base", "wrong.onnx")
-    assert refused.returncode == 1
-    assert b"LF406" in refused.stdout
-    refused = spawn("merge", "wrong.onnx", "bound.safetensors", "-o", "merged.onnx")
-    assert (refused.returncode, refused.stdout) == (1, b"")
-    assert b"--ignore-fingerprints" in refused.stderr
-    done = spawn("merge", "wrong.onnx", "bound.safetensors", "-o", "merged.onnx", "--ignore-fingerprints")
-    assert (done.returncode, done.stdout) == (0, b"merged.onnx\n")
-    dry = spawn("merge", "wrong.onnx", "bound.safetensors", "-o", "other.onnx", "--dry-run", "--ignore-fingerprints")
-    assert dry.returncode == 0
+    done = run("stamp", "style", "--base", "right.onnx", "-o", "bound.safetensors")
+    assert (done.exit_code, done.stdout) == (0, "bound.safetensors\n")
+    assert run("stamp", "style", "--base", "right.onnx", "-o", "bound.safetensors").exit_code == 4
+    assert run("stamp", "style", "--base", "right.onnx", "-o", "bound.safetensors", "--force").exit_code == 0
+    assert run("validate", "bound.safetensors", "--base", "right.onnx").exit_code == 0
+    refused = run("validate", "bound.safetensors", "--base", "wrong.onnx")
+    assert refused.exit_code == 1
+    assert "LF406" in refused.stdout
+    refused = run("merge", "wrong.onnx", "bound.safetensors", "-o", "merged.onnx")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "--ignore-fingerprints" in refused.stderr
+    done = run("merge", "wrong.onnx", "bound.safetensors", "-o", "merged.onnx", "--ignore-fingerprints")
+    assert (done.exit_code, done.stdout) == (0, "merged.onnx\n")
+    dry = run("merge", "wrong.onnx", "bound.safetensors", "-o", "other.onnx", "--dry-run", "--ignore-fingerprints")
+    assert dry.exit_code == 0

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -167,21 +166,26 @@ def test_end_to_end(spawn, adapters: Path) -> None:
 
 
 @pytest.mark.parametrize(("flags", "code"), [([], 0), (["--fail-on", "warning"], 1)])
-def test_end_to_end_of_a_warning(spawn, adapters: Path, flags: list[str], code: int) -> None:
-    assert spawn("validate", "adapters/silent", *flags).returncode == code
+def test_end_to_end_of_a_warning(
+    run, monkeypatch: pytest.MonkeyPatch, adapters: Path, flags: list[str], code: int
+) -> None:
+    monkeypatch.chdir(adapters.parent)
+    assert run("validate", "adapters/silent", *flags).exit_code == code
 
 
 @pytest.mark.parametrize("form", list_formats())
-def test_end_to_end_of_every_format(spawn, adapters: Path, form: str) -> None:
+def test_end_to_end_of_every_format(run, monkeypatch: pytest.MonkeyPatch, adapters: Path, form: str) -> None:
     """The same bytes on stdout and, in another run, in a file."""
-    first: Any = spawn("validate", "adapters", "--format", form)
-    assert first.returncode == 1
-    assert b"LF111" in first.stdout
-    spawn("validate", "adapters", "--format", form, "-o", "report")
-    assert (adapters.parent / "report").read_bytes() == first.stdout
+    monkeypatch.chdir(adapters.parent)
+    first = run("validate", "adapters", "--format", form)
+    assert first.exit_code == 1
+    assert "LF111" in first.stdout
+    run("validate", "adapters", "--format", form, "-o", "report")
+    assert (adapters.parent / "report").read_bytes() == first.stdout_bytes
 
 
-def test_end_to_end_without_the_base(spawn, adapters: Path) -> None:
-    done = spawn("validate", "adapters", "--base", "gone.onnx")
-    assert (done.returncode, done.stdout) == (3, b"")
-    assert b"LF100" in done.stderr
+def test_end_to_end_without_the_base(run, monkeypatch: pytest.MonkeyPatch, adapters: Path) -> None:
+    monkeypatch.chdir(adapters.parent)
+    done = run("validate", "adapters", "--base", "gone.onnx")
+    assert (done.exit_code, done.stdout) == (3, "")
+    assert "LF100" in done.stderr

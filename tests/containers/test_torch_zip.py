@@ -598,24 +598,24 @@ BOMBS = {
     "doubling tuples": b")\x94" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86\x94" for i in range(60)),
     "a ring": b"]\x94h\x00a",
     "a ring of dictionaries": b"}\x94" + text("self") + b"h\x00s",
-    "deep tuples": b")" + b"\x85" * 100_000,
-    "deep lists": b"]" * 50_000 + b"a" * 49_999,
-    "deep dictionaries": (b"}" + text("a")) * 50_000 + b"N" + b"s" * 50_000,
-    "a long text in many places": text("x" * 10**6) + b"\x940](" + b"h\x00" * 5_000 + b"e",
-    "a long text, encoded often": text("x" * 10**6)
+    "deep tuples": b")" + b"\x85" * 30_000,
+    "deep lists": b"]" * 20_000 + b"a" * 19_999,
+    "deep dictionaries": (b"}" + text("a")) * 20_000 + b"N" + b"s" * 20_000,
+    "a long text in many places": text("x" * 200_000) + b"\x940](" + b"h\x00" * 3_000 + b"e",
+    "a long text, encoded often": text("x" * 200_000)
     + b"\x940"
     + named("_codecs.encode")
     + b"\x940]("
-    + (b"h\x01h\x00" + text("latin1") + b"\x86R") * 5_000
+    + (b"h\x01h\x00" + text("latin1") + b"\x86R") * 3_000
     + b"e",
     "a long list, made a set often": b"]("
-    + b"N" * 10**5
+    + b"N" * 20_000
     + b"e\x940"
     + named("builtins.set")
     + b"\x940]("
-    + b"h\x01h\x00\x85R" * 5_000
+    + b"h\x01h\x00\x85R" * 3_000
     + b"e",
-    "a long tuple as a shape": b"(" + b"K\x01" * 10**5 + b"t\x940" + named("torch.Size") + b"\x940]h\x01h\x00\x85Ra",
+    "a long tuple as a shape": b"(" + b"K\x01" * 30_000 + b"t\x940" + named("torch.Size") + b"\x940]h\x01h\x00\x85Ra",
     "keys that collide": pairs((number(index * (2**61 - 1)), b"N") for index in range(5_000)),
 }
 

@@ -13,7 +13,7 @@ from loraformat.adapter import Scaling, ScalingRule, SlotKind, Target
 from loraformat.dtypes import BY_NAME
 from loraformat.kinds import Nature
 from loraformat.kinds.replace import KIND
-from loraformat.rules import is_mergeable, is_replacement
+from loraformat.rules import is_mergeable
 
 SHAPES: list[tuple[int, ...]] = [(1,), (7,), (2, 5), (5, 2), (1, 4), (3, 2, 4), (4, 3, 2, 5), (2, 3, 1, 2, 4), (2,) * 8]
 
@@ -52,10 +52,7 @@ def take(parameter: str = "weight", **arrays: Any) -> Any:
 
 def test_it_is_a_replacement_and_can_be_merged() -> None:
     assert KIND.nature is Nature.REPLACEMENT
-    assert is_replacement("replace")
     assert is_mergeable("replace")
-    assert not is_replacement("lora")
-    assert not is_replacement("lora and replace")
 
 
 def test_a_kernel_keeps_the_order_of_its_axes() -> None:

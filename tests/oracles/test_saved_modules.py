@@ -15,7 +15,6 @@ import pytest
 
 import loraformat
 from loraformat.adapter import Adapter
-from loraformat.rules import is_replacement
 
 if TYPE_CHECKING:
     from lab import Lab
@@ -69,7 +68,7 @@ def refusal(base: Path, adapter: Path, output: Path) -> set[str]:
 
 def replaced(adapter: Adapter) -> dict[str, Any]:
     """Return the values of every replaced parameter by name."""
-    saved = [target for target in adapter.targets if is_replacement(target.kind)]
+    saved = [target for target in adapter.targets if target.kind == "replace"]
     return {f"{target.name}.{role}": factor.read() for target in saved for role, factor in target.factors.items()}
 
 
@@ -88,7 +87,7 @@ def check(base: Path, trained: "Trained", output: Path, expected: Mapping[str, A
     names = trained.specimen.outputs
     assert difference(run_onnx(output, trained.feeds, names), trained.unmerged) <= ABSOLUTE_TOLERANCE
     assert trained.effect > 100 * ABSOLUTE_TOLERANCE
-    partial = replace(adapter, targets=tuple(each for each in adapter.targets if not is_replacement(each.kind)))
+    partial = replace(adapter, targets=tuple(each for each in adapter.targets if each.kind != "replace"))
     loraformat.merge(base, [partial], output.with_name("partial.onnx"))
     without = difference(run_onnx(output.with_name("partial.onnx"), trained.feeds, names), trained.unmerged)
     assert without > 100 * ABSOLUTE_TOLERANCE

@@ -6,7 +6,7 @@ from typing import Any, Final
 import click
 
 from loraformat_cli.making import finish
-from loraformat_cli.options import adapter_options, check_stated, common_options, json_option
+from loraformat_cli.options import adapter_options, check_stated, common_options, force_option, json_option
 from loraformat_cli.params import FORMS, Finite, WeightedAdapter
 from loraformat_cli.screen import Screen
 
@@ -17,7 +17,7 @@ _METHODS: Final = ("sum", "task-arithmetic", "mean", "slerp", "magnitude-prune",
 @click.command(short_help="Make one adapter of several.")
 @click.argument("adapters", type=WeightedAdapter(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.option("-o", "--output", type=_FILE, metavar="FILE", required=True, help="The .safetensors file to write.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@force_option
 @click.option("--method", type=click.Choice(_METHODS), default="sum", help="How they are put together.  [default: sum]")
 @click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Cut the result to this rank.")
 @click.option("--energy", type=Finite(0.0, 1.0), metavar="SHARE", help="Cut to this share of the squared norm.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from loraformat_cli.options import adapter_options, check_stated, common_options, json_option
+from loraformat_cli.options import adapter_options, check_stated, common_options, force_option, json_option
 from loraformat_cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _NUMBER: Final = re.compile(r"\d+")
 @click.option("--dry-run", is_flag=True, help="Print the operations and stop; writes nothing.")
 @click.option("--allow-rounding", is_flag=True, help="Fold a scale into a tensor that cannot hold the product exactly.")
 @click.option("--verify", is_flag=True, help="Read the output and compare the change of every module in float64.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@force_option
 @json_option
 @adapter_options
 @common_options

@@ -9,6 +9,7 @@ from loraformat_cli.options import (
     adapter_options,
     check_stated,
     common_options,
+    force_option,
     hint_options,
     json_option,
     matching_options,
@@ -23,7 +24,7 @@ _FILE: Final = click.Path(path_type=Path)
 @click.argument("model", type=_FILE)
 @click.argument("adapters", type=WeightedAdapter(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.option("-o", "--output", type=_FILE, required=True, metavar="FILE", help="The .onnx_adapter file to make.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@force_option
 @json_option
 @adapter_options
 @hint_options

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from loraformat_cli.options import common_options, json_option
+from loraformat_cli.options import common_options, force_option, json_option
 from loraformat_cli.params import Finite
 from loraformat_cli.screen import Screen
 
@@ -19,7 +19,7 @@ _FILE: Final = click.Path(path_type=Path)
 @click.argument("tuned", type=_FILE)
 @click.option("--base", type=_FILE, metavar="MODEL", required=True, help="The model that TUNED was trained from.")
 @click.option("-o", "--output", type=_FILE, metavar="FILE", required=True, help="The .safetensors file to write.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@force_option
 @click.option("--rank", type=click.IntRange(min=1), metavar="N", help="At most this rank for each weight.")
 @click.option(
     "--energy", type=Finite(1e-9, 1.0), metavar="SHARE", help="The fewest with this share of the squared norm."

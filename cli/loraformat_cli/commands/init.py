@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import click
 
-from loraformat_cli.options import common_options, json_option
+from loraformat_cli.options import common_options, force_option, json_option
 from loraformat_cli.params import Finite
 from loraformat_cli.screen import Screen
 
@@ -15,7 +15,7 @@ _FILE: Final = click.Path(path_type=Path)
 @click.command(short_help="Make a new adapter to start training from.")
 @click.argument("base", type=_FILE)
 @click.option("-o", "--output", type=_FILE, metavar="FILE", required=True, help="The .safetensors file to write.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@force_option
 @click.option("--rank", type=click.IntRange(min=1), required=True, metavar="N", help="Rank of every target.")
 @click.option("--targets", multiple=True, required=True, metavar="GLOB", help="Modules, as '*.q_proj'; repeatable.")
 @click.option(

@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from loraformat.limits import DEFAULT_MEMORY_BYTES, RETAINED_REFUSE, RETAINED_WARN
+from loraformat.limits import RETAINED_REFUSE, RETAINED_WARN
 from loraformat_cli.options import (
     adapter_options,
     check_stated,
     common_options,
+    effort_options,
+    force_option,
     hint_options,
     json_option,
     matching_options,
     ranges_option,
 )
-from loraformat_cli.params import ByteSize, Finite, WeightedAdapter
+from loraformat_cli.params import Finite, WeightedAdapter
 from loraformat_cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ _ONLY_MERGING: Final = frozenset(
 @click.argument("base", type=_FILE)
 @click.argument("adapters", type=WeightedAdapter(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.option("-o", "--output", type=_FILE, metavar="FILE", help="Where to write; beside the base if not given.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@force_option
 @click.option("--durable", is_flag=True, help="Wait for the disk before the output appears; a power cut loses nothing.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads no weights, writes nothing.")
 @json_option
@@ -95,14 +97,7 @@ _ONLY_MERGING: Final = frozenset(
 @click.option(
     "--keep-undo", is_flag=True, default=None, help="Keep the overwritten bytes beside the output, for `unmerge`."
 )
-@click.option("-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: by the machine]")
-@click.option(
-    "--max-memory",
-    "max_memory_bytes",
-    type=ByteSize(),
-    metavar="SIZE",
-    help=f"Memory for the work in flight, as 256MiB or 2GB.  [default: {DEFAULT_MEMORY_BYTES >> 20}MiB]",
-)
+@effort_options
 @common_options
 @click.pass_obj
 def command(

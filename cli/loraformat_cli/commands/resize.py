@@ -6,7 +6,7 @@ from typing import Any, Final
 import click
 
 from loraformat_cli.making import finish
-from loraformat_cli.options import adapter_options, check_stated, common_options, json_option
+from loraformat_cli.options import adapter_options, check_stated, common_options, force_option, json_option
 from loraformat_cli.params import FORMS, Finite, NamedNumber
 from loraformat_cli.screen import Screen
 
@@ -17,7 +17,7 @@ _SHARE: Final = Finite(0.0, 1.0)
 @click.command(short_help="Cut the ranks of an adapter.")
 @click.argument("adapter", type=_FILE)
 @click.option("-o", "--output", type=_FILE, metavar="FILE", required=True, help="The .safetensors file to write.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@force_option
 @click.option("--rank", type=click.IntRange(min=1), metavar="N", help="At most this rank.")
 @click.option("--energy", type=_SHARE, metavar="SHARE", help="The fewest with this share of the squared norm.")
 @click.option("--max-error", type=_SHARE, metavar="X", help="The fewest within this relative error.")

@@ -6,7 +6,7 @@ from typing import Any, Final
 import click
 
 from loraformat_cli.making import finish
-from loraformat_cli.options import adapter_options, check_stated, common_options, json_option
+from loraformat_cli.options import adapter_options, check_stated, common_options, force_option, json_option
 from loraformat_cli.params import Finite, NamedNumber
 from loraformat_cli.screen import Screen
 
@@ -17,7 +17,7 @@ _FILE: Final = click.Path(path_type=Path)
 @click.argument("adapter", type=_FILE)
 @click.argument("factor", type=Finite())
 @click.option("-o", "--output", type=_FILE, metavar="FILE", required=True, help="The .safetensors file to write.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@force_option
 @click.option(
     "--target",
     "targets",

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import click
 
-from loraformat_cli.options import adapter_options, check_stated, common_options, json_option
+from loraformat_cli.options import adapter_options, check_stated, common_options, force_option, json_option
 from loraformat_cli.screen import Screen
 
 _FILE: Final = click.Path(path_type=Path)
@@ -15,7 +15,7 @@ _FILE: Final = click.Path(path_type=Path)
 @click.argument("adapter", type=_FILE)
 @click.option("--base", type=_FILE, metavar="FILE", required=True, help="The model that the adapter was trained on.")
 @click.option("-o", "--output", type=_FILE, metavar="FILE", required=True, help="The .safetensors file to write.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@force_option
 @json_option
 @adapter_options
 @click.option("--strip-prefix", metavar="PREFIX", help="Remove this from the front of target names to find them.")

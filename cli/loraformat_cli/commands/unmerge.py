@@ -5,7 +5,7 @@ from typing import Any, Final
 
 import click
 
-from loraformat_cli.options import adapter_options, check_stated, common_options, json_option
+from loraformat_cli.options import adapter_options, check_stated, common_options, force_option, json_option
 from loraformat_cli.params import WeightedAdapter
 from loraformat_cli.screen import Screen
 
@@ -23,7 +23,7 @@ _FILE: Final = click.Path(path_type=Path)
     metavar="ADAPTER[:WEIGHT]",
     help="What was merged, to be subtracted where no bytes were kept.  Repeatable.",
 )
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@force_option
 @json_option
 @adapter_options
 @common_options

@@ -5,9 +5,15 @@ from typing import Any, Final
 
 import click
 
-from loraformat.limits import DEFAULT_MEMORY_BYTES
-from loraformat_cli.options import adapter_options, check_stated, common_options, hint_options, json_option
-from loraformat_cli.params import ByteSize, NamedNumber, WeightedAdapter
+from loraformat_cli.options import (
+    adapter_options,
+    check_stated,
+    common_options,
+    effort_options,
+    hint_options,
+    json_option,
+)
+from loraformat_cli.params import NamedNumber, WeightedAdapter
 from loraformat_cli.screen import Screen
 
 _FILE: Final = click.Path(path_type=Path)
@@ -40,14 +46,7 @@ _FILE: Final = click.Path(path_type=Path)
 @json_option
 @adapter_options
 @hint_options
-@click.option("-j", "--jobs", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: by the machine]")
-@click.option(
-    "--max-memory",
-    "max_memory_bytes",
-    type=ByteSize(),
-    metavar="SIZE",
-    help=f"Memory for the work in flight, as 256MiB or 2GB.  [default: {DEFAULT_MEMORY_BYTES >> 20}MiB]",
-)
+@effort_options
 @common_options
 @click.pass_obj
 def command(
