@@ -14,15 +14,17 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import onnx
 
-_PASSING: Final = frozenset({"Identity", "Cast", "Transpose", "DequantizeLinear"})
+_PASSING: Final = frozenset({"Identity", "Cast", "Transpose", "DequantizeLinear", "Reshape"})
 _NBITS: Final = "MatMulNBits"
 _INTEGER: Final = "MatMulInteger"
+_TABLE: Final = "GatherBlockQuantized"
 _LINEAR: Final = {
     "MatMul": (0, 1),
     "Gemm": (0, 1),
     "Conv": (1,),
     "Gather": (0,),
     "FusedMatMul": (0, 1),
+    _TABLE: (0,),
     _NBITS: (1,),
     _INTEGER: (1,),
 }
@@ -109,6 +111,8 @@ def _read(
 
     if node.op_type == _NBITS:
         return _Reader(node, helper.make_node("MatMul", [node.input[0], MARK], []), True, form)
+    if node.op_type == _TABLE:
+        return _Reader(node, helper.make_node("Gather", [MARK, node.input[1]], []), flipped, form)
     if node.op_type == _INTEGER:
         made_by = next((each for each in nodes if node.input[0] in each.output), None)
         total = _follow(nodes, node, ("Cast", "Mul"))

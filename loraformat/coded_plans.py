@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from loraformat.bases import BaseModel, DequantisingBase, FloatForm, Weight
+from loraformat.bases import BaseModel, DequantisingBase, FloatForm, Weight, name_companion
 from loraformat.encodings import CODED, ENCODINGS
 from loraformat.matching import Match
 from loraformat.plan import NewForm, PlannedChange, PlannedCompanion, PlannedReference, PlannedWeight, as_matrix
@@ -66,22 +66,37 @@ def _refer(match: Match, reference: Match) -> PlannedReference:
 
 
 def list_companions(
-    weight: Weight, changes: Sequence[PlannedChange], problems: list[Problem], *, keep_scales: bool
+    weight: Weight, changes: Sequence[PlannedChange], problems: list[Problem], copy: str = "", *, keep_scales: bool
 ) -> tuple[PlannedCompanion, ...]:
     """Return what goes with the codes of a quantised weight; a warning where scales cannot follow.
 
-    Zero points only change where all numbers are quantised afresh.
+    Zero points only change where all numbers are quantised afresh. A copy has its own of what changes.
+
+    Args:
+        weight: the base's.
+        changes: what is done to it.
+        problems: takes the warning.
+        copy: the name of a copy of the weight; empty where it changes itself.
+        keep_scales: leave scales and zero points.
     """
     coding = weight.coding
     if coding is None:
         return ()
-    if coding.fixed and not keep_scales:
-        problems.append(Problem("LF442", weight.name, coding.fixed, "scales of its own", severity="warning"))
-    afresh = any(change.references for change in changes) and not coding.zeros_fixed
+    fixed = coding.fixed or ("" if copy else coding.read_beside)
+    if fixed and not keep_scales:
+        problems.append(Problem("LF442", weight.name, fixed, "scales of its own", severity="warning"))
+    afresh = any(change.references for change in changes) and (copy or not coding.zeros_fixed)
     roles = {"scales", "zero_points"} if afresh else {"scales"}
-    written = roles if not coding.fixed and not keep_scales else set()
+    written = roles if not fixed and not keep_scales else set()
     return tuple(
-        PlannedCompanion(role, each.name, each.dtype.name, each.dtype.count_bytes(each.elements), role in written)
+        PlannedCompanion(
+            role,
+            each.name,
+            each.dtype.name,
+            each.dtype.count_bytes(each.elements),
+            role in written,
+            name_companion(copy, role) if copy and role in written else "",
+        )
         for role, each in coding.companions.items()
     )
 
@@ -89,7 +104,9 @@ def list_companions(
 def make_float(weight: PlannedWeight, base: BaseModel, problems: list[Problem]) -> PlannedWeight:
     """Return the plan of a quantised weight that stands in floats in the output; what speaks against it is kept."""
     found: FloatForm | Problem = Problem("LF619", weight.name, f"a base of the format {base.format!r}", "an ONNX model")
-    if isinstance(base, DequantisingBase):
+    if weight.is_copy:
+        found = Problem("LF619", weight.name, f"codes of {weight.copied_from!r}, which others read", "codes of its own")
+    elif isinstance(base, DequantisingBase):
         found = base.find_float_form(weight.key)
     if isinstance(found, Problem):
         problems.append(found)

@@ -1,7 +1,7 @@
 """A quantised weight in progress: its codes are decoded with their scales, and encoded again with new ones."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -50,6 +50,8 @@ class CodedWork(WeightWork):
     ) -> None:
         assert source.coding is not None, "the plan says so"
         self.coding, self._form = source.coding, source.tensor.dtype
+        if weight.is_copy:
+            self.coding = replace(source.coding, zeros_fixed="")
         self.is_cut = can_cut(source.coding, weight.tile_rows)
         self._bound: tuple[int, Coder] | None = None
         self.references = place_references(weight, floats)
@@ -62,7 +64,7 @@ class CodedWork(WeightWork):
         """Set how numbers are stored and worked with."""
         self.stored_form = self.written_form = np.dtype(np.uint8)
         self.work_form = np.dtype(np.float32)
-        if self.weight.new is not None:
+        if self.weight.new is not None and self.weight.is_dequantised:
             self.written_encoding = find_encoding(self.weight.new.encoding)
             self.float_form: np.dtype[Any] = BY_NAME[self.weight.new.dtype].numpy()
 

@@ -10,8 +10,8 @@ from loraformat.bases import BaseModel
 from loraformat.coded_work import CodedWork, Place, requantise
 from loraformat.float_work import dequantise
 from loraformat.images import Copy, FileImage, Literal
-from loraformat.locating import index_tensors, list_copies, locate_span, locate_weight
-from loraformat.output_forms import index_weights, list_written
+from loraformat.locating import index_tensors, list_copies, locate_coded, locate_weight
+from loraformat.output_forms import index_weights
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
 from loraformat.references import Floats
 from loraformat.sinks import Sink, put_piece
@@ -116,18 +116,19 @@ class JobList:
 
     def _list_coded(self, number: int, weight: PlannedWeight, work: CodedWork) -> Job:
         """Return the one job of a quantised weight, whose scales hang on all its numbers."""
-        if weight.new is not None:
+        if weight.is_dequantised:
             return self._list_dequantised(number, weight, work)
         places: dict[str, Place] = {}
-        for role, tensor in list_written(weight, self._weights[weight.key]).items():
-            image, offset = locate_span(self.assignment.images, tensor.span)
+        found = locate_coded(self.assignment.images, weight, self._weights[weight.key])
+        for role, (image, offset) in found.items():
             sink = self.assignment.sinks[image]
             assert sink is not None, "a file with a touched weight is written"
             places[role] = Place(sink, offset)
         work.runs_left = 1
         span = self._weights[weight.key].tensor.span
         carry = partial(_merge_coded, work, self._buffers, places)
-        key = f"coded {span.path.name}@{span.offset}"
+        copied = f" {weight.name}" if weight.is_copy else ""
+        key = f"coded {span.path.name}@{span.offset}{copied}"
         return Job((str(span.path), span.offset), key, number, weight.nbytes, carry)
 
     def _list_dequantised(self, number: int, weight: PlannedWeight, work: CodedWork) -> Job:

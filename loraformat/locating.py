@@ -39,6 +39,22 @@ def locate_span(images: Sequence[FileImage], span: Span) -> tuple[int, int]:
     raise ValueError(f"{span} is in no output file")
 
 
+def locate_coded(images: Sequence[FileImage], weight: PlannedWeight, source: Weight) -> Mapping[str, tuple[int, int]]:
+    """Return which images hold what is written of a quantised weight, and where: under no role the codes."""
+    if not weight.is_copy:
+        return {role: locate_span(images, each.span) for role, each in list_written(weight, source).items()}
+    names = {"": weight.name} | {each.role: each.copy_name for each in weight.companions if each.copy_name}
+    return {role: _locate_fresh(images, name) for role, name in names.items()}
+
+
+def _locate_fresh(images: Sequence[FileImage], name: str) -> tuple[int, int]:
+    for index, image in enumerate(images):
+        offset = image.locate_fresh(name)
+        if offset is not None:
+            return index, offset
+    raise ValueError(f"{name} is in no output file")
+
+
 def list_copies(
     images: Sequence[FileImage], plan: Plan, tensors: Mapping[str, StoredTensor], weights: Mapping[str, Weight]
 ) -> Iterator[tuple[int, Copy | Literal, int]]:

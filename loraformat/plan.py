@@ -170,6 +170,7 @@ class PlannedCompanion:
         dtype: number form.
         nbytes: bytes.
         is_written: whether it changes with the codes.
+        copy_name: its name beside a copy of the weight, where it changes there.
     """
 
     role: str
@@ -177,6 +178,7 @@ class PlannedCompanion:
     dtype: str
     nbytes: int
     is_written: bool
+    copy_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +231,11 @@ class PlannedWeight:
         return self.new.copied_from if self.new is not None else ""
 
     @property
+    def copied_roles(self) -> tuple[str, ...]:
+        """What of the scales and zero points of the base's tensor it has once more."""
+        return tuple(each.role for each in self.companions if each.copy_name)
+
+    @property
     def is_coded(self) -> bool:
         """Whether it is quantised in the base."""
         return bool(self.companions)
@@ -236,7 +243,7 @@ class PlannedWeight:
     @property
     def is_dequantised(self) -> bool:
         """Whether it stands in floats in the output, and in codes in the base."""
-        return self.is_coded and self.new is not None
+        return self.is_coded and self.new is not None and self.new.encoding != self.encoding
 
     @property
     def written_dtype(self) -> str:
@@ -300,8 +307,11 @@ class Plan:
     @property
     def copies(self) -> list[WeightCopy]:
         """Tensors that some sites of a weight get for themselves."""
-        new = ((weight.key, weight.new) for weight in self.weights if weight.new is not None)
-        return [WeightCopy(form.name, key, form.readers) for key, form in new if form.readers]
+        return [
+            WeightCopy(weight.new.name, weight.key, weight.new.readers, weight.copied_roles)
+            for weight in self.weights
+            if weight.new is not None and weight.new.readers
+        ]
 
     @property
     def floats(self) -> list[WeightFloats]:

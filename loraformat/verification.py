@@ -7,11 +7,12 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
-from loraformat.bases import BaseModel
+from loraformat.bases import BaseModel, Weight
 from loraformat.dtypes import BY_NAME
 from loraformat.engine import Effort, carry_out
 from loraformat.errors import refuse
@@ -24,7 +25,6 @@ from loraformat.output_forms import (
     describe_output,
     index_weights,
     list_touched,
-    list_written,
     require_shared,
 )
 from loraformat.plan import Plan, PlannedWeight
@@ -33,7 +33,7 @@ from loraformat.receipt import Statement, read_statement
 from loraformat.running import RunResult, compare_runs, list_changes
 from loraformat.side_receipt import find_receipt, name_side_receipt
 from loraformat.sinks import CompareSink, Difference
-from loraformat.spans import InputFile
+from loraformat.spans import InputFile, StoredTensor
 from loraformat.tile_sums import TileSums
 
 _LISTED: Final = 8
@@ -258,18 +258,8 @@ class _Regions:
         tensors, weights = index_tensors(base), index_weights(base)
         self._found: list[tuple[int, int, str, str]] = []
         for weight in plan.weights:
-            try:
-                _, offset = locate_weight([image], weight, tensors.get(weight.key))
-            except ValueError:
-                continue
-            length = _measure(weight)
-            self._found.append((offset, length, "LF802", weight.name))
-            for role, tensor in (
-                list_written(weight, weights[weight.key]).items() if weight.is_coded and weight.new is None else ()
-            ):
-                place = image.locate(tensor.span)
-                if role and place is not None:
-                    self._found.append((place, tensor.span.length, "LF802", tensor.name))
+            for name, length, offset in _list_written(image, weight, weights, tensors):
+                self._found.append((offset, length, "LF802", name))
         touched = {name for *_, name in self._found}
         for tensor in base.list_tensors():
             place = image.locate(tensor.span) if tensor.is_contiguous else None
@@ -285,6 +275,22 @@ class _Regions:
             if length < 0 or offset < start + length:
                 return code, name
         return "LF801", "outside the tensors"
+
+
+def _list_written(
+    image: FileImage, weight: PlannedWeight, weights: Mapping[str, Weight], tensors: Mapping[str, StoredTensor]
+) -> Iterator[tuple[str, int, int]]:
+    """Yield what of a merged weight lies in a file: its name, bytes, and where; scales and zero points too."""
+    with suppress(ValueError):
+        yield weight.name, _measure(weight), locate_weight([image], weight, tensors.get(weight.key))[1]
+    for each in weight.companions if not weight.is_dequantised else ():
+        held = weights[weight.key].coding
+        tensor = held.companions.get(each.role) if held is not None else None
+        place = image.locate_fresh(each.copy_name) if each.copy_name else None
+        if not weight.is_copy and each.is_written and isinstance(tensor, StoredTensor):
+            place = image.locate(tensor.span)
+        if place is not None:
+            yield each.copy_name or each.name, each.nbytes, place
 
 
 def _measure(weight: PlannedWeight) -> int:

@@ -138,7 +138,7 @@ def plan_weight(
         changes=tuple(changes),
         evidence=group[0].match.evidence if group else "tie_word_embeddings",
         new=_make_form(table, weight, shape, encoding),
-        companions=list_companions(weight, changes, problems, keep_scales=keep_scales),
+        companions=list_companions(weight, changes, problems, name if table.readers else "", keep_scales=keep_scales),
         block=weight.coding.block if weight.coding is not None else (0, 0),
     )
 

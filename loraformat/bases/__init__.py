@@ -19,6 +19,7 @@ from loraformat.bases._abilities import (
     SharedBase,
     WeightCopy,
     WeightFloats,
+    name_companion,
 )
 from loraformat.bases._model import OF_TENSORS, TENSOR_NAME, BaseModel, Rewriter, Site, Weight
 from loraformat.bases._roles import Anchor, AnchoredBase, Anchors, Role, Roles, StructuredBase
@@ -49,6 +50,7 @@ __all__ = [
     "WeightCopy",
     "WeightFloats",
     "list_tokenizer_files",
+    "name_companion",
 ]
 
 

@@ -37,11 +37,18 @@ class WeightCopy:
         name: of the new tensor.
         key: of the weight.
         readers: ids of the sites.
+        roles: what of its scales and zero points they get too; `name_companion` says under which names.
     """
 
     name: str
     key: str
     readers: tuple[str, ...]
+    roles: tuple[str, ...] = ()
+
+
+def name_companion(name: str, role: str) -> str:
+    """Return the name of scales or zero points that go with a copy of a weight of this name."""
+    return f"{name}_{role}"
 
 
 @runtime_checkable

@@ -1,11 +1,13 @@
 """Which names of an ONNX graph change when some readers of a tensor get one of their own."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from loraformat.bases._abilities import name_companion
+from loraformat.bases._onnx_operands import CODE_SUFFIXES, Operand, find_operands
 from loraformat.bases._onnx_scopes import Scope, Trace, Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite
-from loraformat.containers.onnx_file import InputEdit
+from loraformat.containers.onnx_file import InputEdit, TensorCopy
 
 if TYPE_CHECKING:
     import onnx
@@ -25,32 +27,58 @@ def name_copies(found: Iterable[RawSite], names: set[str]) -> Mapping[str, str]:
     for raw in found:
         site = raw.visit.describe(raw.position)
         if site not in chosen and can_part(raw):
-            chosen[site] = _choose(f"{raw.module}.{raw.parameter}" if raw.module else f"{raw.trace.name}_1", taken)
-            taken.add(chosen[site])
+            chosen[site] = _choose(_name_after_module(raw), taken, find_operands(raw))
+            taken.update(_list_names(chosen[site], find_operands(raw)))
     return chosen
 
 
-def _choose(wanted: str, taken: set[str]) -> str:
+def _name_after_module(raw: RawSite) -> str:
+    """Return the name of the module's parameter, with what quantisers add to the name of one."""
+    name = raw.trace.name
+    suffix = next((each for each in CODE_SUFFIXES if name.endswith(each)), "")
+    return f"{raw.module}.{raw.parameter}{suffix}" if raw.module else f"{name}_1"
+
+
+def _choose(wanted: str, taken: set[str], roles: Iterable[str]) -> str:
     name, number = wanted, 0
-    while name in taken:
+    while not taken.isdisjoint(_list_names(name, roles)):
         number += 1
         name = f"{wanted}_{number}"
     return name
 
 
+def _list_names(name: str, roles: Iterable[str]) -> list[str]:
+    return [name, *(name_companion(name, role) for role in roles)]
+
+
 def can_part(raw: RawSite) -> bool:
     """Say whether names between the tensor and the node can change: a function's are those of all its callers."""
-    return all(scope.path is not None for scope in (raw.visit.scope, *(step.scope for step in raw.trace.steps)))
+    operands = find_operands(raw).values()
+    visits = (raw.visit, *raw.trace.steps, *(each.reader for each in operands))
+    return all(visit.scope.path is not None for visit in visits) and all(each.is_own for each in operands)
 
 
-def list_edits(found: Sequence[RawSite], name: str) -> Iterator[InputEdit]:
-    """Yield what must change for some sites of one tensor to read another one called `name`."""
+def list_edits(found: Sequence[RawSite], names: Mapping[str, str]) -> Mapping[str, list[InputEdit]]:
+    """Return what must change for some sites of one tensor to read other ones.
+
+    Args:
+        found: the sites.
+        names: what they are to read, by role: under none the tensor itself.
+
+    Returns:
+        Edits by the role of what they have read.
+    """
     own = {raw.visit.describe(raw.position) for raw in found}
-    edits: dict[tuple[Visit, int], InputEdit] = {}
+    edits: dict[tuple[Visit, int], tuple[str, InputEdit]] = {}
     for number, raw in enumerate(found):
+        operands = {role: each for role, each in find_operands(raw).items() if role in names}
         visit, position, skipped = _find_place(raw, own)
-        edits.setdefault((visit, position), _edit(visit, position, skipped, name, number))
-    yield from edits.values()
+        edits.setdefault((visit, position), ("", _edit(visit, position, skipped, names, number, operands)))
+        for role, each in operands.items():
+            if each.reader not in skipped:
+                edit = _rename(each.reader, each.position, names[role])
+                edits.setdefault((each.reader, each.position), (role, edit))
+    return {role: [edit for found_role, edit in edits.values() if found_role == role] for role in names}
 
 
 def _find_place(raw: RawSite, own: set[str]) -> tuple[Visit, int, Sequence[Visit]]:
@@ -71,46 +99,59 @@ def _start_at(trace: Trace, scope: Scope, name: str) -> Trace:
     return Trace(trace.tensor, scope, name, trace.flipped, ())
 
 
-def _edit(visit: Visit, position: int, skipped: Sequence[Visit], name: str, number: int) -> InputEdit:
+def _edit(
+    visit: Visit,
+    position: int,
+    skipped: Sequence[Visit],
+    names: Mapping[str, str],
+    number: int,
+    operands: Mapping[str, Operand],
+) -> InputEdit:
     """Return the edit of an input, with copies of the nodes that change what they hand on."""
     before: list[onnx.NodeProto] = []
-    value = name
+    value = names[""]
     for index, step in enumerate(reversed([step for step in skipped if step.op != "Identity"])):
-        made = f"{name}_{step.node.op_type}_{number}_{index}"
-        before.append(_copy_node(step, value, made))
+        made = f"{names['']}_{step.node.op_type}_{number}_{index}"
+        beside = {each.position: names[role] for role, each in operands.items() if each.reader is step}
+        before.append(_copy_node(step, {0: value, **beside}, made))
         value = made
+    return _rename(visit, position, value, tuple(before))
+
+
+def _rename(visit: Visit, position: int, name: str, before: "tuple[onnx.NodeProto, ...]" = ()) -> InputEdit:
     assert visit.scope.path is not None, "checked before"
-    return InputEdit(visit.scope.path, visit.index, position, value, tuple(before))
+    return InputEdit(visit.scope.path, visit.index, position, name, before)
 
 
-def _copy_node(step: Visit, read: str, made: str) -> "onnx.NodeProto":
+def _copy_node(step: Visit, reads: Mapping[int, str], made: str) -> "onnx.NodeProto":
     import onnx
 
     node = onnx.NodeProto()
     node.CopyFrom(step.node)
-    node.name = made
-    node.input[0], node.output[0] = read, made
+    node.name, node.output[0] = made, made
+    for position, name in reads.items():
+        node.input[position] = name
     return node
 
 
-def apply_edits(graph: "onnx.GraphProto", edits: Iterable[InputEdit], tensor: str, name: str) -> None:
-    """Have the nodes of a main graph read a copy of `tensor` that is an Identity of it; those inside it stay.
+def apply_edits(graph: "onnx.GraphProto", copies: Iterable[tuple[TensorCopy, str]]) -> None:
+    """Have the nodes of a main graph read copies of tensors that are Identities of these; those inside it stay.
 
     Args:
         graph: changed in place; nothing was inserted into it before.
-        edits: of `list_edits`.
-        tensor: the tensor.
-        name: the copy.
+        copies: of tensors of the main graph, each with the tensor's name.
     """
     from onnx import helper
 
     added: dict[int, list[onnx.NodeProto]] = {}
-    for edit in edits:
-        if not edit.path:
-            graph.node[edit.node].input[edit.position] = edit.name
-            added.setdefault(edit.node, []).extend(edit.before)
+    made_by = {name: index for index, node in enumerate(graph.node) for name in node.output}
+    for copy, tensor in copies:
+        same = helper.make_node("Identity", [tensor], [copy.name], copy.name)
+        added.setdefault(made_by.get(tensor, -1) + 1, []).insert(0, same)
+        for edit in copy.edits:
+            if not edit.path:
+                graph.node[edit.node].input[edit.position] = edit.name
+                added.setdefault(edit.node, []).extend(edit.before)
     nodes = [each for index, node in enumerate(graph.node) for each in (*added.get(index, ()), node)]
-    made_by = next((index for index, node in enumerate(nodes) if tensor in node.output), -1)
-    nodes.insert(made_by + 1, helper.make_node("Identity", [tensor], [name], name))
     del graph.node[:]
     graph.node.extend(nodes)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from loraformat.bases import FloatForm, Weight
+from loraformat.bases._onnx_operands import CODE_SUFFIXES
 from loraformat.bases._onnx_scopes import Visit
 from loraformat.bases._onnx_sites import RawSite
 from loraformat.containers.onnx_file import GraphChange, NodeEdit, TensorFloats
@@ -19,7 +20,6 @@ from loraformat.problems import Problem
 if TYPE_CHECKING:
     import onnx
 
-_SUFFIXES: Final = ("_Q4", "_Q8", "_DQ", "_quantized")
 _SCALED: Final = ("Cast", "Mul")
 
 
@@ -83,8 +83,8 @@ def _describe(visit: Visit, weight: Weight, names: set[str]) -> FloatForm:
 
 def _choose_name(codes: str, names: set[str]) -> str:
     """Return the name that the weight may have had before it was quantised, or another that is free."""
-    plain = next((codes.removesuffix(suffix) for suffix in _SUFFIXES if codes.endswith(suffix)), codes)
-    if sum(f"{plain}{suffix}" in names for suffix in _SUFFIXES) > 1:
+    plain = next((codes.removesuffix(suffix) for suffix in CODE_SUFFIXES if codes.endswith(suffix)), codes)
+    if sum(f"{plain}{suffix}" in names for suffix in CODE_SUFFIXES) > 1:
         plain = f"{codes}_float"
     wanted, number = plain, 0
     while wanted in names:

@@ -4,6 +4,7 @@ Functions are expanded in place, call by call, so that a weight handed to a func
 that it has when the model runs.
 """
 
+import struct
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 _STEPS: Final = 32
 _PASSING: Final = frozenset({"Identity", "Cast", "Transpose", "DequantizeLinear"})
 _SHAPE_ONLY: Final = frozenset({"Shape", "Size"})
+_UINT8: Final = 2
+_INT64: Final = 7
+_DIMS: Final = 3
+"""Rows of codes, blocks of a row, bytes of a block: how MatMulNBits has its weight."""
 _DEFAULT_DOMAINS: Final = frozenset({"", "ai.onnx"})
 
 
@@ -142,7 +147,7 @@ class GraphIndex:
         if len(scope.producers) != len(graph.initializer):
             raise refuse("LF118", self._where, f"two initializers of one name in the {scope.label}", "each name once")
         scope.outputs.update(output.name for output in graph.output)
-        self.names.update(scope.producers, scope.outputs, (each.name for each in graph.input))
+        self.names.update(scope.producers, scope.outputs, (each.name for each in (*graph.input, *graph.value_info)))
         self._pending.append((scope, graph.node, call, depth))
 
     def _walk(self, scope: Scope, nodes: "Sequence[onnx.NodeProto]", call: Visit | None, depth: int) -> None:
@@ -196,7 +201,7 @@ def trace_constant(scope: Scope, name: str) -> Trace | None:
             return _end_trace(Trace(made_by, owner, own, flipped, tuple(steps)))
         if made_by.op == "Constant":
             return _trace_constant_node(made_by, own, flipped, steps)
-        if made_by.op not in _PASSING or not made_by.node.input or not _passes(made_by):
+        if not _hands_on(made_by) or not made_by.node.input or not _passes(made_by):
             return Trace(None, owner, own, flipped, tuple(steps), made_by.op) if _is_constant(made_by) else None
         flipped ^= made_by.op == "Transpose" and not _keeps_order(made_by)
         steps.append(made_by)
@@ -217,6 +222,27 @@ def _end_trace(trace: Trace) -> Trace:
     if turned and trace.tensor is not None and len(trace.tensor.dims) != 2:
         return replace(trace, blocked="Transpose")
     return trace
+
+
+def _hands_on(visit: Visit) -> bool:
+    return visit.op in _PASSING or (visit.op == "Reshape" and _flattens_blocks(visit))
+
+
+def _flattens_blocks(visit: Visit) -> bool:
+    """Say whether a Reshape makes rows of stored codes in blocks, `(rows, blocks, bytes)`: as tied tables have them."""
+    if len(visit.node.input) != 2:
+        return False
+    codes, sizes = (visit.scope.producer(name) for name in visit.node.input)
+    if isinstance(sizes, Visit) and sizes.op == "Constant":
+        sizes = next((each.t for each in sizes.node.attribute if each.name == "value"), None)
+    if codes is None or isinstance(codes, Visit) or sizes is None or isinstance(sizes, Visit):
+        return False
+    if codes.data_type != _UINT8 or len(codes.dims) != _DIMS or sizes.data_type != _INT64:
+        return False
+    rows, blocks, length = codes.dims
+    wanted = ([rows, blocks * length], [rows, -1])
+    found = list(sizes.int64_data)
+    return found in wanted or sizes.raw_data in [struct.pack("<2q", *each) for each in wanted]
 
 
 def _permutation(visit: Visit) -> list[int]:
@@ -261,7 +287,7 @@ def list_readers(trace: Trace) -> Iterator[str]:
         if name in scope.outputs:
             yield f"output {name!r} of the {scope.label}"
         for visit, position in scope.readers.get(name, ()):
-            if visit.op in _PASSING and position == 0:
+            if position == 0 and _hands_on(visit):
                 pending += [visit.scope.find(output) for output in visit.node.output]
             elif visit.op not in _SHAPE_ONLY:
                 yield visit.describe(position)

@@ -3,23 +3,35 @@
 import copy
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases import Anchors, BaseModel, FloatForm, MeasuredValue, Roles, Site, Weight, WeightCopy, WeightFloats
+from loraformat.bases import (
+    Anchors,
+    BaseModel,
+    FloatForm,
+    MeasuredValue,
+    Roles,
+    Site,
+    Weight,
+    WeightCopy,
+    WeightFloats,
+    name_companion,
+)
 from loraformat.bases._onnx_anchors import find_anchors
 from loraformat.bases._onnx_branchable import BranchableGraph
-from loraformat.bases._onnx_coded import find_coded_part, find_coding, find_ranges
+from loraformat.bases._onnx_coded import agree_on_codes, find_coded_part, find_coding, find_ranges
 from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
 from loraformat.bases._onnx_experts import find_experts
 from loraformat.bases._onnx_float_graph import make_float_graph
 from loraformat.bases._onnx_floats import Surgery, join_surgeries, plan_surgery
+from loraformat.bases._onnx_operands import find_operands
 from loraformat.bases._onnx_packed import expand_packed
 from loraformat.bases._onnx_ranges import Ranges, check_ranges, find_measured, set_ranges
-from loraformat.bases._onnx_scopes import GraphIndex, Visit, list_readers
+from loraformat.bases._onnx_scopes import GraphIndex, Trace, Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite, find_sites
 from loraformat.bases._onnx_structure import find_roles
 from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, open_onnx
@@ -51,7 +63,7 @@ class OnnxGraph:
         caveat = find_ranges(index.visits)
         found = self._find_sites(index.visits)
         self.sites: Sequence[Site] = self._name_copies(found, _list_sites(self._opened, found, caveat), index.names)
-        self._copies: Mapping[str, TensorCopy] = {}
+        self._copies: Sequence[tuple[TensorCopy, Trace]] = ()
         self._found, self._index, self._change = found, index, GraphChange()
         self.structure_sha256: str = self._opened.structure_sha256
         self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
@@ -71,24 +83,26 @@ class OnnxGraph:
 
     def with_copies(self, copies: Sequence[WeightCopy]) -> "OnnxGraph":
         """Return the graph with initializers more, each read by some of a weight's sites instead of the weight."""
-        weights = {site.weight.key: site.weight.tensor for site in self.sites if site.weight is not None}
+        weights = {site.weight.key: site.weight for site in self.sites if site.weight is not None}
         graph = copy.copy(self)
-        graph._copies = {each.readers[0]: self._describe(each, weights[each.key]) for each in copies}
+        graph._copies = [each for wanted in copies for each in self._describe(wanted, weights[wanted.key])]
         return graph
 
-    def _describe(self, wanted: WeightCopy, source: StoredTensor) -> TensorCopy:
+    def _describe(self, wanted: WeightCopy, source: Weight) -> Iterator[tuple[TensorCopy, Trace]]:
+        """Yield a copy of a weight, and of what goes with its codes, each with where the tensor is."""
         found = [self._shared[site] for site in wanted.readers]
-        tensor = found[0].trace.tensor
-        assert tensor is not None, "a site with a weight has one"
-        edits = tuple(list_edits(found, wanted.name))
-        return TensorCopy(wanted.name, tensor.data_type, source.shape, source.span, edits)
+        traces = {"": found[0].trace} | {role: each.trace for role, each in find_operands(found[0]).items()}
+        names = {"": wanted.name} | {role: name_companion(wanted.name, role) for role in wanted.roles}
+        beside = source.coding.companions if source.coding is not None else {}
+        for role, edits in list_edits(found, names).items():
+            stored, tensor = (beside[role] if role else source.tensor), traces[role].tensor
+            assert tensor is not None, "a site with a weight has one"
+            assert isinstance(stored, StoredTensor), "others are not written"
+            yield TensorCopy(names[role], tensor.data_type, stored.shape, stored.span, tuple(edits)), traces[role]
 
     def rewire(self, graph: "onnx.GraphProto") -> None:
         """Have a main graph, that of the base, read the copies, each an Identity of its source."""
-        for site, each in self._copies.items():
-            trace = self._shared[site].trace
-            if trace.scope.path == ():
-                apply_edits(graph, each.edits, trace.name, each.name)
+        apply_edits(graph, ((each, trace.name) for each, trace in self._copies if trace.scope.path == ()))
 
     def find_float_form(self, key: str) -> FloatForm | Problem:
         """Return how a quantised weight would stand in floats, or why it cannot."""
@@ -150,7 +164,11 @@ class OnnxGraph:
     @property
     def changes(self) -> tuple[Sequence[TensorCopy], GraphChange]:
         """What its outputs have otherwise than the file: tensors once more, and other nodes."""
-        return tuple(self._copies.values()), self._change
+        return self._added, self._change
+
+    @property
+    def _added(self) -> tuple[TensorCopy, ...]:
+        return tuple(each for each, _ in self._copies)
 
     @property
     def files(self) -> Sequence[InputFile]:
@@ -203,8 +221,8 @@ class OnnxGraph:
 
 
 def _is_shared(site: Site) -> bool:
-    """Say whether others read a site's weight, whose numbers are not codes: those have others beside them."""
-    return site.weight is not None and site.weight.coding is None and not site.weight.consumers <= {site.id}
+    """Say whether others read a site's weight."""
+    return site.weight is not None and not site.weight.consumers <= {site.id}
 
 
 def _find_branches(sites: Sequence[Site]) -> list[Problem]:
@@ -227,14 +245,20 @@ def _list_sites(opened: OnnxFile, found: Sequence[RawSite], caveat: Problem | No
     A tensor held by a function is read at every call: its readers are those of all places where it was found.
     """
     readers: dict[int, set[str]] = defaultdict(set)
+    beside: dict[int, set[Visit]] = defaultdict(set)
     for raw in found:
         readers[id(raw.trace.tensor)].update(list_readers(raw.trace))
-    sites = [_make_site(opened, raw, frozenset(readers[id(raw.trace.tensor)] - raw.apart)) for raw in found]
+        beside[id(raw.trace.tensor)].update(each.reader for each in find_operands(raw).values())
+    sites = [
+        _make_site(opened, raw, frozenset(readers[id(raw.trace.tensor)] - raw.apart), beside[id(raw.trace.tensor)])
+        for raw in found
+    ]
+    sites = agree_on_codes(sites)
     return [replace(site, caveat=caveat) for site in sites] if caveat is not None else sites
 
 
-def _make_site(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> Site:
-    weight, obstacle = _find_weight(opened, raw, readers)
+def _make_site(opened: OnnxFile, raw: RawSite, readers: frozenset[str], beside: Set[Visit]) -> Site:
+    weight, obstacle = _find_weight(opened, raw, readers, beside)
     transposed = {kind: turned ^ raw.trace.flipped for kind, turned in raw.use.orientations.items()}
     return Site(
         id=raw.visit.describe(raw.position),
@@ -266,14 +290,16 @@ def _find_part(weight: Weight, raw: RawSite, transposed: Mapping[SlotKind, bool]
     return Part((rows, columns), own, (0, columns, 1))
 
 
-def _find_weight(opened: OnnxFile, raw: RawSite, readers: frozenset[str]) -> tuple[Weight | None, Problem | None]:
+def _find_weight(
+    opened: OnnxFile, raw: RawSite, readers: frozenset[str], beside: Set[Visit]
+) -> tuple[Weight | None, Problem | None]:
     if raw.trace.tensor is None or raw.use.refusal or raw.trace.blocked:
         return None, raw.obstacle
     stored = opened.stored_tensor(raw.trace.tensor)
     if isinstance(stored, Problem):
         return None, stored
     name = stored.name or raw.trace.name
-    coding = find_coding(opened, raw, stored)
+    coding = find_coding(opened, raw, stored, beside)
     if isinstance(coding, Problem):
         return None, coding
     if coding is not None and raw.part is not None:

@@ -64,7 +64,8 @@ class Coding:
         companions: `scales`, and `zero_points` where there are some.
         zero: the zero point where there are none.
         fixed: why the scales must stay as they are; empty when they may change with the codes.
-        zeros_fixed: why zero points must stay, even where all numbers are quantised afresh.
+        read_beside: what else reads the scales where they are stored; a copy of the weight has its own.
+        zeros_fixed: why zero points must stay where they are stored, even if all numbers are quantised afresh.
         padding: columns at the end of each row that fill up its last block: they stand for zeros, whatever their codes.
     """
 
@@ -76,6 +77,7 @@ class Coding:
     fixed: str = ""
     zeros_fixed: str = ""
     padding: int = 0
+    read_beside: str = ""
 
 
 class Coder(Protocol):

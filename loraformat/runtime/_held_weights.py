@@ -109,7 +109,10 @@ def _list_rooms(weight: PlannedWeight, sources: Mapping[str, Weight]) -> Mapping
     """Return what of an output a weight is: over tensors of the base, or a new one."""
     if weight.new is not None:
         length = BY_NAME[weight.new.dtype].count_bytes(math.prod(weight.new.shape))
-        return {weight.new.name: Fresh(weight.new.name, length)}
+        sizes = {weight.new.name: length} | {
+            each.copy_name: each.nbytes for each in weight.companions if each.copy_name
+        }
+        return {name: Fresh(name, size) for name, size in sizes.items()}
     written = list_written(weight, sources[weight.key]).values()
     return {each.span: Copy(each.file, each.span.offset, each.span.length) for each in written}
 
