@@ -109,11 +109,11 @@ def resolve(
     allowed = [want for want in allowed if want not in made]
     spoken = {each.want for each in lacking} | set(allowed)
     unspoken = [want for want in missing if want not in spoken]
-    lost = [(want.name, names[want.target.name], lookup.indexes[want.parameter]) for want in unspoken]
+    lost = [(want, names[want.target.name], lookup.indexes[want.parameter]) for want in unspoken]
     lacking = [each for each in lacking if each.want not in allowed]
     if unspoken:  # Then what the strategy has to say for itself is why.
         problems = [replace(each, severity="error") if each.code in _OF_STRATEGIES else each for each in problems]
-    problems += report_missing(lost) + shared + report_collisions(matches)
+    problems += report_missing(lost, sites) + shared + report_collisions(matches)
     problems += report_dropped(matches) + report_renamed(matches) + _report_biases(lacking, wanted=new_biases)
     left_out = tuple(want.name for want in allowed)
     return Resolution(tuple(matches), left_out, tuple(problems), tuple(lacking if new_biases else ()))
@@ -290,7 +290,7 @@ def _match_weight(want: Want, sites: Sequence[Site], candidate: Candidate) -> Ma
     slot = want.change.slot
     manners = {(s.transposed[slot], s.divisor, s.part, s.row_factors, s.row_order) for s in sites}
     if not _are_of_one_module(sites) or len(manners) != 1 or (len(weights) != 1 and not _are_copies(sites, weights)):
-        listed = "; ".join(f"{site.module} ({site.evidence}) reads {name_weight(site)}" for site in sites[:LISTED])
+        listed = "; ".join(_tell_apart(sites)[:LISTED])
         return Problem("LF404", want.name, f"several weights or several ways to read one: {listed}", "one weight")
     misfit = check_size(want, sites)
     if misfit is not None:
@@ -300,6 +300,14 @@ def _match_weight(want: Want, sites: Sequence[Site], candidate: Candidate) -> Ma
     found = Match(want, weights, tuple(sites), transposed, divisor, evidence, candidate.relation)
     verified = (candidate.verified,) if candidate.verified else ()
     return replace(found, strategy=candidate.strategy, verified=verified)
+
+
+def _tell_apart(sites: Sequence[Site]) -> list[str]:
+    """Return words for each site, with its id, which a map can name, where the words would be those of another."""
+    said = [f"{site.module} ({site.evidence}) reads {name_weight(site)}" for site in sites]
+    return [
+        f"{words} at {site.id}" if said.count(words) > 1 else words for words, site in zip(said, sites, strict=True)
+    ]
 
 
 def _are_copies(sites: Sequence[Site], weights: Sequence[Weight]) -> bool:
