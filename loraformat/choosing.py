@@ -74,7 +74,7 @@ def _match_weight(want: Want, sites: Sequence[Site], candidate: Candidate) -> Ma
     slot = want.change.slot
     manners = {(s.transposed[slot], s.divisor, s.part, s.row_factors, s.row_order) for s in sites}
     if not _are_of_one_module(sites) or len(manners) != 1 or (len(weights) != 1 and not _are_copies(sites, weights)):
-        listed = "; ".join(f"{site.module} ({site.evidence}) reads {name_weight(site)}" for site in sites[:LISTED])
+        listed = "; ".join(_tell_apart(sites)[:LISTED])
         return Problem("LF404", want.name, f"several weights or several ways to read one: {listed}", "one weight")
     misfit = check_size(want, sites)
     if misfit is not None:
@@ -84,6 +84,14 @@ def _match_weight(want: Want, sites: Sequence[Site], candidate: Candidate) -> Ma
     found = Match(want, weights, tuple(sites), transposed, divisor, evidence, candidate.relation)
     verified = (candidate.verified,) if candidate.verified else ()
     return replace(found, strategy=candidate.strategy, verified=verified)
+
+
+def _tell_apart(sites: Sequence[Site]) -> list[str]:
+    """Return words for each site, with its id, which a map can name, where the words would be those of another."""
+    said = [f"{site.module} ({site.evidence}) reads {name_weight(site)}" for site in sites]
+    return [
+        f"{words} at {site.id}" if said.count(words) > 1 else words for words, site in zip(said, sites, strict=True)
+    ]
 
 
 def _are_copies(sites: Sequence[Site], weights: Sequence[Weight]) -> bool:

@@ -6,7 +6,7 @@ from typing import Final
 
 from loraformat.bases import Site
 from loraformat.kinds import REST, UNKNOWN
-from loraformat.matching import Match, Want, brings_rows, name_weight, shape_at
+from loraformat.matching import Match, Want, brings_rows, fits_site, name_weight, shape_at
 from loraformat.problems import Problem
 from loraformat.site_index import RENAMED, SiteIndex
 from loraformat.spans import Part
@@ -14,6 +14,11 @@ from loraformat.spans import Part
 LISTED: Final = 8
 """How many of a kind are listed one by one."""
 
+_NAMELESS: Final = 3
+_MAP: Final = (
+    "The base does not tell which modules its weights are of. Say it with --map FILE: a JSON object with a list "
+    "`targets` of objects with `target` and `weight`."
+)
 _GRAPH_GROWS: Final = (
     "The adapter's vocabulary has grown, and a graph fixes the size of its tables: export the model again with its "
     "embeddings resized, or merge into the checkpoint and export that."
@@ -44,17 +49,34 @@ def _mend_table(want: Want, site: Site, stored: tuple[int, ...], wanted: tuple[i
     return _FEWER_ROWS if site.grows else ""
 
 
-def report_missing(lost: Sequence[tuple[str, str, SiteIndex]]) -> list[Problem]:
+def report_missing(lost: Sequence[tuple[Want, str, SiteIndex]], sites: Sequence[Site]) -> list[Problem]:
     """Return one problem for each of the first few names, and one that lists the rest."""
     problems = []
-    for name, looked_for, index in lost[:LISTED]:
+    for want, looked_for, index in lost[:LISTED]:
         near = index.near(looked_for)
         found = f"nothing of this name; nearest: {', '.join(near)}" if near else "nothing of this name, and none near"
-        problems.append(Problem("LF401", name, found, f"one of {len(index.paths)} modules of the base"))
-    rest = [name for name, *_ in lost[LISTED:]]
+        nameless = _list_nameless(want, sites)
+        found += f"; without a module, but of its shape: {', '.join(nameless[:_NAMELESS])}" if nameless else ""
+        expected = f"one of {len(index.paths)} modules of the base"
+        problems.append(Problem("LF401", want.name, found, expected, _MAP if nameless else ""))
+    rest = [want.name for want, *_ in lost[LISTED:]]
     if rest:
         problems.append(Problem("LF401", f"{len(rest)} more targets", f"nothing of these names: {', '.join(rest)}"))
     return problems
+
+
+def _list_nameless(want: Want, sites: Sequence[Site]) -> list[str]:
+    """Return the names of the weights that would fit a target and of which nothing tells the module."""
+    fitting = (
+        site.weight.name
+        for site in sites
+        if not site.module
+        and site.weight is not None
+        and site.obstacle is None
+        and want.change.slot in site.transposed
+        and fits_site(want, site)
+    )
+    return list(dict.fromkeys(fitting))
 
 
 def report_collisions(matches: Sequence[Match]) -> list[Problem]:

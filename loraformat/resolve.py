@@ -104,11 +104,11 @@ def resolve(
     allowed = [want for want in allowed if want not in made]
     spoken = {each.want for each in lacking} | set(allowed)
     unspoken = [want for want in missing if want not in spoken]
-    lost = [(want.name, names[want.target.name], lookup.indexes[want.parameter]) for want in unspoken]
+    lost = [(want, names[want.target.name], lookup.indexes[want.parameter]) for want in unspoken]
     lacking = [each for each in lacking if each.want not in allowed]
     if unspoken:  # Then what the strategy has to say for itself is why.
         problems = [replace(each, severity="error") if each.code in _OF_STRATEGIES else each for each in problems]
-    problems += report_missing(lost) + shared + report_collisions(matches)
+    problems += report_missing(lost, sites) + shared + report_collisions(matches)
     problems += report_dropped(matches) + report_renamed(matches) + _report_biases(lacking, wanted=new_biases)
     left_out = tuple(want.name for want in allowed)
     return Resolution(tuple(matches), left_out, tuple(problems), tuple(lacking if new_biases else ()))

@@ -31,7 +31,7 @@ _FOLDER_KEY: Final = "session.model_external_initializers_file_folder_path"
 _SIZES: Final = {"past": 0, "batch": 2}
 _SIZE: Final = 8
 _TRIES: Final = ((64, _SIZE), (2, _SIZE), (64, 32), (64, 224))
-"""Numbers below which random whole ones lie and sizes of dimensions: in turn, where a table or picture is too small."""
+"""Bounds of random whole numbers, and sizes of dimensions: in turn, where a table or a picture is too small."""
 _NAMED_FORMS: Final = {"tensor(float)": "float32", "tensor(double)": "float64"}
 _FORMS: Final = frozenset({"bool", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64))}) | {
     f"float{bits}" for bits in (16, 32, 64)

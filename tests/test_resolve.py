@@ -1,7 +1,7 @@
 """From names of targets to weights: the right one or an error that helps, never a wrong one."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -285,6 +285,24 @@ def test_a_missing_target_lists_what_is_near() -> None:
 
 def test_nothing_near_is_said_so() -> None:
     assert "none near" in outcome(["zzzz"], ["model.layers.0.attn"]).problems[0].found
+
+
+def test_weights_without_a_module_are_offered_to_a_map() -> None:
+    """Keras and Paddle name weights as they like, and nodes by number."""
+    fitting, other = site("", weight="fc/kernel:0"), site("", (OUT + 1, IN), weight="fc_1/kernel:0")
+    (problem,) = outcome(["fc"], [fitting, other]).problems
+    assert problem.code == "LF401"
+    assert problem.found.endswith(": fc/kernel:0")
+    assert "--map" in problem.mend
+
+
+def test_two_weights_of_one_name_are_told_apart_by_their_readers() -> None:
+    """Two branches of a model, each with weights of its own under the same names."""
+    twins = [site("a", identity=f"Conv 'c' ({branch})", content=branch) for branch in ("then", "else")]
+    twins = [replace(each, evidence="initializer name") for each in twins]
+    (problem,) = outcome(["a"], twins).problems
+    assert problem.code == "LF404"
+    assert "at Conv 'c' (then)" in problem.found
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 40])

@@ -87,7 +87,7 @@ def _is_anonymous(visit: Visit) -> bool:
 
 
 def _is_parameter(name: str, visit: Visit) -> bool:
-    """Say whether a tensor has the name of a parameter of the node's module that is not its weight: a filter bank."""
+    """Say whether a tensor has the name of a parameter of the node's module other than its weight: a filter bank."""
     owner, _, own = name.rpartition(".")
     path = read_node_path(visit.node.name)
     return bool(owner and path) and "weight" not in own and _holds(owner.split("."), path.split("."))
