@@ -8,7 +8,7 @@ The base is a Llama with random numbers, the adapter has rank 16 on every linear
 The candidates take turns; printed are medians, ratios of each round's pair to `cp -r`, and the peak memory of the
 process as Linux accounts for it (VmHWM, interpreter included). "merge, call" is `loraformat.merge` once imported,
 "merge, process" the whole `python` process; PEFT's time is loading, `merge_and_unload` and `save_pretrained`, once
-imported.
+imported. "numpy alone" is floor.py: the same reads, numpy calls and writes, and nothing else.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+FLOOR = Path(__file__).with_name("floor.py")
 RANK = 16
 TOKENS = 32_000
 
@@ -159,10 +160,10 @@ def build_adapter(folder: Path, shape: Shape) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def run_child(code: str, *words: Path) -> tuple[float, float, float]:
+def run_child(code: list[str], *words: Path) -> tuple[float, float, float]:
     """Return seconds of the call, seconds of the process, and its peak in MB."""
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *code, *map(str, words)], capture_output=True, text=True, check=False)
     whole = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -183,7 +184,9 @@ def measure(work: Path, size: float, shards: int, rounds: int, *, peft: bool) ->
     build_base(base, SHAPES[size], shards)
     build_adapter(adapter, SHAPES[size])
     total = sum(file.stat().st_size for file in base.iterdir())
-    times: dict[str, list[float]] = {"cp -r": [], "merge, call": [], "merge, process": [], "PEFT": []}
+    times: dict[str, list[float]] = {
+        name: [] for name in ("cp -r", "numpy alone", "merge, call", "merge, process", "PEFT")
+    }
     peaks: dict[str, float] = {}
     for turn in range(-1, rounds):  # The first turn warms the page cache and counts for nothing.
         found: dict[str, float] = {}
@@ -191,10 +194,12 @@ def measure(work: Path, size: float, shards: int, rounds: int, *, peft: bool) ->
             if name == "cp -r":
                 found[name] = copy_folder(base, work / "out")
             elif name == "merge, call":
-                found[name], found["merge, process"], peak = run_child(MERGE, base, adapter, work / "out")
+                found[name], found["merge, process"], peak = run_child(["-c", MERGE], base, adapter, work / "out")
                 peaks[name] = max(peak, peaks.get(name, 0))
+            elif name == "numpy alone":
+                found[name], _, peaks[name] = run_child([str(FLOOR)], base, adapter, work / "out")
             elif name == "PEFT" and peft and turn >= 0:
-                found[name], _, peaks[name] = run_child(PEFT, base, adapter, work / "out")
+                found[name], _, peaks[name] = run_child(["-c", PEFT], base, adapter, work / "out")
             # What the next one writes must not wait for the disk to take what this one wrote.
             shutil.rmtree(work / "out", ignore_errors=True)
         if turn >= 0:
