@@ -4,16 +4,24 @@ A member is one file; adding it is adding the file. Listing names imports nothin
 for. Modules whose name starts with an underscore are the room's own machinery.
 """
 
+import os
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache, cached_property
 from importlib import import_module
-from importlib.metadata import EntryPoint, distributions
+from importlib.machinery import PathFinder
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Final, Generic, TypeVar, cast
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 Member = TypeVar("Member")
+
+_GROUP: Final = re.compile(rb"^\s*\[\s*([^\]\s]+)\s*\]", re.MULTILINE)
+_METADATA: Final = (".dist-info", ".egg-info")
 
 
 class Registry(Generic[Member]):
@@ -33,7 +41,7 @@ class Registry(Generic[Member]):
     def _locations(self) -> dict[str, str]:
         """Name to `module:attribute`; a third party cannot take the name of a member of ours."""
         folder = Path(cast(str, import_module(self._package).__file__)).parent
-        declared = _find_entry_points(tuple(sys.path))
+        declared = _find_entry_points(tuple(sys.path)) if _may_declare(self._package) else ()
         third_party = {entry.name: entry.value for entry in declared if entry.group == self._package}
         own = {
             module.name: f"{self._package}.{module.name}:{self._attribute}"
@@ -64,7 +72,32 @@ class Registry(Generic[Member]):
                 yield name, member
 
 
+def _may_declare(group: str) -> bool:
+    """Say whether packages may have entry points of a group: most have none, and to import their reader is slow."""
+    finders = (each for each in sys.meta_path if hasattr(each, "find_distributions"))
+    groups = _list_groups(tuple(sys.path))
+    return groups is None or group.encode() in groups or any(each is not PathFinder for each in finders)
+
+
 @cache
-def _find_entry_points(_path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+def _list_groups(path: tuple[str, ...]) -> frozenset[bytes] | None:
+    """Return the groups of entry points that packages in these folders declare; None where one is no folder."""
+    groups: set[bytes] = set()
+    for folder in path:
+        if not os.path.isdir(folder or "."):
+            if os.path.exists(folder):
+                return None
+            continue
+        for name in os.listdir(folder or "."):
+            file = Path(folder, name, "entry_points.txt")
+            if name.endswith(_METADATA) and file.is_file():
+                groups.update(_GROUP.findall(file.read_bytes()))
+    return frozenset(groups)
+
+
+@cache
+def _find_entry_points(_path: tuple[str, ...]) -> tuple["EntryPoint", ...]:
     """Return what all packages on the path declare, what takes precedence last: to find it, a file of each is read."""
+    from importlib.metadata import distributions  # here: it imports parsers of mail, of tables and of archives
+
     return tuple(entry for package in reversed(list(distributions())) for entry in package.entry_points)

@@ -1,6 +1,8 @@
 """Adding a member is adding a file; third parties add theirs by entry points and cannot take a name of ours."""
 
+import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,27 @@ def test_third_parties_add_members(room: Room, tmp_path: Path) -> None:
     assert registry.names() == ("alpha", "theirs")
     assert "third_party_module" not in sys.modules
     assert registry.find("theirs") == 4
+
+
+def test_third_parties_may_come_in_an_archive(room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "theirs.zip", "w") as archive:
+        archive.writestr("third_party-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: third-party\n")
+        archive.writestr(
+            "third_party-1.0.dist-info/entry_points.txt", "[some_room]\ntheirs = third_party_zipped:THING\n"
+        )
+        archive.writestr("third_party_zipped.py", "THING = 5")
+    registry = room(alpha="MEMBER = 1")
+    monkeypatch.syspath_prepend(str(tmp_path / "theirs.zip"))
+    assert registry.names() == ("alpha", "theirs")
+    assert registry.find("theirs") == 5
+
+
+def test_without_third_parties_nothing_slow_is_imported(room: Room) -> None:
+    code = "import sys, loraformat.loading as it; list(it.SCHEMES); print('importlib.metadata' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path!r}\n{code}"], capture_output=True
+    )
+    assert done.stdout.strip() == b"False", done.stderr
 
 
 def test_third_parties_cannot_take_a_name(room: Room, tmp_path: Path) -> None:
