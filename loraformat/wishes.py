@@ -8,37 +8,45 @@ from loraformat.strict_json import JsonValue
 Ranges = Mapping[str, tuple[float, float]]
 
 
-class Wishes(TypedDict, total=False):
-    """What a plan is made by besides base, adapters, output and hints.
+class NumberWishes(TypedDict, total=False):
+    """What the numbers of a plan depend on besides base, adapters and hints: what a session in memory can be asked too.
 
     Attributes:
         allow_unmatched: glob patterns of adapter targets that may be left out when the base has nothing for them.
         strip_prefix: removed from the front of the targets' names.
         allow_zero: accept a scale of zero.
         ignore_fingerprints: accept weights that do not match the fingerprint of their target.
-        untie: let tables part that `config.json` ties, where adapters change them apart.
-        new_biases: give biases to modules that have none, where adapters change them.
         keep_scales: leave the scales of quantised weights as they are.
         accept_ranges: accept activation ranges of a quantised model that were measured on the base.
         any_rounding: where `base_checkpoint` gives the numbers of weights of 4 bits, round to the nearest codes, though
             the base's own were found in another way (GPTQ).
         on_quantized: `dequantize` writes quantised weights that change as floats, and the operators that read them with
             them; else they are quantised again.
-        external_data: `share` writes, beside an ONNX base, a small model that refers to the base's data files, and to
-            one of its own for what differs; otherwise all are copied.
-        dtype: number form of the output's floating-point tensors, such as `bfloat16`; else each keeps its own.
     """
 
     allow_unmatched: Sequence[str]
     strip_prefix: str | None
     allow_zero: bool
     ignore_fingerprints: bool
-    untie: bool
-    new_biases: bool
     keep_scales: bool
     accept_ranges: bool
     any_rounding: bool
     on_quantized: str | None
+
+
+class Wishes(NumberWishes, total=False):
+    """What a plan is made by besides base, adapters, output and hints.
+
+    Attributes:
+        untie: let tables part that `config.json` ties, where adapters change them apart.
+        new_biases: give biases to modules that have none, where adapters change them.
+        external_data: `share` writes, beside an ONNX base, a small model that refers to the base's data files, and to
+            one of its own for what differs; otherwise all are copied.
+        dtype: number form of the output's floating-point tensors, such as `bfloat16`; else each keeps its own.
+    """
+
+    untie: bool
+    new_biases: bool
     external_data: str | None
     dtype: str | None
 

@@ -9,8 +9,8 @@ from typing import Final
 
 import click
 
-from loraformat_cli.main import EXIT_INTERRUPTED
 from loraformat_cli.screen import Screen
+from loraformat_cli.signals import EXIT_INTERRUPTED
 
 TRACEBACK_VARIABLE: Final = "LORAFORMAT_TRACEBACK"
 _EXIT_USAGE: Final = 2

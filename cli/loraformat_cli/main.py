@@ -1,21 +1,18 @@
-"""The program: what surrounds the click group, namely open descriptors, signals and the last flush."""
+"""The program: what surrounds the click group, namely open descriptors and the last flush."""
 
 import os
-import signal
 import sys
 from contextlib import suppress
-from types import FrameType
-from typing import Final, NoReturn
+from typing import NoReturn
 
-EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
-_ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
+from loraformat_cli.signals import EXIT_INTERRUPTED, catch_signals
 
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
     try:
         _open_standard_descriptors()
-        _catch_signals()
+        catch_signals()
         from loraformat_cli.group import root  # here, so that Ctrl-C during the imports is caught too
 
         root.main(prog_name="loraformat")
@@ -41,19 +38,6 @@ def _open_standard_descriptors() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # any locale can print any name
-
-
-def _catch_signals() -> None:
-    """Turn the ending signals into SystemExit, so that context managers remove what is unfinished."""
-    for number in _ENDING_SIGNALS:
-        if signal.getsignal(number) is signal.SIG_DFL:  # ignored ones stay ignored (nohup)
-            signal.signal(number, _stop)
-
-
-def _stop(number: int, _frame: FrameType | None) -> NoReturn:
-    for each in _ENDING_SIGNALS:
-        signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
-    raise SystemExit(128 + number)
 
 
 def _flush() -> None:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from loraformat.runtime.adapters import adapter_feeds, export_adapter
     from loraformat.runtime.batched import ADAPTER_INDEX
     from loraformat.runtime.export import RuntimeExport, export_runtime
-    from loraformat.runtime.sessions import RuntimeOptions, session
+    from loraformat.runtime.options import RuntimeOptions
+    from loraformat.runtime.sessions import session
 
 __all__ = [
     "ADAPTER_INDEX",
@@ -33,7 +34,7 @@ _HOMES = {
     "RuntimeExport": "loraformat.runtime.export",
     "AdaptedSession": "loraformat.runtime._adapted_session",
     "SwitchCost": "loraformat.runtime._adapted_session",
-    "RuntimeOptions": "loraformat.runtime.sessions",
+    "RuntimeOptions": "loraformat.runtime.options",
     "adapter_feeds": "loraformat.runtime.adapters",
     "export_adapter": "loraformat.runtime.adapters",
     "export_runtime": "loraformat.runtime.export",

@@ -28,20 +28,11 @@ from loraformat.receipt import Receipt
 from loraformat.runtime._held_weights import MergedWeights, WeightShelf
 from loraformat.runtime._served_graph import ServedGraph, TensorForm
 from loraformat.runtime._session_options import SessionSettings, copy_settings
-from loraformat.runtime.sessions import Providers, RuntimeOptions
+from loraformat.runtime.options import Providers, RuntimeOptions
 from loraformat.spans import InputFile
+from loraformat.wishes import NumberWishes
 
 _FOLDER_KEY: Final = "session.model_external_initializers_file_folder_path"
-_PLANNING: Final = (
-    "allow_unmatched",
-    "strip_prefix",
-    "allow_zero",
-    "ignore_fingerprints",
-    "keep_scales",
-    "accept_ranges",
-    "any_rounding",
-    "on_quantized",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +90,7 @@ class ServedBase:
         weighted = weigh_adapters(adapters, self._options, self._base)
         if not weighted:
             return None
-        given = _pick(self._options, _PLANNING)
+        given = _pick(self._options, tuple(NumberWishes.__annotations__))
         plan = build_plan(self._base, weighted, self._base.path, hints=self._hints, **given)
         check_untouched(plan, self._base)
         return Order(plan, weighted, self._hints.checkpoint)

@@ -1,13 +1,14 @@
 """A base with adapters merged in memory, as a session of onnxruntime; no file is written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Final, Unpack
 
-from loraformat.arguments import AdapterArgument, AdapterOptions, EffortOptions, HintOptions, StrPath
+from loraformat.arguments import AdapterArgument, StrPath
 from loraformat.errors import refuse
 from loraformat.in_place import check_no_journal
 from loraformat.loading import open_base
+from loraformat.runtime.options import Providers, RuntimeOptions
 
 if TYPE_CHECKING:
     from loraformat.runtime._adapted_session import AdaptedSession
@@ -15,39 +16,6 @@ if TYPE_CHECKING:
 
 _LEAST_VERSION: Final = (1, 21)
 """The first that looks in a folder for the external data of a model that it is handed over in memory."""
-
-Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
-
-
-class RuntimeOptions(AdapterOptions, HintOptions, EffortOptions, total=False):
-    """What the merge into a session depends on besides base and adapters.
-
-    Attributes:
-        allow_unmatched: as in `PlanOptions`, like the others up to `on_quantized`.
-        strip_prefix: the same.
-        allow_zero: the same.
-        ignore_fingerprints: the same.
-        keep_scales: the same.
-        accept_ranges: the same.
-        any_rounding: the same.
-        on_quantized: the same.
-        min_retained: as in `WorkOptions`, like `warn_retained`.
-        warn_retained: the same.
-        keep_merged: keep merged weights beside onnxruntime's copy of them, so that a session to come need not compute
-            those again that it has in common with a living one.
-    """
-
-    allow_unmatched: Sequence[str]
-    strip_prefix: str | None
-    allow_zero: bool
-    ignore_fingerprints: bool
-    keep_scales: bool
-    accept_ranges: bool
-    any_rounding: bool
-    on_quantized: str | None
-    min_retained: float
-    warn_retained: float
-    keep_merged: bool
 
 
 def session(

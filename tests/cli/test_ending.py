@@ -216,7 +216,9 @@ def test_signals_end_cleanly(tmp_path, numbers, exit_code) -> None:
 
 def test_ignored_signals_stay_ignored(tmp_path) -> None:
     probe = "import os,signal;signal.signal(signal.SIGHUP,signal.SIG_IGN);"
-    probe += "from loraformat_cli.main import _catch_signals as c;c();os.kill(os.getpid(),signal.SIGHUP);print('alive')"
+    probe += (
+        "from loraformat_cli.signals import catch_signals as c;c();os.kill(os.getpid(),signal.SIGHUP);print('alive')"
+    )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "alive\n"
 
