@@ -10,6 +10,7 @@ from loraformat.bases import (
     CalibratedBase,
     CopyingBase,
     DequantisingBase,
+    NewContents,
     Rewriter,
     SharedBase,
     Weight,
@@ -96,7 +97,7 @@ def describe_output(
     rewriter = require_rewriter(base)
     tensors = _edit_tensors(rewriter.output_tensors(), plan)
     replaced = _find_tokenizer(order) if "vocab_size" in plan.config_changes else {}
-    return rewriter.describe_rewritten(plan.output, blank_bytes, tensors, plan.config_changes, replaced)
+    return rewriter.describe_rewritten(output, NewContents(tensors, plan.config_changes, replaced))
 
 
 def _edit_tensors(tensors: Sequence[OutputTensor], plan: Plan) -> list[OutputTensor]:

@@ -21,7 +21,7 @@ from loraformat.bases._abilities import (
     WeightFloats,
     name_companion,
 )
-from loraformat.bases._model import OF_TENSORS, TENSOR_NAME, BaseModel, Rewriter, Site, Weight
+from loraformat.bases._model import OF_TENSORS, TENSOR_NAME, BaseModel, NewContents, Rewriter, Site, Weight
 from loraformat.bases._roles import Anchor, AnchoredBase, Anchors, Role, Roles, StructuredBase
 from loraformat.bases._travelling import list_tokenizer_files
 from loraformat.registry import Registry
@@ -40,6 +40,7 @@ __all__ = [
     "DequantisingBase",
     "FloatForm",
     "MeasuredValue",
+    "NewContents",
     "Rewriter",
     "Role",
     "Roles",

@@ -3,12 +3,13 @@
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from loraformat.bases import NewContents
 from loraformat.bases._rewriting import FORMAT, list_output, warn_of_config
 from loraformat.containers._safetensors_images import describe_rewritten, escape_for_header
-from loraformat.images import FileImage, OutputTensor
+from loraformat.images import FileImage, NewOutput, OutputTensor
 from loraformat.problems import Problem
 from loraformat.receipt import RECEIPT_KEY
-from loraformat.spans import InputFile, StoredTensor
+from loraformat.spans import StoredTensor
 from loraformat.strict_json import JsonValue
 
 
@@ -44,16 +45,9 @@ class FileRewriter:
         """Return the tensors of the base as they stand."""
         return list(self._tensors)
 
-    def describe_rewritten(
-        self,
-        output: Path,
-        blank_bytes: int,
-        tensors: Sequence[OutputTensor],
-        config_changes: Mapping[str, JsonValue],
-        replaced_files: Mapping[str, InputFile],
-    ) -> list[FileImage]:
+    def describe_rewritten(self, output: NewOutput, contents: NewContents) -> list[FileImage]:
         """Return the one output file, the receipt's blank in its header."""
-        return [describe_rewritten(output, tensors, self._metadata, RECEIPT_KEY, blank_bytes)]
+        return [describe_rewritten(output.path, contents.tensors, self._metadata, RECEIPT_KEY, output.blank_bytes)]
 
     def check_config(self, config_changes: Mapping[str, JsonValue]) -> list[Problem]:
         """Return a warning: a single file has no configuration."""

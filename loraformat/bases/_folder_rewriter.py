@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from loraformat.bases import NewContents
 from loraformat.bases._config_text import edit_config
 from loraformat.bases._receipts import RECEIPT_NAME, describe_receipt_file
 from loraformat.bases._rewriting import FORMAT, is_same, list_output, note_values, warn_of_config
 from loraformat.bases._shards import INDEX_SUFFIX, Shards
 from loraformat.bases._state_dict import CONFIG_NAME
 from loraformat.containers._safetensors_images import describe_rewritten
-from loraformat.images import Copy, FileImage, Literal, OutputTensor
+from loraformat.images import Copy, FileImage, Literal, NewOutput, OutputTensor
 from loraformat.limits import MAX_CONFIG_BYTES
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, read_small
@@ -65,23 +66,16 @@ class FolderRewriter:
         """Return the tensors of the base as they stand, shard after shard."""
         return list(self._tensors)
 
-    def describe_rewritten(
-        self,
-        output: Path,
-        blank_bytes: int,
-        tensors: Sequence[OutputTensor],
-        config_changes: Mapping[str, JsonValue],
-        replaced_files: Mapping[str, InputFile],
-    ) -> list[FileImage]:
+    def describe_rewritten(self, output: NewOutput, contents: NewContents) -> list[FileImage]:
         """Return the shards, the index, the other files, and last the receipt.
 
         A tensor that is new goes into the shard of the tensor whose name is most like its own.
         """
-        placed = self._place(tensors)
-        images = [self._describe_shard(output, shard, held) for shard, held in placed.items()]
-        images += self._describe_index(output, placed)
-        images += self._describe_others(output, config_changes, replaced_files)
-        return [*images, describe_receipt_file(output / RECEIPT_NAME, blank_bytes)]
+        folder, placed = output.path, self._place(contents.tensors)
+        images = [self._describe_shard(folder, shard, held) for shard, held in placed.items()]
+        images += self._describe_index(folder, placed)
+        images += self._describe_others(folder, contents.config_changes, contents.replaced_files)
+        return [*images, describe_receipt_file(folder / RECEIPT_NAME, output.blank_bytes)]
 
     def check_config(self, config_changes: Mapping[str, JsonValue]) -> list[Problem]:
         """Return a warning when the folder has no `config.json`."""

@@ -1,8 +1,9 @@
 """A base model: its sites, its weights, and how it is written."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from loraformat.adapter import SlotKind
@@ -91,6 +92,21 @@ class Site:
         return self.part.shape if self.part is not None else self.weight.tensor.shape
 
 
+@dataclass(frozen=True, slots=True)
+class NewContents:
+    """What an output holds that is written anew.
+
+    Attributes:
+        tensors: all of its tensors.
+        config_changes: members of `config.json` and their new values.
+        replaced_files: files of a folder that come from elsewhere, such as a tokenizer, by their names there.
+    """
+
+    tensors: Sequence[OutputTensor]
+    config_changes: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
+    replaced_files: Mapping[str, InputFile] = field(default_factory=lambda: MappingProxyType({}))
+
+
 class Rewriter(Protocol):
     """Describes the base as new files in safetensors, in which tensors may be added, changed in size and form, or gone.
 
@@ -113,22 +129,12 @@ class Rewriter(Protocol):
         """Return the tensors of the base as they stand, each once: what a rewriting that changes nothing writes."""
         ...
 
-    def describe_rewritten(
-        self,
-        output: Path,
-        blank_bytes: int,
-        tensors: Sequence[OutputTensor],
-        config_changes: Mapping[str, JsonValue],
-        replaced_files: Mapping[str, InputFile],
-    ) -> list[FileImage]:
+    def describe_rewritten(self, output: NewOutput, contents: NewContents) -> list[FileImage]:
         """Return the output files, the one with the receipt's blank last.
 
         Args:
-            output: where the file or folder will stand.
-            blank_bytes: length of the blank, to be filled with `encode_receipt`.
-            tensors: all tensors of the output.
-            config_changes: members of `config.json` and their new values.
-            replaced_files: files of a folder that come from elsewhere, such as a tokenizer, by their names there.
+            output: the file or folder; its blank is to be filled with `encode_receipt`.
+            contents: what it holds.
 
         Raises:
             LoraformatError: LF105, LF301, LF610 a tensor that the format cannot hold; LF110 a header too long.

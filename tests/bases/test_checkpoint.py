@@ -28,8 +28,9 @@ from graphs import (
 )
 from laws.base_laws import StateDictLaws
 from loraformat.adapter import SlotKind
-from loraformat.bases import BaseModel
+from loraformat.bases import BaseModel, NewContents
 from loraformat.bases.checkpoint import BASE
+from loraformat.images import NewOutput
 from loraformat.receipt import RECEIPT_KEY
 from outputs import write_images
 
@@ -212,7 +213,9 @@ def test_a_broken_configuration_is_an_error_not_a_guess(tmp_path: Path, text: st
 def test_its_own_metadata_stays_when_it_is_rewritten(tmp_path: Path) -> None:
     base = open_with(tmp_path, {"a.weight": matrix(3, 2)}, **{RECEIPT_KEY: "{}", "format": "pt"})
     assert base.rewriter is not None
-    images = base.rewriter.describe_rewritten(tmp_path / "out", 13, base.rewriter.output_tensors(), {}, {})
+    images = base.rewriter.describe_rewritten(
+        NewOutput(tmp_path / "out", 13, "0"), NewContents(base.rewriter.output_tensors())
+    )
     write_images(images, base.rewriter.encode_receipt('{"a":"b"}'))
     with safe_open(tmp_path / "out", "np") as theirs:
         assert theirs.metadata() == {RECEIPT_KEY: '{"a":"b"}', "format": "pt"}

@@ -17,11 +17,11 @@ from builders import lora_factors, write_peft, write_tensors
 from folders import read_index, write_loose_state, write_model_folder
 from graphs import Array
 from laws.base_laws import HEAD, StateDictLaws, make_state
-from loraformat.bases import BaseModel
+from loraformat.bases import BaseModel, NewContents
 from loraformat.bases.checkpoint_folder import BASE
 from loraformat.dtypes import BY_NAME
 from loraformat.errors import LoraformatError
-from loraformat.images import OutputTensor
+from loraformat.images import NewOutput, OutputTensor
 from loraformat.loading import open_base
 from loraformat.spans import InputFile
 from outputs import write_images
@@ -264,7 +264,7 @@ class TestRewriting:
         assert base.rewriter is not None
         output = base.path.with_name("out")
         fresh = {tensor.name: bytes(tensor.nbytes) for tensor in tensors if not tensor.is_copied}
-        images = base.rewriter.describe_rewritten(output, 9, tensors, changes, replaced)
+        images = base.rewriter.describe_rewritten(NewOutput(output, 9, "0"), NewContents(tensors, changes, replaced))
         assert images[-1].path == output / "merge_receipt.json"
         write_images(images, fresh=fresh)
         return output

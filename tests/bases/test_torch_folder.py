@@ -11,9 +11,11 @@ import loraformat
 from folders import read_index, write_model_folder
 from graphs import Array, dyadic_factors, make_adapter, make_target, product, same_bits
 from laws.base_laws import Q, StateDictLaws, make_state
+from loraformat.bases import NewContents
 from loraformat.bases.checkpoint_folder import BASE as SAFETENSORS_FOLDER
 from loraformat.bases.torch_folder import BASE
 from loraformat.containers.torch_zip import CONTAINER
+from loraformat.images import NewOutput
 from loraformat.loading import open_base
 from outputs import write_images
 from torch_zips import read_checked, write_torch
@@ -86,7 +88,7 @@ def test_it_becomes_a_safetensors_folder(tmp_path: Path, single: str, shards: in
     base = open_base(write_folder(tmp_path / "m", make_state(), shards, single))
     assert base.rewriter is not None
     tensors = base.rewriter.output_tensors()
-    write_images(base.rewriter.describe_rewritten(tmp_path / "out", 9, tensors, {}, {}))
+    write_images(base.rewriter.describe_rewritten(NewOutput(tmp_path / "out", 9, "0"), NewContents(tensors)))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "config.json", "merge_receipt.json"}
     if shards:
         old, new = read_index(tmp_path / "m", single), read_index(tmp_path / "out")
@@ -109,7 +111,9 @@ def test_a_shard_with_other_names_than_usual_keeps_them(tmp_path: Path) -> None:
     (base / "pytorch_model-00001-of-00002.bin").rename(base / "first-of-00002.bin")
     rewriter = open_base(base).rewriter
     assert rewriter is not None
-    write_images(rewriter.describe_rewritten(tmp_path / "out", 9, rewriter.output_tensors(), {}, {}))
+    write_images(
+        rewriter.describe_rewritten(NewOutput(tmp_path / "out", 9, "0"), NewContents(rewriter.output_tensors()))
+    )
     assert set(read_index(tmp_path / "out")["weight_map"].values()) == {
         "first-of-00002.safetensors",
         "model-00002-of-00002.safetensors",

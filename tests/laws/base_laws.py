@@ -26,7 +26,7 @@ from graphs import (
 )
 from laws.container_laws import STRANGERS
 from loraformat.adapter import SlotKind
-from loraformat.bases import BASES, BaseFormat, BaseModel
+from loraformat.bases import BASES, BaseFormat, BaseModel, NewContents
 from loraformat.dtypes import BY_NAME
 from loraformat.errors import LoraformatError
 from loraformat.images import NewOutput, OutputTensor
@@ -236,7 +236,7 @@ class StateDictLaws:
         """Write the base anew with these tensors and open the output."""
         assert base.rewriter is not None
         output = base.path.with_name(f"rewritten{base.rewriter.suffix}")
-        images = base.rewriter.describe_rewritten(output, 40, tensors, {}, {})
+        images = base.rewriter.describe_rewritten(NewOutput(output, 40, "0"), NewContents(tensors))
         write_images(images, base.rewriter.encode_receipt('{"version":"1.0"}'), fresh)
         again = open_base(output)
         assert again.format == base.rewriter.format
@@ -280,7 +280,9 @@ class StateDictLaws:
     def test_the_checksums_of_a_rewritten_file_are_left_alone(self, opened: BaseModel) -> None:
         assert opened.rewriter is not None
         output = opened.path.with_name(f"rewritten{opened.rewriter.suffix}")
-        images = opened.rewriter.describe_rewritten(output, 40, opened.rewriter.output_tensors(), {}, {})
+        images = opened.rewriter.describe_rewritten(
+            NewOutput(output, 40, "0"), NewContents(opened.rewriter.output_tensors())
+        )
         paths = write_images(images)
         before = [path.read_bytes() for path in paths]
         touched = [tensor.span for tensor in opened.list_tensors()]

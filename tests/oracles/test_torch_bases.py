@@ -13,7 +13,7 @@ import pytest
 
 import loraformat
 from builders import lora_factors, write_peft
-from loraformat.bases import BaseModel
+from loraformat.bases import BaseModel, NewContents
 from loraformat.dtypes import BY_NAME
 from loraformat.images import NewOutput, OutputTensor
 from loraformat.loading import open_base
@@ -211,7 +211,9 @@ class TestFolders:
         model = make_llama(tmp_path / "m", shards, tied=tied)
         rewriter = open_base(tmp_path / "m").rewriter
         assert rewriter is not None
-        write_images(rewriter.describe_rewritten(tmp_path / "o", 9, rewriter.output_tensors(), {}, {}))
+        write_images(
+            rewriter.describe_rewritten(NewOutput(tmp_path / "o", 9, "0"), NewContents(rewriter.output_tensors()))
+        )
         assert not list((tmp_path / "o").glob("*.bin"))
         assert (tmp_path / "o" / "model.safetensors.index.json").exists() is shards
         assert torch.equal(logits(tmp_path / "o"), logits(model))
@@ -245,7 +247,7 @@ class TestFolders:
         kept = [tensor for tensor in rewriter.output_tensors() if tensor.name not in tables]
         new = [OutputTensor(name, BY_NAME["float32"], (41, 16), None) for name in tables]
         changes = {"vocab_size": 41, "tie_word_embeddings": False, "dtype": "float32"}
-        images = rewriter.describe_rewritten(tmp_path / "o", 9, [*kept, *new], changes, {})
+        images = rewriter.describe_rewritten(NewOutput(tmp_path / "o", 9, "0"), NewContents([*kept, *new], changes))
         write_images(images, fresh={name: bits(value) for name, value in tables.items()})
         before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in "mo")
         assert after == before | {"vocab_size": 41, "tie_word_embeddings": False}
