@@ -23,6 +23,24 @@ def is_coded(site: Site) -> bool:
 
 def is_comparable(want: Want, site: Site) -> bool:
     """Say whether a whole stored matrix, or an expert's, may be a target's weight, or have it among its rows."""
+    shape = _find_shape(want, site)
+    if len(shape) != _MATRIX:
+        return bool(shape) and shape == want.shape
+    return _has_columns(want, shape) and shape[0] >= want.shape[0]
+
+
+def is_smaller(want: Want, site: Site) -> bool:
+    """Say whether a whole stored matrix may have some rows of a target's weight."""
+    shape = _find_shape(want, site)
+    return len(shape) == _MATRIX and _has_columns(want, shape) and shape[0] < want.shape[0] and not is_coded(site)
+
+
+def _has_columns(want: Want, shape: tuple[int, ...]) -> bool:
+    return len(want.shape) == _MATRIX and shape[1] == want.shape[1]
+
+
+def _find_shape(want: Want, site: Site) -> tuple[int, ...]:
+    """Return the canonical shape of a whole stored matrix or kernel, or of an expert's; empty for anything else."""
     weight = site.weight
     if (
         weight is None
@@ -31,15 +49,11 @@ def is_comparable(want: Want, site: Site) -> bool:
         or site.section
         or want.change.slot not in site.transposed
         or site.parameter != "weight"
+        or min(want.shape) < 0  # What the factors do not tell, the names must.
     ):
-        return False
+        return ()
     shape = site.stored_shape()
-    if min(want.shape) < 0:  # What the factors do not tell, the names must.
-        return False
-    if len(shape) != 2:
-        return shape == want.shape
-    rows, columns = shape[::-1] if site.transposed[want.change.slot] else shape
-    return columns == math.prod(want.shape[1:]) and rows >= want.shape[0] and len(want.shape) == 2
+    return shape[::-1] if len(shape) == _MATRIX and site.transposed[want.change.slot] else shape
 
 
 def read_columns(site: Site, slot: SlotKind, columns: Sequence[int]) -> NDArray[np.float32]:
@@ -56,11 +70,11 @@ def read_columns(site: Site, slot: SlotKind, columns: Sequence[int]) -> NDArray[
         return np.stack(read, axis=1)
     chosen = np.asarray(range(*part.columns))[list(columns)]
     step = max(1, _TILE_BYTES // (part.matrix[1] * tensor.dtype.numpy().itemsize))
+    first, stop, stride = part.rows
     tiles = [
-        _read_rows(tensor, part.matrix, start, min(step, part.matrix[0] - start))[:, chosen]
-        for start in range(0, part.matrix[0], step)
+        _read_rows(tensor, part.matrix, start, min(step, stop - start))[:, chosen] for start in range(first, stop, step)
     ]
-    return np.concatenate(tiles)[slice(*part.rows)]
+    return np.concatenate(tiles)[::stride]
 
 
 def _whole(tensor: StoredTensor) -> Part:

@@ -1,4 +1,4 @@
-"""Rows of a torch checkpoint's weight that stand in another order in a stored matrix."""
+"""Rows of a torch checkpoint's weight that stand in other places in a stored matrix."""
 
 from typing import Final
 
@@ -19,7 +19,19 @@ def find_order(stored: NDArray[np.float32], reference: NDArray[np.float32], slac
         reference: the same shape, some columns of the weight, no two rows of which may be alike.
         slack: relative difference that a cast leaves.
     """
-    if stored.shape != reference.shape or not (np.isfinite(stored).all() and np.isfinite(reference).all()):
+    places = find_places(stored, reference, slack) if stored.shape == reference.shape else None
+    return tuple(int(row) for row in np.argsort(np.array(places))) if places is not None else None
+
+
+def find_places(stored: NDArray[np.float32], reference: NDArray[np.float32], slack: float) -> list[int] | None:
+    """Return at which stored row each row of the reference is, or None where one is at none, or at several.
+
+    Args:
+        stored: `(rows, columns)`.
+        reference: `(at most as many rows, columns)`.
+        slack: relative difference that a cast leaves.
+    """
+    if len(stored) < len(reference) or not (np.isfinite(stored).all() and np.isfinite(reference).all()):
         return None
     direction = np.random.default_rng(0).standard_normal(stored.shape[1])
     marks = stored.astype(np.float64) @ direction
@@ -35,9 +47,8 @@ def find_order(stored: NDArray[np.float32], reference: NDArray[np.float32], slac
     found = [
         _find_row(stored, order[i:j], reference[row], slack) for row, (i, j) in enumerate(zip(low, high, strict=True))
     ]
-    if any(row is None for row in found) or len(set(found)) != len(found):
-        return None
-    return tuple(int(row) for row in np.argsort(np.array(found)))
+    known = [row for row in found if row is not None]
+    return known if len(set(known)) == len(reference) else None
 
 
 def _find_row(

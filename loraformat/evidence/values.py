@@ -6,6 +6,7 @@ moved. A quantised one is W within about half a step. Compared are up to 24 colu
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 
 from loraformat.bases import Site
 from loraformat.evidence import Lookup
-from loraformat.evidence._columns import is_coded, is_comparable, read_columns
+from loraformat.evidence._columns import is_coded, is_comparable, is_smaller, read_columns
 from loraformat.evidence._decoded import is_alike, is_rounded, read_decoded
-from loraformat.evidence._permuted import find_order
+from loraformat.evidence._permuted import find_order, find_places
+from loraformat.evidence._turns import describe_turns, split_runs
 from loraformat.matching import Want, cut_rows, fits_site
 from loraformat.problems import Problem
 from loraformat.site_index import Candidate
@@ -62,7 +64,10 @@ class Values:
         whole = [site for site in lookup.sites if is_comparable(want, site)]
         found = [each for site in whole for each in _find_in(want, site, lookup)]
         found = found or [each for site in whole for each in _find_moved(want, site, lookup)]
-        return [Candidate(site, self.name, self.name, VERIFIED) for site in found]
+        if found:
+            return [Candidate(site, self.name, self.name, VERIFIED) for site in found]
+        in_turns = [each for site in whole for each in _find_in_turns(want, site, lookup)]
+        return in_turns or _find_spread(want, lookup)
 
 
 def verify_values(want: Want, candidates: Sequence[Candidate], lookup: Lookup) -> list[Candidate] | Problem:
@@ -153,6 +158,52 @@ def _find_moved(want: Want, site: Site, lookup: Lookup) -> Iterator[Site]:
     )
     if order is not None:
         yield replace(site, obstacle=_overcome(site), row_order=order)
+
+
+def _find_in_turns(want: Want, site: Site, lookup: Lookup) -> Iterator[Candidate]:
+    """Yield the rows of a larger matrix that are the checkpoint's weight, where its rows and others take turns."""
+    if not _has_telling_rows(want, site):
+        return
+    stored, reference, slack = _read_both(want, site, lookup)
+    places = find_places(stored, reference, slack) if len(stored) > len(reference) else None
+    runs = split_runs(places) if places is not None else []
+    for run in runs:
+        cut = cut_rows(site, want.change.slot, run.rows)
+        section = run.own if len(runs) > 1 else None
+        settled = replace(cut, obstacle=_overcome(cut), section=section)
+        yield Candidate(settled, Values.name, Values.name, VERIFIED, describe_turns(runs))
+
+
+def _find_spread(want: Want, lookup: Lookup) -> list[Candidate]:
+    """Return smaller matrices of which each has runs of the checkpoint's rows; nothing where these are not all rows."""
+    found: dict[tuple[int, int], list[Candidate]] = defaultdict(list)
+    for site in lookup.sites:
+        if not is_smaller(want, site) or not _has_telling_rows(want, site):
+            continue
+        stored, reference, slack = _read_both(want, site, lookup)
+        places = find_places(reference, stored, slack)
+        runs = split_runs(places) if places is not None else []
+        for run in runs if runs and runs[0].step == 1 else ():
+            rows = (run.start, run.start + run.count)
+            cut = cut_rows(site, want.change.slot, run.own) if len(runs) > 1 else site
+            settled = replace(cut, obstacle=_overcome(cut), section=rows)
+            found[rows].append(Candidate(settled, Values.name, Values.name, VERIFIED, describe_turns(runs)))
+    ordered = sorted(found)
+    reached = [start for start, _ in ordered] == [0, *(stop for _, stop in ordered[:-1])]
+    if not ordered or not reached or ordered[-1][1] != want.shape[0]:
+        return []
+    return [candidate for rows in ordered for candidate in found[rows]]
+
+
+def _has_telling_rows(want: Want, site: Site) -> bool:
+    return not is_coded(site) and len(want.shape) > 1 and len(_choose_columns(want)) >= _TELLING
+
+
+def _read_both(want: Want, site: Site, lookup: Lookup) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+    """Return columns of what a site applies, of the checkpoint's weight, and how far a cast may part them."""
+    columns = _choose_columns(want)
+    stored = _keep(lookup, site, want, columns) * np.float32(site.divisor)
+    return stored, _read_reference(want, lookup, columns), _slack(site, want, lookup)
 
 
 def _settle(site: Site, likeness: Likeness) -> Site:

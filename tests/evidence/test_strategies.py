@@ -227,6 +227,24 @@ def test_a_map_of_a_folded_weight_needs_the_checkpoint(tmp_path: Path, rng: np.r
     loraformat.merge(base, [adapter], tmp_path / "merged.onnx", map=mapped, base_checkpoint=checkpoint)
 
 
+def test_a_map_of_a_module_in_pieces(tmp_path: Path, rng: np.random.Generator) -> None:
+    """The first rows lie in every third row of one tensor, the rest in another from its fifth row on."""
+    first, second = random(rng, 17, IN), random(rng, 15, IN)
+    base, adapter, _, delta = write_case(tmp_path, matmuls(first.T, second.T), rng, random(rng, OUT, IN))
+    pieces = [
+        {"target": TARGET, "weight": "v0", "section": [0, 5], "rows": [2, 15, 3]},
+        {"target": TARGET, "weight": "v1", "section": [5, OUT], "rows": [4, 4 + OUT - 5]},
+    ]
+    (tmp_path / "map.json").write_text(json.dumps({"targets": pieces}))
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx", map=tmp_path / "map.json")
+    wanted = [first.astype(np.float64), second.astype(np.float64)]
+    wanted[0][2:15:3] += delta[:5]
+    wanted[1][4 : 4 + OUT - 5] += delta[5:]
+    after = initializers(tmp_path / "merged.onnx")
+    for index, expected in enumerate(wanted):
+        np.testing.assert_array_equal(after[f"v{index}"].T, expected.astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("text", "code"),
     [
@@ -237,6 +255,16 @@ def test_a_map_of_a_folded_weight_needs_the_checkpoint(tmp_path: Path, rng: np.r
         ('{"targets": [{"target": "a", "weight": "b", "rows": [2, 1]}]}', "LF422"),
         ('{"targets": [{"target": "a", "weight": "b", "sites": [1]}]}', "LF422"),
         ('{"targets": {}}', "LF422"),
+        ('{"targets": [{"target": "a", "weight": "b", "rows": [0, 4, 0]}]}', "LF422"),
+        ('{"targets": [{"target": "a", "weight": "b", "rows": [0, true]}]}', "LF422"),
+        ('{"targets": [{"target": "a", "weight": "b", "section": [0, 4, 2]}]}', "LF422"),
+        ('{"targets": [{"target": "a", "weight": "b", "copies": "c"}]}', "LF422"),
+        (
+            '{"targets": [{"target": "a", "weight": "b", "section": [0, 4]}, {"target": "a", "weight": "b"}]}',
+            "LF422",
+        ),
+        ('{"targets": [{"target": "model.layers.0.fc", "weight": "v0", "rows": [0, 9], "section": [0, 9]}]}', "LF405"),
+        ('{"targets": [{"target": "model.layers.0.fc", "weight": "v0", "transposed": false}]}', "LF420"),
     ],
 )
 def test_maps_that_lead_nowhere(tmp_path: Path, rng: np.random.Generator, text: str, code: str) -> None:
