@@ -1,8 +1,9 @@
 """The flow of values through a graph between its linear layers."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from math import prod
+from math import prod, sqrt
+from operator import mul, truediv
 from typing import Final
 
 import numpy as np
@@ -13,6 +14,7 @@ from loraformat.bases._onnx_sites import RawSite
 
 _DATA_FIRST: Final = frozenset(
     {"Reshape", "Expand", "Slice", "Unsqueeze", "Squeeze", "Tile", "Split", "Pad", "ReduceMean", "Clip", "Gather"}
+    | {"CastLike", "SplitToSequence", "SequenceAt"}
 )
 """Operators of whose inputs only the first is data; the others say how."""
 _SHAPES: Final = frozenset({"Shape", "Size", "ConstantOfShape", "Constant"})
@@ -27,7 +29,15 @@ _ROTATIONS: Final = frozenset({"RotaryEmbedding", "com.microsoft.RotaryEmbedding
 _FACTORS: Final = {"com.microsoft.FusedMatMul": "alpha", "com.microsoft.RotaryEmbedding": "scale"}
 """Operators that multiply by an attribute."""
 _INT64: Final = 7
-_SCALAR_FORMS: Final = {1: np.float32, 10: np.float16, 11: np.float64}
+_SCALAR_FORMS: Final = {1: np.float32, 7: np.int64, 10: np.float16, 11: np.float64}
+_ARITHMETIC: Final[Mapping[str, tuple[int, Callable[..., float]]]] = {
+    **dict.fromkeys(("Cast", "CastLike", "Identity", "Reshape", "Squeeze", "Unsqueeze"), (1, float)),
+    "Sqrt": (1, sqrt),
+    "Reciprocal": (1, lambda number: 1 / number),
+    "Div": (2, truediv),
+    "Mul": (2, mul),
+}
+"""What exporters compute scales with: how many inputs count, and what is made of them."""
 
 Value = tuple[int, str]
 """A scope, by identity, and a name in it."""
@@ -148,15 +158,34 @@ def _list_data(visit: Visit) -> Sequence[str]:
 
 
 def read_scalar(visit: Visit, position: int) -> float | None:
-    """Return the one floating-point number that a node reads at a position; None where it reads something else."""
-    trace = trace_constant(visit.scope, visit.node.input[position]) if position < len(visit.node.input) else None
+    """Return the one number that a node reads at a position; None where it reads something else."""
+    return _compute(visit.scope, visit.node.input[position]) if position < len(visit.node.input) else None
+
+
+def _compute(scope: Scope, name: str, steps: int = 8) -> float | None:
+    """Return the one number that a value is, stored or computed of such."""
+    scope, own = scope.find(name)
+    made_by = scope.producers.get(own)
+    if not isinstance(made_by, Visit) or made_by.op not in _ARITHMETIC or not steps:
+        return _read_number(scope, own)
+    count, apply = _ARITHMETIC[made_by.op]
+    numbers = [_compute(made_by.scope, each, steps - 1) for each in made_by.node.input[:count]]
+    known = [number for number in numbers if number is not None]
+    try:
+        return apply(*known) if len(known) == count else None
+    except (ZeroDivisionError, OverflowError, ValueError):
+        return None
+
+
+def _read_number(scope: Scope, name: str) -> float | None:
+    trace = trace_constant(scope, name)
     tensor = trace.tensor if trace is not None and not trace.blocked else None
     form = _SCALAR_FORMS.get(tensor.data_type) if tensor is not None else None
     if tensor is None or form is None or prod(tensor.dims) != 1:
         return None
     if tensor.raw_data:
         return float(np.frombuffer(tensor.raw_data, form)[0])
-    typed = [*tensor.float_data, *tensor.double_data]
+    typed = [*tensor.float_data, *tensor.double_data, *tensor.int64_data]
     return float(typed[0]) if typed else None
 
 
@@ -164,6 +193,8 @@ def multiply_scalars(visits: Iterable[Visit]) -> float:
     """Return the product of all single numbers that nodes multiply by, but for the scales of quantised products."""
     total = 1.0
     for visit in visits:
+        if visit.node.output and _compute(visit.scope, visit.node.output[0]) is not None:
+            continue  # It makes the number itself.
         if visit.op == "Mul" and not _reads_steps(visit):
             factors = [number for position in (0, 1) if (number := read_scalar(visit, position)) is not None]
             total *= prod(factors)

@@ -35,6 +35,7 @@ _IN_ACTIVATIONS: Final = (
     _ACTIVATIONS
     | frozenset(
         {"Add", "Sub", "Mul", "Div", "Pow", "Cast", "Identity", "Reshape", "Max", "Min", "Clip", "Dropout", "Split"}
+        | {"SplitToSequence", "SequenceAt"}
     )
     | frozenset({"Slice", "Transpose", "Unsqueeze", "Squeeze", "Flatten"})
     | QUANTISING
@@ -216,7 +217,7 @@ def _is_active(factor: Slice) -> bool:
 
 def _is_cut(factor: Slice) -> bool:
     """Say whether a factor is a part of what a layer puts out: x · sigmoid(x) is of the whole, and an activation."""
-    return bool(factor.ops & {"Split", "Slice"})
+    return bool(factor.ops & {"Split", "Slice", "SequenceAt"})
 
 
 def _is_residual(flow: Flow, block: _Block, down: Visit) -> bool:

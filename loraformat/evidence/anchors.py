@@ -67,7 +67,7 @@ class AnchorNames:
         if OWN_ORDER.search(f".{place.end}") and (anchors.roles.is_ordered or any(site.section for site in named)):
             return []
         found = SiteIndex(named).find(lookup.names[want.target.name])
-        return [replace(each, strategy=self.name) for each in found]
+        return [replace(each, strategy=self.name, evidence=each.site.evidence) for each in found]
 
 
 def _settle(anchors: Anchors, lookup: Lookup) -> tuple[Anchors, list[_Known]]:

@@ -174,7 +174,7 @@ def test_a_name_that_says_otherwise_speaks_against_all(tmp_path: Path) -> None:
     case = Case(tmp_path, stack)
     with pytest.raises(loraformat.LoraformatError) as caught:
         case.merge(resolve="structure")
-    assert set(caught.value.codes) == {"LF425", "LF401"}
+    assert set(caught.value.codes) == {"LF425", "LF450", "LF401"}
     assert "not the query of layer 0" in str(caught.value)
 
 

@@ -78,8 +78,11 @@ OPTIMUM_TASKS = {
     "bert": "text-classification",
     "distilbert": "text-classification",
     "t5": "text2text-generation-with-past",
+    "whisper": "automatic-speech-recognition-with-past",
 }
 """What Optimum is asked to export of each specimen."""
+OPTIMUM_SHAPES = {"whisper": {"nb_max_frames": 20}}
+"""Sizes of the example that it traces with, where its own would not fit so small a model."""
 
 
 def export_with_optimum(specimen: zoo.Specimen, folder: Path) -> dict[str, Path]:
@@ -89,7 +92,8 @@ def export_with_optimum(specimen: zoo.Specimen, folder: Path) -> dict[str, Path]
     source, output = save_model(specimen, folder / "torch"), folder / "onnx"
     if not output.exists():
         with zoo.quiet():
-            main_export(str(source), output, task=OPTIMUM_TASKS[specimen.name], do_validation=False)
+            shapes = OPTIMUM_SHAPES.get(specimen.name, {})
+            main_export(str(source), output, task=OPTIMUM_TASKS[specimen.name], do_validation=False, **shapes)
     return {path.stem: path for path in output.glob("*.onnx")}
 
 
