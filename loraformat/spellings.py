@@ -200,6 +200,12 @@ def read_order_file(name: str) -> Mapping[str, Any]:
     return parse_json_object(entry.read_bytes(), entry.name)
 
 
+def read_renames_file(name: str) -> Mapping[str, Any]:
+    """Return one of the files of `spec/names/renames`: what a library calls the tensors of its checkpoints."""
+    entry = _folder() / "renames" / f"{name}.json"
+    return parse_json_object(entry.read_bytes(), entry.name)
+
+
 def find_table(name: str) -> SpellingTable:
     """Return the table of a name; raises KeyError."""
     return {table.name: table for table in all_tables()}[name]
