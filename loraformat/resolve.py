@@ -177,7 +177,7 @@ def _match_verified(
 
 def _lists_all(sites: Sequence[Site]) -> bool:
     """Say whether a parameter that was not found is surely not there: a state dict lists all that it has."""
-    return all(site.evidence == TENSOR_NAME for site in sites)
+    return any(site.evidence == TENSOR_NAME for site in sites)
 
 
 def _find_lacking_biases(missing: Sequence[Want], matches: Sequence[Match]) -> list[NewBias]:

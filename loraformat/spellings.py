@@ -200,6 +200,12 @@ def read_order_file(name: str) -> Mapping[str, Any]:
     return parse_json_object(entry.read_bytes(), entry.name)
 
 
+def read_renames_file(name: str) -> Mapping[str, Any]:
+    """Return one of the files of `spec/names/renames`: what a library calls the tensors of its checkpoints."""
+    entry = _folder() / "renames" / f"{name}.json"
+    return parse_json_object(entry.read_bytes(), entry.name)
+
+
 def _folder() -> Traversable:
     """Return the packaged tables, or the checkout's own when the package runs from source."""
     packaged = files("loraformat") / "_spec" / "names"

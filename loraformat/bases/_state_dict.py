@@ -13,6 +13,7 @@ from loraformat.adapter import SlotKind
 from loraformat.bases import TENSOR_NAME, Site, Weight
 from loraformat.bases._aliases import Group, group_aliases
 from loraformat.bases._other_sites import list_other_sites
+from loraformat.bases._renamed_sites import list_renamed_sites
 from loraformat.bases._tied_tables import grows, read_tie, tie_sites
 from loraformat.problems import Problem
 from loraformat.spans import StoredTensor, read_small
@@ -63,6 +64,7 @@ def list_sites(tensors: Collection[StoredTensor], config: Mapping[str, JsonValue
     weights = {tensor.name: weight for group in group_aliases(tensors) for tensor, weight in _share(group)}
     own = [_make_site(tensor, weights.get(tensor.name), config, names) for tensor in adaptable]
     own = tie_sites(own, config)
+    own += list_renamed_sites(own, config)
     return own + list_other_sites(own, config)
 
 

@@ -1,6 +1,7 @@
 """Sites under names that no tensor has: what they are parts and sections of, and which adapters find them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from loraformat.bases._fused_modules import FAMILIES, arrange
 from loraformat.limits import MAX_EXPERTS
 from loraformat.loading import open_base
 from loraformat.spans import Part
+from loraformat.spellings import read_renames_file
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 12}
 
@@ -119,3 +121,61 @@ def test_attention_offers_its_module(tmp_path: Path) -> None:
     found = sites_of(tmp_path / "x", {}, a__in_proj_weight=(18, 6), a__in_proj_bias=(18,), a__out_proj__weight=(6, 6))
     assert {"a weight", "a bias", "a.out_proj weight"} <= set(found)
     assert found["a weight"][0].transposed[SlotKind.LINEAR] is False
+
+
+IMAGES = {"model_type": "vit"}
+STORED = "vit.encoder.layer.3"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (f"{STORED}.attention.attention.query", "vit.layers.3.attention.q_proj"),
+        (f"{STORED}.attention.output.dense", "vit.layers.3.attention.o_proj"),
+        (f"{STORED}.output.dense", "vit.layers.3.mlp.fc2"),
+    ],
+)
+def test_a_family_whose_modules_transformers_renames(tmp_path: Path, old: str, new: str) -> None:
+    """The names are those of transformers 5.23, whose checkpoints keep the older ones."""
+    tensor = {f"{old}.weight".replace(".", "__"): (6, 4)}
+    found = sites_of(tmp_path / "x", IMAGES, **tensor)
+    assert [site.id for site in found[f"{new} weight"]] == [f"{old}.weight"]
+    assert f"{new} weight" not in sites_of(tmp_path / "other", {"model_type": "llama"}, **tensor)
+    inner = sites_of(tmp_path / "inner", {"model_type": "vision-encoder-decoder", "encoder": IMAGES}, **tensor)
+    assert f"{new} weight" in inner
+
+
+def test_a_rename_takes_no_name_that_a_tensor_has(tmp_path: Path) -> None:
+    names = {f"{STORED}.output.dense.weight": (6, 4), "vit.layers.3.mlp.fc2.weight": (6, 4)}
+    found = sites_of(tmp_path / "x", IMAGES, **{name.replace(".", "__"): shape for name, shape in names.items()})
+    assert [site.id for site in found["vit.layers.3.mlp.fc2 weight"]] == ["vit.layers.3.mlp.fc2.weight"]
+
+
+def test_gamma_is_a_weight_and_beta_a_bias(tmp_path: Path) -> None:
+    """bert-base-uncased is stored so."""
+    found = sites_of(tmp_path / "x", {"model_type": "bert"}, bert__LayerNorm__gamma=(4,), bert__LayerNorm__beta=(4,))
+    assert found["bert.LayerNorm weight"][0].id == "bert.LayerNorm.gamma"
+    assert found["bert.LayerNorm bias"][0].id == "bert.LayerNorm.beta"
+
+
+def test_every_rename_can_be_applied() -> None:
+    table = read_renames_file("transformers")
+    steps = [step for family in table["families"].values() for step in family]
+    assert len(steps) > 100
+    for old, new in [row for step in [*steps, *table["all"]] for row in step]:
+        re.sub(old, new, "model.layers.0.x.weight")
+        assert "\\." not in new
+
+
+def test_a_bias_that_no_layer_has_is_no_loss_where_modules_could_be_fused(tmp_path: Path) -> None:
+    """(IA)³ on Llama's q, k and v, which other families have in one weight: there are no biases to multiply."""
+    parts = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    base = write_tensors(tmp_path / "x.safetensors", {f"{part}.weight": np.ones((4, 6), np.float32) for part in parts})
+    factors = {f"base_model.model.{parts[1]}.ia3_l": np.full((4, 1), 2, np.float32)}
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    write_tensors(folder / "adapter_model.safetensors", factors)
+    config = {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    receipt = loraformat.merge(base, [folder], tmp_path / "merged.safetensors")
+    assert [weight.name for weight in receipt.weights] == [f"{parts[1]}.weight"]

@@ -385,6 +385,32 @@ def test_the_text_model_of_one_that_sees(tmp_path: Path) -> None:
     assert any(not np.array_equal(found[name], before[name]) for name in found if "language_model" in name)
 
 
+@pytest.mark.parametrize("family", ["ViT", "Swin", "Segformer"])
+def test_a_family_that_is_called_otherwise_in_memory(tmp_path: Path, family: str) -> None:
+    """An image classifier, trained by the names of transformers 5, onto the checkpoint with the older ones."""
+    sizes = {"num_labels": 3, "image_size": 16, "patch_size": 4}
+    if family == "ViT":
+        sizes |= {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    elif family == "Swin":
+        sizes |= {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 3], "window_size": 2}
+    else:
+        lists = {"depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [12, 20], "num_attention_heads": [2, 4]}
+        lists |= {"patch_sizes": [3, 3], "strides": [2, 2], "mlp_ratios": [2, 2]}
+        sizes |= {"num_encoder_blocks": 2, "decoder_hidden_size": 16, **lists}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = randomised(getattr(transformers, f"{family}ForImageClassification")(config))
+    trained = train(model, peft.LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"), tmp_path)
+    merge(trained, tmp_path / "merged")
+    found, before = (
+        {
+            name: value.numpy()
+            for name, value in type(model).from_pretrained(place, dtype=torch.float64).state_dict().items()
+        }
+        for place in (tmp_path / "merged", trained.base)
+    )
+    assert_near(found, trained.merged, before)
+
+
 @pytest.mark.parametrize("older", [True, False])
 def test_the_text_encoder_of_clip(tmp_path: Path, older: bool) -> None:
     """transformers 5 dropped a level of its names; the checkpoints have it, and so have older adapters."""
