@@ -42,6 +42,8 @@ _CONVS: Final[Mapping[str, tuple[int, int]]] = {
     "QLinearConv": (3, 8),
 }
 """Convolutions, and their inputs with weight and bias."""
+_UNCALLED: Final = "out_proj"
+"""The module in torch's MultiheadAttention whose weight that applies without calling it; PEFT adapts both."""
 _QUANTISED: Final = "_quantized"
 _REPEATED: Final = re.compile(r"\.\d")
 _NUMBER: Final = re.compile(r"_\d+$")
@@ -100,7 +102,8 @@ def module_of_node(visit: Visit, position: int, trace: Trace, parameter: str = "
         for candidate in (around, *(step for step in trace.steps if around is visit)):
             path = _read_scopes(_metadata(candidate).get(_SCOPES_KEY, ""))
             if path:
-                return path, "name scopes"
+                uncalled = _find_uncalled(path, visit, position, trace, parameter)
+                return (uncalled, "name scopes and tensor name") if uncalled else (path, "name scopes")
             path = read_node_path(candidate.node.name)
             if path:
                 return _refine(path, visit, position, trace, parameter)
@@ -116,12 +119,32 @@ def _refine(path: str, visit: Visit, position: int, trace: Trace, parameter: str
     reads directly, before Identity, is the parameter's own. One that does not hold the node's path is that of a tied
     weight, and tells nothing here.
     """
-    read = [visit.node.input[position], *(step.node.input[0] for step in trace.steps)]
     beside = _bias_names(visit) if parameter == "weight" else ()
-    for name, ending in (*((name, f".{parameter}") for name in read), *((name, ".bias") for name in beside)):
-        if name.endswith(ending) and _holds(name.removesuffix(ending).split("."), path.split(".")):
-            return name.removesuffix(ending), f"{NODE_NAME} and tensor name"
-    return path, NODE_NAME
+    owners = [*_list_owners(visit, position, trace, parameter), *_strip_endings(beside, ".bias")]
+    whole = next((owner for owner in owners if _holds(owner.split("."), path.split("."))), "")
+    whole = whole or _find_uncalled(path, visit, position, trace, parameter)
+    return (whole, f"{NODE_NAME} and tensor name") if whole else (path, NODE_NAME)
+
+
+def _list_owners(visit: Visit, position: int, trace: Trace, parameter: str) -> Iterator[str]:
+    """Yield the modules whose parameter a node reads, by the names of what it reads."""
+    return _strip_endings([visit.node.input[position], *(s.node.input[0] for s in trace.steps)], f".{parameter}")
+
+
+def _strip_endings(names: Iterable[str], ending: str) -> Iterator[str]:
+    return (name.removesuffix(ending) for name in names if name.endswith(ending))
+
+
+def _find_uncalled(path: str, visit: Visit, position: int, trace: Trace, parameter: str) -> str:
+    """Return the module inside that of a path which never runs itself, where a node applies its weight; else nothing.
+
+    A bias tells nothing here: of new models all biases are zeros, and stored once.
+    """
+    for owner in _list_owners(visit, position, trace, parameter):
+        parent, _, own = owner.rpartition(".")
+        if own == _UNCALLED and parent and _holds(parent.split("."), path.split(".")):
+            return owner
+    return ""
 
 
 def _holds(whole: list[str], parts: list[str]) -> bool:

@@ -627,6 +627,19 @@ def test_an_anonymous_matmul_is_not_folded(tmp_path: Path) -> None:
     assert site.obstacle is None
 
 
+@pytest.mark.parametrize("exporter", ["torchscript", "dynamo"])
+def test_the_output_layer_of_torch_attention_is_a_module_of_its_own(tmp_path: Path, exporter: str) -> None:
+    """MultiheadAttention applies `out_proj.weight` itself: the node stands in its parent's scope."""
+    rng, net = np.random.default_rng(19), Net()
+    for index, name in enumerate(("in_proj_weight", "out_proj.weight")):
+        inner = f"{MODULE}.{name}" if index else "onnx::MatMul_7"
+        notes = dynamo_scopes(MODULE) if exporter == "dynamo" else {}
+        node = torchscript_name(MODULE, f"Gemm_{index}") if exporter == "torchscript" else f"node_Gemm_{index}"
+        weight = net.weight(inner, dyadic(rng, 15, 5 + index))
+        net.op("Gemm", [net.feed(f"x{index}"), weight], net.result(f"y{index}"), node, notes, transB=1)
+    assert [site.module for site in sites_of(tmp_path, net)] == [MODULE, f"{MODULE}.out_proj"]
+
+
 # --- damage ----------------------------------------------------------------------------------------------------------
 
 

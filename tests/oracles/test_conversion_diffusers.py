@@ -15,7 +15,7 @@ from loraformat.adapter import Factor, Target
 from loraformat.conversion import read_base_facts
 from loraformat.loading import load_adapter
 from loraformat.schemes import StatedScale
-from loraformat.spellings import find_table
+from loraformat.spellings import all_tables
 
 torch = pytest.importorskip("torch", reason="needs torch")
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers")
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.oracle
 from diffusers.loaders import lora_conversion_utils as peer  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+TABLES = {table.name: table for table in all_tables()}
 H = 3072
 FLUX = {
     "double_blocks.0.img_attn.qkv": (3 * H, H),
@@ -367,7 +368,7 @@ def test_a_table_has_every_module_of_the_real_model(name: str) -> None:
     spelling, build = MODELS[name]
     with torch.device("meta"):
         model = build()
-    table = find_table(name)
+    table = TABLES[name]
     weighty = [
         path
         for path, module in model.named_modules()
@@ -386,7 +387,7 @@ def test_text_encoders_are_in_their_tables() -> None:
         clip = CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=2))
         t5 = T5EncoderModel(T5Config(num_layers=2, feed_forward_proj="gated-gelu"))
     for name, model in (("clip-text-encoder", clip), ("t5-encoder", t5)):
-        table = find_table(name)
+        table = TABLES[name]
         linear = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         assert linear
         assert not [path for path in linear if not table.find(path, "transformers")]

@@ -115,3 +115,39 @@ def test_embeddings_that_peft_saves_beside_their_adapter(lab: "Lab", tmp_path: P
         Trained(**fields | {"folder": tmp_path / "adapter"}),
         tmp_path / "merged.onnx",
     )
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_torch_attention_and_its_output_layer(tmp_path: Path, exporter: str) -> None:
+    """PEFT adapts both weights of MultiheadAttention; it never calls the second's module, whose scope no node has."""
+    import numpy as np
+    import torch
+    from lab import ABSOLUTE_TOLERANCE
+    from peft import LoraConfig, get_peft_model
+    from zoo import quiet, run_onnx
+
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(12, 3, batch_first=True)
+            self.head = torch.nn.Linear(12, 7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.attn(x, x, x, need_weights=False)[0])
+
+    torch.manual_seed(0)
+    model, x = Attention().eval(), torch.randn(2, 5, 12)
+    options = {"dynamo": True, "optimize": exporter == "dynamo"}
+    if exporter.startswith("ts"):
+        options = {"dynamo": False, "do_constant_folding": exporter == "ts"}
+    with quiet():
+        torch.onnx.export(model, (x,), tmp_path / "base.onnx", input_names=["x"], output_names=["y"], **options)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["attn", "head"], init_lora_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = adapted(x).numpy()
+    receipt = loraformat.merge(tmp_path / "base.onnx", [tmp_path / "adapter"], tmp_path / "merged.onnx")
+    assert len(receipt.weights) == 3
+    found = run_onnx(tmp_path / "merged.onnx", {"x": x.numpy()})["y"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=ABSOLUTE_TOLERANCE)
