@@ -275,3 +275,15 @@ def test_a_tied_table_of_4_bits_needs_its_float_numbers(tmp_path: Path) -> None:
     with pytest.raises(loraformat.LoraformatError) as caught:
         loraformat.merge(base, [adapter], tmp_path / "merged.onnx", on_quantized="dequantize")
     assert caught.value.codes == ("LF619",)
+
+
+def test_a_model_of_an_old_version_says_what_would_help(tmp_path: Path) -> None:
+    net = Net()
+    blocks_of_rows(net)
+    model = net.model(check=False)
+    model.ir_version = 3
+    base = write_model(tmp_path / "base.onnx", model)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(base, [adapt(tmp_path, ONE)], tmp_path / "merged.onnx")
+    assert caught.value.codes == ("LF402",)
+    assert "ir_version" in str(caught.value)
