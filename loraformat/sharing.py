@@ -87,7 +87,7 @@ def _copy_or_refuse(group: Iterable[Match]) -> tuple[list[Match], list[Problem]]
     problems: list[Problem] = []
     for match in group:
         if match.want.change.shared or not all(site.own_name for site in match.sites):
-            problems.append(_report_sharing(match, ""))
+            problems.append(_report_sharing(match, next((s.part_mend for s in match.sites if s.part_mend), "")))
             continue
         kept.append(replace(match, apart=match.sites[0].own_name))
         found = f"{match.weight.name!r} is also read by {', '.join(_find_strangers(match)[:_LISTED])}"

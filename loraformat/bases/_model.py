@@ -65,6 +65,7 @@ class Site:
         row_order: which row of the module's canonical matrix each stored one is; empty where they are in order.
         free_bias: the name that a bias of the module would have; empty where it has one or can have none.
         own_name: the name of a copy for this site of a weight that others read too; empty where there can be none.
+        part_mend: what would let there be one.
     """
 
     id: str
@@ -84,6 +85,7 @@ class Site:
     row_factors: tuple[float, ...] = ()
     row_order: tuple[int, ...] = ()
     own_name: str = ""
+    part_mend: str = ""
 
     def stored_shape(self) -> tuple[int, ...]:
         """Return the shape of what the site applies, as it is stored; empty where there is nothing."""

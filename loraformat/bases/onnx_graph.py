@@ -44,6 +44,14 @@ if TYPE_CHECKING:
 
 _FREE_INITIALIZERS: Final = 4
 """The version of the IR from which an initializer need not be an input of the model."""
+_INLINE: Final = (
+    "A function's nodes are those of all its callers: inline functions first (onnx.inliner.inline_local_functions), or "
+    "export with the weight untied."
+)
+_RAISE_VERSION: Final = (
+    "A copy would have to be an input of the model, which those who run it would see. Where nobody feeds initializers, "
+    "raise ir_version to 4 or later and take them out of the graph's inputs."
+)
 _BRANCHES: Final = frozenset({"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 
 
@@ -79,7 +87,13 @@ class OnnxGraph:
         may_add = self._opened.model.ir_version >= _FREE_INITIALIZERS
         chosen = name_copies((raw for raw, _ in pairs), names) if may_add else {}
         self._shared = {site.id: raw for raw, site in pairs if site.id in chosen}
-        return [replace(site, own_name=chosen[site.id]) if site.id in chosen else site for site in sites]
+        mend = {site.id: _INLINE if may_add else _RAISE_VERSION for _, site in pairs}
+        return [
+            replace(site, own_name=chosen.get(site.id, ""), part_mend="" if site.id in chosen else mend[site.id])
+            if site.id in mend
+            else site
+            for site in sites
+        ]
 
     def with_copies(self, copies: Sequence[WeightCopy]) -> "OnnxGraph":
         """Return the graph with initializers more, each read by some of a weight's sites instead of the weight."""

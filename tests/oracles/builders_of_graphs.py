@@ -38,12 +38,13 @@ def _make_tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def build_genai(specimen: zoo.Specimen, folder: Path, precision: str = "fp32") -> Path:
+def build_genai(specimen: zoo.Specimen, folder: Path, precision: str = "fp32", *extra: str) -> Path:
     """Build a specimen with onnxruntime-genai's model builder, without network."""
     source, output, cache = save_model(specimen, folder / "torch"), folder / precision, folder / "cache"
     # A process of its own: the builder imports modules whose names are those of others.
     flags = ["-i", source, "-o", output, "-p", precision, "-e", "cpu", "-c", cache]
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, flags)]
+    command += ["--extra_options", *extra] if extra else []
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, capture_output=True, cwd=folder, env=environment)
     return output / "model.onnx"

@@ -70,3 +70,51 @@ def test_whisper_in_two_models(lab: "Lab", tmp_path: Path) -> None:
     logits = run_cached(tmp_path / "decoder.onnx", {"input_ids": trained.feeds["decoder_input_ids"], **cache})
     apart = np.abs(logits - trained.unmerged["logits"]).max()
     assert apart <= ABSOLUTE_TOLERANCE < trained.effect / 100
+
+
+@pytest.mark.parametrize("ends", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_a_tied_table_in_codes_of_4_bits(lab: "Lab", tmp_path: Path, ends: list[str]) -> None:
+    """Head and lookup read the same codes, the latter behind a Reshape; each that is adapted gets its own."""
+    import onnx
+    import zoo_built  # noqa: F401 - more models
+    from builders_of_graphs import build_genai, run_cached
+    from onnx import TensorProto, helper, numpy_helper
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from safetensors.numpy import load_file
+
+    import loraformat
+
+    trained = lab.trained("built_qwen2_tied", ends)
+    folder = lab.root / "genai-shared"
+    base = folder / "int4" / "model.onnx"
+    if not base.exists():
+        build_genai(trained.specimen, folder, "int4", "shared_embeddings=true")
+    merged = tmp_path / "merged.onnx"
+    receipt = loraformat.merge(base, [trained.folder], merged, base_checkpoint=folder / "torch")
+    assert sum(bool(weight.copied_from) for weight in receipt.weights) == 1
+    assert loraformat.verify(merged, base, [trained.folder], base_checkpoint=folder / "torch").holds
+    held = {each.name: numpy_helper.to_array(each) for each in onnx.load(merged).graph.initializer}
+    nodes = {each.op_type: list(each.input) for each in onnx.load(merged).graph.node if "embed" in each.name}
+    head = next(each.input for each in onnx.load(merged).graph.node if each.name.startswith("/lm_head"))
+    found = {"lm_head": list(head[1:3]), "embed_tokens": [nodes["Reshape"][0], nodes["GatherBlockQuantized"][2]]}
+    table = load_file(folder / "torch" / "model.safetensors")["model.embed_tokens.weight"]
+    for end, (codes, scales) in found.items():
+        delta = next((each for name, each in trained.deltas.items() if name.endswith(end)), np.zeros(1))
+        weight = table + (delta if delta.shape in (table.shape, (1,)) else delta.T)
+        value = helper.make_tensor_value_info
+        net = helper.make_graph(
+            [helper.make_node("MatMul", ["x", "w"], ["y"])],
+            "g",
+            [value("x", TensorProto.FLOAT, [1, weight.shape[1]])],
+            [value("y", TensorProto.FLOAT, [1, len(weight)])],
+            [numpy_helper.from_array(np.ascontiguousarray(weight.T, np.float32), "w")],
+        )
+        made = MatMulNBitsQuantizer(helper.make_model(net), bits=4, block_size=32, is_symmetric=True)
+        made.process()
+        afresh = {each.name: numpy_helper.to_array(each) for each in made.model.model.graph.initializer}
+        np.testing.assert_allclose(held[scales].ravel(), afresh["w_scales"].ravel(), rtol=1e-4, atol=1e-6)
+        width = weight.shape[1] // 2
+        np.testing.assert_array_equal(held[codes][:, 0, :width], afresh["w_Q4"][:, 0, :width])
+    first = {name: values[:1] for name, values in trained.feeds.items()}
+    exact = trained.unmerged["logits"][:1]
+    assert np.linalg.norm(run_cached(merged, first) - exact) < np.linalg.norm(run_cached(base, first) - exact)

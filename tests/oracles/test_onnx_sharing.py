@@ -113,3 +113,25 @@ def test_tied_tables_without_names(lab: "Lab", tmp_path: Path, end: int) -> None
     merged = tmp_path / "merged.onnx"
     loraformat.merge(base, [trained.folder], merged, base_checkpoint=tmp_path / "model.safetensors")
     assert difference(zoo.run_onnx(merged, trained.feeds, specimen.outputs), trained.unmerged) <= 1e-4
+
+
+@pytest.mark.parametrize("ends", [EMBEDDING, HEAD, BOTH])
+@pytest.mark.parametrize("exporter", ["ts_nofold", "dynamo_noopt"])
+def test_tied_tables_in_codes_of_8_bits(lab: "Lab", tmp_path: Path, exporter: Any, ends: list[int]) -> None:
+    """What onnxruntime's quantiser makes of a tied table: one tensor of codes, one scale, one zero point."""
+    from lab import difference
+    from zoo import run_onnx
+
+    quantization = pytest.importorskip("onnxruntime.quantization")
+    trained = lab.trained("qwen2_tied", [ENDS["qwen2_tied"][end] for end in ends])
+    exported, base = lab.exported("qwen2_tied", exporter), tmp_path / "base.onnx"
+    quantization.quantize_dynamic(exported, base, weight_type=quantization.QuantType.QInt8, reduce_range=True)
+    receipt = loraformat.merge(base, [trained.folder], tmp_path / "merged.onnx")
+    assert sum(bool(weight.copied_from) for weight in receipt.weights) == 1
+    outputs = trained.specimen.outputs
+    plain, coded, merged = (
+        run_onnx(path, trained.feeds, outputs) for path in (exported, base, tmp_path / "merged.onnx")
+    )
+    noise = difference(coded, plain)
+    assert difference(merged, trained.unmerged) < 2 * noise < trained.effect / 10
+    assert loraformat.verify(tmp_path / "merged.onnx", base, [trained.folder], run=True).holds
