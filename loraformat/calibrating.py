@@ -7,6 +7,8 @@ sample. What it finds becomes part of the plan; the model is then merged with th
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -23,6 +25,10 @@ from loraformat.loading import open_base
 from loraformat.output_forms import Order
 from loraformat.problems import Problem
 
+MINMAX: Final = "minmax"
+METHODS: Final[Mapping[str, str]] = {MINMAX: "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
+"""What onnxruntime calls its calibrators."""
+_NO_DISTRIBUTION: Final = "onnxruntime's Distribution is for 8-bit floats: it gives mean and deviation, and no range."
 _TOLERANCE: Final = 1e-3
 _MEASURED: Final = "Identity"
 _INLINE_BYTES: Final = 1 << 30
@@ -30,7 +36,7 @@ _INLINE_BYTES: Final = 1 << 30
 Ranges = Mapping[str, tuple[float, float]]
 
 
-def measure_merged(base: BaseModel, order: Order, data: Path, effort: Effort) -> Ranges:
+def measure_merged(base: BaseModel, order: Order, data: Path, effort: Effort, method: str = MINMAX) -> Ranges:
     """Return the ranges that a merged model's activations have, by the scales that they are known by.
 
     Args:
@@ -38,9 +44,11 @@ def measure_merged(base: BaseModel, order: Order, data: Path, effort: Effort) ->
         order: the merge, whose plan accepts the base's ranges; nothing stays where its output is to go.
         data: the calibration data.
         effort: how much of the machine to take.
+        method: one of `METHODS`.
 
     Raises:
-        LoraformatError: LF628 data that do not fit, LF627 ranges that cannot be measured, what merging raises.
+        LoraformatError: LF628 data that do not fit, or no known method, LF627 ranges that cannot be measured, what
+            merging raises.
     """
     if not isinstance(base, CalibratedBase) or not base.check_ranges({}):
         raise refuse("LF628", data, "activations with no measured ranges", "a graph that has some; no --calibration")
@@ -49,7 +57,7 @@ def measure_merged(base: BaseModel, order: Order, data: Path, effort: Effort) ->
     if problems:
         raise error_for(problems)
     apply_order(base, order, Work(effort, min_retained=0, warn_retained=0))
-    return measure_ranges(open_base(order.plan.output), data)
+    return measure_ranges(open_base(order.plan.output), data, method)
 
 
 def make_room(output: Path) -> "TemporaryDirectory[str]":
@@ -64,9 +72,11 @@ def describe_data(data: Path) -> str:
         return f"{data.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
-def check_measured(merged: BaseModel, stated: Mapping[str, Sequence[float]], data: Path) -> Iterator[Problem]:
+def check_measured(
+    merged: BaseModel, stated: Mapping[str, Sequence[float]], data: Path, method: str = MINMAX
+) -> Iterator[Problem]:
     """Yield the ranges of a merged model that its data give otherwise than its receipt has them."""
-    for scale, (low, high) in measure_ranges(merged, data).items():
+    for scale, (low, high) in measure_ranges(merged, data, method).items():
         first, last = stated.get(scale, (math.nan, math.nan))
         slack = _TOLERANCE * (high - low)
         if not (abs(first - low) <= slack and abs(last - high) <= slack):
@@ -74,25 +84,28 @@ def check_measured(merged: BaseModel, stated: Mapping[str, Sequence[float]], dat
             yield Problem("LF629", where, f"a range from {first:.6g} to {last:.6g}", f"{low:.6g} to {high:.6g}")
 
 
-def measure_ranges(merged: BaseModel, data: Path) -> Ranges:
+def measure_ranges(merged: BaseModel, data: Path, method: str = MINMAX) -> Ranges:
     """Return the ranges of a model's activations, by the scales that they are known by.
 
     Args:
         merged: the opened model; as much memory is needed as it has weights.
         data: an `.npz` with an array for each input of the graph, samples along its first axis.
+        method: one of `METHODS`.
 
     Raises:
         LoraformatError: as `measure_merged`.
     """
     if not isinstance(merged, CalibratedBase):
         raise refuse("LF627", merged.path, f"a base of the format {merged.format!r}", "an ONNX model")
+    if method not in METHODS:
+        raise refuse("LF628", "--calibration-method", method, f"one of {', '.join(METHODS)}", _NO_DISTRIBUTION)
     import onnx
 
     model = onnx.load(str(merged.path))
     values = merged.float_activations(model.graph)
     samples = _read_samples(data, {each.name for each in model.graph.input} - _names(model.graph.initializer))
     with make_room(merged.path) as room:
-        found = _run_calibrator(model, Path(room), samples, merged)
+        found = _run_calibrator(model, Path(room), samples, merged, METHODS[method])
     ranges: dict[str, tuple[float, float]] = {}
     for value in values:
         low, high = (float(np.asarray(each).min()) for each in found[value.name].range_value)
@@ -107,7 +120,7 @@ def _names(tensors: Any) -> set[str]:
     return {each.name for each in tensors}
 
 
-def _run_calibrator(model: Any, room: Path, samples: "Samples", merged: BaseModel) -> Any:
+def _run_calibrator(model: Any, room: Path, samples: "Samples", merged: BaseModel, method: str) -> Any:
     try:
         import onnx
         from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator
@@ -120,11 +133,12 @@ def _run_calibrator(model: Any, room: Path, samples: "Samples", merged: BaseMode
             room / "float.onnx",
             [_MEASURED],
             str(room / "measured.onnx"),
-            CalibrationMethod.MinMax,
+            CalibrationMethod[method],
             use_external_data_format=apart,
         )
-        calibrator.collect_data(samples)
-        return calibrator.compute_data()
+        with redirect_stdout(StringIO()):  # Some tell how many bins they have.
+            calibrator.collect_data(samples)
+            return calibrator.compute_data()
     except Exception as error:  # onnxruntime's own errors share no base class of theirs.
         found = str(error).split("\n", 1)[0][:300]
         raise refuse("LF628", merged.path, found, "samples that onnxruntime can run the model on") from error

@@ -18,7 +18,7 @@ from loraformat.arguments import (
     read_hints,
     weigh_adapters,
 )
-from loraformat.calibrating import check_measured
+from loraformat.calibrating import MINMAX, check_measured
 from loraformat.errors import refuse
 from loraformat.in_place import merge_in_place
 from loraformat.kinds import Nature
@@ -55,7 +55,7 @@ def plan_merge(
     opened = open_sound(base)
     weighted = weigh_adapters(adapters, options, opened)
     if options.get("calibration") is not None:  # It takes a merge to measure ranges.
-        options = {**options, "calibration": None, "accept_ranges": True}
+        options = {**options, "calibration": None, "calibration_method": None, "accept_ranges": True}
     return make_order(opened, weighted, choose_output(opened, weighted, output, options), options).plan
 
 
@@ -190,7 +190,8 @@ def verify(
     order = Order(plan, weighted, hints.checkpoint)
     found = verify_merge(proof, opened, order, read_effort(options))
     if (data := options.get("calibration")) is not None:
-        problems = check_measured(proof, plan.ranges, Path(data))
+        method = str(plan.options.get("calibration_method", MINMAX))
+        problems = check_measured(proof, plan.ranges, Path(data), method)
         found = replace(found, problems=(*found.problems, *problems))
     return add_runs(found, proof, opened, order, options.get("sizes", {})) if options.get("run") else found
 

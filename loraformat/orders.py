@@ -22,8 +22,9 @@ from loraformat.arguments import (
     wants_anew,
 )
 from loraformat.bases import BaseModel
-from loraformat.calibrating import describe_data, make_room, measure_merged
+from loraformat.calibrating import MINMAX, describe_data, make_room, measure_merged
 from loraformat.engine import Effort
+from loraformat.errors import refuse
 from loraformat.evidence import Hints
 from loraformat.in_place import check_no_journal
 from loraformat.limits import RETAINED_REFUSE, RETAINED_WARN
@@ -33,7 +34,7 @@ from loraformat.outputs import check_apart
 from loraformat.plan import WeightedAdapter
 from loraformat.planning import build_plan, default_output
 
-_USUAL: Final = {"external_data": "copy", "on_quantized": "requantize"}
+_USUAL: Final = {"external_data": "copy", "on_quantized": "requantize", "calibration_method": MINMAX}
 """Names of what is done where nothing is asked for."""
 
 
@@ -53,6 +54,8 @@ def make_order(
     hints = read_hints(cast(HintOptions, options))
     given = {name: value for name, value in given.items() if _USUAL.get(name) != value}
     data = given.pop("calibration", None)
+    if data is None and given.get("calibration_method") is not None:
+        raise refuse("LF628", "--calibration-method", "no data to measure ranges on", "--calibration too")
     if data is not None:
         given |= _calibrate(
             base, weighted, output, Path(data), (hints, given, read_effort(cast(MergeOptions, options)))
@@ -76,7 +79,8 @@ def _calibrate(
     with make_room(output) as room:
         aside = Path(room) / f"merged{base.suffix}"
         plan = build_plan(base, weighted, aside, hints=hints, accept_ranges=True, **stated)
-        ranges = measure_merged(base, Order(plan, weighted, hints.checkpoint), data, replace(effort, progress=None))
+        order, quiet = Order(plan, weighted, hints.checkpoint), replace(effort, progress=None)
+        ranges = measure_merged(base, order, data, quiet, given.get("calibration_method") or MINMAX)
     return {"ranges": ranges, "calibration": describe_data(data)}
 
 

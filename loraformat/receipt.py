@@ -193,6 +193,7 @@ _OPTIONS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "keep_scales": lambda value: value is True,
     "accept_ranges": lambda value: value is True,
     "ranges": lambda value: isinstance(value, Mapping) and all(map(_is_range, value.values())),
+    "calibration_method": lambda value: isinstance(value, str),
     "calibration": lambda value: isinstance(value, str),
     "any_rounding": lambda value: value is True,
     "on_quantized": lambda value: value == "dequantize",

@@ -42,12 +42,15 @@ class Wishes(NumberWishes, total=False):
         new_biases: give biases to modules that have none, where adapters change them.
         external_data: `share` writes, beside an ONNX base, a small model that refers to the base's data files, and to
             one of its own for what differs; otherwise all are copied.
+        calibration_method: which of onnxruntime's calibrators measures ranges anew, `entropy` or `percentile`; else it
+            is `minmax`, the least and the largest value.
         dtype: number form of the output's floating-point tensors, such as `bfloat16`; else each keeps its own.
     """
 
     untie: bool
     new_biases: bool
     external_data: str | None
+    calibration_method: str | None
     dtype: str | None
 
 

@@ -209,3 +209,44 @@ def test_a_convolution_and_other_operators(tmp_path: Path) -> None:
 def run(path: Path, x: NDArray[np.float32]) -> NDArray[np.float32]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {"x": x})[0])
+
+
+METHODS = {
+    "entropy": quantization.CalibrationMethod.Entropy,
+    "percentile": quantization.CalibrationMethod.Percentile,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_give_what_the_quantiser_finds_by_them(made: Set, tmp_path: Path, method: str) -> None:
+    """Ranges hang on the merged weights, which are codes here and floats there; those of the input do not."""
+    case, merged, afresh, data = (made.case, *(tmp_path / each for each in ("m.onnx", "afresh.onnx", "data.npz")))
+    arrays = {"x": np.random.default_rng(13).standard_t(4, (60, 48, 72)).astype(np.float32)}
+    np.savez(data, **arrays)  # type: ignore[arg-type]
+    base = made.quantise("QDQ of int8", case.float_base)
+    manner = MANNERS["QDQ of int8"] | {"weight_type": INT8, "reduce_range": True}
+    plainly = tmp_path / "plain.onnx"
+    quantize(case.float_merged, plainly, Reader(arrays), **manner)
+    quantize(case.float_merged, afresh, Reader(arrays), calibrate_method=METHODS[method], **manner)
+    receipt = loraformat.merge(base, [case.adapter], merged, calibration=data, calibration_method=method)
+    assert receipt.as_json()["options"]["calibration_method"] == method
+    found, wanted, plain = (numbers(path) for path in (merged, afresh, plainly))
+    assert found["x_scale"] == wanted["x_scale"]
+    assert found["x_zero_point"] == wanted["x_zero_point"]
+    scales = [each for each in ("a_scale", "b_scale", "c_scale", "d_scale") if each in found]
+    assert len(scales) >= 2
+    for each in scales:
+        np.testing.assert_allclose(found[each], wanted[each], rtol=0.05, err_msg=each)
+    if method == "percentile":  # Entropy with as many bins as codes finds the whole range in onnxruntime.
+        assert float(wanted["x_scale"]) < 0.95 * float(plain["x_scale"]), "outliers are left out"
+    assert loraformat.verify(merged, base, [case.adapter], calibration=data).holds
+
+
+def test_methods_that_give_no_range_are_refused(made: Set, tmp_path: Path) -> None:
+    base = made.quantise("QDQ", made.case.float_base)
+    options: list[dict[str, Any]] = [{"calibration": made.data, "calibration_method": "distribution"}]
+    options.append({"calibration_method": "entropy"})
+    for each in options:
+        with pytest.raises(LoraformatError) as caught:
+            loraformat.merge(base, [made.case.adapter], tmp_path / "merged.onnx", **each)
+        assert caught.value.codes == ("LF628",)

@@ -66,6 +66,11 @@ _ONLY_MERGING: Final = frozenset(
     help="Measure activation ranges anew, on an array of samples for each input of the graph.",
 )
 @click.option(
+    "--calibration-method",
+    type=click.Choice(["minmax", "entropy", "percentile"]),
+    help="Which of onnxruntime's calibrators measures them: the extremes unless told otherwise.",
+)
+@click.option(
     "--any-rounding",
     is_flag=True,
     default=None,
