@@ -80,7 +80,7 @@ class Stack:
         if "turned" in self.flags:
             scores = self.op("Transpose", scores, perm=[1, 0])
         if self.scale is not None:
-            scores = self.op("Mul", scores, self.constant(self.scale))
+            scores = self.op("Mul", scores, self.factor(self.scale))
         if "masked" in self.flags:  # A mask is multiplied too, by a number that is no scale.
             mask = self.op("Mul", self.op("Sub", self.constant(1), self.net.inputs[0].name), self.constant(-3e38))
             scores = self.op("Add", scores, self.op("ReduceMax", mask, keepdims=0))
@@ -92,6 +92,13 @@ class Stack:
         if "outputs" in self.flags:
             self.linear(context, "other", SHAPES["output"])
         return self.op("Add", x, out)
+
+    def factor(self, number: float) -> str:
+        """Return a constant; in a graph of codes that is one of them, with a step and a zero point."""
+        if "coded" not in self.flags:
+            return self.constant(number)
+        code, zero = (self.net.weight(f"c{len(self.net.initializers)}", np.array(value, np.uint8)) for value in (7, 3))
+        return self.op("DequantizeLinear", code, self.constant(number / 4), zero)
 
     def project(self, normed: str) -> list[str]:
         return [self.linear(normed, role) for role in ("query", "key", "value")]

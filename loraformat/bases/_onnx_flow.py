@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from math import prod, sqrt
 from operator import mul, truediv
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -29,9 +29,10 @@ _ROTATIONS: Final = frozenset({"RotaryEmbedding", "com.microsoft.RotaryEmbedding
 _FACTORS: Final = {"com.microsoft.FusedMatMul": "alpha", "com.microsoft.RotaryEmbedding": "scale"}
 """Operators that multiply by an attribute."""
 _INT64: Final = 7
-_SCALAR_FORMS: Final = {1: np.float32, 7: np.int64, 10: np.float16, 11: np.float64}
+_SCALAR_FORMS: Final[Mapping[int, Any]] = {1: np.float32, 7: np.int64, 10: np.float16, 11: np.float64}
+_CODES: Final[Mapping[int, Any]] = {2: np.uint8, 3: np.int8, 4: np.uint16, 5: np.int16}
 _ARITHMETIC: Final[Mapping[str, tuple[int, Callable[..., float]]]] = {
-    **dict.fromkeys(("Cast", "CastLike", "Identity", "Reshape", "Squeeze", "Unsqueeze"), (1, float)),
+    **dict.fromkeys(("Cast", "CastLike", "Identity", "Reshape", "Squeeze", "Unsqueeze", "QuantizeLinear"), (1, float)),
     "Sqrt": (1, sqrt),
     "Reciprocal": (1, lambda number: 1 / number),
     "Div": (2, truediv),
@@ -166,6 +167,8 @@ def _compute(scope: Scope, name: str, steps: int = 8) -> float | None:
     """Return the one number that a value is, stored or computed of such."""
     scope, own = scope.find(name)
     made_by = scope.producers.get(own)
+    if isinstance(made_by, Visit) and made_by.op == "DequantizeLinear" and steps:
+        return _decode(made_by, steps - 1)
     if not isinstance(made_by, Visit) or made_by.op not in _ARITHMETIC or not steps:
         return _read_number(scope, own)
     count, apply = _ARITHMETIC[made_by.op]
@@ -177,15 +180,26 @@ def _compute(scope: Scope, name: str, steps: int = 8) -> float | None:
         return None
 
 
+def _decode(visit: Visit, steps: int) -> float | None:
+    """Return the one number that a node makes of a code, or of a number that was just rounded to one."""
+    made_by = visit.scope.producer(visit.node.input[0])
+    if isinstance(made_by, Visit) and made_by.op == "QuantizeLinear":
+        return _compute(made_by.scope, made_by.node.input[0], steps)
+    code, step = _read_number(visit.scope, visit.node.input[0]), _read_number(visit.scope, visit.node.input[1])
+    zero = _read_number(visit.scope, visit.node.input[2]) if len(visit.node.input) > 2 else 0.0
+    return (code - zero) * step if code is not None and step is not None and zero is not None else None
+
+
 def _read_number(scope: Scope, name: str) -> float | None:
     trace = trace_constant(scope, name)
     tensor = trace.tensor if trace is not None and not trace.blocked else None
-    form = _SCALAR_FORMS.get(tensor.data_type) if tensor is not None else None
+    form = _SCALAR_FORMS.get(tensor.data_type, _CODES.get(tensor.data_type)) if tensor is not None else None
     if tensor is None or form is None or prod(tensor.dims) != 1:
         return None
     if tensor.raw_data:
         return float(np.frombuffer(tensor.raw_data, form)[0])
-    typed = [*tensor.float_data, *tensor.double_data, *tensor.int64_data]
+    codes = tensor.int32_data if tensor.data_type in _CODES else ()  # It holds the bits of float16 too.
+    typed = [*tensor.float_data, *tensor.double_data, *tensor.int64_data, *codes]
     return float(typed[0]) if typed else None
 
 

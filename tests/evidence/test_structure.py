@@ -50,6 +50,7 @@ SOUND = [
     Stack(layers=3, gated=False),
     Stack(flags=frozenset({"swapped"})),
     Stack(flags=frozenset({"masked"})),
+    Stack(flags=frozenset({"coded"})),
     Stack(gated=False, flags=frozenset({"classifier", "swapped"})),
 ]
 

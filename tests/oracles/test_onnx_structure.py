@@ -161,6 +161,31 @@ def test_weights_in_codes(lab: "Lab", tmp_path: Path, model: str, exporter: Any,
     _assert_same_places(tmp_path / "codes.onnx", base, trained.folder)
 
 
+@pytest.mark.parametrize("exporter", ["ts", "dynamo"])
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_activations_in_codes_too(lab: "Lab", tmp_path: Path, model: str, exporter: Any) -> None:
+    """QDQ: even the factor of the scores is a code with a step. Names are left, and roles say the same of each node."""
+    from onnx_paths import forget_names
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from zoo import quiet
+
+    trained = lab.trained(model, LAYERS.get(model))
+
+    class Once(CalibrationDataReader):  # type: ignore[misc]
+        feeds = iter([trained.feeds])
+
+        def get_next(self) -> Any:
+            return next(self.feeds, None)
+
+    options = {"quant_format": QuantFormat.QDQ, "weight_type": QuantType.QInt8, "per_channel": True}
+    with quiet():
+        quantize_static(str(lab.exported(model, exporter)), tmp_path / "codes.onnx", Once(), **options)
+    base = forget_names(trained.specimen, tmp_path / "codes.onnx", tmp_path / "base.onnx")
+    found = loraformat.resolve_targets(base, trained.folder, resolve="structure")
+    assert {target.target for target in found.targets} == set(trained.deltas)
+    _assert_same_places(tmp_path / "codes.onnx", base, trained.folder)
+
+
 def _round_to_nbits(source: Path, path: Path) -> Path:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
