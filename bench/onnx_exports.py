@@ -187,14 +187,15 @@ decoder, are `tests/oracles/test_optimum.py`; Whisper of the builder is `tests/o
 EXPLAINED = """\
 `names`: targets resolved by names alone, those beside a layer among them; `structure`: with `--resolve structure`
 besides; `checkpoint`: with `--base-checkpoint`; `stamped`: by the fingerprints of a stamped adapter. A merge is all or
-nothing, so a model with a target that is not resolved is refused, with the codes in the last column. `apart`: the largest difference of any output from PEFT's unmerged model, over all models merged;
-`base`: that of the unmerged path from the torch model, which no merge can undercut.
+nothing, so a model with a target that is not resolved is refused, with the codes in the last column. `apart`: the
+largest difference of any output from PEFT's unmerged model, over all models merged; `base`: that of the unmerged path
+from the torch model, which no merge can undercut.
 
 What is not resolved, by rule:
 
 - *Names alone* need names. `optimize=True` of the newer exporter keeps a module's path in the metadata of its nodes,
-  and onnxruntime, onnxsim and onnxslim drop metadata. What remains are weights and biases that kept their names, and the
-  names of norms, biases and routers beside those that did not (`onnx-resolving.md`): with neither, LF401.
+  and onnxruntime, onnxsim and onnxslim drop metadata. What remains are weights and biases that kept their names, and
+  the names of norms, biases and routers beside those that did not (`onnx-resolving.md`): with neither, LF401.
 - *Structure* tells of one stack of transformer layers, and of no head, embedding or convolution (LF425, LF401).
 - A convolution with BatchNorm folded in holds other numbers than the module: refused (LF407) unless the checkpoint
   tells the factors. A fingerprint knows the module's own numbers, and does not find them there.
