@@ -47,7 +47,8 @@ PACKAGES = (
     *("torch", "transformers", "diffusers", "peft", "onnx", "onnxruntime", "onnxscript", "onnxslim", "onnxsim"),
     *("onnxruntime-genai", "optimum-onnx"),
 )
-WAYS = ("names", "checkpoint", "stamped")
+WAYS = ("names", "structure", "checkpoint", "stamped")
+STRUCTURE = "structure"
 GENAI, OPTIMUM = "genai builder", "Optimum"
 IN_ONE_GRAPH = ("llama", "gpt2", "bert", "distilbert")
 """What Optimum exports as one model; an encoder and a decoder are a test of their own."""
@@ -127,6 +128,7 @@ def _merge(lab: Lab, name: str, base: Path, way: str, compare: Callable[[Path], 
     checkpoint, output = save_checkpoint(lab, name), lab.root / "merged.onnx"
     adapter: Any = lab.trained(name).folder
     options: dict[str, Any] = {"base_checkpoint": checkpoint} if way == "checkpoint" else {}
+    options |= {"resolve": STRUCTURE} if way == STRUCTURE else {}
     if way == "stamped":
         adapter = loraformat.stamp(adapter, checkpoint)
     try:
@@ -183,16 +185,18 @@ wants another transformers than the rest. Encoder and decoder that it exports ap
 decoder, are `tests/oracles/test_optimum.py`; Whisper of the builder is `tests/oracles/test_genai.py`.
 """.splitlines()
 EXPLAINED = """\
-`names`: targets resolved by names alone; `checkpoint`: with `--base-checkpoint`; `stamped`: by the fingerprints of a
-stamped adapter. A merge is all or nothing, so a model with a target that is not resolved is refused, with the codes in
-the last column. `apart`: the largest difference of any output from PEFT's unmerged model, over all models merged;
-`base`: that of the unmerged path from the torch model, which no merge can undercut.
+`names`: targets resolved by names alone, those beside a layer among them; `structure`: with `--resolve structure`
+besides; `checkpoint`: with `--base-checkpoint`; `stamped`: by the fingerprints of a stamped adapter. A merge is all or
+nothing, so a model with a target that is not resolved is refused, with the codes in the last column. `apart`: the
+largest difference of any output from PEFT's unmerged model, over all models merged; `base`: that of the unmerged path
+from the torch model, which no merge can undercut.
 
 What is not resolved, by rule:
 
 - *Names alone* need names. `optimize=True` of the newer exporter keeps a module's path in the metadata of its nodes,
-  and onnxruntime, onnxsim and onnxslim drop metadata: what remains are weights that kept their names, and biases
-  (LF401). Of TorchScript exports nothing is lost: its paths are names of nodes.
+  and onnxruntime, onnxsim and onnxslim drop metadata. What remains are weights and biases that kept their names, and
+  the names of norms, biases and routers beside those that did not (`onnx-resolving.md`): with neither, LF401.
+- *Structure* tells of one stack of transformer layers, and of no head, embedding or convolution (LF425, LF401).
 - A convolution with BatchNorm folded in holds other numbers than the module: refused (LF407) unless the checkpoint
   tells the factors. A fingerprint knows the module's own numbers, and does not find them there.
 - `ORT all` stores convolutions in blocks of channels (`nchwc`): refused in every way (LF403; LF401 without a name).

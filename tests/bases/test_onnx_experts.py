@@ -23,6 +23,7 @@ from graphs import (
     torchscript_name,
     write_model,
 )
+from loraformat.bases.onnx_graph import OnnxGraph
 
 EXPERTS, WIDE, HIDDEN, RANK = 3, 10, 6, 2
 """Gate and up have 10 rows together, 5 each."""
@@ -154,6 +155,50 @@ def test_one_expert_changes_and_the_others_do_not(
     merged = merge_model(tmp_path, net.model(), factors, alpha=float(RANK))
     expected[1] += product(next(iter(factors.values())))
     check(run(merged, {"x": x}), expected, x)
+
+
+# --- without names ---------------------------------------------------------------------------------------------------
+
+
+def _chosen(rng: np.random.Generator, router: str, chosen_by: str = "TopK") -> Net:
+    """Experts whose tensors and nodes have names that say nothing, chosen by a layer that has one."""
+    net = Net()
+    scores = net.op("Gemm", [net.feed("x"), net.weight(router, dyadic(rng, EXPERTS, HIDDEN))], "v0", "n0", transB=1)
+    if chosen_by == "TopK":
+        net.op("TopK", [scores, net.weight("c0", np.array([1]))], "v1", "n1")
+        net.nodes[-1].output.append("chosen")
+    else:
+        net.op("ArgMax", [scores], "chosen", "n1", axis=1, keepdims=1)
+    last = net.weight("c1", np.array([-1]))
+    picked = net.op("GatherND", [net.weight("val_1", dyadic(rng, EXPERTS, WIDE, HIDDEN)), "chosen"], "v2", "n2")
+    flat = net.op("MatMul", [picked, net.op("Unsqueeze", ["x", last], "v3", "n3")], "v4", "n4")
+    net.op("Split", [net.op("Squeeze", [flat, last], "v5", "n5")], "gate", "n6", axis=-1, num_outputs=2)
+    net.nodes[-1].output.append("up")
+    inner = net.op("Unsqueeze", [net.op("Mul", ["gate", "up"], "v6", "n7"), last], "v7", "n8")
+    picked = net.op("GatherND", [net.weight("val_2", dyadic(rng, EXPERTS, HIDDEN, WIDE // 2)), "chosen"], "v8", "n9")
+    net.op("MatMul", [picked, inner], net.result("y", rank=3), "n10")
+    return net
+
+
+@pytest.mark.parametrize(
+    ("router", "chosen_by", "found"),
+    [
+        ("model.layers.0.mlp.gate.weight", "TopK", True),
+        ("model.layers.0.mlp.router.weight", "TopK", True),
+        ("model.layers.0.mlp.proj.weight", "TopK", False),
+        ("model.layers.0.mlp.gate.weight", "ArgMax", False),
+        ("val_0", "TopK", False),
+    ],
+)
+def test_the_router_has_a_name(
+    tmp_path: Path, rng: np.random.Generator, router: str, chosen_by: str, found: bool
+) -> None:
+    net = _chosen(rng, router, chosen_by)
+    base = OnnxGraph(write_model(tmp_path / "base.onnx", net.model()))
+    stored = {s.module: s.weight.name for s in base.sites if s.weight is not None and s.module.startswith(MODULE)}
+    wanted = {f"{MODULE}.{expert}.gate_up_proj": "val_1" for expert in range(EXPERTS)}
+    wanted |= {f"{MODULE}.{expert}.down_proj": "val_2" for expert in range(EXPERTS)}
+    assert {name: stored.get(name) for name in wanted} == (wanted if found else dict.fromkeys(wanted))
 
 
 # --- gate and up -----------------------------------------------------------------------------------------------------

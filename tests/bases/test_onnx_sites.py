@@ -477,6 +477,22 @@ def test_the_bias_beside_it_serves_last(tmp_path: Path, bias_first: bool) -> Non
     assert [(site.module, site.evidence) for site in sites_of(tmp_path, net)] == [("a.dense", "bias name")]
 
 
+@pytest.mark.parametrize(("place", "other", "found"), [(0, "x", True), (1, "x", True), (1, "MatMul", False)])
+def test_the_bias_in_a_norm_of_a_sum(tmp_path: Path, place: int, other: str, found: bool) -> None:
+    """onnxruntime puts the bias of either addend there; where both are products, it may be either's."""
+    net = Net()
+    products = [net.op("MatMul", [net.feed("x"), net.weight("m1", np.ones((5, 5), np.float32))], "v1")]
+    if other == "MatMul":
+        products.append(net.op("MatMul", ["x", net.weight("m2", np.ones((5, 5), np.float32))], "v2"))
+    addends = [*products, "x"][:2][::-1] if place else [*products, "x"][:2]
+    vectors = [net.weight(name, np.ones(5, np.float32)) for name in ("norm.weight", "norm.bias", "a.dense.bias")]
+    skip = helper.make_node("SkipLayerNormalization", [*addends, *vectors], ["y"], "skip", domain="com.microsoft")
+    net.nodes.append(skip)
+    net.result("y")
+    named = {site.module for site in sites_of(tmp_path, net) if site.parameter == "weight" and site.weight is not None}
+    assert ("a.dense" in named) == found
+
+
 def test_the_bias_of_a_gemm_serves_too(tmp_path: Path) -> None:
     net = Net()
     inputs = [
