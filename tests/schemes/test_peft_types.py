@@ -68,7 +68,8 @@ def test_a_table_that_was_saved_beside_a_changed_one_says_how_to_save_without_it
     kind = KINDS.find("loha")
     assert kind is not None
     (problem,) = kind.check(target)
-    assert problem.code == "LF202" and "save_embedding_layers=False" in problem.mend
+    assert problem.code == "LF202"
+    assert "save_embedding_layers=False" in problem.mend
 
 
 @pytest.mark.parametrize("alpha", [None, "8", True, float("nan")])
