@@ -173,6 +173,13 @@ def refuse_options(target: Target) -> list[Problem]:
     return [Problem("LF120", target.name, f"the option {name!r}", "no options") for name in target.options]
 
 
+_TABLE: Final = "base_layer.weight"
+_MEND_TABLE: Final = (
+    "PEFT saves the base's own table beside a changed one. If the vocabulary was not resized it is the same as in the "
+    "base: save the adapter again with save_embedding_layers=False, or take the tensor out."
+)
+
+
 def check_roles(target: Target, role_sets: Sequence[RoleSet]) -> list[Problem]:
     """Return problems of a target's slot and of roles that it lacks or should not have."""
     roles = next((roles for roles in role_sets if target.slot in roles.slots), None)
@@ -185,7 +192,8 @@ def check_roles(target: Target, role_sets: Sequence[RoleSet]) -> list[Problem]:
     problems = [Problem("LF201", target.name, f"only {have}", f"{role} beside it") for role in missing]
     if unknown:
         expected = ", ".join((*roles.required, *roles.optional))
-        problems.append(Problem("LF202", target.name, f"the roles {', '.join(unknown)}", expected))
+        mend = _MEND_TABLE if unknown == [_TABLE] else ""
+        problems.append(Problem("LF202", target.name, f"the roles {', '.join(unknown)}", expected, mend))
     return problems
 
 

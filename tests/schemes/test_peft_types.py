@@ -60,6 +60,18 @@ def test_alpha_and_rank_by_pattern() -> None:
     assert not errors(make_bundle("LOHA", shapes, r=2, alpha=8))
 
 
+def test_a_table_that_was_saved_beside_a_changed_one_says_how_to_save_without_it() -> None:
+    """PEFT saves `lm_head.base_layer.weight` of every type that adapts the output layer."""
+    bundle = make_bundle("LOHA", {**LOHA, "m.q.base_layer.weight": (6, 5)}, r=2, alpha=8)
+    adapter = read(bundle)
+    (target,) = adapter.targets
+    kind = KINDS.find("loha")
+    assert kind is not None
+    (problem,) = kind.check(target)
+    assert problem.code == "LF202"
+    assert "save_embedding_layers=False" in problem.mend
+
+
 @pytest.mark.parametrize("alpha", [None, "8", True, float("nan")])
 def test_an_alpha_that_is_no_number(alpha: Any) -> None:
     assert errors(make_bundle("LOHA", LOHA, alpha=alpha)) == ["LF213"]
