@@ -4,6 +4,7 @@ Apart means: beside each node that reads a changed weight (`branching.py`). The 
 no merged number is used.
 """
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from loraformat.bases import BaseModel, CopyingBase
 from loraformat.branching import FLOAT, MARK, Change, add_branches
 from loraformat.coded_work import CodedWork, list_tiles
-from loraformat.errors import refuse
+from loraformat.errors import LoraformatError, refuse
 from loraformat.jobs import index_targets, open_floats
 from loraformat.limits import RETAINED_WARN
 from loraformat.output_forms import Order, index_weights
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 _FOLDER_KEY: Final = "session.model_external_initializers_file_folder_path"
 _SIZES: Final = {"past": 0, "batch": 2}
 _SIZE: Final = 8
-_TRIES: Final = ((64, _SIZE), (2, _SIZE), (64, 32), (64, 224))
-"""Bounds of random whole numbers, and sizes of dimensions: in turn, where a table or a picture is too small."""
+_TRIES: Final = ((64, _SIZE), (2, _SIZE), (64, 32), (64, 224), (64, 4096))
+"""Bounds of random whole numbers, and sizes of dimensions: in turn, where a table, picture or sound is too small."""
+_MAX_NUMBERS: Final = 1 << 26
+"""Of one input; larger ones are not made."""
 _NAMED_FORMS: Final = {"tensor(float)": "float32", "tensor(double)": "float64"}
 _FORMS: Final = frozenset({"bool", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64))}) | {
     f"float{bits}" for bits in (16, 32, 64)
@@ -147,11 +150,13 @@ def _run_all(sessions: Sequence[Any], apart: Mapping[str, NDArray[Any]], sizes: 
     """Return the outputs of base, merged model, and base with the changes, on the first inputs that they run on."""
     errors: list[Exception] = []
     for largest, size in _TRIES:
-        feeds = make_inputs(sessions[0].get_inputs(), largest, sizes, size)
         try:
+            feeds = make_inputs(sessions[0].get_inputs(), largest, sizes, size)
             return [session.run(None, feeds | (dict(apart) if session is sessions[2] else {})) for session in sessions]
         except Exception as error:  # As above.
             errors.append(error)
+    if isinstance(errors[0], LoraformatError):
+        raise errors[0]
     raise refuse("LF446", "onnxruntime", _first_line(errors[0]), "models that run on random inputs", _SAY_SIZES)
 
 
@@ -179,6 +184,8 @@ def _measure(shape: Sequence[Any], sizes: Mapping[str, int], size: int, first: S
 
 def _make_input(rng: "np.random.Generator", described: Any, largest_id: int, shape: Sequence[int]) -> NDArray[Any]:
     kind = _NAMED_FORMS.get(described.type) or described.type.removeprefix("tensor(").removesuffix(")")
+    if math.prod(shape) > _MAX_NUMBERS:
+        raise refuse("LF446", described.name, f"an input of {list(shape)}", "a smaller one", _SAY_SIZES)
     if kind == "string":
         return np.full(shape, "a", object)
     if kind not in _FORMS:

@@ -138,6 +138,15 @@ def test_inputs_are_made_larger_where_a_model_needs_it(tmp_path: Path) -> None:
     assert found.runs[0].effect > 0
 
 
+def test_sounds_are_longer_than_pictures_are_wide(tmp_path: Path) -> None:
+    rng, net = np.random.default_rng(12), Net()
+    weight = net.weight(f"{MODULE}.weight", dyadic(rng, 5, 1, 400))
+    net.op("Unsqueeze", [net.feed("x"), net.weight("axis", np.array([1]))], "sound")
+    net.op("Conv", ["sound", weight], net.result("y", rank=3), torchscript_name(MODULE, "Conv"))
+    small = dyadic(rng, 2, 1, 400), dyadic(rng, 5, 2, 1)
+    assert not check(tmp_path, net.model(), {MODULE: small}).problems
+
+
 def test_what_runs_on_no_size_tells_how_to_give_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(loraformat.LoraformatError) as caught:
         _pictures(tmp_path, 230)
@@ -164,6 +173,15 @@ def test_inputs_of_texts_and_of_sequences(tmp_path: Path) -> None:
     net.op("SequenceLength", ["many"], net.result("length", TensorProto.INT64, 0))
     with pytest.raises(loraformat.LoraformatError, match="seq"):
         check(tmp_path / "sequence", net.model(), {MODULE: factors(rng, 7, 8)})
+
+
+def test_an_input_beyond_all_memory_is_not_made(tmp_path: Path) -> None:
+    rng, net = np.random.default_rng(11), Net()
+    net.op("MatMul", [net.feed("x"), net.weight("w", dyadic(rng, 8, 7))], net.result("y"), NAME)
+    net.op("Identity", [net.feed("huge", rank=1)], net.result("z", rank=1))
+    net.inputs[-1].type.tensor_type.shape.dim[0].dim_value = 1 << 50
+    with pytest.raises(loraformat.LoraformatError, match="1125899906842624"):
+        check(tmp_path, net.model(), {MODULE: factors(rng, 7, 8)})
 
 
 def test_a_checkpoint_cannot_be_run(tmp_path: Path) -> None:
