@@ -1,6 +1,6 @@
 """The functions of the public face that make adapters of adapters, or compare."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from loraformat.adapter import Adapter
@@ -9,14 +9,14 @@ from loraformat.algebra.difference import Difference, compare_adapters, compare_
 from loraformat.algebra.reduction import Reduction
 from loraformat.algebra.resize import make_cut, resize_adapter
 from loraformat.algebra.scale import scale_adapter
-from loraformat.arguments import AdapterArgument, AdapterSource
+from loraformat.arguments import AdapterArguments, AdapterSource, list_adapters
 from loraformat.errors import refuse
 from loraformat.loading import is_base, load_adapter, open_base
 from loraformat.schemes import StatedScale
 
 
 def compose(
-    adapters: Sequence[AdapterArgument],
+    adapters: AdapterArguments,
     method: str = "sum",
     *,
     rank: int | None = None,
@@ -53,7 +53,7 @@ def compose(
     Raises:
         LoraformatError: with every problem: NaN, different bases, kinds that do not add, shapes that disagree.
     """
-    items = [item if isinstance(item, tuple) else (item, 1.0) for item in adapters]
+    items = [item if isinstance(item, tuple) else (item, 1.0) for item in list_adapters(adapters)]
     stated = StatedScale(alpha, scale)
     opened = [(_open(source, scheme, stated), weight) for source, weight in items]
     cut = make_cut(rank, dtype, energy=energy, max_error=max_error)

@@ -22,6 +22,8 @@ from loraformat.wishes import Wishes
 StrPath: TypeAlias = str | os.PathLike[str]
 AdapterSource: TypeAlias = StrPath | Adapter
 AdapterArgument: TypeAlias = AdapterSource | tuple[AdapterSource, float]
+AdapterArguments: TypeAlias = Sequence[AdapterArgument] | AdapterSource
+"""Several, or one alone."""
 
 STRUCTURE: Final = "structure"
 _ADAPTER_SUFFIXES: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz"})
@@ -144,12 +146,15 @@ def weigh_adapter(
     return WeightedAdapter(adapter, weight, name_adapter(Path(source)))
 
 
-def weigh_adapters(
-    adapters: Sequence[AdapterArgument], options: AdapterOptions, base: BaseModel
-) -> list[WeightedAdapter]:
+def list_adapters(adapters: AdapterArguments) -> list[AdapterArgument]:
+    """Return adapters as a list; a path, whose characters are a sequence too, is one."""
+    return [adapters] if isinstance(adapters, str | os.PathLike | Adapter) else list(adapters)
+
+
+def weigh_adapters(adapters: AdapterArguments, options: AdapterOptions, base: BaseModel) -> list[WeightedAdapter]:
     """Return adapters for a base, with their weights and names."""
     stated = StatedScale(options.get("alpha"), options.get("scale"))
-    return [weigh_adapter(argument, options.get("scheme"), stated, base) for argument in adapters]
+    return [weigh_adapter(argument, options.get("scheme"), stated, base) for argument in list_adapters(adapters)]
 
 
 def name_adapter(path: Path) -> str:

@@ -9,12 +9,14 @@ from typing import Any, Final, Unpack, cast
 from loraformat.apply import apply_order, apply_plans
 from loraformat.arguments import (
     AdapterArgument,
+    AdapterArguments,
     HintOptions,
     MergeOptions,
     PlanOptions,
     ResolveOptions,
     StrPath,
     VerifyOptions,
+    list_adapters,
     read_hints,
     weigh_adapters,
 )
@@ -47,7 +49,7 @@ _RESOLVING: Final = ("allow_unmatched", "strip_prefix", "ignore_fingerprints")
 
 def plan_merge(
     base: StrPath,
-    adapters: Sequence[AdapterArgument],
+    adapters: AdapterArguments,
     output: StrPath | None = None,
     **options: Unpack[PlanOptions],
 ) -> Plan:
@@ -61,7 +63,7 @@ def plan_merge(
 
 def merge(
     base: StrPath,
-    adapters: Sequence[AdapterArgument],
+    adapters: AdapterArguments,
     output: StrPath | None = None,
     **options: Unpack[MergeOptions],
 ) -> Receipt:
@@ -70,7 +72,7 @@ def merge(
     Args:
         base: an ONNX model, a PyTorch checkpoint (`.safetensors`, `.bin`, `.pt`, `.npz`) or a model folder.
         adapters: paths or loaded adapters, each alone or as `(adapter, weight)`; their deltas are summed in float32 and
-            rounded once.
+            rounded once. One alone need not be in a list.
         output: the merged model; None names it after base and adapters, beside the base.
         options: `arguments.PlanOptions` and `arguments.WorkOptions` say what there is.
 
@@ -89,7 +91,7 @@ def merge(
 
 def merge_each(
     base: StrPath,
-    adapters: Sequence[AdapterArgument],
+    adapters: AdapterArguments,
     folder: StrPath,
     **options: Unpack[MergeOptions],
 ) -> list[Receipt]:
@@ -134,7 +136,7 @@ def _make_folder(folder: Path) -> Iterator[None]:
         raise
 
 
-def merge_into(base: StrPath, adapters: Sequence[AdapterArgument], **options: Unpack[MergeOptions]) -> Receipt:
+def merge_into(base: StrPath, adapters: AdapterArguments, **options: Unpack[MergeOptions]) -> Receipt:
     """Merge adapters into the base's own files; a journal takes the model back when the merge fails or is killed.
 
     Args:
@@ -167,7 +169,7 @@ def resolve_targets(base: StrPath, adapter: AdapterArgument, **options: Unpack[R
 def verify(
     merged: StrPath,
     base: StrPath,
-    adapters: Sequence[AdapterArgument],
+    adapters: AdapterArguments,
     **options: Unpack[VerifyOptions],
 ) -> Verification:
     """Prove that a merged model is its base but for the merged weights, and these what the adapters give.
@@ -196,19 +198,20 @@ def verify(
     return add_runs(found, proof, opened, order, options.get("sizes", {})) if options.get("run") else found
 
 
-def _take_weights(adapters: Sequence[AdapterArgument], statement: Statement | None) -> list[AdapterArgument]:
+def _take_weights(adapters: AdapterArguments, statement: Statement | None) -> list[AdapterArgument]:
     """Return adapters, those without a weight with the one that the receipt has at their place."""
-    if statement is None or len(statement.adapters) != len(adapters):
-        return list(adapters)
+    listed = list_adapters(adapters)
+    if statement is None or len(statement.adapters) != len(listed):
+        return listed
     weights = (weight for *_, weight in statement.adapters)
-    return [each if isinstance(each, tuple) else (each, weight) for each, weight in zip(adapters, weights, strict=True)]
+    return [each if isinstance(each, tuple) else (each, weight) for each, weight in zip(listed, weights, strict=True)]
 
 
 def unmerge(
     model: StrPath,
     output: StrPath | None = None,
     *,
-    adapters: Sequence[AdapterArgument] = (),
+    adapters: AdapterArguments = (),
     **options: Unpack[MergeOptions],
 ) -> Undone:
     """Undo a merge: exactly, from a journal or from what `keep_undo` kept, or by subtracting the adapters.

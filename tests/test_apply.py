@@ -461,6 +461,15 @@ def test_a_file_in_the_place_of_a_sub_folder_is_an_error(tmp_path: Path) -> None
     assert names_of(tmp_path / "out") == {"deep"}
 
 
+def test_an_adapter_alone_need_not_be_in_a_list(tmp_path: Path, adapter: Path) -> None:
+    base = make_base(tmp_path, "one")
+    whole = loraformat.merge(base, [adapter], tmp_path / "whole.onnx")
+    for given in (adapter, str(adapter), loraformat.load(adapter)):
+        receipt = loraformat.merge(base, given, tmp_path / "merged.onnx", force=True)
+        assert receipt.adapters == whole.adapters
+        assert not loraformat.verify(receipt.output, base, given).problems
+
+
 def test_data_names_that_are_taken_are_left_alone(tmp_path: Path, adapter: Path) -> None:
     base = make_base(tmp_path, "one")
     (tmp_path / "merged.onnx.data").write_bytes(b"someone else's")

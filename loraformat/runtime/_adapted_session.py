@@ -17,7 +17,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from loraformat.accounting import check_untouched, finish_receipt
-from loraformat.arguments import AdapterArgument, EffortOptions, HintOptions, make_effort, read_hints, weigh_adapters
+from loraformat.arguments import AdapterArguments, EffortOptions, HintOptions, make_effort, read_hints, weigh_adapters
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.dtypes import BY_ONNX
 from loraformat.errors import refuse
@@ -85,7 +85,7 @@ class ServedBase:
         self._graph = ServedGraph(base.opened)
         self._shelf = WeightShelf()
 
-    def plan(self, adapters: Sequence[AdapterArgument]) -> Order | None:
+    def plan(self, adapters: AdapterArguments) -> Order | None:
         """Return what is to be merged; None for nothing."""
         weighted = weigh_adapters(adapters, self._options, self._base)
         if not weighted:
@@ -139,7 +139,7 @@ class AdaptedSession(onnxruntime.InferenceSession):  # type: ignore[misc]
     cost: SwitchCost
     receipt: Receipt | None
 
-    def __init__(self, base: ServedBase, adapters: Sequence[AdapterArgument]) -> None:
+    def __init__(self, base: ServedBase, adapters: AdapterArguments) -> None:
         start = time.perf_counter()
         self._served_base = base
         self._order = base.plan(adapters)
@@ -173,7 +173,7 @@ class AdaptedSession(onnxruntime.InferenceSession):  # type: ignore[misc]
         """Make the session anew for other execution providers, as every `InferenceSession` does."""
         self._make(time.perf_counter(), providers, provider_options)
 
-    def switch(self, adapters: Sequence[AdapterArgument] = ()) -> "AdaptedSession":
+    def switch(self, adapters: AdapterArguments = ()) -> "AdaptedSession":
         """Return the next session: the same base with other adapters, or none; this one stays as it is.
 
         The base's index and graph are taken over, its untouched weights stay mapped, and with `keep_merged` so do

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Unpack, cast
 
-from loraformat.arguments import AdapterArgument, AdapterOptions, HintOptions, StrPath, read_hints, weigh_adapters
+from loraformat.arguments import AdapterArguments, AdapterOptions, HintOptions, StrPath, read_hints, weigh_adapters
 from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.errors import refuse
@@ -63,7 +63,7 @@ class ExportedAdapter:
 
 
 def export_adapter(
-    model: StrPath, adapters: Sequence[AdapterArgument], output: StrPath, **options: Unpack[AdapterExportOptions]
+    model: StrPath, adapters: AdapterArguments, output: StrPath, **options: Unpack[AdapterExportOptions]
 ) -> ExportedAdapter:
     """Write adapters as one file that onnxruntime loads for a model with run-time inputs.
 
@@ -99,7 +99,7 @@ def export_adapter(
 
 
 def adapter_feeds(
-    model: StrPath, adapters: Sequence[AdapterArgument], **options: Unpack[AdapterExportOptions]
+    model: StrPath, adapters: AdapterArguments, **options: Unpack[AdapterExportOptions]
 ) -> dict[str, Array]:
     """Return adapters as feeds for `InferenceSession.run`; the arguments are those of `export_adapter`."""
     return {name: make() for pair in _fill(model, adapters, options).pairs for name, _, make in pair.tensors()}
@@ -115,7 +115,7 @@ class _Filled:
     pairs: Sequence[Pair]
 
 
-def _fill(model: StrPath, adapters: Sequence[AdapterArgument], options: AdapterExportOptions) -> _Filled:
+def _fill(model: StrPath, adapters: AdapterArguments, options: AdapterExportOptions) -> _Filled:
     opened = open_model(model)
     graph = opened.as_branchable()
     inputs = read_inputs(graph)

@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack, cast
 
-from loraformat.arguments import AdapterArgument, AdapterOptions, HintOptions, StrPath, read_hints, weigh_adapters
+from loraformat.arguments import AdapterArguments, AdapterOptions, HintOptions, StrPath, read_hints, weigh_adapters
 from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases._onnx_extension import Addition, Extension
 from loraformat.bases.onnx_graph import OnnxGraph
@@ -94,7 +94,7 @@ class RuntimeExport:
 
 
 def export_runtime(
-    base: StrPath, targets_of: Sequence[AdapterArgument], output: StrPath, **options: Unpack[ExportOptions]
+    base: StrPath, targets_of: AdapterArguments, output: StrPath, **options: Unpack[ExportOptions]
 ) -> RuntimeExport:
     """Write an ONNX model that takes adapters as inputs, and runs as the base does without them.
 

@@ -1,10 +1,9 @@
 """A base with adapters merged in memory, as a session of onnxruntime; no file is written."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Unpack
 
-from loraformat.arguments import AdapterArgument, StrPath
+from loraformat.arguments import AdapterArguments, StrPath
 from loraformat.errors import refuse
 from loraformat.in_place import check_no_journal
 from loraformat.loading import open_base
@@ -20,7 +19,7 @@ _LEAST_VERSION: Final = (1, 21)
 
 def session(
     base: StrPath,
-    adapters: Sequence[AdapterArgument] = (),
+    adapters: AdapterArguments = (),
     *,
     providers: Providers | None = None,
     session_options: "SessionSettings | None" = None,
