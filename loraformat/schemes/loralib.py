@@ -30,7 +30,13 @@ _MASKS: Final[Mapping[int, tuple[int, ...]]] = {2: (0, 2), 3: (0, 1, 2)}
 _CONV1D: Final = re.compile(r"(?:^|\.)h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)$")
 """Modules of GPT-2, whose weight is stored `(in, out)`."""
 _TABLES: Final = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte)\.lora_[AB]$")
-_LITGPT: Final = r"(?:transformer\.h\.\d+\.(?:attn\.(?:qkv|attn|proj)|mlp\.(?:fc|fc_1|fc_2|proj))|lm_head)\.lora_[AB]$"
+_LITGPT: Final = r"transformer\.h\.\d+\.(?:attn\.(?:qkv|attn|proj)|mlp\.(?:fc|fc_1|fc_2|proj))\.lora_[AB]$"
+_HEAD: Final = re.compile(r"lm_head\.(?:lora_[AB]|weight|bias)$")
+
+
+def _has_more_than_a_head(bundle: Bundle) -> bool:
+    """Say whether there are factors besides those of an output layer, which litgpt calls alike."""
+    return not all(_HEAD.match(key) for key in bundle.tensors)
 
 
 def _is_table(factor: Factor) -> bool:
@@ -133,6 +139,7 @@ SCHEME: Final = _Loralib(
         keys=(r".+\.lora_[AB]$",),
         neutral=(r".+\.(?:weight|bias)$",),
         others=(_LITGPT, r"base_model\.model\.", r".+\.loras\..+", r"blocks\.\d+\..*\.lora_[AB]$"),
+        asks=(_has_more_than_a_head,),
     ),
     names="loralib",
     holds=Holds(

@@ -105,3 +105,9 @@ def test_factors_of_a_convolution_are_told_by_the_base() -> None:
     for other in ({"stem": (5, 4, 3, 1)}, {"stem": (6, 4, 3, 3)}, {}):
         bundle = Bundle(Path("lora.pt"), d.tensors(arrays), facts=BaseFacts(kernels=other))
         assert SCHEME.read(bundle, StatedScale(alpha=6)).targets[0].kind == "lora"
+
+
+def test_an_output_layer_beside_other_modules_is_no_mark_of_litgpt() -> None:
+    head = d.factors({"lm_head": (12, 7)}, A, B)
+    assert SCHEME.detect(bundle_of(head | d.factors({"model.layers.0.self_attn.q_proj": (10, 7)}, A, B)))
+    assert not SCHEME.detect(bundle_of(head))
