@@ -187,7 +187,8 @@ def test_names_that_agree_are_taken_and_the_rest_is_found(tmp_path: Path) -> Non
     found = loraformat.resolve_targets(case.base, case.adapter, resolve="structure")
     strategies = [target.strategy for target in found.targets]
     assert strategies.count("names") == 1
-    assert strategies.count("structure") == len(case.factors) - 1
+    assert strategies.count("anchors") == 3  # The others of its attention.
+    assert strategies.count("structure") == len(case.factors) - 4
 
 
 def test_the_checkpoint_has_the_last_word(tmp_path: Path) -> None:
