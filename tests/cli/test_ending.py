@@ -185,8 +185,9 @@ main()
 """
 
 
-def _heed_hangups() -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def _heed_signals() -> None:
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(
@@ -202,8 +203,8 @@ def test_signals_end_cleanly(tmp_path, numbers, exit_code) -> None:
     part = tmp_path / "part"
     command = [sys.executable, "-c", SLOW, str(part)]
     pipe = subprocess.PIPE
-    # What runs the tests may ignore SIGHUP, as nohup does, and the child would too.
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=_heed_hangups) as process:
+    # What runs the tests may ignore them, as nohup and shells do for what is in the background: the child would too.
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=_heed_signals) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
         for number in numbers:
