@@ -107,7 +107,7 @@ def compare_runs(
     import onnx
 
     model = onnx.load(str(base.path), load_external_data=False)
-    base.rewire(model.graph)
+    base.rewire(model.graph, {change.tensor for change in changes})
     feeds_apart = dict(add_branches(model, changes))
     reached = {name.rpartition(MARK)[0] for name in feeds_apart}
     problems = [

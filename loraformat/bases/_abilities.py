@@ -1,6 +1,6 @@
 """What some bases can besides: share their data, copy a weight for some readers, stand in floats, be measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -59,8 +59,11 @@ class CopyingBase(BaseModel, Protocol):
         """Return the base, whose outputs have these copies, to be filled at `FileImage.locate_fresh(name)`."""
         ...
 
-    def rewire(self, graph: Any) -> None:
-        """Have the main graph of the parsed base read the copies, each an Identity of its source; to run it."""
+    def rewire(self, graph: Any, tensors: Set[str]) -> None:
+        """Have the main graph of the parsed base read the copies, each an Identity of its source; to run it.
+
+        Operators on codes that read `tensors` compute in floats, and round as they did.
+        """
         ...
 
 

@@ -18,6 +18,7 @@ from loraformat.bases._onnx_operands import (
     find_holder,
     find_operands,
 )
+from loraformat.bases._onnx_ranges import QUANTISED
 from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
 from loraformat.bases._onnx_sites import RawSite
 from loraformat.bases._onnx_uses import read_attribute
@@ -63,7 +64,7 @@ def find_coding(
         return found
     companions, operands = found
     readers = {
-        role: _list_others(opened, each.trace, {each.reader, *beside}, companions[role])
+        role: _list_others(opened, each.trace, each.readers | beside, companions[role])
         for role, each in operands.items()
     }
     shape = _find_blocks(holder, raw, stored, companions["scales"].shape)
@@ -73,7 +74,7 @@ def find_coding(
     encoding, matrix, block = shape
     packed = holder.op in (MATMUL_NBITS, GATHER) and stored.dtype.name == "uint8"
     zero = 1 << (int(read_attribute(holder.node, "bits", 4)) - 1) if packed else 0
-    fixed = _find_ties(raw, holder, companions["scales"])
+    fixed = _find_ties(raw, operands["scales"].readers | {holder}, companions["scales"])
     zeros_fixed = _find_zero_ties(companions, readers.get("zero_points", []))
     padding = matrix[1] - int(read_attribute(holder.node, "K", 0)) if holder.op == MATMUL_NBITS else 0
     read_beside = f"{readers['scales'][0]} reads them too" if readers["scales"] else ""
@@ -148,7 +149,7 @@ def find_ranges(visits: Sequence[Visit]) -> Problem | None:
 
 
 def _is_unknown(holder: Visit) -> bool:
-    return holder.op not in OPERANDS and holder.op not in INTEGER_PRODUCTS
+    return not any(holder.op in known for known in (OPERANDS, INTEGER_PRODUCTS, QUANTISED))
 
 
 def _find_companions(
@@ -242,14 +243,14 @@ def _find_table(holder: Visit, raw: RawSite, stored: StoredTensor, scales: tuple
     return f"affine{bits}", (stored.shape[0], columns), (1, size)
 
 
-def _find_ties(raw: RawSite, holder: Visit, scales: StoredTensor | HeldTensor) -> str:
+def _find_ties(raw: RawSite, holders: Set[Visit], scales: StoredTensor | HeldTensor) -> str:
     """Return why the scales must stay; nothing when they may change."""
     if isinstance(scales, HeldTensor):
         return "they are no run of bytes in the file"
-    operands = OPERANDS.get(holder.op)
-    position = (operands.bias if operands else 0) or _FLOAT_BIASES.get(raw.visit.op, 0)
-    bias = _trace_bias(raw.visit, position) if position else None
-    return f"the bias {bias.name!r} counts in steps of them" if bias is not None else ""
+    places = [(each, OPERANDS[each.op].bias) for each in holders if each.op in OPERANDS]
+    places.append((raw.visit, _FLOAT_BIASES.get(raw.visit.op, 0)))
+    biases = [bias.name for visit, position in places if (bias := _trace_bias(visit, position)) is not None]
+    return f"the bias {min(biases)!r} counts in steps of them" if biases else ""
 
 
 def _find_zero_ties(companions: Mapping[str, StoredTensor | HeldTensor], readers: Sequence[str]) -> str:
@@ -260,7 +261,7 @@ def _find_zero_ties(companions: Mapping[str, StoredTensor | HeldTensor], readers
 
 
 def _trace_bias(visit: Visit, position: int) -> "onnx.TensorProto | None":
-    if position >= len(visit.node.input) or not visit.node.input[position]:
+    if not position or position >= len(visit.node.input) or not visit.node.input[position]:
         return None
     trace = trace_constant(visit.scope, visit.node.input[position])
     return trace.tensor if trace is not None and trace.tensor is not None and trace.tensor.data_type == 6 else None

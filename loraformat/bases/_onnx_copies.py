@@ -54,7 +54,7 @@ def _list_names(name: str, roles: Iterable[str]) -> list[str]:
 def can_part(raw: RawSite) -> bool:
     """Say whether names between the tensor and the node can change: a function's are those of all its callers."""
     operands = find_operands(raw).values()
-    visits = (raw.visit, *raw.trace.steps, *(each.reader for each in operands))
+    visits = (raw.visit, *raw.trace.steps, *(reader for each in operands for reader in each.readers))
     return all(visit.scope.path is not None for visit in visits) and all(each.is_own for each in operands)
 
 
@@ -75,9 +75,9 @@ def list_edits(found: Sequence[RawSite], names: Mapping[str, str]) -> Mapping[st
         visit, position, skipped = _find_place(raw, own)
         edits.setdefault((visit, position), ("", _edit(visit, position, skipped, names, number, operands)))
         for role, each in operands.items():
-            if each.reader not in skipped:
-                edit = _rename(each.reader, each.position, names[role])
-                edits.setdefault((each.reader, each.position), (role, edit))
+            for reader, place in each.places:
+                if reader not in skipped:
+                    edits.setdefault((reader, place), (role, _rename(reader, place, names[role])))
     return {role: [edit for found_role, edit in edits.values() if found_role == role] for role in names}
 
 
@@ -112,7 +112,12 @@ def _edit(
     value = names[""]
     for index, step in enumerate(reversed([step for step in skipped if step.op != "Identity"])):
         made = f"{names['']}_{step.node.op_type}_{number}_{index}"
-        beside = {each.position: names[role] for role, each in operands.items() if each.reader is step}
+        beside = {
+            position: names[role]
+            for role, each in operands.items()
+            for reader, position in each.places
+            if reader is step
+        }
         before.append(_copy_node(step, {0: value, **beside}, made))
         value = made
     return _rename(visit, position, value, tuple(before))

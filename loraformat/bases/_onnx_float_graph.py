@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import numpy as np
 
 from loraformat.bases import MeasuredValue
-from loraformat.bases._onnx_ranges import FORMS, QUANTISED
+from loraformat.bases._onnx_ranges import FORMS, HANDING_ON, QUANTISED
 from loraformat.bases._onnx_uses import read_attribute
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 _Made: TypeAlias = "list[onnx.NodeProto]"
 _Maker: TypeAlias = "Callable[[onnx.NodeProto, str, Set[str]], _Made]"
-_PASSING: Final = frozenset({"Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
-"""Operators that hand codes on."""
 _BETWEEN: Final = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _DROPPED: Final = frozenset({"channels_last", "opset"})
 _RAW: Final = "#float"
@@ -41,7 +39,7 @@ def make_float_graph(graph: "onnx.GraphProto") -> list[MeasuredValue]:
     for node in graph.node:
         made = _convert(node, held, codes, measured)
         nodes += [node] if made is None else made
-        if made is None and node.op_type in _PASSING and node.input and node.input[0] in codes:
+        if made is None and node.op_type in HANDING_ON and node.input and node.input[0] in codes:
             codes.update(node.output)
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
@@ -51,6 +49,23 @@ def make_float_graph(graph: "onnx.GraphProto") -> list[MeasuredValue]:
         if value not in known:
             graph.value_info.append(helper.make_tensor_value_info(value, held[scale].data_type, None))
     return list(_settle(nodes, measured))
+
+
+def name_operator(node: "onnx.NodeProto") -> str:
+    """Return an operator's type, with the domain where it is not ONNX's own."""
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+
+
+def compute_in_floats(node: "onnx.NodeProto", result: str, codes: Set[str]) -> "_Made | None":
+    """Return what makes the floats that an operator on codes rounds; None for one that is not known.
+
+    Args:
+        node: the operator.
+        result: name of the floats.
+        codes: which of its inputs are to be dequantised; others are floats.
+    """
+    maker = _FLOATS.get(name_operator(node))
+    return maker(node, result, codes) if maker is not None else None
 
 
 def _drop_unread(graph: "onnx.GraphProto") -> None:
@@ -95,7 +110,7 @@ def _convert(
     """
     from onnx import helper
 
-    op = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+    op = name_operator(node)
     entry = QUANTISED.get(op)
     if entry is None or (entry.result >= 0 and node.input[entry.result] not in held):
         return None

@@ -1,10 +1,11 @@
 """Where the graph has what belongs to the codes of a quantised weight: scales, zero points, a bias in their steps."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from loraformat.bases._onnx_ranges import HANDING_ON, QUANTISED
 from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
 from loraformat.bases._onnx_sites import RawSite
 
@@ -54,15 +55,18 @@ class Operand:
 
     Attributes:
         trace: where they are.
-        reader: the node that reads them.
-        position: which input of it.
-        is_own: whether what the node makes of them is for this site alone.
+        places: the nodes that read them for this site, each with which input of it.
+        is_own: whether what the nodes make of them is for this site alone.
     """
 
     trace: Trace
-    reader: Visit
-    position: int
+    places: tuple[tuple[Visit, int], ...]
     is_own: bool = True
+
+    @property
+    def readers(self) -> frozenset[Visit]:
+        """The nodes alone."""
+        return frozenset(visit for visit, _ in self.places)
 
 
 def find_operands(raw: RawSite) -> Mapping[str, Operand]:
@@ -73,7 +77,9 @@ def find_operands(raw: RawSite) -> Mapping[str, Operand]:
     tensor = raw.trace.tensor
     if tensor is None or tensor.data_type not in _FORMS:
         return {}
-    _, holder = find_holder(raw)
+    count, holder = find_holder(raw)
+    if not count and holder is not raw.visit:
+        return find_lookup_operands(raw.visit)
     operands = OPERANDS.get(holder.op)
     scales = _open_operand(holder, operands.scales) if operands else _find_product_scales(holder)
     zeros = _open_operand(holder, operands.zeros if operands else 3)
@@ -81,24 +87,68 @@ def find_operands(raw: RawSite) -> Mapping[str, Operand]:
 
 
 def find_holder(raw: RawSite) -> tuple[int, Visit]:
-    """Return how many nodes on the way to a site dequantise, and the node that scales and zero points belong to."""
+    """Return how many nodes on the way to a site dequantise, and the node that scales and zero points belong to.
+
+    Codes that are looked up have their scale where they are read afterwards: the first such node is returned.
+    """
     holders = [step for step in raw.trace.steps if step.op == DEQUANTISE]
-    return len(holders), holders[0] if holders else _find_after(raw.visit) or raw.visit
+    if holders:
+        return len(holders), holders[0]
+    scales = find_lookup_operands(raw.visit).get("scales")
+    return 0, scales.places[0][0] if scales is not None else raw.visit
 
 
-def _find_after(visit: Visit) -> Visit | None:
-    """Return what dequantises codes after they were looked up, with one scale for all."""
-    readers = visit.scope.readers.get(visit.node.output[0], ()) if visit.op == "Gather" else ()
-    if len(readers) != 1 or readers[0][0].op != DEQUANTISE:
+def find_lookup_operands(visit: Visit) -> Mapping[str, Operand]:
+    """Return scale and zero point of codes that a Gather looks up; nothing where their readers differ in them."""
+    places = list_code_readers(visit) if visit.op == "Gather" else ()
+    scales, zeros = (_open_common(places, ahead) for ahead in (1, 2))
+    if scales is None or scales.trace.tensor is None or math.prod(scales.trace.tensor.dims) != 1:
+        return {}
+    if zeros is None:
+        is_without = all(_is_left_out(reader, position + 2) for reader, position in places)
+        return {"scales": scales} if is_without else {}
+    return {"scales": scales, "zero_points": zeros}
+
+
+def list_code_readers(visit: Visit) -> Sequence[tuple[Visit, int]]:
+    """Return what reads the codes that a node hands on, and at which input; nothing if they have no scale somewhere.
+
+    Every operator on codes has scale and zero point of what it reads at the two inputs after it.
+    """
+    found: list[tuple[Visit, int]] = []
+    pending, seen = [visit.node.output[0]], set[str]()
+    while pending:
+        name = pending.pop()
+        if name in visit.scope.outputs or name in seen:
+            return ()
+        seen.add(name)
+        for reader, position in visit.scope.readers.get(name, ()):
+            known = QUANTISED.get(reader.op)
+            if known is not None and position + 1 in known.list_factors(len(reader.node.input)):
+                found.append((reader, position))
+            elif reader.op in HANDING_ON and position == 0 and reader.scope is visit.scope:
+                pending.append(reader.node.output[0])
+            else:
+                return ()
+    return found
+
+
+def _open_common(places: Sequence[tuple[Visit, int]], ahead: int) -> Operand | None:
+    """Return the constant so many inputs ahead of each place; None where there is none, or not the same."""
+    opened = [_open_operand(visit, position + ahead) for visit, position in places]
+    whole = [each for each in opened if each is not None]
+    if not opened or len(whole) < len(opened) or len({(each.trace.scope, each.trace.name) for each in whole}) > 1:
         return None
-    scales = _trace(readers[0][0], 1)
-    is_one = scales is not None and scales.tensor is not None and math.prod(scales.tensor.dims) == 1
-    return readers[0][0] if is_one else None
+    return replace(whole[0], places=tuple(place for each in whole for place in each.places))
+
+
+def _is_left_out(visit: Visit, position: int) -> bool:
+    return position >= len(visit.node.input) or not visit.node.input[position]
 
 
 def _open_operand(visit: Visit, position: int) -> Operand | None:
     trace = _trace(visit, position)
-    return Operand(trace, visit, position) if trace is not None and trace.tensor is not None else None
+    return Operand(trace, ((visit, position),)) if trace is not None and trace.tensor is not None else None
 
 
 def _trace(visit: Visit, position: int) -> Trace | None:
@@ -128,7 +178,7 @@ def _pick_constant(product: Visit, position: int) -> Operand | None:
     made_by = product.scope.producer(product.node.input[position])
     if not isinstance(made_by, Visit):
         trace = trace_constant(product.scope, product.node.input[position])
-        return Operand(trace, product, position) if trace is not None and trace.tensor is not None else None
+        return Operand(trace, ((product, position),)) if trace is not None and trace.tensor is not None else None
     if made_by.op != "Mul":
         return None
     constant = [each for position in (0, 1) if (each := _open_operand(made_by, position)) is not None]

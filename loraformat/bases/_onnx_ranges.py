@@ -62,6 +62,8 @@ QUANTISED: Final[Mapping[str, Quantised]] = {
     "com.microsoft.QLinearGlobalAveragePool": Quantised(3, (1,)),
     "com.microsoft.QLinearSoftmax": Quantised(3, (1,)),
 }
+HANDING_ON: Final = frozenset({"Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators that hand codes on."""
 _UNKNOWN: Final = ("QLinear", "QAttention", "QGemm")
 _FLOAT_BIASES: Final = frozenset({"Gemm", "Conv"})
 

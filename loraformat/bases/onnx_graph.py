@@ -28,6 +28,7 @@ from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
 from loraformat.bases._onnx_experts import find_experts
 from loraformat.bases._onnx_float_graph import make_float_graph
 from loraformat.bases._onnx_floats import Surgery, join_surgeries, plan_surgery
+from loraformat.bases._onnx_opened_codes import open_codes
 from loraformat.bases._onnx_operands import find_operands
 from loraformat.bases._onnx_packed import expand_packed
 from loraformat.bases._onnx_ranges import Ranges, check_ranges, find_measured, set_ranges
@@ -114,9 +115,10 @@ class OnnxGraph:
             assert isinstance(stored, StoredTensor), "others are not written"
             yield TensorCopy(names[role], tensor.data_type, stored.shape, stored.span, tuple(edits)), traces[role]
 
-    def rewire(self, graph: "onnx.GraphProto") -> None:
-        """Have a main graph, that of the base, read the copies, each an Identity of its source."""
+    def rewire(self, graph: "onnx.GraphProto", tensors: Set[str]) -> None:
+        """Have a main graph, that of the base, read the copies, and compute in floats what reads codes of `tensors`."""
         apply_edits(graph, ((each, trace.name) for each, trace in self._copies if trace.scope.path == ()))
+        open_codes(graph, tensors)
 
     def find_float_form(self, key: str) -> FloatForm | Problem:
         """Return how a quantised weight would stand in floats, or why it cannot."""
@@ -262,7 +264,7 @@ def _list_sites(opened: OnnxFile, found: Sequence[RawSite], caveat: Problem | No
     beside: dict[int, set[Visit]] = defaultdict(set)
     for raw in found:
         readers[id(raw.trace.tensor)].update(list_readers(raw.trace))
-        beside[id(raw.trace.tensor)].update(each.reader for each in find_operands(raw).values())
+        beside[id(raw.trace.tensor)].update(*(each.readers for each in find_operands(raw).values()))
     sites = [
         _make_site(opened, raw, frozenset(readers[id(raw.trace.tensor)] - raw.apart), beside[id(raw.trace.tensor)])
         for raw in found

@@ -97,10 +97,10 @@ def test_measured_ranges_are_refused_until_accepted(case: Case, tmp_path: Path, 
     assert kept.where == "fc3.weight_quantized"
 
 
-@pytest.mark.parametrize("path", FLOATS_BETWEEN)
+@pytest.mark.parametrize("path", [*FLOATS_BETWEEN, *RANGES])
 def test_run_it_gives_the_base_and_the_change_apart(case: Case, tmp_path: Path, path: str) -> None:
     base, merged = quantise(case, path, case.float_base), tmp_path / "merged.onnx"
-    loraformat.merge(base, [case.adapter], merged)
+    loraformat.merge(base, [case.adapter], merged, accept_ranges=True)
     found = loraformat.verify(merged, base, [case.adapter], run=True)
     assert found.holds
     (run,) = found.runs
