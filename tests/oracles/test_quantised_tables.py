@@ -137,3 +137,20 @@ def test_a_table_in_codes_is_merged_as_if_quantised_afterwards(tmp_path: Path, g
     (run,) = found.runs
     assert found.holds
     assert abs(run.kept - 1) < 0.1
+
+
+def test_ranges_are_measured_anew_beside_tables_in_codes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    weights = {module: rng.standard_normal(shape) * 0.5 for module, shape in SHAPES.items()}
+    base = _quantise(_make(tmp_path / "base.onnx", "QLinearAdd", weights), "uint8")
+    adapter, delta = _adapt(tmp_path / "adapter", tuple(SHAPES))
+    np.savez(tmp_path / "data.npz", ids=IDS)
+    accepted, calibrated = tmp_path / "accepted.onnx", tmp_path / "calibrated.onnx"
+    loraformat.merge(base, [adapter], accepted, accept_ranges=True)
+    loraformat.merge(base, [adapter], calibrated, calibration=tmp_path / "data.npz")
+    whole = _make(tmp_path / "whole.onnx", "QLinearAdd", weights | {m: weights[m] + d for m, d in delta.items()})
+    wanted, afresh = _compute(whole), _compute(_quantise(whole, "uint8"))
+    error = np.linalg.norm(_compute(calibrated) - wanted)
+    assert error <= 1.5 * np.linalg.norm(afresh - wanted)
+    assert error <= np.linalg.norm(_compute(accepted) - wanted)
+    assert loraformat.verify(calibrated, base, [adapter]).holds
