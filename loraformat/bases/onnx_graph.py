@@ -1,14 +1,11 @@
 """An ONNX graph: a site is a node and its weight input."""
 
 import copy
-import os
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from loraformat.adapter import SlotKind
 from loraformat.bases import (
     Anchors,
     BaseModel,
@@ -23,7 +20,7 @@ from loraformat.bases import (
 )
 from loraformat.bases._onnx_anchors import find_anchors
 from loraformat.bases._onnx_branchable import BranchableGraph
-from loraformat.bases._onnx_coded import agree_on_codes, find_coded_part, find_coding, find_ranges
+from loraformat.bases._onnx_coded import find_ranges
 from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
 from loraformat.bases._onnx_experts import find_experts
 from loraformat.bases._onnx_float_graph import make_float_graph
@@ -32,13 +29,14 @@ from loraformat.bases._onnx_opened_codes import open_codes
 from loraformat.bases._onnx_operands import find_operands
 from loraformat.bases._onnx_packed import expand_packed
 from loraformat.bases._onnx_ranges import Ranges, check_ranges, find_measured, set_ranges
-from loraformat.bases._onnx_scopes import GraphIndex, Trace, Visit, list_readers
+from loraformat.bases._onnx_scopes import GraphIndex, Trace, Visit
 from loraformat.bases._onnx_sites import RawSite, find_sites
 from loraformat.bases._onnx_structure import find_roles
+from loraformat.bases._onnx_weights import list_weight_sites
 from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, open_onnx
 from loraformat.images import FileImage, NewOutput
 from loraformat.problems import Problem
-from loraformat.spans import InputFile, Part, Span, StoredTensor
+from loraformat.spans import InputFile, Span, StoredTensor
 
 if TYPE_CHECKING:
     import onnx
@@ -71,7 +69,9 @@ class OnnxGraph:
         index = GraphIndex(self._opened.model, self.path)
         caveat = find_ranges(index.visits)
         found = self._find_sites(index.visits)
-        self.sites: Sequence[Site] = self._name_copies(found, _list_sites(self._opened, found, caveat), index.names)
+        self.sites: Sequence[Site] = self._name_copies(
+            found, list_weight_sites(self._opened, found, caveat), index.names
+        )
         self._copies: Sequence[tuple[TensorCopy, Trace]] = ()
         self._found, self._index, self._change = found, index, GraphChange()
         self.structure_sha256: str = self._opened.structure_sha256
@@ -253,81 +253,6 @@ def _list_tensors(opened: OnnxFile) -> list[StoredTensor]:
     """Return every stored tensor; this also checks each against its file and opens all data files."""
     stored = (opened.stored_tensor(proto) for _, proto in opened.tensors())
     return [tensor for tensor in stored if isinstance(tensor, StoredTensor)]
-
-
-def _list_sites(opened: OnnxFile, found: Sequence[RawSite], caveat: Problem | None) -> list[Site]:
-    """Return the sites.
-
-    A tensor held by a function is read at every call: its readers are those of all places where it was found.
-    """
-    readers: dict[int, set[str]] = defaultdict(set)
-    beside: dict[int, set[Visit]] = defaultdict(set)
-    for raw in found:
-        readers[id(raw.trace.tensor)].update(list_readers(raw.trace))
-        beside[id(raw.trace.tensor)].update(*(each.readers for each in find_operands(raw).values()))
-    sites = [
-        _make_site(opened, raw, frozenset(readers[id(raw.trace.tensor)] - raw.apart), beside[id(raw.trace.tensor)])
-        for raw in found
-    ]
-    sites = agree_on_codes(sites)
-    return [replace(site, caveat=caveat) for site in sites] if caveat is not None else sites
-
-
-def _make_site(opened: OnnxFile, raw: RawSite, readers: frozenset[str], beside: Set[Visit]) -> Site:
-    weight, obstacle = _find_weight(opened, raw, readers, beside)
-    transposed = {kind: turned ^ raw.trace.flipped for kind, turned in raw.use.orientations.items()}
-    return Site(
-        id=raw.visit.describe(raw.position),
-        module=raw.module,
-        evidence=raw.evidence,
-        transposed=transposed,
-        weight=weight,
-        parameter=raw.parameter,
-        divisor=raw.use.divisor,
-        obstacle=obstacle,
-        part=_find_part(weight, raw, transposed) if weight is not None else None,
-        section=raw.section,
-    )
-
-
-def _find_part(weight: Weight, raw: RawSite, transposed: Mapping[SlotKind, bool]) -> Part | None:
-    """Return the rows or columns of the stored matrix that the site's module has; None for all."""
-    if raw.part is not None:
-        return raw.part
-    whole = find_coded_part(weight.coding, raw)
-    if raw.rows is None:
-        return whole
-    if whole is not None:
-        return replace(whole, rows=(*raw.rows, 1))
-    rows, columns = weight.tensor.shape
-    own = (*raw.rows, 1)
-    if transposed[SlotKind.LINEAR]:
-        return Part((rows, columns), (0, rows, 1), own)
-    return Part((rows, columns), own, (0, columns, 1))
-
-
-def _find_weight(
-    opened: OnnxFile, raw: RawSite, readers: frozenset[str], beside: Set[Visit]
-) -> tuple[Weight | None, Problem | None]:
-    if raw.trace.tensor is None or raw.use.refusal or raw.trace.blocked:
-        return None, raw.obstacle
-    stored = opened.stored_tensor(raw.trace.tensor)
-    if isinstance(stored, Problem):
-        return None, stored
-    name = stored.name or raw.trace.name
-    coding = find_coding(opened, raw, stored, beside)
-    if isinstance(coding, Problem):
-        return None, coding
-    if coding is not None and raw.part is not None:
-        return None, Problem("LF403", name, "packed experts that are stored in codes", "a floating-point form")
-    if coding is None and stored.dtype.family != "float":
-        return None, Problem("LF403", name, f"numbers stored as {stored.dtype.name}", "a floating-point form")
-    if not stored.elements:
-        return None, Problem("LF403", name, f"no numbers: its shape is {stored.shape}", "a matrix or a kernel")
-    overlapping = [f"the tensor {other!r}, whose bytes overlap its own" for other in opened.overlaps(stored)]
-    file = os.path.relpath(stored.span.path, opened.path.parent)
-    key = f"{file}@{stored.span.offset}" + (f" {name}" if overlapping else "")
-    return Weight(key, name, stored, readers.union(overlapping), coding), raw.obstacle
 
 
 class OnnxFormat:
