@@ -14,6 +14,7 @@ from loraformat.bases._onnx_operands import (
     INTEGER_PRODUCTS,
     MATMUL_NBITS,
     OPERANDS,
+    QMOE,
     Operand,
     find_holder,
     find_operands,
@@ -21,7 +22,7 @@ from loraformat.bases._onnx_operands import (
 from loraformat.bases._onnx_ranges import QUANTISED
 from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
 from loraformat.bases._onnx_sites import RawSite
-from loraformat.bases._onnx_uses import read_attribute
+from loraformat.bases._onnx_uses import read_attribute, read_expert_bits
 from loraformat.containers.onnx_file import OnnxFile
 from loraformat.encodings import Coding
 from loraformat.problems import Problem
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import onnx
 
 _CODES: Final = {"int8": "affine8", "uint8": "affine8", "int4": "affine4", "uint4": "affine4"}
+_BITS: Final = {"affine4": 4, "affine8": 8}
 _STATIC: Final = frozenset({"QLinearMatMul", "QLinearConv", "com.microsoft.QGemm"})
 _RANGES: Final = "the ranges of its activations were measured on the base model"
 _NBITS: Final = (("N", 0), ("K", 0), ("bits", 4), ("block_size", 0))
@@ -72,8 +74,8 @@ def find_coding(
         found_shape = f"scales of the shape {list(companions['scales'].shape)}"
         return Problem("LF403", where, found_shape, "one for each channel or block")
     encoding, matrix, block = shape
-    packed = holder.op in (MATMUL_NBITS, GATHER) and stored.dtype.name == "uint8"
-    zero = 1 << (int(read_attribute(holder.node, "bits", 4)) - 1) if packed else 0
+    packed = holder.op in (MATMUL_NBITS, GATHER, QMOE) and stored.dtype.name == "uint8"
+    zero = 1 << (_BITS[encoding] - 1) if packed else 0
     fixed = _find_ties(raw, operands["scales"].readers | {holder}, companions["scales"])
     zeros_fixed = _find_zero_ties(companions, readers.get("zero_points", []))
     padding = matrix[1] - int(read_attribute(holder.node, "K", 0)) if holder.op == MATMUL_NBITS else 0
@@ -149,7 +151,7 @@ def find_ranges(visits: Sequence[Visit]) -> Problem | None:
 
 
 def _is_unknown(holder: Visit) -> bool:
-    return not any(holder.op in known for known in (OPERANDS, INTEGER_PRODUCTS, QUANTISED))
+    return holder.op != QMOE and not any(holder.op in known for known in (OPERANDS, INTEGER_PRODUCTS, QUANTISED))
 
 
 def _find_companions(
@@ -191,6 +193,8 @@ def _find_blocks(holder: Visit, raw: RawSite, stored: StoredTensor, scales: tupl
         return _find_nbits(holder, stored, math.prod(scales))
     if holder.op == GATHER:
         return _find_table(holder, raw, stored, scales)
+    if holder.op == QMOE:
+        return _find_experts(raw, stored, scales)
     encoding = _CODES[stored.dtype.name]
     matrix = (stored.shape[0], math.prod(stored.shape[1:])) if stored.shape else (1, 1)
     if math.prod(scales) == 1:
@@ -227,6 +231,20 @@ def _find_nbits(holder: Visit, stored: StoredTensor, scales: int) -> _Shape | No
     if stored.span.length * 8 != n * blocks * size * bits or scales != n * blocks or stored.shape[0] != n:
         return None
     return f"affine{bits}", (n, blocks * size), (1, size)
+
+
+def _find_experts(raw: RawSite, stored: StoredTensor, scales: tuple[int, ...]) -> _Shape | None:
+    """Return how the rows of all experts lie, one under the other, from codes `(experts, out, in * bits / 8)`."""
+    bits, size = read_expert_bits(raw.visit.node, raw.position), int(read_attribute(raw.visit.node, "block_size", 0))
+    if bits not in (4, 8) or len(stored.shape) != 3 or not all(stored.shape) or size < 0:
+        return None
+    experts, rows, length = stored.shape
+    columns = length * 8 // bits
+    block = size or columns
+    wanted = [(experts, rows, columns // block)] if size else [(experts, rows), (experts, rows, 1)]
+    if columns % block or scales not in wanted:
+        return None
+    return f"affine{bits}", (experts * rows, columns), (1, block)
 
 
 def _find_table(holder: Visit, raw: RawSite, stored: StoredTensor, scales: tuple[int, ...]) -> _Shape | None:

@@ -12,6 +12,7 @@ from typing import Final
 
 from loraformat.adapter import SlotKind
 from loraformat.bases._onnx_names import NODE_NAME, find_repeated, module_of_node, module_of_tensor
+from loraformat.bases._onnx_operands import QMOE
 from loraformat.bases._onnx_picks import (
     Product,
     find_arrangement,
@@ -20,9 +21,9 @@ from loraformat.bases._onnx_picks import (
     pick_expert,
     trace_packed,
 )
-from loraformat.bases._onnx_scopes import Trace, Visit
+from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
 from loraformat.bases._onnx_sites import RawSite
-from loraformat.bases._onnx_uses import Use, read_attribute
+from loraformat.bases._onnx_uses import Use, read_attribute, read_expert_bits
 from loraformat.limits import MAX_EXPERTS
 from loraformat.spans import Part
 
@@ -35,9 +36,9 @@ _KNOWN: Final = frozenset({GATE_UP, _DOWN, *_MEMBERS})
 _PICKING: Final = frozenset({"Gather", "GatherND", "Slice"})
 _CHOOSING: Final = frozenset({"Gather", "GatherND"})
 _ROUTERS: Final = frozenset({"gate", "router"})
-_OPERATORS: Final = {"com.microsoft.MoE": (2, 4, 6), "com.microsoft.QMoE": (2, 5, 8)}
+_OPERATORS: Final = {"com.microsoft.MoE": (2, 4, 6), QMOE: (2, 5, 8)}
 """Operators to the inputs with fc1, fc2 and fc3."""
-_CODED: Final = "com.microsoft.QMoE"
+_FLOAT32: Final = 1
 _DOTTED: Final = re.compile(r"\w+(\.\w+)+")
 HALVES: Final = "halves"
 TURNS: Final = "turns"
@@ -61,6 +62,7 @@ class Pack:
         stored: how gate and up lie in it, `halves` or `turns`; empty where nothing tells.
         own: how they lie in the module's own parameter.
         folded: why its numbers are not the module's own.
+        bits: of one code, where it holds codes packed by the byte along its last axis.
     """
 
     visit: Visit
@@ -74,6 +76,7 @@ class Pack:
     stored: str = ""
     own: str = ""
     folded: str = ""
+    bits: int = 8
 
     @property
     def id(self) -> str:
@@ -82,8 +85,9 @@ class Pack:
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Shape of the tensor."""
-        return tuple(self.trace.tensor.dims) if self.trace.tensor is not None else ()
+        """Shape of the tensor, in numbers."""
+        dims = tuple(self.trace.tensor.dims) if self.trace.tensor is not None else ()
+        return (*dims[:-1], dims[-1] * 8 // self.bits) if dims else ()
 
     @property
     def turned(self) -> bool:
@@ -203,12 +207,13 @@ def _read_operator(visit: Visit) -> Iterator[Pack]:
 
 def _read_layouts(visit: Visit, position: int, trace: Trace, fusion: int, role: str) -> Iterator[Pack]:
     """Yield a weight in the layout that the operator has, or in both that it has had."""
-    kind = next((a.s.decode("utf-8", "replace") for a in visit.node.attribute if a.name == "activation_type"), "")
-    readings = (False,) if fusion in _FUSIONS or visit.op == _CODED else (False, True)
-    refusal = "the operator QMoE, which has its experts in codes" if visit.op == _CODED else ""
+    is_coded = visit.op == QMOE
+    readings = (False,) if fusion in _FUSIONS or is_coded else (False, True)
+    bits = read_expert_bits(visit.node, position) if is_coded else 8
+    refusal, doubt = _judge_codes(visit, position, bits) if is_coded else ("", _find_doubt(trace, readings))
     for turned in readings:
-        product = Product(None, turned, refusal=refusal, doubt=_find_doubt(trace, readings))
-        pack = _name(Pack(visit, position, trace, product, None))
+        product = Product(None, turned, refusal=refusal, doubt=doubt)
+        pack = _name(Pack(visit, position, trace, product, None, bits=8 if refusal else bits))
         named = pack.parameter in _KNOWN
         yield replace(
             pack,
@@ -216,8 +221,31 @@ def _read_layouts(visit: Visit, position: int, trace: Trace, fusion: int, role: 
             parameter=pack.parameter if named else role,
             stored=_FUSIONS.get(fusion, ""),
             own=_find_own(visit, fusion),
-            folded=_GEGLU if kind == "geglu" and position == _OPERATORS[visit.op][1] else "",
+            folded=_GEGLU
+            if _read_text(visit, "activation_type") == "geglu" and position == _OPERATORS[visit.op][1]
+            else "",
         )
+
+
+def _judge_codes(visit: Visit, position: int, bits: int) -> tuple[str, str]:
+    """Return why nothing can be merged into the codes of a QMoE, and why it is not known how they lie.
+
+    Codes laid out for CUDA's kernels have the shape of any others and are the default there, but such kernels have no
+    scales of float32. Of 4 bits, all codes are compared with the checkpoint's numbers.
+    """
+    quant = _read_text(visit, "quant_type") or "int"
+    if quant != "int" or bits not in (4, 8):
+        return f"the operator QMoE with codes of {bits} bits, quant_type {quant!r}", ""
+    scales = trace_constant(visit.scope, visit.node.input[position + 1])
+    is_float32 = scales is not None and scales.tensor is not None and scales.tensor.data_type == _FLOAT32
+    prepacked = int(read_attribute(visit.node, "weights_prepacked", -1))
+    if prepacked == 0 or (prepacked < 0 and (bits == 4 or is_float32)):
+        return "", ""
+    return "", f"codes of a QMoE that may be laid out for CUDA's kernels (weights_prepacked is {prepacked}, not 0)"
+
+
+def _read_text(visit: Visit, name: str) -> str:
+    return next((a.s.decode("utf-8", "replace") for a in visit.node.attribute if a.name == name), "")
 
 
 _GEGLU: Final = "the builder multiplies it by a scale for each expert (Gemma 4)"

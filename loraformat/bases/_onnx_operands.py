@@ -13,6 +13,7 @@ DEQUANTISE: Final = "DequantizeLinear"
 MATMUL_NBITS: Final = "com.microsoft.MatMulNBits"
 GATHER: Final = "com.microsoft.GatherBlockQuantized"
 ATTENTION: Final = "com.microsoft.QAttention"
+QMOE: Final = "com.microsoft.QMoE"
 INTEGER_PRODUCTS: Final = frozenset({"MatMulInteger", "ConvInteger"})
 CODE_SUFFIXES: Final = ("_Q4", "_Q8", "_DQ", "_quantized")
 """What quantisers add to the name of a weight."""
@@ -47,6 +48,8 @@ OPERANDS: Final[Mapping[str, Operands]] = {
     GATHER: Operands(2, 3),
     ATTENTION: Operands(4, 7),
 }
+_EXPERTS: Final[Mapping[int, Operands]] = {2: Operands(3, 11), 5: Operands(6, 12), 8: Operands(9, 13)}
+"""The same for QMoE, by the input with the codes: fc1, fc2, fc3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ def find_operands(raw: RawSite) -> Mapping[str, Operand]:
     count, holder = find_holder(raw)
     if not count and holder is not raw.visit:
         return find_lookup_operands(raw.visit)
-    operands = OPERANDS.get(holder.op)
+    operands = _EXPERTS.get(raw.position) if holder.op == QMOE else OPERANDS.get(holder.op)
     scales = _open_operand(holder, operands.scales) if operands else _find_product_scales(holder)
     zeros = _open_operand(holder, operands.zeros if operands else 3)
     return {role: each for role, each in (("scales", scales), ("zero_points", zeros)) if each is not None}

@@ -163,3 +163,9 @@ def read_attribute(node: "onnx.NodeProto", name: str, default: Any) -> Any:
         if attribute.name == name:
             return attribute.f if isinstance(default, float) else attribute.i
     return default
+
+
+def read_expert_bits(node: "onnx.NodeProto", position: int) -> int:
+    """Return the bits of the codes that a QMoE has as its input at `position`: fc1, fc2 or fc3."""
+    number = {2: 1, 5: 2, 8: 3}[position]
+    return int(read_attribute(node, f"fc{number}_expert_weight_bits", read_attribute(node, "expert_weight_bits", 4)))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from loraformat.adapter import SlotKind
 from loraformat.bases import Site, Weight
 from loraformat.bases._onnx_coded import agree_on_codes, find_coded_part, find_coding
-from loraformat.bases._onnx_operands import find_operands
+from loraformat.bases._onnx_operands import QMOE, find_operands
 from loraformat.bases._onnx_scopes import Visit, list_readers
 from loraformat.bases._onnx_sites import RawSite
 from loraformat.containers.onnx_file import OnnxFile
@@ -79,7 +79,7 @@ def _find_weight(
     coding = find_coding(opened, raw, stored, beside)
     if isinstance(coding, Problem):
         return None, coding
-    if coding is not None and raw.part is not None:
+    if coding is not None and raw.part is not None and raw.visit.op != QMOE:
         return None, Problem("LF403", name, "packed experts that are stored in codes", "a floating-point form")
     if coding is None and stored.dtype.family != "float":
         return None, Problem("LF403", name, f"numbers stored as {stored.dtype.name}", "a floating-point form")
