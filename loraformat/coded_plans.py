@@ -57,6 +57,7 @@ def _refer(match: Match, reference: Match) -> PlannedReference:
         file=tensor.extent.path.name,
         offset=tensor.extent.offset,
         dtype=tensor.dtype.name,
+        matrix=part.matrix,
         rows=part.rows,
         columns=part.columns,
         transposed=reference.transposed,

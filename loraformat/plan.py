@@ -56,6 +56,7 @@ class PlannedReference:
         file: name of the file that holds it.
         offset: bytes from the start of that file.
         dtype: number form.
+        matrix: rows and columns of the stored tensor as a matrix: of packed experts, one under the other.
         rows: start, stop and step of the rows of the stored matrix that are the module's.
         columns: likewise.
         transposed: whether the stored matrix is the transpose of the canonical `(out, in * kernel)`.
@@ -68,6 +69,7 @@ class PlannedReference:
     file: str
     offset: int
     dtype: str
+    matrix: tuple[int, int]
     rows: tuple[int, int, int]
     columns: tuple[int, int, int]
     transposed: bool

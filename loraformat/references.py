@@ -49,12 +49,14 @@ class StoredValues:
 
     Attributes:
         tensor: the tensor.
+        matrix: rows and columns of it as a matrix.
         rows: rows of the stored matrix.
         columns: its columns.
         turned: whether it is meant transposed.
     """
 
     tensor: StoredTensor
+    matrix: tuple[int, int]
     rows: range
     columns: range
     turned: bool = False
@@ -83,8 +85,8 @@ class StoredValues:
 
     def _read(self, rows: range, columns: range) -> NDArray[Any]:
         if self.tensor.is_contiguous:
-            return self.tensor.read_part(rows, columns)
-        whole = self.tensor.read().reshape(self.tensor.shape[0], -1)
+            return replace(self.tensor, shape=self.matrix).read_part(rows, columns)
+        whole = self.tensor.read().reshape(self.matrix)
         return whole[rows.start : rows.stop : rows.step, columns.start : columns.stop : columns.step]
 
 
@@ -100,8 +102,8 @@ def place_references(weight: PlannedWeight, floats: Floats) -> tuple[Placed, ...
 
 
 def _open(reference: PlannedReference, floats: Floats) -> Delta:
-    tensor = floats.weights[reference.key].tensor
-    values = StoredValues(tensor, range(*reference.rows), range(*reference.columns), turned=reference.transposed)
+    tensor, rows, columns = floats.weights[reference.key].tensor, range(*reference.rows), range(*reference.columns)
+    values = StoredValues(tensor, reference.matrix, rows, columns, turned=reference.transposed)
     if reference.divisor == 1:
         return values
     return ScaledRows(values, np.full(values.shape[0], 1 / reference.divisor))

@@ -51,7 +51,10 @@ def read_decoded(site: Site, slot: SlotKind, columns: Sequence[int]) -> tuple[Ar
         blocks = np.arange(rows.start, rows.stop) // coding.block[0]
         steps.append(scales[blocks][:, chosen // coding.block[1]])
     decoded, spread = np.concatenate(values), np.concatenate(steps)
-    return (decoded.T, spread.T) if site.transposed[slot] else (decoded, spread)
+    if site.transposed[slot]:
+        return decoded.T, spread.T
+    stride = part.rows[2]  # Gate and up of an expert may take turns.
+    return decoded[::stride], spread[::stride]
 
 
 def _bind(coding: Coding, form: Dtype) -> Coder:

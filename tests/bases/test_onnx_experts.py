@@ -417,20 +417,34 @@ def test_a_scale_that_the_builder_multiplied_in_is_refused(
     assert caught.value.codes == ("LF407",)
 
 
-def test_experts_in_codes_are_refused_by_name(tmp_path: Path, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    ("attributes", "code"),
+    [
+        ({}, "LF440"),
+        ({"quant_type": "nvfp4"}, "LF403"),
+        ({"expert_weight_bits": 2}, "LF403"),
+        ({"weights_prepacked": 1}, "LF447"),
+        ({"block_size": 4}, "LF403"),
+    ],
+    ids=str,
+)
+def test_experts_in_codes_are_refused_by_name(
+    tmp_path: Path, rng: np.random.Generator, attributes: dict[str, object], code: str
+) -> None:
     """QMoE, with names of the builder for Phi-3.5: the operator says which weight is which."""
     net = Net()
     names = [f"model.layers.0.moe.weight_{number}" for number in (1, 2, 3)]
     codes = [net.weight(name, rng.integers(0, 255, (EXPERTS, HIDDEN, HALF)).astype(np.uint8)) for name in names]
     scales = [net.weight(name.replace("weight", "scales"), dyadic(rng, EXPERTS, HIDDEN)) for name in names]
     inputs = [net.feed("x"), net.feed("router")]
-    for code, scale in zip(codes, scales, strict=True):
-        inputs += [code, scale, ""]
-    net.op("QMoE", inputs, net.result("y"), "/model/layers.0/moe", domain="com.microsoft", k=1)
-    for name, places in (("w1", (HIDDEN, HALF)), ("w2", (HIDDEN, HALF)), ("w3", (HIDDEN, HALF))):
+    for coded, scale in zip(codes, scales, strict=True):
+        inputs += [coded, scale, ""]
+    net.op("QMoE", inputs, net.result("y"), "/model/layers.0/moe", domain="com.microsoft", k=1, **attributes)
+    columns = HALF if code == "LF403" and "block_size" not in attributes else WIDE
+    for name in ("w1", "w2", "w3"):
         model = net.model(check=False)
         model.producer_name = "onnxruntime-genai"
         target = f"model.layers.0.block_sparse_moe.experts.1.{name}"
         with pytest.raises(loraformat.FindingError) as caught:
-            merge_model(tmp_path, model, {target: dyadic_factors(rng, *places, 2)})
-        assert caught.value.codes == ("LF403",)
+            merge_model(tmp_path, model, {target: dyadic_factors(rng, HIDDEN, columns, 2)})
+        assert caught.value.codes == (code,)
