@@ -241,8 +241,8 @@ def _find_experts(raw: RawSite, stored: StoredTensor, scales: tuple[int, ...]) -
     experts, rows, length = stored.shape
     columns = length * 8 // bits
     block = size or columns
-    wanted = [(experts, rows, columns // block)] if size else [(experts, rows), (experts, rows, 1)]
-    if columns % block or scales not in wanted:
+    wanted = [(experts, rows, -(-columns // block))] if size else [(experts, rows), (experts, rows, 1)]
+    if scales not in wanted:
         return None
     return f"affine{bits}", (experts * rows, columns), (1, block)
 

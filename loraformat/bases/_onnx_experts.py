@@ -4,19 +4,18 @@ Exporters leave a Gather before a product; onnxruntime has the operator MoE for 
 is what the product or the operator says, never a guess from a shape; where neither tells, the sites say so (LF447).
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases._onnx_names import NODE_NAME, find_repeated, module_of_node, module_of_tensor
+from loraformat.bases._onnx_names import NODE_NAME, find_repeated
 from loraformat.bases._onnx_operands import QMOE
+from loraformat.bases._onnx_packs import DOWN, GATE_UP, KNOWN, MEMBERS, Pack, name_by_shape, name_pack
 from loraformat.bases._onnx_picks import (
     Product,
     find_arrangement,
-    find_chooser,
     find_product,
     pick_expert,
     trace_packed,
@@ -29,80 +28,19 @@ from loraformat.spans import Part
 
 Lines = tuple[int, int, int]
 
-GATE_UP: Final = "gate_up_proj"
-_MEMBERS: Final = ("gate_proj", "up_proj")
-_DOWN: Final = "down_proj"
-_KNOWN: Final = frozenset({GATE_UP, _DOWN, *_MEMBERS})
 _PICKING: Final = frozenset({"Gather", "GatherND", "Slice"})
-_CHOOSING: Final = frozenset({"Gather", "GatherND"})
-_ROUTERS: Final = frozenset({"gate", "router"})
 _OPERATORS: Final = {"com.microsoft.MoE": (2, 4, 6), QMOE: (2, 5, 8)}
 """Operators to the inputs with fc1, fc2 and fc3."""
 _FLOAT32: Final = 1
-_DOTTED: Final = re.compile(r"\w+(\.\w+)+")
 HALVES: Final = "halves"
 TURNS: Final = "turns"
 _FUSIONS: Final = {1: TURNS, 2: HALVES}
 """How the operator MoE has gate and up in its first weight, by `swiglu_fusion`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pack:
-    """A tensor of experts where the graph reads it.
-
-    Attributes:
-        visit: the node that reads it.
-        position: at which input.
-        trace: where the tensor is.
-        product: what the expert that was picked is multiplied with.
-        expert: the only one that is read here; None for any.
-        module: path of the module that has the tensor.
-        parameter: its name there; empty where nothing tells.
-        evidence: how both are known.
-        stored: how gate and up lie in it, `halves` or `turns`; empty where nothing tells.
-        own: how they lie in the module's own parameter.
-        folded: why its numbers are not the module's own.
-        bits: of one code, where it holds codes packed by the byte along its last axis.
-    """
-
-    visit: Visit
-    position: int
-    trace: Trace
-    product: Product
-    expert: int | None
-    module: str = ""
-    parameter: str = ""
-    evidence: str = ""
-    stored: str = ""
-    own: str = ""
-    folded: str = ""
-    bits: int = 8
-
-    @property
-    def id(self) -> str:
-        """Words for the place, as in `Site.id`."""
-        return self.visit.describe(self.position)
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        """Shape of the tensor, in numbers."""
-        dims = tuple(self.trace.tensor.dims) if self.trace.tensor is not None else ()
-        return (*dims[:-1], dims[-1] * 8 // self.bits) if dims else ()
-
-    @property
-    def turned(self) -> bool:
-        """Whether an expert's stored matrix is the transpose of its `(out, in)`."""
-        return self.product.turned ^ self.trace.flipped
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one expert's matrix, `(out, in)`."""
-        return self.dims[:0:-1] if self.turned else self.dims[1:]
-
-
 def find_experts(visits: Iterable[Visit]) -> list[RawSite]:
     """Return a site for every expert of every packed tensor, and for gate and up of those that hold both."""
-    packs = _name_by_shape([pack for visit in visits for pack in _find_packs(visit)])
+    packs = name_by_shape([pack for visit in visits for pack in _find_packs(visit)])
     by_tensor: dict[int, list[Pack]] = defaultdict(list)
     for pack in packs:
         by_tensor[id(pack.trace.tensor)].append(pack)
@@ -128,67 +66,10 @@ def _find_packs(visit: Visit) -> Iterator[Pack]:
         product = find_product(visit, position)
         if product is None or isinstance(expert, str):
             return
-        pack = _name(Pack(visit, position, trace, product, expert))
+        pack = name_pack(Pack(visit, position, trace, product, expert))
         arrangement = find_arrangement(product.visit) if product.visit is not None else ""
         yield replace(pack, stored=arrangement, own=arrangement)
         return
-
-
-def _name(pack: Pack) -> Pack:
-    """Return the pack with its module's path, as the node and the tensor's name tell it, and the parameter's name."""
-    owner, parameter = _split_name(pack)
-    module, evidence = module_of_node(pack.visit, pack.position, pack.trace, parameter)
-    if owner and (not module or owner.startswith(f"{module}.")):
-        return replace(pack, module=owner, parameter=parameter, evidence="initializer name")
-    if not module:
-        module, evidence = _find_owner(pack), "name of the router"
-    return replace(pack, module=module, parameter=parameter, evidence=evidence)
-
-
-def _find_owner(pack: Pack) -> str:
-    """Return the module of experts by the name of the layer that chooses among them; nothing where it has none."""
-    chooser = find_chooser(pack.visit) if pack.visit.op in _CHOOSING else None
-    if chooser is None:
-        return ""
-    visit, position, trace = chooser
-    path = module_of_node(visit, position, trace)[0] or module_of_tensor(visit, trace)[0]
-    owner, _, name = path.rpartition(".")
-    return f"{owner}.experts" if owner and name in _ROUTERS else ""
-
-
-def _split_name(pack: Pack) -> tuple[str, str]:
-    """Return module and parameter as the tensor's name has them; nothing for a name that the exporter made up."""
-    steps = (step.node.input[0] for step in pack.trace.steps)
-    own = pack.trace.tensor.name if pack.trace.tensor is not None else ""
-    for name in (pack.visit.node.input[pack.position], *steps, own):
-        if _DOTTED.fullmatch(name):
-            shorter = name.removesuffix(".weight").removesuffix(".qweight")
-            known = shorter.rpartition(".")[2] in _KNOWN
-            owner, _, parameter = (shorter if known else name).rpartition(".")
-            return owner, parameter
-    return "", ""
-
-
-def _name_by_shape(packs: Sequence[Pack]) -> list[Pack]:
-    """Return the packs, those without a parameter's name with the one that the shapes of a gated mixture give.
-
-    Of two tensors of one module whose experts are `(2 n, m)` and `(m, n)`, the first is gate and up, the second down;
-    no two shapes can be read both ways.
-    """
-    groups: dict[str, dict[int, Pack]] = defaultdict(dict)
-    for pack in packs:
-        if pack.module and not pack.parameter:
-            groups[pack.module][id(pack.trace.tensor)] = pack
-    names: dict[int, str] = {}
-    for group in groups.values():
-        pairs = [(a, b) for a in group for b in group if a != b and _is_gated(group[a].shape, group[b].shape)]
-        if len(group) == 2 and len(pairs) == 1:
-            names |= dict(zip(pairs[0], (GATE_UP, _DOWN), strict=True))
-    return [replace(pack, parameter=pack.parameter or names.get(id(pack.trace.tensor), "")) for pack in packs]
-
-
-def _is_gated(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
-    return first == (2 * second[1], second[0])
 
 
 # --- the operator of onnxruntime -------------------------------------------------------------------------------------
@@ -198,8 +79,8 @@ def _read_operator(visit: Visit) -> Iterator[Pack]:
     """Yield the weights of MoE, fc1, fc2 and fc3: `(experts, out, in)`, up to onnxruntime 1.22 `(experts, in, out)`."""
     fusion = int(read_attribute(visit.node, "swiglu_fusion", 0))
     places = _OPERATORS[visit.op]
-    first = GATE_UP if fusion in _FUSIONS else _MEMBERS[0] if trace_packed(visit, places[2]) is not None else ""
-    for position, role in zip(places, (first, _DOWN if first else "", _MEMBERS[1]), strict=True):
+    first = GATE_UP if fusion in _FUSIONS else MEMBERS[0] if trace_packed(visit, places[2]) is not None else ""
+    for position, role in zip(places, (first, DOWN if first else "", MEMBERS[1]), strict=True):
         trace = trace_packed(visit, position)
         if trace is not None and trace.tensor is not None and 0 < trace.tensor.dims[0] <= MAX_EXPERTS:
             yield from _read_layouts(visit, position, trace, fusion, role)
@@ -213,8 +94,8 @@ def _read_layouts(visit: Visit, position: int, trace: Trace, fusion: int, role: 
     refusal, doubt = _judge_codes(visit, position, bits) if is_coded else ("", _find_doubt(trace, readings))
     for turned in readings:
         product = Product(None, turned, refusal=refusal, doubt=doubt)
-        pack = _name(Pack(visit, position, trace, product, None, bits=8 if refusal else bits))
-        named = pack.parameter in _KNOWN
+        pack = name_pack(Pack(visit, position, trace, product, None, bits=8 if refusal else bits))
+        named = pack.parameter in KNOWN
         yield replace(
             pack,
             module=pack.module if named or not pack.module else f"{pack.module}.experts",
@@ -307,7 +188,7 @@ def _list_members(pack: Pack) -> Iterator[tuple[str, Lines, tuple[int, int] | No
     else:
         for lines, section in zip(arranged, ((0, half), (half, rows)), strict=True):
             yield GATE_UP, lines, section
-    for name, lines in zip(_MEMBERS, arranged, strict=False):
+    for name, lines in zip(MEMBERS, arranged, strict=False):
         yield name, lines, None
 
 

@@ -187,10 +187,16 @@ def test_experts_of_4_bits_from_the_checkpoint(
     assert loraformat.verify(tmp_path / "merged.onnx", base, [adapter], base_checkpoint=checkpoint).holds
 
 
+@pytest.mark.parametrize("prepacked", [-1, 1])
 def test_codes_that_may_be_laid_out_for_cuda_are_refused(
-    tmp_path: Path, weights: tuple[Array, Array], adapted: Any
+    tmp_path: Path, weights: tuple[Array, Array], adapted: Any, prepacked: int
 ) -> None:
-    base = _make(tmp_path / "base.onnx", weights, 8, weights_prepacked=1)
+    """With scales of float16 the operator's default may mean either layout."""
+    model = onnx.load(_make(tmp_path / "base.onnx", weights, 8, weights_prepacked=prepacked))
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("scales"):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    onnx.save(model, tmp_path / "half.onnx")
     with pytest.raises(loraformat.LoraformatError) as caught:
-        loraformat.merge(base, [adapted[0]], tmp_path / "merged.onnx")
+        loraformat.merge(tmp_path / "half.onnx", [adapted[0]], tmp_path / "merged.onnx")
     assert set(caught.value.codes) == {"LF447"}
