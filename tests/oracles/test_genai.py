@@ -5,10 +5,11 @@ modules by names of its own.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from lab import Lab
@@ -118,3 +119,53 @@ def test_a_tied_table_in_codes_of_4_bits(lab: "Lab", tmp_path: Path, ends: list[
     first = {name: values[:1] for name, values in trained.feeds.items()}
     exact = trained.unmerged["logits"][:1]
     assert np.linalg.norm(run_cached(merged, first) - exact) < np.linalg.norm(run_cached(base, first) - exact)
+
+
+def test_experts_in_codes_of_4_bits(lab: "Lab", tmp_path: Path) -> None:
+    """LFM2's experts in a QMoE, down with rows of 20 numbers, less than a block; what changes is quantised once."""
+    import onnx
+    import zoo_built  # noqa: F401 - more models
+    import zoo_wide  # noqa: F401 - more models
+    from builders_of_graphs import build_genai, list_domains, run_cached
+    from onnx import numpy_helper
+    from safetensors.numpy import load_file
+
+    import loraformat
+
+    trained = lab.trained("built_lfm2_moe")
+    folder = lab.root / "genai-built_lfm2_moe"
+    base, merged = build_genai(trained.specimen, folder, "int4"), tmp_path / "merged.onnx"
+    assert "QMoE" in list_domains(base)
+    receipt = loraformat.merge(base, [trained.folder], merged, base_checkpoint=folder / "torch")
+    assert {target for weight in receipt.weights for target in weight.targets} == set(trained.deltas)
+    assert loraformat.verify(merged, base, [trained.folder], base_checkpoint=folder / "torch").holds
+    held = {each.name: numpy_helper.to_array(each) for each in onnx.load(merged).graph.initializer}
+    state = load_file(folder / "torch" / "model.safetensors")
+    experts = "model.layers.1.feed_forward.experts"
+    seen = 0
+    for target, delta in trained.deltas.items():
+        owner, _, name = target.rpartition(".")
+        if not owner.startswith(f"{experts}."):
+            continue
+        number = int(owner.rpartition(".")[2])
+        whole = _read_expert(state, experts, number, name) + delta
+        if name == "gate_up_proj":  # The builder has gate and up in turns.
+            whole = np.stack(np.split(whole, 2), axis=1).reshape(whole.shape)
+        packed, scales = (held[f"model.layers.1.moe.experts.{name}.{part}"][number] for part in ("qweight", "scales"))
+        codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(whole.shape).astype(np.float64)
+        steps = np.repeat(scales.astype(np.float64), 32, axis=1)[:, : whole.shape[1]]
+        apart = np.where(codes == 15, 1, 0.51)  # What lies beyond the last code is cut off.
+        assert (np.abs((codes - 8) * steps - whole) <= apart * np.abs(steps) + 1e-6).all()
+        seen += 1
+    assert seen == len([target for target in trained.deltas if target.startswith(experts)]) > 1
+    first = {name: values[:1] for name, values in trained.feeds.items()}
+    exact = trained.unmerged["logits"][:1]
+    assert np.linalg.norm(run_cached(merged, first) - exact) < np.linalg.norm(run_cached(base, first) - exact)
+
+
+def _read_expert(state: dict[str, NDArray[Any]], experts: str, number: int, name: str) -> NDArray[Any]:
+    """Return an expert's matrix of a checkpoint that has experts packed, or each apart."""
+    if f"{experts}.{name}" in state:
+        return state[f"{experts}.{name}"][number]
+    members = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}[name]
+    return np.concatenate([state[f"{experts}.{number}.{member}.weight"] for member in members])
