@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 HEAD_BYTES: Final = 64
+ZIP_MAGIC: Final = b"PK\x03\x04"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ _CONVERT: Final = (
 
 _SIGNATURES: Final = (
     Signature(b"version https://git-lfs", "a git-LFS pointer, not the file itself", "Fetch the file: git lfs pull"),
-    Signature(b"PK\x03\x04", "a zip archive: a torch checkpoint (.pt, .bin) or .npz", _SAVE_AGAIN),
+    Signature(ZIP_MAGIC, "a zip archive: a torch checkpoint (.pt, .bin) or .npz", _SAVE_AGAIN),
     Signature(b"\x80\x02", "a Python pickle", _CONVERT),
     Signature(b"\x80\x03", "a Python pickle", _CONVERT),
     Signature(b"\x80\x04", "a Python pickle", _CONVERT),

@@ -8,14 +8,15 @@ from typing import Any
 
 from loraformat.apply import Work, write_copies
 from loraformat.bases import BaseModel
-from loraformat.errors import refuse
+from loraformat.errors import LoraformatError, refuse
 from loraformat.images import NewOutput
-from loraformat.in_place import name_files, roll_back
+from loraformat.in_place import find_root, name_files, roll_back
 from loraformat.loading import open_base
 from loraformat.placing import Place
 from loraformat.problems import Problem
 from loraformat.side_receipt import find_receipt
-from loraformat.spans import Span
+from loraformat.signatures import ZIP_MAGIC
+from loraformat.spans import InputFile, Span
 from loraformat.strict_json import write_canonical
 from loraformat.undo import Undo, check_undo, name_journal, name_undo, open_undo, restore_pieces
 
@@ -50,8 +51,6 @@ class Undone:
 def take_back(model: Path, output: Path | None) -> Undone | None:
     """Roll back a merge in place that was not completed; None where there is no journal of one.
 
-    The model is half done, but its structure is whole: a merge in place overwrites only values and their checksums.
-
     Raises:
         LoraformatError: LF621 an output is asked for, LF803 a journal that is none of this model.
     """
@@ -60,7 +59,24 @@ def take_back(model: Path, output: Path | None) -> Undone | None:
         return None
     if output is not None:
         raise refuse("LF621", model, f"the journal {journal.name}", "no -o: the model itself is rolled back")
-    return Undone(model, exact=True, restored_bytes=roll_back(model, name_files(open_base(model))))
+    return Undone(model, exact=True, restored_bytes=roll_back(model, _name_half_done(model)))
+
+
+def _name_half_done(model: Path) -> dict[str, InputFile]:
+    """Return the files that the journal of a model that is half done may name.
+
+    An archive has its checksums at several places, and is refused where a kill came between them. Then the journal may
+    name the archives that the model consists of.
+    """
+    try:
+        return name_files(open_base(model))
+    except LoraformatError as error:
+        if "LF902" not in error.codes:
+            raise
+    beside = [InputFile(path) for path in sorted(model.iterdir()) if path.is_file()] if model.is_dir() else []
+    files = beside or [InputFile(model)]
+    archives = [file for file in files if file.read(0, min(len(ZIP_MAGIC), file.size_bytes)) == ZIP_MAGIC]
+    return {os.path.relpath(file.path, find_root(model)): file for file in archives}
 
 
 def undo_merge(model: BaseModel, output: Path | None, work: Work) -> Undone | None:

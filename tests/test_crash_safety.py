@@ -409,6 +409,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, form: str) -> None:
 
 LIMITED = """
 import resource, sys
+sys.dont_write_bytecode = True  # The cap would cut what other runs read.
 from loraformat_cli.main import main
 
 limit = int(sys.argv.pop(1))

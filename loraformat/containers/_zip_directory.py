@@ -15,9 +15,9 @@ from typing import Final
 
 from loraformat.errors import LoraformatError, refuse
 from loraformat.limits import MAX_NAME_BYTES, MAX_ZIP_DIRECTORY_BYTES
+from loraformat.signatures import ZIP_MAGIC
 from loraformat.spans import InputFile, Span
 
-ZIP_MAGIC: Final = b"PK\x03\x04"
 LOCAL_HEADER: Final = struct.Struct("<4s5H3L2H")
 
 _CENTRAL: Final = struct.Struct("<4s6H3L5H2L")

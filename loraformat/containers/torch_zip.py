@@ -32,7 +32,6 @@ from loraformat.containers._torch_writing import write_torch_zip
 from loraformat.containers._zip_checksums import mend_crcs
 from loraformat.containers._zip_directory import (
     LOCAL_HEADER,
-    ZIP_MAGIC,
     Member,
     read_directory,
     require_stored,
@@ -41,7 +40,7 @@ from loraformat.dtypes import BY_NAME, Dtype
 from loraformat.errors import refuse
 from loraformat.images import Copy, FileImage
 from loraformat.limits import MAX_PICKLE_BYTES
-from loraformat.signatures import HEAD_BYTES, describe_head
+from loraformat.signatures import HEAD_BYTES, ZIP_MAGIC, describe_head
 from loraformat.spans import InputFile, Span, StoredTensor
 from loraformat.strict_json import JsonValue
 
