@@ -8,6 +8,7 @@ from typing import Final, TypeAlias, TypedDict, Unpack
 from loraformat.adapter import Adapter
 from loraformat.adapter_folders import FACTORS_NAMES
 from loraformat.bases import BaseModel
+from loraformat.conversion._for_base import spell_for_base
 from loraformat.engine import Effort, Progress, count_workers
 from loraformat.errors import refuse
 from loraformat.evidence import Hints
@@ -141,8 +142,8 @@ def weigh_adapter(
     """Return an adapter, read if need be, with its weight and its name."""
     source, weight = argument if isinstance(argument, tuple) else (argument, 1.0)
     if isinstance(source, Adapter):
-        return WeightedAdapter(source, weight, name_adapter(Path(source.source or "adapter")))
-    adapter = load_for_base(Path(source), scheme, stated, base)
+        return WeightedAdapter(spell_for_base(source, base), weight, name_adapter(Path(source.source or "adapter")))
+    adapter = spell_for_base(load_for_base(Path(source), scheme, stated, base), base)
     return WeightedAdapter(adapter, weight, name_adapter(Path(source)))
 
 

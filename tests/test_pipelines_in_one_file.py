@@ -95,3 +95,39 @@ def test_flat_names_that_the_base_lacks_may_be_left_out(tmp_path: Path) -> None:
         merge(tmp_path, base)
     merged = merge(tmp_path, base, allow_unmatched=["lora_te_*"])
     np.testing.assert_allclose(merged[f"{UNET}.layers.0.attention.out.weight"], 1 + added[unet], rtol=1e-6, atol=1e-6)
+
+
+SPELLINGS = {
+    "SD1 in one file": (
+        {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": (OUT, IN)},
+        f"{UNET}.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+    ),
+    "SDXL of diffusers": (
+        {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (OUT, IN)},
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    ),
+    "FLUX in one file, of parts": (
+        {f"lora_transformer_transformer_blocks_0_attn_to_{part}": (IN, IN) for part in "qkv"},
+        f"{UNET}.double_blocks.0.img_attn.qkv",
+    ),
+}
+
+
+@pytest.mark.parametrize(("modules", "place"), SPELLINGS.values(), ids=SPELLINGS)
+def test_the_base_s_own_spelling(modules: Mapping[str, tuple[int, int]], place: str, tmp_path: Path) -> None:
+    added = write_kohya(tmp_path / "lora.safetensors", modules)
+    expected = np.concatenate(list(added.values()))
+    base = {f"{place}.weight": np.random.default_rng(8).standard_normal(expected.shape).astype(np.float32)}
+    merged = merge(tmp_path, base)[f"{place}.weight"]
+    np.testing.assert_allclose(merged, base[f"{place}.weight"] + expected, rtol=1e-5, atol=1e-5)
+    given = tmp_path / "base.safetensors", tmp_path / "lora.safetensors"
+    assert loraformat.verify(tmp_path / "merged.safetensors", given[0], [given[1]]).holds
+
+
+def test_a_base_of_another_model_is_still_refused(tmp_path: Path) -> None:
+    names = ("attn1_to_q", "attn1_to_k")
+    modules = [f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_{name}" for name in names]
+    write_kohya(tmp_path / "lora.safetensors", dict.fromkeys(modules, (OUT, IN)))
+    half = {f"{UNET}.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": np.ones((OUT, IN), np.float32)}
+    with pytest.raises(LoraformatError, match=r"LF401.*unet\.down_blocks"):
+        merge(tmp_path, half)
