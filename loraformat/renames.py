@@ -43,10 +43,12 @@ def _in_one_file(component: str, *places: str) -> list[Rename]:
 
 
 def _of_open_clip(theirs: str, ours: str) -> list[Rename]:
-    """Return the rename of a module of SDXL's second text encoder, which its files hold as open_clip names it."""
-    path = r"^text_encoder_2\.(?:text_model\.)?encoder\.layers\.(\d+)"
-    place = r"conditioner.embedders.1.model.transformer.resblocks"
-    return [Rename("one file", re.compile(rf"{path}\.{re.escape(ours)}$"), rf"{place}.\1.{theirs}")]
+    """Return where files of Stable Diffusion 2 and SDXL have a module of a text encoder, as open_clip names it."""
+    path = rf"\.(?:text_model\.)?encoder\.layers\.(\d+)\.{re.escape(ours)}$"
+    return [
+        Rename("one file", re.compile(rf"^{component}{path}"), rf"{place}.model.transformer.resblocks.\1.{theirs}")
+        for component, place in _OPEN_CLIP
+    ]
 
 
 def _of_experts(old: str, new: str) -> list[Rename]:
@@ -55,6 +57,11 @@ def _of_experts(old: str, new: str) -> list[Rename]:
 
 DENOISER_IN_ONE_FILE: Final = "model.diffusion_model"
 """Where a checkpoint that holds a whole pipeline has its UNet or transformer."""
+_OPEN_CLIP: Final = (
+    ("text_encoder", "cond_stage_model"),
+    ("text_encoder", "conditioner.embedders.0"),
+    ("text_encoder_2", "conditioner.embedders.1"),
+)
 _BODY: Final = ("layers", "embed_tokens", "norm")
 
 RENAMES: Final = (

@@ -29,6 +29,13 @@ CASES = {
         f"lora_te2_{LAYER}_mlp_fc1": f"{BIG}.mlp.c_fc",
         f"lora_te2_{LAYER}_self_attn_out_proj": f"{BIG}.attn.out_proj",
     },
+    "Stable Diffusion 2": {
+        f"lora_te_{LAYER}_mlp_fc2": "cond_stage_model.model.transformer.resblocks.3.mlp.c_proj",
+        f"lora_te_{LAYER}_self_attn_out_proj": "cond_stage_model.model.transformer.resblocks.3.attn.out_proj",
+    },
+    "Stable Diffusion 1": {
+        f"lora_te_{LAYER}_mlp_fc2": "cond_stage_model.transformer.text_model.encoder.layers.3.mlp.fc2"
+    },
     "Wan": {"lora_unet_blocks_0_self_attn_q": f"{UNET}.blocks.0.self_attn.q"},
     "Wan of ComfyUI": {"diffusion_model.blocks.0.self_attn.q": f"{UNET}.blocks.0.self_attn.q"},
     "FLUX with its text encoders": {
