@@ -129,6 +129,8 @@ def test_the_base_s_own_spelling(modules: Mapping[str, tuple[int, int]], place: 
     np.testing.assert_allclose(merged, base[f"{place}.weight"] + expected, rtol=1e-5, atol=1e-5)
     given = tmp_path / "base.safetensors", tmp_path / "lora.safetensors"
     assert loraformat.verify(tmp_path / "merged.safetensors", given[0], [given[1]]).holds
+    (verdict,) = loraformat.validate(given[1], base=given[0])
+    assert not [problem for problem in verdict.problems if problem.severity == "error"]
 
 
 def test_a_base_of_another_model_is_still_refused(tmp_path: Path) -> None:
