@@ -133,6 +133,17 @@ def test_the_base_s_own_spelling(modules: Mapping[str, tuple[int, int]], place: 
     assert not [problem for problem in verdict.problems if problem.severity == "error"]
 
 
+def test_names_that_are_the_same_in_both_spellings(tmp_path: Path) -> None:
+    places = {
+        "lora_transformer_context_embedder": f"{UNET}.context_embedder.weight",
+        "lora_transformer_transformer_blocks_0_ff_context_net_2": f"{UNET}.joint_blocks.0.context_block.mlp.fc2.weight",
+    }
+    added = write_kohya(tmp_path / "lora.safetensors", dict.fromkeys(places, (OUT, IN)))
+    merged = merge(tmp_path, dict.fromkeys(places.values(), np.ones((OUT, IN), np.float32)))
+    for name, weight in places.items():
+        np.testing.assert_allclose(merged[weight], 1 + added[name], rtol=1e-6, atol=1e-6)
+
+
 def test_a_base_of_another_model_is_still_refused(tmp_path: Path) -> None:
     names = ("attn1_to_q", "attn1_to_k")
     modules = [f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_{name}" for name in names]

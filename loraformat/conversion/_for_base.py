@@ -18,13 +18,13 @@ _CODE: Final = "LF325"
 def spell_for_base(adapter: Adapter, base: BaseModel) -> Adapter:
     """Return the adapter with its modules spelled as the base has them, if that finds the whole UNet or transformer.
 
-    Where the base has any of its names, or not all of them in one other spelling, it is returned as it is.
+    Where the base has its names, or not all of them in one other spelling, it is returned as it is.
     """
     paths = list(_list_paths(adapter))
     if not paths:
         return adapter
     facts = find_facts(base)
-    if not facts.modules.isdisjoint(paths):
+    if facts.modules.issuperset(paths):
         return adapter
     routes = {
         names: (reading, spelling)
