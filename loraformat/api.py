@@ -7,6 +7,7 @@ from pathlib import Path
 from loraformat.adapter import Adapter
 from loraformat.arguments import AdapterSource, StrPath, weigh_adapter
 from loraformat.containers.safetensors import write_safetensors
+from loraformat.conversion import spell_for_base
 from loraformat.errors import error_for
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
 from loraformat.loading import is_base, list_files, load_adapter, open_base
@@ -125,4 +126,4 @@ def validate(
     """
     listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     place = Path(base) if base is not None else None
-    return validate_paths([Path(path) for path in listed], StatedScale(alpha, scale), place)
+    return validate_paths([Path(path) for path in listed], StatedScale(alpha, scale), place, spell_for_base)

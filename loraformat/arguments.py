@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeAlias, TypedDict, Unpack
 
 from loraformat.adapter import Adapter
 from loraformat.adapter_folders import FACTORS_NAMES
 from loraformat.bases import BaseModel
+from loraformat.conversion import spell_for_base
 from loraformat.engine import Effort, Progress, count_workers
 from loraformat.errors import refuse
 from loraformat.evidence import Hints
@@ -152,9 +154,10 @@ def list_adapters(adapters: AdapterArguments) -> list[AdapterArgument]:
 
 
 def weigh_adapters(adapters: AdapterArguments, options: AdapterOptions, base: BaseModel) -> list[WeightedAdapter]:
-    """Return adapters for a base, with their weights and names."""
-    stated = StatedScale(options.get("alpha"), options.get("scale"))
-    return [weigh_adapter(argument, options.get("scheme"), stated, base) for argument in list_adapters(adapters)]
+    """Return adapters for a base, their modules spelled as it has them, with their weights and names."""
+    stated, scheme = StatedScale(options.get("alpha"), options.get("scale")), options.get("scheme")
+    items = [weigh_adapter(argument, scheme, stated, base) for argument in list_adapters(adapters)]
+    return [replace(item, adapter=spell_for_base(item.adapter, base)) for item in items]
 
 
 def name_adapter(path: Path) -> str:

@@ -19,6 +19,7 @@ from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.receipt import RUNTIME_KEY
 from loraformat.recognition import PEFT_TYPE, Recognised, recognise_config, recognise_tensors
+from loraformat.renames import DENOISER_IN_ONE_FILE
 from loraformat.schemes import NOT_STATED, SCHEMES, AmbiguousScheme, Bundle, Scheme, StatedScale
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, read_small
@@ -198,9 +199,16 @@ def find_facts(base: BaseModel) -> BaseFacts:
     path = base.path
     config = path / _BASE_CONFIG if isdir(path) else path.with_name(_BASE_CONFIG)
     fields: Mapping[str, JsonValue] = parse_json_object(read_small(config), config) if config.exists() else {}
-    facts = read_facts(fields, str(path), frozenset(site.module for site in base.sites if site.module))
-    convolutions = (site for site in base.sites if site.weight and SlotKind.CONV in site.transposed)
-    return replace(facts, kernels={site.module: site.stored_shape() for site in convolutions})
+    names = {site.module for site in base.sites if site.module}
+    facts = read_facts(fields, str(path), frozenset(names | set(map(_name_alone, names))))
+    convolutions = [site for site in base.sites if site.weight and SlotKind.CONV in site.transposed]
+    kernels = {site.module: site.stored_shape() for site in convolutions}
+    return replace(facts, kernels={_name_alone(name): shape for name, shape in kernels.items()} | kernels)
+
+
+def _name_alone(module: str) -> str:
+    """Return what a module is called where its model is in a file of its own."""
+    return module.removeprefix(f"{DENOISER_IN_ONE_FILE}.")
 
 
 def is_base(path: Path) -> bool:

@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, Unpack
 
@@ -29,6 +30,8 @@ from loraformat.weight_plans import WeightChange, part_tables, plan_bias, plan_w
 from loraformat.wishes import SettledWishes, list_unusual
 
 _NO_HINTS: Final = Hints()
+_FLAT: Final = "LF314"
+"""A flat name that is none of the base's modules."""
 _FLOAT32_MAX: Final = (2.0 - 2.0**-23) * 2.0**127
 
 
@@ -139,6 +142,7 @@ def _resolve_adapter(found: _Found, position: int, item: WeightedAdapter, wishes
     allow_zero = wishes.get("allow_zero", False)
     checked = check_adapter(item.adapter, allow_zero=allow_zero)
     checked += _check_weight(item, allow_zero=allow_zero)
+    checked, unread = _leave_out(checked, wishes.get("allow_unmatched", ()))
     found.problems += checked
     if any(problem.severity == "error" for problem in checked):
         found.counts.append(0)
@@ -154,7 +158,13 @@ def _resolve_adapter(found: _Found, position: int, item: WeightedAdapter, wishes
         new_biases=wishes.get("new_biases", False),
         clues=clues,
     )
-    found.add(position, item, resolution, clues)
+    found.add(position, item, replace(resolution, unmatched=(*resolution.unmatched, *unread)), clues)
+
+
+def _leave_out(problems: list[Problem], globs: Sequence[str]) -> tuple[list[Problem], list[str]]:
+    """Return the problems without those of flat names that may be left out, as the base lacks them, and these names."""
+    names = [each.where for each in problems if each.code == _FLAT and any(fnmatchcase(each.where, g) for g in globs)]
+    return [each for each in problems if each.code != _FLAT or each.where not in names], names
 
 
 def _compose_plan(

@@ -1,7 +1,8 @@
 """Modules that libraries renamed between versions: one table, read in both directions.
 
-The rows are transformers' own (`conversion_mapping.py` as of 5.23, and the move of the text model in 4.52). A rename is
-evidence of a name, never of a shape: it only gives names to look for.
+The rows are transformers' own (`conversion_mapping.py` as of 5.23, and the move of the text model in 4.52), and where
+checkpoints that hold a whole pipeline in one file keep its components (ComfyUI and the original repositories). A rename
+is evidence of a name, never of a shape: it only gives names to look for.
 """
 
 import re
@@ -35,10 +36,32 @@ def _inside(about: str, old: str, new: str) -> list[Rename]:
     return [Rename(about, re.compile(rf"(?<=\.){re.escape(a)}(?=\.)"), b) for a, b in ((old, new), (new, old))]
 
 
+def _in_one_file(component: str, *places: str) -> list[Rename]:
+    """Return where one file has a component of a pipeline; GPT-2's decoder `transformer` is none."""
+    ahead = r"(?=\.)(?!\.(?:h\.\d|wte|wpe|ln_f))"
+    return [Rename("one file", re.compile(rf"^{re.escape(component)}{ahead}"), place) for place in places]
+
+
+def _of_open_clip(theirs: str, ours: str) -> list[Rename]:
+    """Return where files of Stable Diffusion 2 and SDXL have a module of a text encoder, as open_clip names it."""
+    path = rf"\.(?:text_model\.)?encoder\.layers\.(\d+)\.{re.escape(ours)}$"
+    return [
+        Rename("one file", re.compile(rf"^{component}{path}"), rf"{place}.model.transformer.resblocks.\1.{theirs}")
+        for component, place in _OPEN_CLIP
+    ]
+
+
 def _of_experts(old: str, new: str) -> list[Rename]:
     return [Rename("experts", re.compile(rf"(\.experts\.\d+)\.{a}$"), rf"\1.{b}") for a, b in ((old, new), (new, old))]
 
 
+DENOISER_IN_ONE_FILE: Final = "model.diffusion_model"
+"""Where a checkpoint that holds a whole pipeline has its UNet or transformer."""
+_OPEN_CLIP: Final = (
+    ("text_encoder", "cond_stage_model"),
+    ("text_encoder", "conditioner.embedders.0"),
+    ("text_encoder_2", "conditioner.embedders.1"),
+)
 _BODY: Final = ("layers", "embed_tokens", "norm")
 
 RENAMES: Final = (
@@ -55,6 +78,22 @@ RENAMES: Final = (
     *_of_experts("w1", "gate_proj"),
     *_of_experts("w3", "up_proj"),
     *_of_experts("w2", "down_proj"),
+    # A pipeline in one file: Stable Diffusion 1 and 2, SDXL, and ComfyUI's for all others.
+    *(row for component in ("unet", "transformer") for row in _in_one_file(component, DENOISER_IN_ONE_FILE)),
+    *_in_one_file(
+        "text_encoder",
+        "cond_stage_model.transformer",
+        "conditioner.embedders.0.transformer",
+        "text_encoders.clip_l.transformer",
+    ),
+    *_in_one_file("text_encoder_2", "text_encoders.clip_g.transformer", "text_encoders.t5xxl.transformer"),
+    *_in_one_file("text_encoder_3", "text_encoders.t5xxl.transformer"),
+    *(row for name in ("q_proj", "k_proj", "v_proj") for row in _of_open_clip(f"attn.{name}", f"self_attn.{name}")),
+    *_of_open_clip("attn.out_proj", "self_attn.out_proj"),
+    *_of_open_clip("mlp.c_fc", "mlp.fc1"),
+    *_of_open_clip("mlp.c_proj", "mlp.fc2"),
+    *_of_open_clip("ln_1", "layer_norm1"),
+    *_of_open_clip("ln_2", "layer_norm2"),
 )
 
 

@@ -202,6 +202,24 @@ UNMERGEABLE: Final = (
         keys=(r"^lllite_",),
     ),
     Unmergeable(
+        "Nunchaku LoRA",
+        "its factors lie in the order of Nunchaku's 4-bit kernels, and fused as these are",
+        "Take the file that it was converted from; that one can be merged into the model before it is quantised.",
+        keys=(r"^(?:single_)?transformer_blocks\.\d+\.(?:qkv|out|mlp)_\w+\.lora_(?:down|up)$",),
+    ),
+    Unmergeable(
+        "SVDQuant model",
+        "it is a whole model in codes of 4 bits, with its own low-rank part, and no adapter",
+        "Merge into the model that it was quantised from, and quantise that again.",
+        keys=(r"\.smooth_factor(?:_orig)?$", r"\.proj_down$"),
+    ),
+    Unmergeable(
+        "Control-LoRA",
+        "it makes a ControlNet of the base: a second network, which runs beside the model",
+        "Load it where it is supported: ComfyUI.",
+        keys=(r"^lora_controlnet$",),
+    ),
+    Unmergeable(
         "IP-Adapter",
         "it adds attention to an image, beside the model's own",
         "Load it with diffusers: pipeline.load_ip_adapter(...).",

@@ -4,18 +4,18 @@ All problems at once, not the first: what a reader would refuse, what a merge wo
 suspicious.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from os.path import isdir, realpath
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from loraformat.adapter import Adapter
 from loraformat.adapter_folders import CONFIG_NAME, FACTORS_NAME, FACTORS_NAMES
 from loraformat.bases import BaseModel
 from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.kinds import KINDS
-from loraformat.loading import choose_scheme, is_base, open_base, open_bundle, read_bundle
+from loraformat.loading import choose_scheme, find_facts, is_base, open_base, open_bundle, read_bundle
 from loraformat.problems import Problem, Severity
 from loraformat.recognition import recognise_config
 from loraformat.resolve import resolve
@@ -84,23 +84,36 @@ class Verdict:
         }
 
 
-def validate_paths(paths: Sequence[Path], stated: StatedScale, base: Path | None) -> list[Verdict]:
+Speller: TypeAlias = Callable[[Adapter, BaseModel], Adapter]
+"""Returns an adapter with its modules spelled as a base has them."""
+
+
+def _leave(adapter: Adapter, base: BaseModel) -> Adapter:
+    return adapter
+
+
+def validate_paths(
+    paths: Sequence[Path], stated: StatedScale, base: Path | None, spell: Speller = _leave
+) -> list[Verdict]:
     """Return the verdicts on all adapters at `paths`; raises when the base itself cannot be opened."""
     opened = open_base(base) if base is not None else None
-    return [validate_path(path, stated, opened) for path in find_adapters(paths)]
+    return [validate_path(path, stated, opened, spell) for path in find_adapters(paths)]
 
 
-def validate_path(path: Path, stated: StatedScale = NOT_STATED, base: BaseModel | None = None) -> Verdict:
+def validate_path(
+    path: Path, stated: StatedScale = NOT_STATED, base: BaseModel | None = None, spell: Speller = _leave
+) -> Verdict:
     """Return the verdict on one adapter, or on a configuration that has no tensors beside it.
 
     Args:
         path: a file or a PEFT folder, or an `adapter_config.json`.
         stated: the scale, for sources that do not state one.
         base: the base that it should fit; None checks the adapter alone.
+        spell: how a merge would spell its modules for the base.
     """
     file = _main_file(path)
     try:
-        verdict = _judge_config(path, file) if file.suffix == _CONFIG_SUFFIX else _judge(path, stated, base)
+        verdict = _judge_config(path, file) if file.suffix == _CONFIG_SUFFIX else _judge(path, stated, base, spell)
     except LoraformatError as error:
         verdict = Verdict(path, "", 0, error.problems)
     except OSError as error:  # A folder that may not be listed.
@@ -115,8 +128,10 @@ def _distinct(problems: Iterable[Problem]) -> Iterable[Problem]:
     return {(problem.code, problem.where, problem.found): problem for problem in problems}.values()
 
 
-def _judge(path: Path, stated: StatedScale, base: BaseModel | None) -> Verdict:
+def _judge(path: Path, stated: StatedScale, base: BaseModel | None, spell: Speller) -> Verdict:
     bundle, _ = open_bundle(path)
+    if base is not None:
+        bundle = replace(bundle, facts=find_facts(base))
     scheme, _ = choose_scheme(bundle, None)
     problems = scheme.check(bundle) if isinstance(scheme, CheckingScheme) else []
     try:
@@ -125,6 +140,8 @@ def _judge(path: Path, stated: StatedScale, base: BaseModel | None) -> Verdict:
         return Verdict(path, scheme.name, 0, (*problems, *error.problems))
     problems += implied + check_adapter(adapter)
     if base is not None:
+        adapter = spell(adapter, base)
+        problems += [problem for problem in adapter.problems if problem not in problems]
         problems += check_against(adapter, base)
     return Verdict(path, adapter.scheme, len(adapter.targets), tuple(problems))
 

@@ -25,6 +25,8 @@ _MATRIX: Final[Mapping[SlotKind, bool]] = {
 }
 _ATTENTION: Final = {"in_proj_weight": "weight", "in_proj_bias": "bias"}
 """Parameters of torch's MultiheadAttention that an adapter of the module itself changes."""
+_PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
+"""What its parts are called where they are modules."""
 
 
 def list_other_sites(own: Sequence[Site], config: Mapping[str, JsonValue]) -> list[Site]:
@@ -32,6 +34,7 @@ def list_other_sites(own: Sequence[Site], config: Mapping[str, JsonValue]) -> li
     stored = [site for site in own if site.weight is not None and not site.evidence.startswith("tie")]
     return [
         *_list_members(stored, config),
+        *_list_projections(stored),
         *_list_fused(stored),
         *_list_experts(stored, config),
         *_list_parameters(stored),
@@ -58,6 +61,22 @@ def _list_members(sites: Sequence[Site], config: Mapping[str, JsonValue]) -> Ite
                     continue
                 for run in arrangement[index]:
                     yield _cut(named, run, whole=len(arrangement[index]) == 1)
+
+
+def _list_projections(sites: Sequence[Site]) -> Iterator[Site]:
+    """Yield q, k and v of torch's MultiheadAttention, which has them one below the other, of one size."""
+    stored = {site.module for site in sites}
+    for site in sites:
+        alias = _ATTENTION.get(site.parameter)
+        size, rest = divmod(site.stored_shape()[0], len(_PROJECTIONS))
+        if alias is None or rest:
+            continue
+        orientation = _MATRIX if alias == "weight" else site.transposed
+        for index, name in enumerate(_PROJECTIONS):
+            if f"{site.module}.{name}" not in stored:
+                evidence = f"part of {site.parameter}"
+                named = replace(site, module=f"{site.module}.{name}", parameter=alias, evidence=evidence)
+                yield _cut(replace(named, transposed=orientation), Run(0, index * size, size), whole=True)
 
 
 def _obstruct(site: Site, fused: str, config: Mapping[str, JsonValue]) -> Site:

@@ -20,6 +20,7 @@ from loraformat.conversion._engine import (
     read_source,
     write_converted,
 )
+from loraformat.conversion._for_base import spell_for_base
 from loraformat.conversion._pairs import Pair, list_pairs, tabulate_pairs
 from loraformat.schemes import SCHEMES, StatedScale, WritingScheme
 
@@ -32,6 +33,7 @@ __all__ = [
     "list_pairs",
     "list_schemes",
     "plan_conversion",
+    "spell_for_base",
     "tabulate_pairs",
 ]
 

@@ -73,7 +73,7 @@ def respell(adapter: Adapter, names: str, facts: BaseFacts) -> tuple[Adapter, li
             return None
         return reading.spelling if reading.spelling in known.also else known.spelling
 
-    return _respell(adapter, spell, facts)
+    return respell_by(adapter, spell, facts)
 
 
 def respell_like(adapter: Adapter, model: Adapter, facts: BaseFacts) -> tuple[Adapter, list[Problem]]:
@@ -89,10 +89,11 @@ def respell_like(adapter: Adapter, model: Adapter, facts: BaseFacts) -> tuple[Ad
         for reading in read_names(paths):
             if not reading.missed:
                 known.setdefault(reading.table.name, reading.spelling)
-    return _respell(adapter, lambda reading, component: known.get(reading.table.name), facts)
+    return respell_by(adapter, lambda reading, component: known.get(reading.table.name), facts)
 
 
-def _respell(adapter: Adapter, speller: Speller, facts: BaseFacts) -> tuple[Adapter, list[Problem]]:
+def respell_by(adapter: Adapter, speller: Speller, facts: BaseFacts) -> tuple[Adapter, list[Problem]]:
+    """Return the adapter with its modules in the spellings that `speller` tells."""
     result = Respelled()
     known = adapter.provenance.get(FUSED)
     left_out = str(adapter.provenance.get(COMPONENT_KEY, ""))

@@ -26,6 +26,10 @@ DENOISERS: Final = frozenset({"unet", "transformer", "transformer_2", "prior", "
 """The components that are what a pipeline is about."""
 _GPT: Final = re.compile(r"transformer\.(?:h\.\d|wte|wpe|ln_f)")
 """What GPT-2 and its descendants call their decoder, which is no component of a pipeline."""
+_OTHER_BASE: Final = (
+    "Give the base that has this module. To merge the rest alone, as into a transformer without its text encoder: "
+    "--allow-unmatched PATTERN."
+)
 _LISTED: Final = 4
 
 
@@ -158,9 +162,11 @@ class ComponentNaming:
         if not self.flat:
             return paths
         by_base = _index_flat(facts.modules)
+        by_end = _index_ends(facts.modules)
         dotted: dict[str, str] = {}
         for module, path in paths.items():
             options = by_base.get(path) or {one for reading in whole for one in _spell(reading, path)}
+            options = options or by_end.get(path, set())
             if len(options) == 1:
                 dotted[module] = next(iter(options))
             else:
@@ -233,13 +239,26 @@ def _index_flat(modules: frozenset[str]) -> dict[str, set[str]]:
     return index
 
 
+def _index_ends(modules: frozenset[str]) -> dict[str, set[str]]:
+    """Return flat path to the modules of the base of which it is an end; what stands before it holds no number."""
+    index: dict[str, set[str]] = defaultdict(set)
+    for module in modules:
+        first, dot, rest = module.partition(".")
+        while dot and not first.isdecimal():
+            index[rest.replace(".", "_")].add(module)
+            first, dot, rest = rest.partition(".")
+    return index
+
+
 def _refuse_flat(module: str, path: str, options: set[str], readings: Sequence[Reading], facts: BaseFacts) -> Problem:
     if options:
         return Problem("LF314", module, f"{' or '.join(sorted(options))}", "one reading")
     best = readings[0] if readings else None
     closest = f"; closest: {best}" if best is not None and path in best.missed else ""
-    where = f", nor in {facts.source}" if facts.modules else ""
-    return Problem("LF314", module, f"a flat name in no table{where}{closest}", "a name that a table has")
+    if facts.modules:
+        found = f"a flat name in no table, nor in {facts.source}{closest}"
+        return Problem("LF314", module, found, "a module of the base", _OTHER_BASE)
+    return Problem("LF314", module, f"a flat name in no table{closest}", "a name that a table has")
 
 
 def _refuse_name(target: str, component: str, readings: Sequence[Reading]) -> Problem:

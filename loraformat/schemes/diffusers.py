@@ -31,8 +31,9 @@ _METADATA: Final = "lora_adapter_metadata"
 _WHOLE: Final = r"(?:unet|prior|connectors|text_encoder(?:_[23])?)\."
 _TRANSFORMER: Final = (
     r"transformer(?:_2)?\.(?:base_model\.model\.)?"
-    r"(?:(?:single_|joint_)?transformer_blocks|blocks|layers|noise_refiner|context_refiner|proj_out|norm_out|img_in|txt_in"
-    r"|adaln_single|caption_projection|time_text_embed|condition_embedder|(?:x|context|patch|pos|time|token)_?\w*embed\w*)(?=\.)"
+    r"(?:(?:\w+_)?transformer_blocks|(?:(?:double|single)_stream_|refiner_|vace_)?blocks|layers|\w+_refiner|all_\w+"
+    r"|proj_(?:in|out)|norm_out|img_in|txt_in|adaln_single|caption_projection|time_text_embed|condition_embedder"
+    r"|(?:x|context|patch|pos|time|token)_?\w*embed\w*)(?=\.)"
 )
 _BARE: Final = r"(?:down_blocks|up_blocks|mid_block|(?:single_)?transformer_blocks)(?=\.)"
 _TENSOR: Final = r".*(?:[._]lora[._]|\.lora_(?:[AB]\.|linear_layer|magnitude))"
@@ -127,6 +128,7 @@ SCHEME: Final = TableScheme(
             Row("lora.up.weight", "lora", "lora_B.weight"),
             Row("lora_B.bias", "lora", "lora_B.bias"),
             Row("lora_magnitude_vector", "dora", "lora_magnitude_vector"),
+            Row("magnitude", "dora", "lora_magnitude_vector"),  # ai-toolkit's.
             Row("weight", "replace", "weight"),  # Norms of BFL's control adapters.
             Row("bias", "replace", "bias"),
             Row(ALPHA, "", ALPHA),

@@ -39,6 +39,12 @@ _PIPELINE: Final = (
     *("diffusion_model.", "text_encoders.", "unet.", "text_encoder.", "text_encoder_2.", "prior.", "clip_l.", "t5."),
     *("transformer.transformer_blocks.", "transformer.single_transformer_blocks.", "transformer.blocks."),
     *("transformer.base_model.", "transformer.double_blocks.", "transformer.single_blocks.", "transformer.layers."),
+    *(
+        "transformer.double_stream_blocks.",
+        "transformer.single_stream_blocks.",
+        "transformer.joint_transformer_blocks.",
+    ),
+    *("transformer.visual_transformer_blocks.", "transformer.text_transformer_blocks.", "transformer_2."),
     *("double_blocks.", "single_blocks.", "joint_blocks.", "transformer_blocks.", "single_transformer_blocks."),
     *("down_blocks.", "up_blocks.", "mid_block.", "input_blocks.", "middle_block.", "output_blocks.", "final_layer."),
     *("lora_unet_", "lora_te", "lycoris_"),

@@ -11,7 +11,7 @@ import pytest
 from laws.scheme_laws import SchemeLaws
 from loraformat.adapter import Adapter, Scaling, ScalingRule
 from loraformat.base_facts import NO_FACTS
-from loraformat.schemes import NOT_STATED, Bundle
+from loraformat.schemes import NOT_STATED, SCHEMES, Bundle
 from loraformat.schemes._memory import PROVENANCE_KEY
 from loraformat.schemes.diffusers import SCHEME
 from schemes import modules as m
@@ -166,3 +166,26 @@ def test_what_diffusers_has_no_place_for(kind: str) -> None:
     target = replace(adapter.targets[0], kind=kind, factors=m.tensors({"hada_w1_a": np.ones((2, 3))}))
     codes = [problem.code for problem in SCHEME.write(replace(adapter, targets=(target,)), NO_FACTS).problems]
     assert set(codes) == {"LF312"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "double_stream_blocks.0.block.attn1.to_q",
+        "single_stream_blocks.0.block.attn1.to_q",
+        "joint_transformer_blocks.0.attn.to_q",
+        "visual_transformer_blocks.0.self_attention.to_query",
+    ],
+)
+def test_transformers_of_other_models(path: str) -> None:
+    bundle = bundle_of(m.lora({f"transformer.{path}": (6, 5)}, A, B))
+    assert [name for name, scheme in SCHEMES if scheme.detect(bundle)] == ["diffusers"]
+    (target,) = SCHEME.read(bundle, NOT_STATED).targets
+    assert (target.name, target.scale) == (f"transformer.{path}", 1)
+
+
+def test_ai_toolkit_s_magnitudes() -> None:
+    tensors = m.lora({"transformer.transformer_blocks.0.attn.to_q": (6, 5)}, A, B)
+    magnitude = m.tensors({"transformer.transformer_blocks.0.attn.to_q.magnitude": np.ones(6, np.float32)})
+    (target,) = SCHEME.read(bundle_of({**tensors, **magnitude}), NOT_STATED).targets
+    assert target.kind == "dora"

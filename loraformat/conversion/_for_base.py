@@ -1,0 +1,62 @@
+"""An adapter of a diffusion model under the names that a base has: the original repository's, or diffusers'."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+from loraformat.adapter import Adapter
+from loraformat.bases import BaseModel
+from loraformat.conversion._respelling import respell_by
+from loraformat.loading import find_facts
+from loraformat.problems import Problem
+from loraformat.schemes._naming import DENOISERS, split_component
+from loraformat.spellings import Reading, read_names
+
+_CODE: Final = "LF325"
+
+
+def spell_for_base(adapter: Adapter, base: BaseModel) -> Adapter:
+    """Return the adapter with its modules spelled as the base has them, if that finds the whole UNet or transformer.
+
+    Where the base has its names, or not all of them in one other spelling, it is returned as it is.
+    """
+    paths = list(_list_paths(adapter))
+    if not paths:
+        return adapter
+    facts = find_facts(base)
+    if facts.modules.issuperset(paths):
+        return adapter
+    routes = {
+        names: (reading, spelling)
+        for reading in read_names(paths)
+        if not reading.missed
+        for spelling in reading.table.spellings
+        if (names := _write(paths, reading, spelling)) <= facts.modules
+    }
+    if len(routes) != 1:
+        return adapter
+    ((known, new),) = routes.values()
+
+    def spell(reading: Reading, component: str) -> str | None:
+        is_known = reading.table is known.table and reading.spelling == known.spelling
+        return new if is_known and component in DENOISERS else None
+
+    spelled, problems = respell_by(adapter, spell, facts)
+    if any(problem.severity == "error" for problem in problems):
+        return adapter
+    return replace(spelled, problems=(*adapter.problems, _report(paths, spelled)))
+
+
+def _list_paths(adapter: Adapter) -> Iterator[str]:
+    split = (split_component(target.name) for target in adapter.targets)
+    return (path for component, path in split if component in DENOISERS)
+
+
+def _write(paths: list[str], reading: Reading, spelling: str) -> frozenset[str]:
+    places = (place for path in paths for place in reading.table.find(path, reading.spelling))
+    return frozenset(name for place in places for name in place.write(spelling))
+
+
+def _report(paths: list[str], spelled: Adapter) -> Problem:
+    found = f"{len(paths)} modules such as {min(paths)}; the base has {min(_list_paths(spelled))}"
+    return Problem(_CODE, spelled.source, found, "the base's own names", severity="note")
