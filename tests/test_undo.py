@@ -143,6 +143,29 @@ def test_a_journal_names_only_files_of_its_model(tmp_path: Path, form: str) -> N
         assert files_below(tmp_path) == before
 
 
+@pytest.mark.parametrize("form", ["torch", "npz", "torch folder"])
+def test_nor_where_a_kill_left_checksums_that_differ(tmp_path: Path, form: str) -> None:
+    """Such an archive cannot be opened; its own bytes are restored all the same, and no others."""
+    model = write_base(tmp_path / "in", form)
+    folder = model if model.is_dir() else model.parent
+    (path,) = [model] if model.is_file() else [each for each in folder.iterdir() if "00001" in each.name]
+    whole = path.read_bytes()
+    place = whole.index(b"PK\x01\x02") + 16  # The first member's checksum in the directory.
+    path.write_bytes(whole[:place] + bytes(byte ^ 255 for byte in whole[place : place + 4]) + whole[place + 4 :])
+    assert codes(loraformat.plan_merge, model, []) == ("LF902",)
+    for name in ("other.safetensors", "config.json"):
+        (folder / name).write_bytes(b"{}" + bytes(100))
+    before = files_below(tmp_path)
+    for sibling in ("other.safetensors", "config.json"):
+        journal = write_undo(name_journal(model), {f"{sibling}@8": b"1234"}, **record_in_place(None))
+        assert codes(loraformat.unmerge, model) == ("LF803",)
+        journal.unlink()
+        assert files_below(tmp_path) == before
+    write_undo(name_journal(model), {f"{path.name}@{place}": whole[place : place + 4]}, **record_in_place(None))
+    assert loraformat.unmerge(model).exact
+    assert path.read_bytes() == whole
+
+
 def test_a_journal_does_not_reach_through_links(tmp_path: Path) -> None:
     model = write_base(tmp_path / "in", "safetensors")
     (tmp_path / "secret").write_bytes(bytes(100))
