@@ -76,18 +76,19 @@ def _settle(group: list[Match], tied: Mapping[str, Site], *, untie: bool) -> tup
     if not all(name in tied for name in _readers(first)):
         return _copy_or_refuse(group)
     if not untie:
-        return [], [_report_sharing(match, _UNTIE) for match in group]
+        return [], [_report_sharing(match, group, _UNTIE) for match in group]
     note = Problem("LF412", names, f"{first.weight.name!r} is tied to another table; each is changed alone")
     return [replace(match, apart=match.sites[0].tied) for match in group], [replace(note, severity="note")]
 
 
-def _copy_or_refuse(group: Iterable[Match]) -> tuple[list[Match], list[Problem]]:
+def _copy_or_refuse(group: Sequence[Match]) -> tuple[list[Match], list[Problem]]:
     """Return the matches that get a copy of their weight, with a note on each, and what is wrong with the others."""
     kept: list[Match] = []
     problems: list[Problem] = []
     for match in group:
         if match.want.change.shared or not all(site.own_name for site in match.sites):
-            problems.append(_report_sharing(match, next((s.part_mend for s in match.sites if s.part_mend), "")))
+            mend = next((site.part_mend for site in match.sites if site.part_mend), "")
+            problems.append(_report_sharing(match, group, mend))
             continue
         kept.append(replace(match, apart=match.sites[0].own_name))
         found = f"{match.weight.name!r} is also read by {', '.join(_find_strangers(match)[:_LISTED])}"
@@ -95,10 +96,17 @@ def _copy_or_refuse(group: Iterable[Match]) -> tuple[list[Match], list[Problem]]
     return kept, problems
 
 
-def _report_sharing(match: Match, mend: str) -> Problem:
-    strangers = ", ".join(_find_strangers(match)[:_LISTED])
-    found = f"the tensor {match.weight.name!r} is also read by {strangers}"
-    return Problem("LF402", match.want.name, found, "a tensor that nothing else reads", mend)
+def _report_sharing(match: Match, group: Iterable[Match], mend: str) -> Problem:
+    """Return the refusal of one match of a group: others read its tensor, or others of the group change it otherwise."""
+    rivals = [other for other in group if other is not match]
+    changed = {site.id for other in rivals for site in other.sites}
+    untouched = [name for name in _find_strangers(match) if name not in changed]
+    if untouched:
+        found = f"the tensor {match.weight.name!r} is also read by {', '.join(untouched[:_LISTED])}"
+        return Problem("LF402", match.want.name, found, "a tensor that nothing else reads", mend)
+    others = ", ".join(dict.fromkeys(other.target.name for other in rivals[:_LISTED]))
+    found = f"{others} changes the same tensor, {match.weight.name!r}, in another way"
+    return Problem("LF402", match.want.name, found, "the same change of all that reads it", mend)
 
 
 def _reach_all(match: Match, tied: Mapping[str, Site]) -> Match:

@@ -112,6 +112,22 @@ def test_both_stored_and_tied_take_the_same_change_each(tmp_path: Path) -> None:
     }
 
 
+def test_what_is_told_of_tied_tables(tmp_path: Path) -> None:
+    """Of one side that is trained, who else reads it; of two, that they differ. The way out stands with both."""
+    base = write_base(tmp_path / "base", True)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        plan(base, twins()[1])
+    (alone,) = caught.value.problems
+    assert (alone.where, alone.found) == (EMBED, f"the tensor '{EMBED}.weight' is also read by {HEAD}.weight")
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        plan(base, *twins(other=0.5))
+    assert {problem.where: problem.found for problem in caught.value.problems} == {
+        HEAD: f"{EMBED} changes the same tensor, '{EMBED}.weight', in another way",
+        EMBED: f"{HEAD} changes the same tensor, '{EMBED}.weight', in another way",
+    }
+    assert all("--untie" in problem.advice for problem in (alone, *caught.value.problems))
+
+
 @pytest.mark.parametrize("stored", [(EMBED,), (EMBED, HEAD)], ids=["one stored", "both stored"])
 def test_untied_each_takes_its_own(tmp_path: Path, stored: tuple[str, ...]) -> None:
     base = write_base(tmp_path / "base", True, stored)
