@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import onnx
 
-_PASSING: Final = frozenset({"Identity", "Cast", "Transpose", "DequantizeLinear", "Reshape"})
+_PASSING: Final = frozenset(
+    {"Identity", "Cast", "Transpose", "DequantizeLinear", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
+)
 _NBITS: Final = "MatMulNBits"
 _INTEGER: Final = "MatMulInteger"
 _TABLE: Final = "GatherBlockQuantized"

@@ -97,7 +97,7 @@ def _copy_or_refuse(group: Sequence[Match]) -> tuple[list[Match], list[Problem]]
 
 
 def _report_sharing(match: Match, group: Iterable[Match], mend: str) -> Problem:
-    """Return the refusal of one match of a group: others read its tensor, or others of the group change it otherwise."""
+    """Return the refusal of one match of a group: others read its tensor, or others of the group change it."""
     rivals = [other for other in group if other is not match]
     changed = {site.id for other in rivals for site in other.sites}
     untouched = [name for name in _find_strangers(match) if name not in changed]

@@ -11,6 +11,7 @@ import numpy as np
 from loraformat.adapter import SlotKind
 from loraformat.bases._onnx_scopes import Scope, Visit, trace_constant
 from loraformat.bases._onnx_sites import RawSite
+from loraformat.bases._onnx_uses import UNREAD
 
 _DATA_FIRST: Final = frozenset(
     {"Reshape", "Expand", "Slice", "Unsqueeze", "Squeeze", "Tile", "Split", "Pad", "ReduceMean", "Clip", "Gather"}
@@ -147,8 +148,8 @@ class Flow:
 
 def _is_linear(raw: RawSite) -> bool:
     tensor = raw.trace.tensor
-    whole = raw.parameter == "weight" and raw.rows is None and raw.section is None
-    return whole and SlotKind.LINEAR in raw.use.orientations and tensor is not None and len(tensor.dims) > 1
+    whole = raw.visit.op not in UNREAD and raw.parameter == "weight" and raw.rows is None and raw.section is None
+    return whole and SlotKind.LINEAR in raw.use.orientations and tensor is not None and len(raw.trace.sizes) > 1
 
 
 def _list_data(visit: Visit) -> Sequence[str]:
@@ -284,6 +285,6 @@ def sizes(raw: RawSite) -> tuple[int, int]:
         numbers: Mapping[str, int] = {each.name: each.i for each in raw.visit.node.attribute}
         return numbers.get("N", 0), numbers.get("K", 0)
     assert raw.trace.tensor is not None, "chosen so"
-    rows, columns = list(raw.trace.tensor.dims)[:2]
+    rows, columns = raw.trace.sizes[:2]
     turned = raw.use.orientations[SlotKind.LINEAR] ^ raw.trace.flipped
     return (columns, rows) if turned else (rows, columns)

@@ -151,7 +151,7 @@ def _find_inside(raw: RawSite, dtype: Dtype) -> Opening | Problem:
     if strange or not read <= _ATTENDED or any(node.output[1:]):
         found = f"an attention with {', '.join(strange) or 'a past'}"
         return _refuse(visit, found, _AS_IT_WAS)
-    dims = raw.trace.tensor.dims if raw.trace.tensor is not None else ()
+    dims = raw.trace.sizes
     columns = dims[0 if raw.trace.flipped else 1] if len(dims) == 2 else 0
     given = next((list(each.ints) for each in node.attribute if each.name == "qkv_hidden_sizes"), [columns // 3] * 3)
     if len(given) != 3 or sum(given) != columns or min(given) <= 0:

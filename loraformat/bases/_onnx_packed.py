@@ -103,7 +103,7 @@ def _count_columns(site: RawSite) -> int:
     """Return the size of what the operator puts out: the columns of its `(in, out)` matrix."""
     if site.visit.op == _MATMUL_NBITS:
         return int(read_attribute(site.visit.node, "N", 0))
-    dims = site.trace.tensor.dims if site.trace.tensor is not None else ()
+    dims = site.trace.sizes
     return dims[0 if site.trace.flipped else 1] if len(dims) == 2 else 0
 
 

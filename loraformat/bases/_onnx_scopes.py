@@ -4,9 +4,10 @@ Functions are expanded in place, call by call, so that a weight handed to a func
 that it has when the model runs.
 """
 
+import math
 import struct
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 _STEPS: Final = 32
 _PASSING: Final = frozenset({"Identity", "Cast", "Transpose", "DequantizeLinear"})
-_SHAPE_ONLY: Final = frozenset({"Shape", "Size"})
+_RESHAPING: Final = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 _UINT8: Final = 2
 _INT64: Final = 7
 _DIMS: Final = 3
@@ -68,6 +69,7 @@ class Scope:
         producers: what makes each value; graph inputs have none.
         readers: who reads each value of this scope.
         outputs: values that leave the graph.
+        sparse: names of sparse initializers.
         path: the way from the main graph to this one; None for one inside a function, or for its call.
     """
 
@@ -77,6 +79,7 @@ class Scope:
     producers: dict[str, Producer] = field(default_factory=dict)
     readers: dict[str, list[tuple[Visit, int]]] = field(default_factory=lambda: defaultdict(list))
     outputs: set[str] = field(default_factory=set)
+    sparse: set[str] = field(default_factory=set)
     path: tuple[GraphStep, ...] | None = None
 
     def find(self, name: str) -> "tuple[Scope, str]":
@@ -110,6 +113,7 @@ class Trace:
         flipped: whether an odd number of transpositions lies between.
         steps: the nodes between, nearest first.
         blocked: the operator that stands in the way, when the value is constant but cannot be followed.
+        view: the shape that nodes give the stored numbers before any transposition; None for the stored one.
     """
 
     tensor: "onnx.TensorProto | None"
@@ -118,6 +122,12 @@ class Trace:
     flipped: bool
     steps: tuple[Visit, ...]
     blocked: str = ""
+    view: tuple[int, ...] | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape in which the stored numbers are read; of none, nothing."""
+        return self.view if self.view is not None else tuple(self.tensor.dims if self.tensor is not None else ())
 
 
 class GraphIndex:
@@ -147,6 +157,7 @@ class GraphIndex:
         if len(scope.producers) != len(graph.initializer):
             raise refuse("LF118", self._where, f"two initializers of one name in the {scope.label}", "each name once")
         scope.outputs.update(output.name for output in graph.output)
+        scope.sparse.update(each.values.name for each in graph.sparse_initializer)
         self.names.update(scope.producers, scope.outputs, (each.name for each in (*graph.input, *graph.value_info)))
         self._pending.append((scope, graph.node, call, depth))
 
@@ -196,12 +207,13 @@ def trace_constant(scope: Scope, name: str) -> Trace | None:
         owner, own = scope.find(name)
         made_by = owner.producers.get(own)
         if made_by is None:
-            return None
+            sparse = own in owner.sparse
+            return Trace(None, owner, own, flipped, tuple(steps), "a sparse initializer") if sparse else None
         if not isinstance(made_by, Visit):
             return _end_trace(Trace(made_by, owner, own, flipped, tuple(steps)))
         if made_by.op == "Constant":
             return _trace_constant_node(made_by, own, flipped, steps)
-        if not _hands_on(made_by) or not made_by.node.input or not _passes(made_by):
+        if not hands_on(made_by) or not made_by.node.input or not _passes(made_by):
             return Trace(None, owner, own, flipped, tuple(steps), made_by.op) if _is_constant(made_by) else None
         flipped ^= made_by.op == "Transpose" and not _keeps_order(made_by)
         steps.append(made_by)
@@ -224,7 +236,8 @@ def _end_trace(trace: Trace) -> Trace:
     return trace
 
 
-def _hands_on(visit: Visit) -> bool:
+def hands_on(visit: Visit) -> bool:
+    """Say whether a node's first input is followed by `trace_constant`, a Transpose's of any sizes too."""
     return visit.op in _PASSING or (visit.op == "Reshape" and _flattens_blocks(visit))
 
 
@@ -232,17 +245,32 @@ def _flattens_blocks(visit: Visit) -> bool:
     """Say whether a Reshape makes rows of stored codes in blocks, `(rows, blocks, bytes)`: as tied tables have them."""
     if len(visit.node.input) != 2:
         return False
-    codes, sizes = (visit.scope.producer(name) for name in visit.node.input)
-    if isinstance(sizes, Visit) and sizes.op == "Constant":
-        sizes = next((each.t for each in sizes.node.attribute if each.name == "value"), None)
-    if codes is None or isinstance(codes, Visit) or sizes is None or isinstance(sizes, Visit):
-        return False
-    if codes.data_type != _UINT8 or len(codes.dims) != _DIMS or sizes.data_type != _INT64:
+    codes, wanted = visit.scope.producer(visit.node.input[0]), read_sizes(visit, 1, "")
+    if codes is None or isinstance(codes, Visit) or codes.data_type != _UINT8 or len(codes.dims) != _DIMS:
         return False
     rows, blocks, length = codes.dims
-    wanted = ([rows, blocks * length], [rows, -1])
-    found = list(sizes.int64_data)
-    return found in wanted or sizes.raw_data in [struct.pack("<2q", *each) for each in wanted]
+    return wanted in ([rows, blocks * length], [rows, -1])
+
+
+def read_sizes(visit: Visit, position: int, attribute: str) -> list[int] | None:
+    """Return the few whole numbers that stand at an input or in an attribute; None where they are not constant."""
+    if position >= len(visit.node.input) or not visit.node.input[position]:
+        return next((list(each.ints) for each in visit.node.attribute if each.name == attribute), [])
+    made_by = visit.scope.producer(visit.node.input[position])
+    if isinstance(made_by, Visit) and made_by.op == "Constant":
+        values = {each.name: each for each in made_by.node.attribute}
+        if "value_ints" in values:
+            return list(values["value_ints"].ints)
+        made_by = values["value"].t if "value" in values else None
+    if made_by is None or isinstance(made_by, Visit) or made_by.data_type != _INT64:
+        return None
+    found = [each for (each,) in struct.iter_unpack("<q", made_by.raw_data)] or list(made_by.int64_data)
+    return found if len(found) == math.prod(made_by.dims) else None
+
+
+def reshapes(visit: Visit) -> bool:
+    """Say whether a node gives its first input another shape, which is constant."""
+    return visit.op in _RESHAPING and read_sizes(visit, 1, "axes") is not None
 
 
 def _permutation(visit: Visit) -> list[int]:
@@ -271,23 +299,3 @@ def _is_constant(visit: Visit) -> bool:
                 seen.add(id(made_by))
                 pending.append(made_by)
     return bool(visit.node.input)
-
-
-def list_readers(trace: Trace) -> Iterator[str]:
-    """Yield words for everything that reads the traced tensor, through what `trace_constant` follows.
-
-    What asks only for its shape does not count.
-    """
-    pending, seen = [(trace.scope, trace.name)], set()
-    while pending:
-        scope, name = pending.pop()
-        if (id(scope), name) in seen:
-            continue
-        seen.add((id(scope), name))
-        if name in scope.outputs:
-            yield f"output {name!r} of the {scope.label}"
-        for visit, position in scope.readers.get(name, ()):
-            if position == 0 and _hands_on(visit):
-                pending += [visit.scope.find(output) for output in visit.node.output]
-            elif visit.op not in _SHAPE_ONLY:
-                yield visit.describe(position)

@@ -1,6 +1,7 @@
 """Where an ONNX graph applies weights: which inputs of which operators, and how they are oriented."""
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -13,13 +14,15 @@ from loraformat.bases._onnx_names import (
     module_of_node,
     module_of_tensor,
 )
-from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
-from loraformat.bases._onnx_uses import USES, VECTORS, Use, UseReader, read_use, refuse_use
+from loraformat.bases._onnx_scopes import Trace, Visit
+from loraformat.bases._onnx_uses import UNREAD, USES, VECTORS, Use, UseReader, read_use, refuse_use
+from loraformat.bases._onnx_views import trace_weight
 from loraformat.problems import Problem
 from loraformat.spans import Part
 
 _OF_NODES: Final = frozenset({NODE_NAME, OUTPUT_NAME})
 _EXPORT_AGAIN: Final = "Export with dynamo=True, or with do_constant_folding=False, which keeps the weights' names."
+_SEVERAL: Final = "a change of its shape, while others read the tensor in another one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +82,23 @@ class RawSite:
 def find_sites(visits: Iterable[Visit]) -> list[RawSite]:
     """Return every site; one whose module is unknown has an empty path."""
     sites = [site for visit in visits for site in _find_at(visit)]
+    readable = {site.module for site in sites if site.visit.op not in UNREAD}
+    sites = [site for site in sites if site.visit.op not in UNREAD or (site.module and site.module not in readable)]
     repeated = find_repeated(site.module for site in sites if site.evidence in _OF_NODES)
     return [replace(site, repeated=site.evidence in _OF_NODES and site.module in repeated) for site in sites]
+
+
+def agree_on_views(found: Sequence[RawSite]) -> list[RawSite]:
+    """Return the sites; those of a tensor that is read in several shapes are blocked, but for its own shape."""
+    views: dict[int, set[tuple[int, ...]]] = defaultdict(set)
+    for raw in found:
+        views[id(raw.trace.tensor)].add(raw.trace.sizes)
+    return [
+        replace(raw, trace=replace(raw.trace, view=None, blocked=_SEVERAL))
+        if raw.trace.view is not None and len(views[id(raw.trace.tensor)]) > 1
+        else raw
+        for raw in found
+    ]
 
 
 def _find_at(visit: Visit) -> Iterator[RawSite]:
@@ -118,7 +136,7 @@ def _find_vector(visit: Visit, positions: Iterable[int], parameter: str, read: U
     traced = [(position, trace) for position in positions if (trace := _trace_input(visit, position)) is not None]
     if len(traced) != 1:
         return
-    position, trace = traced[0]
+    position, trace = traced[0][0], replace(traced[0][1], view=None)
     if trace.tensor is None or len(trace.tensor.dims) != 1:
         return
     names = (visit.node.input[position], *(step.node.input[0] for step in trace.steps), trace.tensor.name)
@@ -132,7 +150,7 @@ def _find_vector(visit: Visit, positions: Iterable[int], parameter: str, read: U
 
 def _trace_input(visit: Visit, position: int) -> Trace | None:
     inputs = visit.node.input
-    return trace_constant(visit.scope, inputs[position]) if position < len(inputs) and inputs[position] else None
+    return trace_weight(visit.scope, inputs[position]) if position < len(inputs) and inputs[position] else None
 
 
 def _name_site(visit: Visit, position: int, trace: Trace, use: Use) -> Iterator[RawSite]:

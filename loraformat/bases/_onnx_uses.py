@@ -127,6 +127,10 @@ USES: Final[Mapping[str, tuple[tuple[int, ...], UseReader]]] = {
     "Conv": ((1,), _use_conv),
     "Gather": ((0,), _use_gather),
     "ConvTranspose": ((1,), refuse_use),
+    "Einsum": ((1, 0), refuse_use),
+    "GRU": ((1,), refuse_use),
+    "LSTM": ((1,), refuse_use),
+    "RNN": ((1,), refuse_use),
     "MatMulInteger": ((1,), _use_matmul),
     "ConvInteger": ((1,), _use_conv),
     "QLinearMatMul": ((3,), _use_right_factor),
@@ -146,6 +150,9 @@ USES: Final[Mapping[str, tuple[tuple[int, ...], UseReader]]] = {
     "com.microsoft.nchwc.Conv": ((1,), refuse_use),
 }
 """Operator to the inputs that may hold a weight, and how they use it. MatMul may have it on either side."""
+
+UNREAD: Final = frozenset({"Einsum", "GRU", "LSTM", "RNN"})
+"""Operators that are sites only to say so: they are no layers of their own in the flow of values."""
 
 VECTORS: Final[Mapping[str, tuple[tuple[tuple[int, ...], str, UseReader], ...]]] = {
     "Add": (((1, 0), "bias", _use_as_it_is),),

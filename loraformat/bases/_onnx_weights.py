@@ -9,8 +9,9 @@ from loraformat.adapter import SlotKind
 from loraformat.bases import Site, Weight
 from loraformat.bases._onnx_coded import agree_on_codes, find_coded_part, find_coding
 from loraformat.bases._onnx_operands import QMOE, find_operands
-from loraformat.bases._onnx_scopes import Visit, list_readers
-from loraformat.bases._onnx_sites import RawSite
+from loraformat.bases._onnx_scopes import Visit
+from loraformat.bases._onnx_sites import RawSite, agree_on_views
+from loraformat.bases._onnx_views import list_readers
 from loraformat.containers.onnx_file import OnnxFile
 from loraformat.problems import Problem
 from loraformat.spans import Part
@@ -21,6 +22,7 @@ def list_weight_sites(opened: OnnxFile, found: Sequence[RawSite], caveat: Proble
 
     A tensor held by a function is read at every call: its readers are those of all places where it was found.
     """
+    found = agree_on_views(found)
     readers: dict[int, set[str]] = defaultdict(set)
     beside: dict[int, set[Visit]] = defaultdict(set)
     for raw in found:
@@ -75,6 +77,7 @@ def _find_weight(
     stored = opened.stored_tensor(raw.trace.tensor)
     if isinstance(stored, Problem):
         return None, stored
+    stored = replace(stored, shape=raw.trace.sizes)
     name = stored.name or raw.trace.name
     coding = find_coding(opened, raw, stored, beside)
     if isinstance(coding, Problem):

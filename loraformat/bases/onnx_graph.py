@@ -113,7 +113,7 @@ class OnnxGraph:
             stored, tensor = (beside[role] if role else source.tensor), traces[role].tensor
             assert tensor is not None, "a site with a weight has one"
             assert isinstance(stored, StoredTensor), "others are not written"
-            yield TensorCopy(names[role], tensor.data_type, stored.shape, stored.span, tuple(edits)), traces[role]
+            yield TensorCopy(names[role], tensor.data_type, tuple(tensor.dims), stored.span, tuple(edits)), traces[role]
 
     def rewire(self, graph: "onnx.GraphProto", tensors: Set[str]) -> None:
         """Have a main graph, that of the base, read the copies, and compute in floats what reads codes of `tensors`."""

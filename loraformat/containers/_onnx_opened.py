@@ -34,6 +34,12 @@ _LFS: Final = b"version https://git-lfs"
 _TYPED_FIELDS: Final = {7: "int64_data", 8: "string_data", 12: "uint64_data", 13: "uint64_data"}
 _FLOAT_FIELDS: Final = {1: "float_data", 14: "float_data", 11: "double_data", 15: "double_data"}
 
+_REWRITE: Final = (
+    "Write its numbers as raw_data first: m = onnx.load(P); [t.CopyFrom(numpy_helper.from_array("
+    "numpy_helper.to_array(t), t.name)) for t in m.graph.initializer]; onnx.save(m, P2), with onnx.numpy_helper. "
+    "The numbers stay what they are."
+)
+
 
 class OnnxFile:
     """An opened ONNX model.
@@ -139,7 +145,9 @@ class OnnxFile:
     ) -> StoredTensor | Problem:
         if not proto.HasField("segment"):
             form = _FLOAT_FIELDS.get(proto.data_type, _TYPED_FIELDS.get(proto.data_type, "int32_data"))
-            return Problem("LF403", where, f"stored as {form}, or in several runs", "raw_data or external data")
+            return Problem(
+                "LF403", where, f"stored as {form}, or in several runs", "raw_data or external data", _REWRITE
+            )
         span = Span(self.path, proto.segment.begin, proto.segment.end - proto.segment.begin)
         if span.length != needed or not 0 <= span.offset <= span.end <= self.file.size_bytes:
             raise refuse("LF116", where, f"{span.length} bytes", f"{needed} bytes of {dtype.name} {list(shape)}")

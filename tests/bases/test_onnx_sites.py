@@ -348,9 +348,9 @@ def _quantised_matmul(net: Net, rng: np.random.Generator) -> None:
     net.op("Cast", [y], net.result("y"), to=TensorProto.FLOAT)
 
 
-def _reshaped(net: Net, rng: np.random.Generator) -> None:
-    shape = net.weight("shape", np.array([5, 7]))
-    matrix = net.op("Reshape", [net.weight("w", dyadic(rng, 35)), shape], "matrix")
+def _joined(net: Net, rng: np.random.Generator) -> None:
+    parts = [net.weight("w", dyadic(rng, 5, 3)), net.weight("v", dyadic(rng, 5, 4))]
+    matrix = net.op("Concat", parts, "matrix", axis=1)
     net.op("MatMul", [net.feed("x"), matrix], net.result("y"), NAME)
 
 
@@ -359,16 +359,57 @@ def _transposed_convolution(net: Net, rng: np.random.Generator) -> None:
     net.op("ConvTranspose", inputs, net.result("y", rank=3), torchscript_name(MODULE, "ConvTranspose"))
 
 
-@pytest.mark.parametrize("make", [_quantised_matmul, _reshaped, _transposed_convolution], ids=lambda f: f.__name__)
+def _recurrent(net: Net, rng: np.random.Generator) -> None:
+    steps = net.weight("onnx::LSTM_1", dyadic(rng, 1, 28, 5)), net.weight("onnx::LSTM_2", dyadic(rng, 1, 28, 7))
+    net.op("LSTM", [net.feed("x", rank=3), *steps], net.result("y", rank=4), f"/{MODULE}/LSTM", hidden_size=7)
+
+
+def _summed(net: Net, rng: np.random.Generator) -> None:
+    inputs = [net.feed("x"), net.weight("w", dyadic(rng, 7, 5))]
+    net.op("Einsum", inputs, net.result("y"), torchscript_name(MODULE, "Einsum"), equation="bi,oi->bo")
+
+
+def _sparse(net: Net, rng: np.random.Generator) -> None:
+    net.op("MatMul", [net.feed("x"), "sparse_w"], net.result("y"), NAME)
+
+
+FORMS_OF_THEIR_OWN = {
+    _quantised_matmul: "",
+    _joined: "behind Concat",
+    _transposed_convolution: "operator ConvTranspose",
+    _recurrent: "operator LSTM",
+    _summed: "operator Einsum",
+    _sparse: "sparse",
+}
+
+
+@pytest.mark.parametrize("make", FORMS_OF_THEIR_OWN, ids=lambda f: f.__name__)
 def test_weights_in_other_forms_are_refused_by_name(
     tmp_path: Path, make: Callable[[Net, np.random.Generator], None]
 ) -> None:
     rng = np.random.default_rng(13)
     net = Net()
     make(net, rng)
-    message = refused(tmp_path, net.model(check=False), {MODULE: dyadic_factors(rng, 7, 5, 2)})
+    model = net.model(check=False)
+    if make is _sparse:
+        values = helper.make_tensor("sparse_w", TensorProto.FLOAT, [2], [1.0, 2.0])
+        places = helper.make_tensor("places", TensorProto.INT64, [2], [3, 8])
+        model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [5, 7]))
+    message = refused(tmp_path, model, {MODULE: dyadic_factors(rng, 7, 5, 2)})
     assert message.startswith("LF403")
     assert MODULE in message
+    assert FORMS_OF_THEIR_OWN[make] in message
+
+
+def test_what_cannot_be_read_hides_no_weight_of_its_module(tmp_path: Path) -> None:
+    rng = np.random.default_rng(17)
+    weight, factors, x = dyadic(rng, 7, 5), dyadic_factors(rng, 7, 5, 2), dyadic(rng, 3, 5)
+    net = Net()
+    y = net.op("MatMul", [net.feed("x"), net.weight(f"{MODULE}.weight", weight.T)], "product", NAME)
+    inputs = [y, net.weight("mixer", np.eye(7, dtype=np.float32))]
+    net.op("Einsum", inputs, net.result("y"), torchscript_name(MODULE, "Einsum"), equation="bi,oi->bo")
+    merged = merge_model(tmp_path, net.model(), {MODULE: factors}, alpha=2.0)
+    np.testing.assert_allclose(run(merged, {"x": x})[0], x @ (weight + product(factors)).T, rtol=1e-6)
 
 
 def test_a_weight_in_an_integer_form_is_refused(tmp_path: Path) -> None:

@@ -224,6 +224,7 @@ def test_forms_without_a_byte_range_are_problems(tmp_path):
     assert found["half"].code == "LF403"
     assert "int32_data" in found["half"].found
     assert "int64_data" in found["long"].found
+    assert "numpy_helper.from_array(numpy_helper.to_array(t), t.name)" in found["half"].mend
     assert found["words"].code == "LF106"
     small = file.model.graph.initializer[2]
     small.data_type = 99
