@@ -432,6 +432,23 @@ def test_numbers_outside_raw_data_are_merged_or_refused_never_lost(tmp_path: Pat
     np.testing.assert_allclose(run(merged, {"x": x})[0], x @ (weight + product(factors)).T, rtol=1e-6)
 
 
+def test_the_line_of_a_refusal_makes_numbers_that_can_be_merged(tmp_path: Path) -> None:
+    """float16 of `make_tensor` stands in int32_data; the mend is carried out as it is printed."""
+    rng = np.random.default_rng(16)
+    weight, factors, x = dyadic(rng, 7, 5), dyadic_factors(rng, 7, 5, 2), dyadic(rng, 2, 5)
+    net = Net()
+    net.initializers.append(helper.make_tensor("w", TensorProto.FLOAT16, [5, 7], weight.T.ravel()))
+    inputs = [net.feed("x", TensorProto.FLOAT16), "w"]
+    net.op("MatMul", inputs, net.result("y", TensorProto.FLOAT16), NAME)
+    message = refused(tmp_path, net.model(), {MODULE: factors})
+    line = message[message.index("m = onnx.load(P)") : message.index(", with onnx.numpy_helper")]
+    base, mended = str(tmp_path / "base.onnx"), tmp_path / "mended.onnx"
+    exec(line, {"onnx": onnx, "numpy_helper": onnx.numpy_helper, "P": base, "P2": str(mended)})
+    merged = merge_model(tmp_path, mended, {MODULE: factors}, alpha=2.0)
+    expected = x @ (weight + product(factors)).T
+    np.testing.assert_allclose(run(merged, {"x": x.astype(np.float16)})[0], expected, rtol=1e-2)
+
+
 # --- whose weight it is ----------------------------------------------------------------------------------------------
 
 
