@@ -6,8 +6,8 @@ from pathlib import Path
 
 from loraformat.adapter import Adapter
 from loraformat.arguments import AdapterSource, StrPath, weigh_adapter
+from loraformat.base_spelling import spell_for_base
 from loraformat.containers.safetensors import write_safetensors
-from loraformat.conversion import spell_for_base
 from loraformat.errors import error_for
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
 from loraformat.loading import is_base, list_files, load_adapter, open_base

@@ -8,8 +8,8 @@ from typing import Final, TypeAlias, TypedDict, Unpack
 
 from loraformat.adapter import Adapter
 from loraformat.adapter_folders import FACTORS_NAMES
+from loraformat.base_spelling import spell_for_base
 from loraformat.bases import BaseModel
-from loraformat.conversion import spell_for_base
 from loraformat.engine import Effort, Progress, count_workers
 from loraformat.errors import refuse
 from loraformat.evidence import Hints

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 
 Family = Literal["float", "int", "uint", "bool", "complex", "string"]
 
@@ -150,3 +151,14 @@ def _numpy_dtype(name: str) -> "np.dtype[Any]":
 
     form: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
     return form
+
+
+_INFINITIES: Final = {"bfloat16": 0x7F80, "float16": 0x7C00}
+"""Patterns of infinity; those of NaN are larger, those of all finite numbers smaller."""
+_SIGN: Final = 0x8000
+
+
+def is_all_finite(values: "NDArray[Any]") -> bool:
+    """Say whether numbers of 16 bits hold neither infinity nor NaN, by their patterns: two fast passes."""
+    infinity = _INFINITIES[values.dtype.name]
+    return not values.size or bool(values.view("i2").max() < infinity and values.view("u2").max() < infinity | _SIGN)

@@ -7,9 +7,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-_INFINITIES: Final = {"bfloat16": 0x7F80, "float16": 0x7C00}
-"""Bits of infinity; those of NaN are larger, those of all finite numbers smaller."""
-_SIGN: Final = 0x8000
+from loraformat.dtypes import is_all_finite
+
+_NARROW_BYTES: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +100,8 @@ def is_in_range(merged: NDArray[Any], written: NDArray[Any]) -> bool:
         merged: W + Δ before it was rounded.
         written: the same in the output's form.
     """
-    infinity = _INFINITIES.get(written.dtype.name)
-    if not written.size:
-        return True
-    if infinity is not None:  # Read off the narrow form, which is half the memory.
-        return bool(written.view(np.int16).max() < infinity and written.view(np.uint16).max() < infinity | _SIGN)
+    if written.dtype.itemsize == _NARROW_BYTES:  # Read off the narrow form, which is half the memory.
+        return is_all_finite(written)
     flat = merged.reshape(-1)
     if written.dtype.itemsize >= flat.dtype.itemsize:
         return math.isfinite(np.dot(flat, flat))

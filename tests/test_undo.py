@@ -128,19 +128,25 @@ def test_a_hostile_journal_changes_nothing(
     assert files_below(tmp_path) == before
 
 
+def _check_siblings(model: Path, folder: Path) -> None:
+    """See that a journal that names other files of the model's folder is refused, and changes nothing."""
+    siblings = ("other.safetensors", "config.json")
+    for name in siblings:
+        (folder / name).write_bytes(b"{}" + b" " * 100)
+    before = files_below(folder)
+    for name in siblings:
+        journal = write_undo(name_journal(model), {f"{name}@8": b"1234"}, **record_in_place(None))
+        assert codes(loraformat.unmerge, model) == ("LF803",)
+        journal.unlink()
+        assert files_below(folder) == before
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_journal_names_only_files_of_its_model(tmp_path: Path, form: str) -> None:
     """What else lies in the folder, another model's numbers or a program, is not its to overwrite."""
     model = write_base(tmp_path / "in", form)
     folder = model if model.is_dir() else model.parent
-    (folder / "other.safetensors").write_bytes(bytes(100))
-    (folder / "config.json").write_text("{}" + " " * 100)
-    before = files_below(tmp_path)
-    for sibling in ("other.safetensors", "config.json"):
-        journal = write_undo(name_journal(model), {f"{sibling}@8": b"1234"}, **record_in_place(None))
-        assert codes(loraformat.unmerge, model) == ("LF803",)
-        journal.unlink()
-        assert files_below(tmp_path) == before
+    _check_siblings(model, folder)
 
 
 @pytest.mark.parametrize("form", ["torch", "npz", "torch folder"])
@@ -153,14 +159,7 @@ def test_nor_where_a_kill_left_checksums_that_differ(tmp_path: Path, form: str) 
     place = whole.index(b"PK\x01\x02") + 16  # The first member's checksum in the directory.
     path.write_bytes(whole[:place] + bytes(byte ^ 255 for byte in whole[place : place + 4]) + whole[place + 4 :])
     assert codes(loraformat.plan_merge, model, []) == ("LF902",)
-    for name in ("other.safetensors", "config.json"):
-        (folder / name).write_bytes(b"{}" + bytes(100))
-    before = files_below(tmp_path)
-    for sibling in ("other.safetensors", "config.json"):
-        journal = write_undo(name_journal(model), {f"{sibling}@8": b"1234"}, **record_in_place(None))
-        assert codes(loraformat.unmerge, model) == ("LF803",)
-        journal.unlink()
-        assert files_below(tmp_path) == before
+    _check_siblings(model, folder)
     write_undo(name_journal(model), {f"{path.name}@{place}": whole[place : place + 4]}, **record_in_place(None))
     assert loraformat.unmerge(model).exact
     assert path.read_bytes() == whole

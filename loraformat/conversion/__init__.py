@@ -20,8 +20,8 @@ from loraformat.conversion._engine import (
     read_source,
     write_converted,
 )
-from loraformat.conversion._for_base import spell_for_base
 from loraformat.conversion._pairs import Pair, list_pairs, tabulate_pairs
+from loraformat.conversion._respelling import respell_by
 from loraformat.schemes import SCHEMES, StatedScale, WritingScheme
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -33,7 +33,7 @@ __all__ = [
     "list_pairs",
     "list_schemes",
     "plan_conversion",
-    "spell_for_base",
+    "respell_by",
     "tabulate_pairs",
 ]
 

@@ -13,7 +13,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from loraformat.dtypes import BY_NAME, Dtype
+from loraformat.dtypes import BY_NAME, Dtype, is_all_finite
+from loraformat.limits import TILE_BYTES
 
 _FORMS: Final = frozenset(
     BY_NAME[name]
@@ -48,7 +49,7 @@ class Plain:
         """Write the values of `stored` into `out`, exactly."""
         if stored.dtype.itemsize == 1:
             _look_up(_values_of(stored.dtype), stored.view(np.uint8), out)
-        elif stored.dtype == np.float16 and out.dtype == np.float32 and _all_finite(stored) and _subnormals_work():
+        elif stored.dtype == np.float16 and out.dtype == np.float32 and is_all_finite(stored) and _subnormals_work():
             _widen_finite(stored, out)
         elif stored.dtype.itemsize == 2 and stored.dtype != np.float16:  # bfloat16: bits are moved, nothing computed.
             np.copyto(out, stored)
@@ -57,7 +58,7 @@ class Plain:
                 np.copyto(out, stored)
 
     def add(self, stored: NDArray[Any], out: NDArray[Any]) -> None:
-        """Add the values of `stored` to `out`, some thousands at a time, so that they stay in a core's own cache."""
+        """Add the values of `stored` to `out`: bfloat16 and wider as they are widened, others a tile at a time."""
         if stored.dtype != np.float16 and stored.dtype.itemsize > 1:
             np.add(stored, out, out=out, dtype=out.dtype)
             return
@@ -81,7 +82,8 @@ class Plain:
 
 ENCODING: Final = Plain()
 
-_STEP: Final = 1 << 19
+_STEP: Final = TILE_BYTES // 4
+"""Numbers converted at a time, those of a tile: between shorter steps, threads wait for the interpreter."""
 _ODD_AND_SIGN: Final = np.array(1 | 1 << 28 | -(1 << 31), np.int32)
 _HALF_AND_BIAS: Final = np.array(0xFFF - (112 << 23), np.int32)
 _TWICE_SMALLEST: Final = np.array(2 * 0x38800000, np.uint32)
@@ -102,13 +104,6 @@ class _Room(threading.local):
 _ROOM: Final = _Room()
 
 
-def _all_finite(stored: NDArray[Any]) -> bool:
-    """Say whether a float16 array holds neither infinity nor NaN: patterns from 0x7c00 and from 0xfc00 up."""
-    if not stored.size:
-        return True
-    return bool(stored.view(np.int16).max() < 0x7C00 and stored.view(np.uint16).max() < 0xFC00)
-
-
 def _subnormals_work() -> bool:
     """Say whether this thread computes with subnormals: a library built with -ffast-math may have switched them off."""
     return bool(np.multiply(np.float32(2.0**-149), np.float32(2.0)))
@@ -124,7 +119,7 @@ def _widen_finite(stored: NDArray[Any], out: NDArray[Any]) -> None:
 
 
 def _narrow(values: NDArray[Any], out: NDArray[Any]) -> None:
-    """Round float32 to float16, some thousands at a time.
+    """Round float32 to float16, a tile at a time.
 
     Where the result is a normal number, its bits are the float32's, rounded at bit 13, with another exponent bias. The
     others (subnormal, infinite, NaN), few in a weight, are left to numpy.

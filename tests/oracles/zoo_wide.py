@@ -121,20 +121,7 @@ def _latents() -> dict[str, torch.Tensor]:
     }
 
 
-SMALL_MIXTURE = {
-    "vocab_size": 97,
-    "hidden_size": 24,
-    "intermediate_size": 44,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 10,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
-    "use_cache": False,
-    "attn_implementation": "eager",
-}
+SMALL_MIXTURE = DECODER | {"head_dim": 10, "num_local_experts": 4, "num_experts_per_tok": 2}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 

@@ -6,7 +6,6 @@ from typing import Final
 
 from loraformat.adapter import Adapter
 from loraformat.bases import BaseModel
-from loraformat.conversion._respelling import respell_by
 from loraformat.loading import find_facts
 from loraformat.problems import Problem
 from loraformat.schemes._naming import DENOISERS, split_component
@@ -35,6 +34,10 @@ def spell_for_base(adapter: Adapter, base: BaseModel) -> Adapter:
     }
     if len(routes) != 1:
         return adapter
+    from loraformat.conversion import (
+        respell_by,  # here: most adapters are of language models, and need no room of names
+    )
+
     ((known, new),) = routes.values()
 
     def spell(reading: Reading, component: str) -> str | None:
