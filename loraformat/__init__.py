@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from loraformat.errors import FindingError, InputError, LoraformatError, OutputError, RefusedError
     from loraformat.inspection import AdapterInspection, BaseInspection
     from loraformat.merging import merge, merge_each, merge_into, plan_merge, resolve_targets, unmerge, verify
+    from loraformat.merging.unmerging import Undone
     from loraformat.plan import Plan
     from loraformat.problems import Problem
     from loraformat.receipt import Receipt
-    from loraformat.unmerging import Undone
     from loraformat.validation import Verdict
     from loraformat.verification import Verification
 
@@ -94,10 +94,10 @@ _HOMES = {
     "loraformat.errors": ("FindingError", "InputError", "LoraformatError", "OutputError", "RefusedError"),
     "loraformat.inspection": ("AdapterInspection", "BaseInspection"),
     "loraformat.merging": ("merge", "merge_each", "merge_into", "plan_merge", "resolve_targets", "unmerge", "verify"),
+    "loraformat.merging.unmerging": ("Undone",),
     "loraformat.plan": ("Plan",),
     "loraformat.problems": ("Problem",),
     "loraformat.receipt": ("Receipt",),
-    "loraformat.unmerging": ("Undone",),
     "loraformat.validation": ("Verdict",),
     "loraformat.verification": ("Verification",),
 }

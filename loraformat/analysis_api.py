@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loraformat.adapter import Adapter
-from loraformat.adapter_folders import FACTORS_NAMES
 from loraformat.algebra._components import Structure
 from loraformat.algebra._statistics import Statistics
 from loraformat.algebra.analyse import analyse_adapters
@@ -18,6 +17,7 @@ from loraformat.containers.npz import CONTAINER as NPZ
 from loraformat.engine import Progress
 from loraformat.files import write_at
 from loraformat.loading import load_adapter, open_base
+from loraformat.loading.adapter_folders import FACTORS_NAMES
 from loraformat.outputs import PendingOutput, check_output
 from loraformat.pages import write_analysis
 from loraformat.schemes import StatedScale

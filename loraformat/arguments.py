@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Final, TypeAlias, TypedDict, Unpack
 
 from loraformat.adapter import Adapter
-from loraformat.adapter_folders import FACTORS_NAMES
 from loraformat.base_spelling import spell_for_base
 from loraformat.bases import BaseModel
 from loraformat.engine import Effort, Progress, count_workers
@@ -16,10 +15,11 @@ from loraformat.evidence import Hints
 from loraformat.evidence.explicit_map import read_map
 from loraformat.limits import DEFAULT_MEMORY_BYTES
 from loraformat.loading import load_for_base, open_base
+from loraformat.loading.adapter_folders import FACTORS_NAMES
 from loraformat.output_forms import require_shared
 from loraformat.plan import SHARE, Plan, WeightedAdapter
+from loraformat.planning.wishes import Wishes
 from loraformat.schemes import StatedScale
-from loraformat.wishes import Wishes
 
 StrPath: TypeAlias = str | os.PathLike[str]
 AdapterSource: TypeAlias = StrPath | Adapter

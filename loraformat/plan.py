@@ -1,4 +1,4 @@
-"""What a merge will do, as plain data: printable, serialisable, hashable. `planning.py` makes it."""
+"""What a merge will do, as plain data: printable, serialisable, hashable. `planning` makes it."""
 
 import hashlib
 import math

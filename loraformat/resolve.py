@@ -16,7 +16,6 @@ from typing import Final
 
 from loraformat.adapter import Adapter
 from loraformat.bases import TENSOR_NAME, AnchoredBase, BaseModel, Site, StructuredBase
-from loraformat.choosing import BY_NAMES, choose_weights
 from loraformat.errors import refuse
 from loraformat.evidence import Clues, Hints, Lookup, find_candidates
 from loraformat.evidence.values import STRATEGY as VALUES
@@ -30,7 +29,8 @@ from loraformat.matching import (
     sample_sites,
     settle_shape,
 )
-from loraformat.mismatches import (
+from loraformat.matching.choosing import BY_NAMES, choose_weights
+from loraformat.matching.mismatches import (
     LISTED,
     group_by_weight,
     report_collisions,
@@ -38,9 +38,9 @@ from loraformat.mismatches import (
     report_missing,
     report_renamed,
 )
+from loraformat.matching.sharing import settle_sharing
+from loraformat.matching.site_index import Candidate
 from loraformat.problems import Problem
-from loraformat.sharing import settle_sharing
-from loraformat.site_index import Candidate
 
 _NO_CLUES: Final = Clues()
 _OF_STRATEGIES: Final = frozenset({"LF425", "LF450"})

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from loraformat.adapter import Adapter
-from loraformat.adapter_folders import CONFIG_NAME, FACTORS_NAME, FACTORS_NAMES
 from loraformat.bases import BaseModel
 from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.kinds import KINDS
 from loraformat.loading import choose_scheme, find_facts, is_base, open_base, open_bundle, read_bundle
+from loraformat.loading.adapter_folders import CONFIG_NAME, FACTORS_NAME, FACTORS_NAMES
 from loraformat.problems import Problem, Severity
 from loraformat.recognition import recognise_config
 from loraformat.resolve import resolve

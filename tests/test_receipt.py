@@ -10,9 +10,9 @@ import pytest
 import loraformat
 from builders import write_peft
 from graphs import dyadic_factors, linear_net, write_model
+from loraformat.planning.wishes import SettledWishes
 from loraformat.problems import Problem
 from loraformat.receipt import _OPTIONS, RECEIPT_VERSION, AppliedAdapter, MergedWeight, Receipt
-from loraformat.wishes import SettledWishes
 
 RECEIPT = Receipt(
     output="/somewhere/out.onnx",

@@ -11,9 +11,9 @@ from typing import Any, Final, Protocol
 
 from loraformat.bases import Anchors, BaseModel, Roles, Site
 from loraformat.matching import Match, Want
+from loraformat.matching.site_index import Candidate, SiteIndex
 from loraformat.problems import Problem
 from loraformat.registry import Registry
-from loraformat.site_index import Candidate, SiteIndex
 
 __all__ = ["STRATEGIES", "Clues", "Hints", "Lookup", "MappedWeight", "Strategy", "find_candidates"]
 

@@ -16,8 +16,8 @@ from loraformat.evidence import Lookup
 from loraformat.evidence._places import Place, read_place
 from loraformat.evidence.structure import OWN_ORDER, find_sites
 from loraformat.matching import Want
+from loraformat.matching.site_index import Candidate, SiteIndex
 from loraformat.problems import Problem
-from loraformat.site_index import Candidate, SiteIndex
 
 _ORDER: Final = 45
 _KEY: Final = "anchors"

@@ -9,8 +9,8 @@ from loraformat.bases import Site
 from loraformat.errors import refuse
 from loraformat.evidence import Lookup, MappedWeight
 from loraformat.matching import Want, count_rows, cut_rows, find_expert
+from loraformat.matching.site_index import Candidate
 from loraformat.problems import Problem
-from loraformat.site_index import Candidate
 from loraformat.spans import Part, read_small
 from loraformat.strict_json import JsonValue, parse_json_object
 

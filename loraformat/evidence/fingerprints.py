@@ -11,7 +11,7 @@ from loraformat.evidence import Lookup
 from loraformat.evidence._columns import is_coded, is_comparable, read_columns
 from loraformat.fingerprint import positions
 from loraformat.matching import Want, cut_rows, fits_site, sample_sites
-from loraformat.site_index import Candidate
+from loraformat.matching.site_index import Candidate
 
 _SLACK: Final = 2.0**-7
 

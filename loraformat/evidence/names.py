@@ -4,7 +4,7 @@ from typing import Final
 
 from loraformat.evidence import Lookup
 from loraformat.matching import Want
-from loraformat.site_index import Candidate
+from loraformat.matching.site_index import Candidate
 
 
 class Names:

@@ -15,8 +15,8 @@ from loraformat.adapter import SlotKind
 from loraformat.bases import Role, Roles, Site
 from loraformat.evidence import Lookup
 from loraformat.matching import Want, count_rows, cut_rows
+from loraformat.matching.site_index import Candidate
 from loraformat.problems import Problem
-from loraformat.site_index import Candidate
 
 IN_ATTENTION: Final = (
     (r"q_proj|q_lin|query|q", "query"),

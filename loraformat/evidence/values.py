@@ -21,8 +21,8 @@ from loraformat.evidence._decoded import is_alike, is_rounded, read_decoded
 from loraformat.evidence._permuted import find_order, find_places
 from loraformat.evidence._turns import describe_turns, split_runs
 from loraformat.matching import Want, cut_rows, fits_site
+from loraformat.matching.site_index import Candidate
 from loraformat.problems import Problem
-from loraformat.site_index import Candidate
 
 _Read = TypeVar("_Read")
 

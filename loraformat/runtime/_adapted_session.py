@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from loraformat.accounting import check_untouched, finish_receipt
+from loraformat.apply.accounting import check_untouched, finish_receipt
 from loraformat.arguments import AdapterArguments, EffortOptions, HintOptions, make_effort, read_hints, weigh_adapters
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.dtypes import BY_ONNX
@@ -24,13 +24,13 @@ from loraformat.errors import refuse
 from loraformat.limits import RETAINED_REFUSE, RETAINED_WARN
 from loraformat.output_forms import Order, list_inputs
 from loraformat.planning import build_plan
+from loraformat.planning.wishes import NumberWishes
 from loraformat.receipt import Receipt
 from loraformat.runtime._held_weights import MergedWeights, WeightShelf
 from loraformat.runtime._served_graph import ServedGraph, TensorForm
 from loraformat.runtime._session_options import SessionSettings, copy_settings
 from loraformat.runtime.options import Providers, RuntimeOptions
 from loraformat.spans import InputFile
-from loraformat.wishes import NumberWishes
 
 _FOLDER_KEY: Final = "session.model_external_initializers_file_folder_path"
 

@@ -14,14 +14,14 @@ from loraformat.adapter import Target
 from loraformat.bases import BaseModel, Weight
 from loraformat.dtypes import BY_NAME
 from loraformat.engine import Effort, carry_out
+from loraformat.engine.jobs import Assignment, index_targets
+from loraformat.engine.sinks import MemorySink
+from loraformat.engine.tile_sums import TileSums
 from loraformat.images import Copy, FileImage, Fresh
-from loraformat.jobs import Assignment, index_targets
 from loraformat.output_forms import Order, index_weights, list_written
 from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
 from loraformat.runtime._served_graph import Place
-from loraformat.sinks import MemorySink
 from loraformat.strict_json import write_canonical
-from loraformat.tile_sums import TileSums
 
 _Key: TypeAlias = tuple[Any, ...]
 

@@ -7,16 +7,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack, cast
 
+from loraformat.apply.placing import Place, check_places, open_place
 from loraformat.arguments import AdapterArguments, AdapterOptions, HintOptions, StrPath, read_hints, weigh_adapters
 from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases._onnx_extension import Addition, Extension
 from loraformat.bases.onnx_graph import OnnxGraph
+from loraformat.engine.sinks import FileSink, put_image
 from loraformat.errors import error_for, refuse
 from loraformat.images import NewOutput
 from loraformat.loading import list_files
 from loraformat.output_forms import require_shared
 from loraformat.outputs import PendingOutput, check_apart, check_output, output_errors
-from loraformat.placing import Place, check_places, open_place
 from loraformat.plan import SHARE
 from loraformat.problems import Problem
 from loraformat.receipt import RUNTIME_KEY
@@ -30,7 +31,6 @@ from loraformat.runtime.judging import Judge, find_caveats
 from loraformat.runtime.layouts import RuntimeInputs
 from loraformat.runtime.opening import open_model
 from loraformat.runtime.targets import ServedAdapter, ServeOptions, serve
-from loraformat.sinks import FileSink, put_image
 
 if TYPE_CHECKING:
     import onnx

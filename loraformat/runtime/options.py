@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from loraformat.arguments import AdapterOptions, EffortOptions, HintOptions
-from loraformat.wishes import NumberWishes
+from loraformat.planning.wishes import NumberWishes
 
 Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
 """Execution providers, as onnxruntime takes them."""

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Unpack
 
+from loraformat.apply.in_place import check_no_journal
 from loraformat.arguments import AdapterArguments, StrPath
 from loraformat.errors import refuse
-from loraformat.in_place import check_no_journal
 from loraformat.loading import open_base
 from loraformat.runtime.options import Providers, RuntimeOptions
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 import loraformat
 from builders import write_peft, write_tensors
 from graphs import Array, Net, run, write_model
-from loraformat import float_work
+from loraformat.engine import float_work
 
 MODULE = "model.layers.1.fc"
 NAME = "/model/layers.1/fc/MatMul"

@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 import pytest
 
-from loraformat import demo, demo_model
+from loraformat import demo
+from loraformat.demo import model as demo_model
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the demo runs its models in onnxruntime")
 

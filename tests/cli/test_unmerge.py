@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from loraformat.errors import refuse
-from loraformat.unmerging import Undone
+from loraformat.merging.unmerging import Undone
 
 EXACT = Undone(Path("/models/base.onnx"), True, 4096)
 NEARLY = Undone(Path("/models/nearly.onnx"), False, 4096)

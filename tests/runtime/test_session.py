@@ -17,7 +17,7 @@ import loraformat
 import loraformat.runtime
 from builders import Factors, lora_factors, write_peft
 from graphs import Array, Net, dynamo_scopes, function, linear_net, run, same_bits, write_model, write_state
-from loraformat.undo import name_journal
+from loraformat.apply.undo import name_journal
 from models import write_adapter, write_base
 
 CPU = ["CPUExecutionProvider"]

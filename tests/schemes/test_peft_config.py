@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from loraformat.adapter import Scaling, ScalingRule
 from loraformat.errors import LoraformatError
 from loraformat.problems import Problem
+from loraformat.recognition.unmergeable import UNMERGEABLE
 from loraformat.schemes import NOT_STATED, Bundle, StatedScale
 from loraformat.schemes._peft_config import _OBSTACLES, PeftConfig, read_config
 from loraformat.schemes._peft_patterns import fits
-from loraformat.unmergeable import UNMERGEABLE
 
 PATH = Path("folder")
 

@@ -1,0 +1,281 @@
+"""From a path that a user named to an adapter or a base: which container, which scheme, which kind of base."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from os.path import isdir
+from pathlib import Path
+from typing import Final
+
+from loraformat.adapter import Adapter, SlotKind
+from loraformat.base_facts import NO_FACTS, BaseFacts, read_facts
+from loraformat.bases import BASES, BaseFormat, BaseModel
+from loraformat.containers import CONTAINERS, Container
+from loraformat.derived import find_origins
+from loraformat.errors import LoraformatError, error_for, refuse
+from loraformat.loading.adapter_folders import CONFIG_NAME, FACTORS_NAMES, find_factors, read_config_beside
+from loraformat.loading.known_scales import find_scale
+from loraformat.manifest import MANIFEST_KEY
+from loraformat.problems import Problem
+from loraformat.receipt import RUNTIME_KEY
+from loraformat.recognition import PEFT_TYPE, Recognised, recognise_config, recognise_tensors
+from loraformat.renames import DENOISER_IN_ONE_FILE
+from loraformat.schemes import NOT_STATED, SCHEMES, AmbiguousScheme, Bundle, Scheme, StatedScale
+from loraformat.signatures import HEAD_BYTES, describe_head
+from loraformat.spans import InputFile, read_small
+from loraformat.strict_json import JsonValue, parse_json_object
+
+_BASE_CONFIG: Final = "config.json"
+_NEED_BASE: Final = frozenset({"LF311", "LF314"})
+"""Problems that a base can solve: counts that are not known, and flat names."""
+_DIGEST_STEP_BYTES: Final = 1 << 20
+_KNOWN_ENDINGS: Final = (
+    ("lora_down.weight", "kohya's scheme"),
+    ("_lora.down.weight", "the oldest scheme of diffusers"),
+    ("lora.down.weight", "the older scheme of diffusers"),
+    ("hada_w1_a", "LyCORIS LoHa"),
+    ("lokr_w1", "LyCORIS LoKr"),
+    ("lokr_w1_a", "LyCORIS LoKr"),
+    ("lora_a", "the scheme of mlx-lm"),
+    ("lora_A", "the scheme of loralib or litgpt"),
+    (":up", "the scheme of cloneofsimo/lora"),
+    ("lora_A.weight", "the scheme of diffusers or ai-toolkit"),
+)
+
+
+def load_adapter(path: Path, scheme: str | None = None, stated: StatedScale = NOT_STATED) -> Adapter:
+    """Read the adapter at `path`, a file or a PEFT folder; its tensors stay unread.
+
+    Args:
+        path: a file, or a folder with `adapter_config.json`.
+        scheme: name of the scheme; None finds it from the content.
+        stated: the scale, for sources that do not state one.
+
+    Raises:
+        LoraformatError: the file, its scheme or its meaning is not sound.
+    """
+    return read_adapter(path, scheme, stated)[0]
+
+
+def load_for_base(path: Path, scheme: str | None, stated: StatedScale, base: BaseModel) -> Adapter:
+    """Read an adapter as `load_adapter` does; one that its file alone does not tell is read with what `base` says.
+
+    Raises:
+        LoraformatError: as `load_adapter`.
+    """
+    try:
+        adapter = load_adapter(path, scheme, stated)
+    except LoraformatError as error:
+        if not _NEED_BASE.intersection(error.codes):
+            raise
+    else:
+        needed = _NEED_BASE.intersection(problem.code for problem in adapter.problems)
+        if not needed and not isinstance(SCHEMES.find(adapter.scheme), AmbiguousScheme):
+            return adapter
+    return read_adapter(path, scheme, stated, find_facts(base))[0]
+
+
+def read_adapter(
+    path: Path, scheme: str | None, stated: StatedScale, facts: BaseFacts = NO_FACTS
+) -> tuple[Adapter, str, InputFile]:
+    """Return the adapter as `load_adapter` does, the evidence for its scheme, and the file that holds its tensors."""
+    bundle, file = open_bundle(path)
+    bundle = replace(bundle, facts=facts)
+    reader, evidence = choose_scheme(bundle, scheme)
+    adapter = read_bundle(reader, bundle, stated)
+    problems = (*adapter.problems, *_find_unused(adapter, stated))
+    return replace(adapter, sha256=digest_file(file), problems=problems), evidence, file
+
+
+def read_bundle(scheme: Scheme, bundle: Bundle, stated: StatedScale) -> Adapter:
+    """Return what a scheme reads; where the scale is missing (LF211), the error says what is known of it."""
+    try:
+        return scheme.read(bundle, stated)
+    except LoraformatError as error:
+        known = find_scale({name: tensor.shape for name, tensor in bundle.tensors.items()})
+        if known is None or "LF211" not in error.codes:
+            raise
+        said = f"This looks like {known.name}: {known.said}."
+        problems = [
+            replace(problem, mend=f"{problem.advice} {said}") if problem.code == "LF211" else problem
+            for problem in error.problems
+        ]
+        raise error_for(problems) from error
+
+
+def _find_unused(adapter: Adapter, stated: StatedScale) -> list[Problem]:
+    """Return a note when no target took the scale that the user stated: each states its own."""
+    number = stated.alpha if stated.multiplier is None else stated.multiplier
+    if number is None or any(target.scaling.value == number for target in adapter.targets):
+        return []
+    return [Problem("LF222", adapter.source, f"{number:g}, while every target states its own scale", severity="note")]
+
+
+def open_bundle(path: Path) -> tuple[Bundle, InputFile]:
+    """Return the named tensors at `path` with what lies beside them, and the file that holds them."""
+    factors = find_factors(path) if isdir(path) else path
+    head, size = _read_head(factors)
+    try:
+        opened = _choose_container(factors, head, size).open(factors)
+    except LoraformatError:
+        _refuse_by_config(path, factors)
+        raise
+    return Bundle(path, opened.tensors, opened.metadata, read_config_beside(factors)), opened.file
+
+
+def _refuse_by_config(path: Path, factors: Path) -> None:
+    """Raise LF209 where the configuration beside an unreadable file names an adapter that no weight can hold."""
+    unmergeable = recognise_config(read_config_beside(factors) or {})
+    if unmergeable is not None:
+        raise error_for([unmergeable.as_problem(path)])
+
+
+def digest_file(file: InputFile) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    room = memoryview(bytearray(min(_DIGEST_STEP_BYTES, file.size_bytes)))
+    for start in range(0, file.size_bytes, _DIGEST_STEP_BYTES):
+        part = room[: file.size_bytes - start]
+        file.read_into(part, start)
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def list_files(adapter: Adapter) -> list[InputFile]:
+    """Return the open files that an adapter's factors are read from; none for one made in memory."""
+    origins = (origin for factor in adapter.factors() for origin in find_origins(factor))
+    files = (f for origin in origins for f in getattr(origin, "files", (getattr(origin, "file", None),)))
+    return list({id(file): file for file in files if isinstance(file, InputFile)}.values())
+
+
+def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
+    """Return the scheme of `bundle` and the evidence for it.
+
+    Raises:
+        InputError: LF121 no scheme knows these tensors.
+        FindingError: LF209 an adapter that no weight can hold, LF303 several schemes know it, LF305 none is so called.
+    """
+    if name is not None:
+        chosen = SCHEMES.find(name)
+        if chosen is None:
+            raise refuse("LF305", name, "no scheme of this name", f"one of {', '.join(SCHEMES.names())}")
+        return chosen, "named by the user"
+    unmergeable = recognise_bundle(bundle)
+    if unmergeable is not None:
+        raise error_for([unmergeable.as_problem(bundle.path)])
+    found = [(scheme, evidence) for _, scheme in SCHEMES if (evidence := scheme.detect(bundle)) is not None]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        readings = "; ".join(f"{scheme.name} ({evidence})" for scheme, evidence in found)
+        raise refuse("LF303", bundle.path, readings, "one reading")
+    raise refuse("LF121", bundle.path, _describe_names(bundle), f"a scheme among {', '.join(SCHEMES.names())}")
+
+
+def open_base(path: Path) -> BaseModel:
+    """Index the model at `path`; raises LoraformatError."""
+    head, size = (b"", 0) if isdir(path) else _read_head(path)
+    matching = next((base for _, base in BASES if base.accepts(path, head, size)), None)
+    if matching is not None:  # The rest need not be imported.
+        return matching.open(path)
+    if isdir(path):
+        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors", ".bin"})
+        found = f"a folder with {', '.join(inside[:4]) or 'no model'}"
+        raise refuse("LF121", path, found, "a model folder with safetensors or torch weights, or one model file")
+    by_suffix = [base for _, base in BASES if path.suffix.lower() in base.suffixes]
+    return _refuse_or_open(path, head, by_suffix)
+
+
+def _refuse_or_open(path: Path, head: bytes, by_suffix: list[BaseFormat]) -> BaseModel:
+    """Open a file whose name says what its content does not, for the error that this gives; else say what it is."""
+    described = describe_head(head)
+    if described is None and by_suffix:
+        return by_suffix[0].open(path)
+    raise _unreadable(path, head, "a model as .onnx, .safetensors, .bin, .pt or .npz")
+
+
+def find_facts(base: BaseModel) -> BaseFacts:
+    """Return the names of a base's modules, and what the configuration beside it counts."""
+    path = base.path
+    config = path / _BASE_CONFIG if isdir(path) else path.with_name(_BASE_CONFIG)
+    fields: Mapping[str, JsonValue] = parse_json_object(read_small(config), config) if config.exists() else {}
+    names = {site.module for site in base.sites if site.module}
+    facts = read_facts(fields, str(path), frozenset(names | set(map(_name_alone, names))))
+    convolutions = [site for site in base.sites if site.weight and SlotKind.CONV in site.transposed]
+    kernels = {site.module: site.stored_shape() for site in convolutions}
+    return replace(facts, kernels={_name_alone(name): shape for name, shape in kernels.items()} | kernels)
+
+
+def _name_alone(module: str) -> str:
+    """Return what a module is called where its model is in a file of its own."""
+    return module.removeprefix(f"{DENOISER_IN_ONE_FILE}.")
+
+
+def is_base(path: Path) -> bool:
+    """Say whether `path` is a model rather than an adapter, from its content: an adapter's tensors have a scheme."""
+    if isdir(path):
+        looks_so = any(base.accepts(path, b"", 0) for _, base in BASES)
+        return looks_so and not any((path / name).exists() for name in (*FACTORS_NAMES, CONFIG_NAME))
+    bundle, _ = open_bundle(path)
+    if RUNTIME_KEY in bundle.metadata:  # Its inputs for adapters are called as an adapter's tensors are.
+        return True
+    known = _recognise(bundle) or recognise_bundle(bundle)
+    if known or any(scheme.detect(bundle) for _, scheme in SCHEMES):
+        return False
+    head, size = _read_head(path)
+    return any(base.accepts(path, head, size) for _, base in BASES)
+
+
+def _read_head(path: Path) -> tuple[bytes, int]:
+    file = InputFile(path)
+    try:
+        return file.read(0, min(HEAD_BYTES, file.size_bytes)), file.size_bytes
+    finally:
+        file.close()
+
+
+def _choose_container(path: Path, head: bytes, size: int) -> Container:
+    hint = path.suffix.lower().removeprefix(".") or "-"
+    for name in sorted(CONTAINERS.names(), key=lambda name: not name.startswith(hint)):
+        likely = CONTAINERS.find(name)  # Imports no other where the file is what its name says.
+        if likely is not None and likely.has_magic and likely.sniff(head, size):
+            return likely
+    containers = [container for _, container in CONTAINERS]
+    for container in containers:
+        if container.sniff(head, size):
+            return container
+    for container in containers:  # Its own reader says best what is wrong with a file of its name.
+        if path.suffix.lower() in container.suffixes:
+            return container
+    raise _unreadable(path, head, "an adapter as .safetensors or a PEFT folder")
+
+
+def _unreadable(path: Path, head: bytes, expected: str) -> Exception:
+    described = describe_head(head)
+    if described is None:
+        return refuse("LF121", path, "a file of no known format", expected)
+    return refuse("LF111", path, described.what, expected, described.mend)
+
+
+def recognise_bundle(bundle: Bundle) -> Recognised | None:
+    """Return what the bundle is, where it is an adapter that no weight can hold."""
+    config = bundle.config or {}
+    if MANIFEST_KEY in bundle.metadata or (PEFT_TYPE in config and recognise_config(config)):
+        return None  # Of its own configuration, PEFT's scheme says so.
+    return recognise_config(config) or recognise_tensors(bundle.tensors)
+
+
+def _recognise(bundle: Bundle) -> str | None:
+    """Return what the tensors' names look like, among schemes that this version knows of but does not read."""
+    for ending, what in _KNOWN_ENDINGS:
+        key = next((key for key in bundle.tensors if key == ending or key.endswith((f".{ending}", ending))), None)
+        if key is not None:
+            return f"tensors such as {key}: {what}"
+    return None
+
+
+def _describe_names(bundle: Bundle) -> str:
+    if not bundle.tensors:
+        return "a file without tensors"
+    names = ", ".join(sorted(bundle.tensors)[:3])
+    return _recognise(bundle) or f"{len(bundle.tensors)} tensors such as {names}"

@@ -1,0 +1,60 @@
+"""What lies in an adapter's folder, and beside a file that is named: the factors, and the configuration."""
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from itertools import chain
+from pathlib import Path
+from typing import Final
+
+from loraformat.errors import error_for, refuse
+from loraformat.loading.flat_yaml import parse_flat_yaml
+from loraformat.recognition import recognise_config, recognise_files
+from loraformat.schemes import SCHEMES, FolderScheme, Layout
+from loraformat.signatures import HEAD_BYTES, describe_head
+from loraformat.spans import read_small
+from loraformat.strict_json import JsonValue, parse_json_object
+
+FACTORS_NAME: Final = "adapter_model.safetensors"
+CONFIG_NAME: Final = "adapter_config.json"
+FACTORS_NAMES: Final = (FACTORS_NAME, "adapter_model.bin", "adapter_model.pt")
+"""What the file with the factors is called in a PEFT folder, the one to prefer first."""
+_YAML: Final = (".yaml", ".yml")
+
+
+def find_factors(folder: Path) -> Path:
+    """Return the file in a folder that holds the factors; LF121 where there is none, LF209 for what cannot merge."""
+    others = (name for layout in _list_layouts() for name in layout.factors if "*" not in name)
+    found = next((name for name in chain(FACTORS_NAMES, others) if (folder / name).exists()), None)
+    if found is not None:
+        return folder / found
+    names = sorted(entry.name for entry in folder.iterdir())
+    unmergeable = recognise_files(names) or recognise_config(read_config_beside(folder / FACTORS_NAME) or {})
+    if unmergeable is not None:
+        raise error_for([unmergeable.as_problem(folder)])
+    inside = ", ".join(names[:6]) or "nothing"
+    raise refuse("LF121", folder, f"a folder with {inside}", f"a folder with {FACTORS_NAME}")
+
+
+def _list_layouts() -> Iterator[Layout]:
+    """Yield how schemes lay out their folders; imports a scheme only when it comes to it."""
+    for _, scheme in SCHEMES:
+        if isinstance(scheme, FolderScheme):
+            yield scheme.layout
+
+
+def read_config_beside(factors: Path) -> Mapping[str, JsonValue] | None:
+    """Return the configuration beside a name that a scheme has; beside any other it may belong to another file."""
+    fitting = (each for each in _list_layouts() if any(fnmatchcase(factors.name, name) for name in each.factors))
+    own = factors.name in FACTORS_NAMES
+    names = (CONFIG_NAME,) if own else tuple(name for layout in fitting for name in layout.configs)
+    paths = [factors.with_name(name) for name in dict.fromkeys(names)]
+    found = [_parse_config(path) for path in paths if path.exists()]
+    return {name: value for config in reversed(found) for name, value in config.items()} if found else None
+
+
+def _parse_config(path: Path) -> Mapping[str, JsonValue]:
+    data = read_small(path)
+    described = describe_head(data[:HEAD_BYTES])
+    if described is not None and not data.lstrip().startswith(b"{"):
+        raise refuse("LF111", path, described.what, "JSON text", described.mend)
+    return parse_flat_yaml(data, path) if path.suffix in _YAML else parse_json_object(data, path)

@@ -1,0 +1,250 @@
+"""One weight of a plan: its changes, whether they compose, and how it stands in the output."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Final, NamedTuple, cast
+
+from loraformat.bases import Site, Weight
+from loraformat.encodings import ENCODINGS
+from loraformat.kinds import KINDS, MappingKind, Nature
+from loraformat.matching import Match, NewBias, shape_at
+from loraformat.plan import NewForm, PlannedChange, PlannedWeight, as_matrix, count_tile_rows
+from loraformat.planning.coded_plans import list_companions
+from loraformat.planning.coded_rows import align_rows
+from loraformat.problems import Problem
+from loraformat.spans import Part
+
+_ORDER: Final = {Nature.REPLACEMENT: 0, Nature.FUNCTION_OF_BASE: 1, Nature.ADDITIVE: 2}
+"""What replaces the base's values comes first, then what is a function of them, then what is added."""
+
+
+class WeightChange(NamedTuple):
+    """One change on its way into the plan of a weight."""
+
+    match: Match
+    weight: Weight
+    change: PlannedChange
+
+
+class Table(NamedTuple):
+    """One tensor of the output, and what changes it.
+
+    Attributes:
+        name: the weight's key in the base, or the name of a tensor of its own.
+        changes: none for a table that only parts from another.
+        readers: for a copy of a weight, ids of the sites that read it.
+    """
+
+    name: str
+    changes: Sequence[WeightChange]
+    readers: tuple[str, ...] = ()
+
+
+def part_tables(
+    weight: Weight, group: Sequence[WeightChange], sites: Sequence[Site], problems: list[Problem]
+) -> Iterator[Table]:
+    """Yield the tensors that one becomes in the output: one, those of tied tables, or copies for some readers.
+
+    Args:
+        weight: the base's.
+        group: all changes of it.
+        sites: the base's.
+        problems: takes what was found.
+    """
+    if not any(entry.match.apart for entry in group):
+        yield Table(weight.key, group)
+        return
+    tied = [site for site in sites if site.tied and site.weight is not None and site.weight.key == weight.key]
+    if not tied:
+        yield from _part_readers(weight, group, problems)
+        return
+    for name in dict.fromkeys(site.tied for site in tied):
+        own = [entry for entry in group if entry.match.apart in ("", name)]
+        if own or name != weight.key:
+            yield Table(name, own)
+
+
+def _part_readers(weight: Weight, group: Sequence[WeightChange], problems: list[Problem]) -> Iterator[Table]:
+    """Yield a copy for each set of sites that some changes are for; changes for all readers are in each of them.
+
+    Where no reader would be left to the weight itself, the first set keeps it.
+    """
+    parts: dict[frozenset[str], str] = {}
+    for entry in group:
+        sites = [site for site in entry.match.sites if site.weight is not None and site.weight.key == weight.key]
+        readers = frozenset(site.id for site in sites)
+        if not weight.consumers <= readers:
+            parts.setdefault(readers, sites[0].own_name)
+    shared = [reader for reader, count in Counter(r for readers in parts for r in readers).items() if count > 1]
+    if shared:
+        found = f"{weight.name!r} is changed for {shared[0]} in company of different others"
+        problems.append(Problem("LF402", group[0].match.want.name, found, "changes for the same readers"))
+    kept = next(iter(parts), frozenset()) if weight.consumers <= frozenset().union(*parts) else None
+    for readers, name in parts.items():
+        own = [entry for entry in group if _is_for(entry, weight, readers)]
+        yield Table(weight.key, own) if readers == kept else Table(name, own, tuple(sorted(readers)))
+    whole = [entry for entry in group if weight.consumers <= {site.id for site in entry.match.sites}]
+    if whole and kept is None:
+        yield Table(weight.key, whole)
+
+
+def _is_for(entry: WeightChange, weight: Weight, readers: frozenset[str]) -> bool:
+    """Say whether a change of a weight is for these readers, or for all that it has."""
+    own = {site.id for site in entry.match.sites if site.weight is not None and site.weight.key == weight.key}
+    return readers == own or weight.consumers <= own
+
+
+def plan_weight(
+    table: Table, weight: Weight, problems: list[Problem], *, keep_scales: bool = False
+) -> PlannedWeight | None:
+    """Return the plan of one tensor of the output, None where something stands against it.
+
+    Args:
+        table: what it is called, and its changes.
+        weight: the base's.
+        problems: takes what was found.
+        keep_scales: leave the scales of quantised weights as they are.
+    """
+    name, group, _ = table
+    tensor = weight.tensor
+    encoding = next((name for name, encoding in ENCODINGS if encoding.accepts(tensor.dtype)), None)
+    if weight.coding is not None:
+        encoding = weight.coding.encoding
+    conflicts = check_composition(group)
+    if encoding is None:
+        found = f"the weight {tensor.name!r} is stored as {tensor.dtype.name}"
+        problems.append(Problem("LF403", group[0].match.target.name, found, "a floating-point form"))
+    problems += conflicts
+    if encoding is None or conflicts:
+        return None
+    shape = (_count_rows(weight, group), *tensor.shape[1:])
+    matrix = next((entry.change.part.matrix for entry in group if entry.change.part), as_matrix(shape))
+    matrix = weight.coding.matrix if weight.coding is not None else matrix
+    changes = [_place(entry, matrix) for entry in sorted(group, key=lambda entry: _ORDER[entry.change.nature])]
+    apart = name != weight.key
+    return PlannedWeight(
+        key=weight.key,
+        name=name if apart else weight.name,
+        file=tensor.span.path.name,
+        offset=tensor.span.offset,
+        nbytes=tensor.span.length,
+        dtype=tensor.dtype.name,
+        shape=tensor.shape,
+        matrix=matrix,
+        encoding=encoding,
+        tile_rows=count_tile_rows(matrix, math.lcm(count_block(group), align_rows(weight.coding))),
+        changes=tuple(changes),
+        evidence=group[0].match.evidence if group else "tie_word_embeddings",
+        new=_make_form(table, weight, shape, encoding),
+        companions=list_companions(weight, changes, problems, name if table.readers else "", keep_scales=keep_scales),
+        block=weight.coding.block if weight.coding is not None else (0, 0),
+    )
+
+
+def _make_form(table: Table, weight: Weight, shape: tuple[int, ...], encoding: str) -> NewForm | None:
+    """Return the form of a tensor that is not as in the base; None for one that is."""
+    if table.name == weight.key and shape == weight.tensor.shape:
+        return None
+    source = weight.name if table.readers else ""
+    form = weight.tensor.dtype.name
+    return NewForm(table.name, form, shape, encoding, copied_from=source, readers=table.readers)
+
+
+def plan_bias(bias: NewBias, changes: Sequence[PlannedChange]) -> PlannedWeight | None:
+    """Return the plan of a bias that the base lacks, in the number form of the module's weight."""
+    tensor, shape = bias.beside.weight.tensor, bias.want.shape
+    encoding = next((name for name, encoding in ENCODINGS if encoding.accepts(tensor.dtype)), None)
+    if encoding is None:  # The weight itself is refused for it.
+        return None
+    matrix = as_matrix(shape)
+    return PlannedWeight(
+        key=bias.name,
+        name=bias.name,
+        file=tensor.span.path.name,
+        offset=0,
+        nbytes=0,
+        dtype=tensor.dtype.name,
+        shape=shape,
+        matrix=matrix,
+        encoding=encoding,
+        tile_rows=count_tile_rows(matrix),
+        changes=tuple(sorted(changes, key=lambda change: _ORDER[change.nature])),
+        evidence="new bias",
+        new=NewForm(bias.name, tensor.dtype.name, shape, encoding, has_base=False),
+    )
+
+
+def _count_rows(weight: Weight, group: Sequence[WeightChange]) -> int:
+    """Return the rows in the output: those of the base, or of a table that replaces it."""
+    rows = [_rows_of(entry) for entry in group if entry.change.nature is Nature.REPLACEMENT and not entry.change.part]
+    return max([weight.tensor.shape[0], *rows])
+
+
+def _rows_of(entry: WeightChange) -> int:
+    return shape_at(replace(entry.match.want, change=entry.match.change), entry.match.sites[0])[0]
+
+
+def _place(entry: WeightChange, matrix: tuple[int, int]) -> PlannedChange:
+    """Return a change with the part that it is of a matrix with more rows than it has."""
+    if entry.change.part is not None or _rows_of(entry) >= matrix[0]:
+        return entry.change
+    return replace(entry.change, part=Part(matrix, (0, _rows_of(entry), 1), (0, matrix[1], 1)))
+
+
+def count_block(group: Sequence[WeightChange]) -> int:
+    """Return how many rows of the stored matrix the functions of the base must see together."""
+    return math.lcm(1, *(_block_of(entry) for entry in group))
+
+
+def _block_of(entry: WeightChange) -> int:
+    if entry.change.nature is not Nature.FUNCTION_OF_BASE:
+        return 1
+    kind = cast(MappingKind, KINDS.find(entry.change.kind))
+    return kind.count_rows_together(entry.match.target, entry.match.change, transposed=entry.change.transposed)
+
+
+def check_composition(group: Sequence[WeightChange]) -> list[Problem]:
+    """Return problems of changes of one weight that do not compose (spec/SPEC.md, R-085)."""
+    special = [entry for entry in group if entry.change.nature is not Nature.ADDITIVE]
+    if not special:
+        return []
+    where, name = special[0].match.want.name, special[0].weight.name
+    rivals = [entry for entry in special if _overlap(entry.change.part, special[0].change.part)]
+    if special[0].change.nature is Nature.REPLACEMENT:  # What is trained on the replaced values goes on top of them.
+        rivals += [e for e in group if e not in rivals and _owners(e).isdisjoint(_owners(special[0]))]
+    if len(rivals) > 1:
+        others = ", ".join(entry.match.want.name for entry in rivals[1:])
+        return [Problem("LF409", where, f"{name!r} is changed by {others} as well", "one change of it")]
+    if special[0].match.divisor != 1:
+        found = f"the graph multiplies {name!r} by {special[0].match.divisor:g}"
+        return [Problem("LF403", where, found, "a weight that is used as it is stored")]
+    if special[0].match.row_factors or special[0].match.row_order:
+        found = f"rows of {name!r} were multiplied by numbers, or moved"
+        return [Problem("LF403", where, found, "a weight that is used as it is stored")]
+    return [problem for entry in special for problem in _check_whole(entry)]
+
+
+def _check_whole(entry: WeightChange) -> list[Problem]:
+    """Return a problem when a function of the base would see less of a weight than it must."""
+    if entry.change.nature is not Nature.FUNCTION_OF_BASE:
+        return []
+    block, part = _block_of(entry), entry.change.part
+    torn = part is not None and block > 1 and (part.rows[2] != 1 or part.rows[0] % block != 0)
+    if entry.change.section is None and not torn:
+        return []
+    found = f"{entry.weight.name!r} holds only a part of the module that it changes"
+    return [Problem("LF418", entry.match.want.name, found, "the module's weight in one piece")]
+
+
+def _owners(entry: WeightChange) -> set[tuple[int, str]]:
+    return {(entry.change.adapter, name) for name in (entry.change.target, *entry.match.also)}
+
+
+def _overlap(one: Part | None, other: Part | None) -> bool:
+    """Say whether two parts of a stored matrix may have elements in common; one that is None is all of it."""
+    if one is None or other is None:
+        return True
+    rows = set(range(*one.rows)).isdisjoint(range(*other.rows))
+    return not (rows or set(range(*one.columns)).isdisjoint(range(*other.columns)))
