@@ -41,6 +41,8 @@ def _count_blocks(coding: Coding) -> tuple[int, int]:
 
 def cut_coding(coding: Coding, rows: range) -> Coding:
     """Return the coding of some rows, whole blocks, as a matrix of their own."""
+    if len(rows) == coding.matrix[0]:
+        return coding
     blocks = range(rows.start // coding.block[0], -(-rows.stop // coding.block[0]))
     companions = {role: _cut(coding, tensor, blocks) for role, tensor in coding.companions.items()}
     return replace(coding, matrix=(len(rows), coding.matrix[1]), companions=companions)
