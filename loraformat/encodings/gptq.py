@@ -1,7 +1,8 @@
 """GPTQ's codes of 2, 4 or 8 bits: `(code - zero point) * scale`, stored transposed, `(in, out)`.
 
 `qweight` has in each int32 the codes of neighbouring inputs, `qzeros` in each the zero points of neighbouring outputs
-(less one, in files of the first version: `Coding.zero`), `g_idx` the group of each input.
+(less one, in files of the first version: `Coding.zero`, where the last code stands for 0), `g_idx` the group of each
+input.
 """
 
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Gptq:
         held, (rows, columns) = coding.companions, coding.matrix
         scales = held["scales"].read().astype(np.float32).reshape(-1, columns)
         stored = held["zero_points"].read_bytes().reshape(len(scales), -1)
-        zeros = unpack(stored, form.bits).astype(np.float32) + np.float32(coding.zero)
+        zeros = ((unpack(stored, form.bits) + np.uint8(coding.zero)) & ((1 << form.bits) - 1)).astype(np.float32)
         groups = np.arange(rows) // coding.block[0]
         if "order" in held:
             groups = np.clip(held["order"].read().reshape(-1), 0, len(scales) - 1)
