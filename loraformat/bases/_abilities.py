@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from loraformat.bases._model import BaseModel
+from loraformat.bases._model import BaseModel, Weight
 from loraformat.dtypes import Dtype
 from loraformat.images import FileImage, NewOutput
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Span
+from loraformat.strict_json import JsonValue
 
 
 @runtime_checkable
@@ -101,10 +102,21 @@ class FloatForm:
 
 @runtime_checkable
 class DequantisingBase(BaseModel, Protocol):
-    """A base in which floats can stand in the place of codes: an ONNX graph, whose operators change with them."""
+    """A base in which floats can stand in the place of codes: an ONNX graph, whose operators change with them.
+
+    Or a checkpoint: then its output is written anew, and all its quantised weights stand in floats.
+    """
 
     def find_float_form(self, key: str) -> FloatForm | Problem:
         """Return how a quantised weight would stand in floats, or why it cannot (LF619)."""
+        ...
+
+    def list_joint_floats(self) -> Sequence[Weight | Problem]:
+        """Return the weights that are to stand in floats whether they change or not, or why one cannot (LF470)."""
+        ...
+
+    def tell_floats(self) -> Mapping[str, JsonValue]:
+        """Return the members of `config.json` that change with them; None for one that goes."""
         ...
 
     def with_floats(self, floats: Sequence[WeightFloats]) -> "DequantisingBase":

@@ -30,7 +30,7 @@ def edit_config(data: bytes, changes: Mapping[str, JsonValue], where: object) ->
 
     A member is changed where it stands: at the top, in `text_config` or its like, or in both. One that stands nowhere
     is added in these places; the number form (`dtype`, or `torch_dtype` of old) is not, for without it the form is
-    that of the weights.
+    that of the weights. One whose new value is None is taken out.
 
     Args:
         data: the text, UTF-8.
@@ -51,7 +51,9 @@ def _change(text: str, key: str, value: JsonValue) -> str:
     objects = [list(_walk(text, start)) for start in _find_objects(text)]
     names = {key, _OTHER_NAMES.get(key, key)}
     places = [member for members in objects for member in members if member.key in names]
-    if places:
+    if value is None:
+        edits = [_cut(text, members, index) for members in objects for index, m in enumerate(members) if m.key == key]
+    elif places:
         edits = [(member.start, member.end, json.dumps(value)) for member in places]
     elif key in _OTHER_NAMES:
         edits = []
@@ -61,6 +63,13 @@ def _change(text: str, key: str, value: JsonValue) -> str:
     for start, end, new in sorted(edits, reverse=True):
         text = text[:start] + new + text[end:]
     return text
+
+
+def _cut(text: str, members: list[_Member], index: int) -> tuple[int, int, str]:
+    """Return the edit that takes out a member, with the comma before it, or after it where it is the first."""
+    if index:
+        return members[index - 1].end, members[index].end, ""
+    return members[0].key_start, members[1].key_start if len(members) > 1 else members[0].end, ""
 
 
 def _find_objects(text: str) -> list[int]:

@@ -22,6 +22,7 @@ class FileRewriter:
         metadata: text annotations of the output.
         config: the `config.json` beside the base, empty where there is none.
         problems: what the output leaves out.
+        gone: names of tensors that it lacks.
     """
 
     format = FORMAT
@@ -35,10 +36,11 @@ class FileRewriter:
         metadata: Mapping[str, str],
         config: Mapping[str, JsonValue],
         problems: Sequence[Problem] = (),
+        gone: Collection[str] = (),
     ) -> None:
         self._path = path
         self._metadata = metadata
-        self._tensors, notes = list_output(tensors, config)
+        self._tensors, notes = list_output(tensors, config, gone)
         self.problems: Sequence[Problem] = [*problems, *notes]
 
     def output_tensors(self) -> list[OutputTensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from loraformat.bases import BaseModel, Rewriter, Site
 from loraformat.bases._checksums import compute_checksums, write_checksums
+from loraformat.bases._float_state import FILES_OF_CODES, FloatingState
 from loraformat.bases._folder_rewriter import FolderParts, FolderRewriter
 from loraformat.bases._receipts import RECEIPT_NAME, describe_receipt_file, read_receipt_file
 from loraformat.bases._shards import INDEX_SUFFIX, open_shards
@@ -23,7 +24,7 @@ from loraformat.problems import Problem
 from loraformat.spans import InputFile, Span, StoredTensor
 
 
-class StateDictFolder:
+class StateDictFolder(FloatingState):
     """An opened model folder; the attributes are those of `BaseModel`."""
 
     suffix = ""
@@ -51,7 +52,9 @@ class StateDictFolder:
     @property
     def rewriter(self) -> Rewriter:
         """What describes it as a folder of safetensors shards."""
-        return FolderRewriter(FolderParts(self.path, self._shards, self._travelling, self._config), self._form.suffix)
+        travelling = {n: file for n, file in self._travelling.items() if not self._gone or n not in FILES_OF_CODES}
+        parts = FolderParts(self.path, self._shards, travelling, self._config, self._gone)
+        return FolderRewriter(parts, self._form.suffix)
 
     def list_tensors(self) -> Sequence[StoredTensor]:
         """Return every stored tensor, shard after shard."""

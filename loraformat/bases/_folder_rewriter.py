@@ -34,12 +34,14 @@ class FolderParts:
         shards: its weights.
         travelling: its other files, by their relative names.
         config: its `config.json`, empty where there is none.
+        gone: names of tensors that the output lacks.
     """
 
     path: Path
     shards: Shards
     travelling: Mapping[str, InputFile]
     config: Mapping[str, JsonValue]
+    gone: Collection[str] = ()
 
 
 class FolderRewriter:
@@ -57,7 +59,7 @@ class FolderRewriter:
     def __init__(self, parts: FolderParts, suffix: str) -> None:
         self._parts = parts
         self._suffix = suffix
-        self._tensors, notes = list_output(parts.shards.tensors.values(), parts.config)
+        self._tensors, notes = list_output(parts.shards.tensors.values(), parts.config, parts.gone)
         shards = parts.shards.files.items() if suffix != _SUFFIX else ()
         values = [note for name, shard in shards for note in note_values(name, shard.metadata)]
         self.problems: Sequence[Problem] = [*values, *notes]

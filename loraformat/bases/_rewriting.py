@@ -18,13 +18,14 @@ _LISTED: Final = 8
 
 
 def list_output(
-    tensors: Collection[StoredTensor], config: Mapping[str, JsonValue]
+    tensors: Collection[StoredTensor], config: Mapping[str, JsonValue], gone: Collection[str] = ()
 ) -> tuple[list[OutputTensor], list[Problem]]:
     """Return the tensors of a rewritten state dict as they stand, and notes on what is no longer shared.
 
     safetensors has no shared bytes. An output layer that is the embedding is left out where the configuration ties
-    the two, as safetensors' own writers do; every other name gets numbers of its own.
+    the two, as safetensors' own writers do; every other name gets numbers of its own. What is `gone` the output lacks.
     """
+    tensors = [tensor for tensor in tensors if tensor.name not in gone]
     dropped: dict[str, str] = {}
     parted: list[str] = []
     for group in group_aliases(tensors):

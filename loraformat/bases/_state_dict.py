@@ -6,13 +6,17 @@ an embedding table, and the adapter's target says which it expects.
 
 import hashlib
 from collections.abc import Collection, Container, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import SlotKind
 from loraformat.bases import TENSOR_NAME, Site, Weight
 from loraformat.bases._aliases import Group, group_aliases
+from loraformat.bases._coded_state import CodedState, CodedTensor, list_unknown
 from loraformat.bases._other_sites import list_other_sites
+from loraformat.bases._recipes_floats import RECIPES as FLOATS
+from loraformat.bases._recipes_packed import RECIPES as PACKED
 from loraformat.bases._renamed_sites import list_renamed_sites
 from loraformat.bases._tied_tables import grows, read_tie, tie_sites
 from loraformat.problems import Problem
@@ -59,13 +63,27 @@ def list_sites(tensors: Collection[StoredTensor], config: Mapping[str, JsonValue
         tensors: its tensors.
         config: transformers' `config.json` beside it, empty where there is none.
     """
-    adaptable = [tensor for tensor in tensors if _is_adaptable(tensor)]
+    coded = read_codes(tensors, config)
+    plain = [tensor for tensor in tensors if tensor.name not in coded.owned and tensor.name not in coded.found]
+    adaptable = [tensor for tensor in plain if _is_adaptable(tensor)]
     names = {tensor.name for tensor in adaptable}
     weights = {tensor.name: weight for group in group_aliases(tensors) for tensor, weight in _share(group)}
     own = [_make_site(tensor, weights.get(tensor.name), config, names) for tensor in adaptable]
+    own += [_make_coded_site(name, each, weights.get(name), names) for name, each in coded.found.items()]
+    own += [Site(module, module, TENSOR_NAME, _MATRIX, None, obstacle=why) for module, why in list_unknown(coded)]
     own = tie_sites(own, config)
     own += list_renamed_sites(own, config)
     return own + list_other_sites(own, config)
+
+
+def read_codes(tensors: Iterable[StoredTensor], config: Mapping[str, JsonValue]) -> CodedState:
+    """Return the quantised weights of a state dict."""
+    return CodedState({tensor.name: tensor for tensor in tensors}, config, (*PACKED, *FLOATS))
+
+
+def is_conv1d(module: str, config: Mapping[str, JsonValue]) -> bool:
+    """Say whether a module's weight is `(in, out)` in floats."""
+    return config.get("model_type") in _CONV1D_FAMILIES and module.rsplit(".", 1)[-1] in _CONV1D_MODULES
 
 
 def is_tied(config: Mapping[str, JsonValue]) -> bool:
@@ -107,6 +125,24 @@ def _make_site(
     )
 
 
+def _make_coded_site(name: str, coded: CodedTensor | Problem, weight: Weight | None, names: Container[str]) -> Site:
+    """Return the site of a quantised weight; one that cannot be read says why."""
+    if isinstance(coded, Problem):
+        module = name.rpartition(".")[0]
+        return Site(name, module, TENSOR_NAME, _MATRIX, None, obstacle=replace(coded, where=module))
+    module, bias = coded.name.rpartition(".")[0], f"{coded.name.rpartition('.')[0]}.{_BIAS}"
+    assert weight is not None, "it has numbers"
+    return Site(
+        id=name,
+        module=module,
+        evidence=TENSOR_NAME,
+        transposed=_CONV1D if coded.turned else _MATRIX,
+        weight=replace(weight, tensor=coded.tensor, coding=coded.coding),
+        grows=False,
+        free_bias=bias if bias not in names else "",
+    )
+
+
 def _find_obstacle(tensor: StoredTensor, module: str) -> Problem | None:
     if tensor.dtype.family != "float":
         return Problem("LF403", module, f"numbers stored as {tensor.dtype.name}", "a floating-point form")
@@ -121,8 +157,7 @@ def _orient(module: str, tensor: StoredTensor, config: Mapping[str, JsonValue]) 
         return _VECTOR
     if len(tensor.shape) > 2:
         return _CONV
-    conv1d = config.get("model_type") in _CONV1D_FAMILIES and module.rsplit(".", 1)[-1] in _CONV1D_MODULES
-    return _CONV1D if conv1d else _MATRIX
+    return _CONV1D if is_conv1d(module, config) else _MATRIX
 
 
 def read_model_config(folder: Path) -> Mapping[str, JsonValue]:

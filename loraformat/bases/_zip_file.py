@@ -11,6 +11,7 @@ from typing import Any
 from loraformat.bases import BaseModel, Rewriter, Site
 from loraformat.bases._checksums import compute_checksums, write_checksums
 from loraformat.bases._file_rewriter import FileRewriter
+from loraformat.bases._float_state import FloatingState
 from loraformat.bases._receipts import describe_receipt_file, name_receipt, read_receipt_file
 from loraformat.bases._rewriting import note_values
 from loraformat.bases._state_dict import digest_structure, list_sites, read_model_config
@@ -20,7 +21,7 @@ from loraformat.problems import Problem
 from loraformat.spans import InputFile, Span, StoredTensor
 
 
-class ZipStateDict:
+class ZipStateDict(FloatingState):
     """An opened archive; the attributes are those of `BaseModel`."""
 
     folder_mark = ""
@@ -43,7 +44,8 @@ class ZipStateDict:
     def rewriter(self) -> Rewriter:
         """What describes it as a safetensors file."""
         notes = note_values(self.path, self._opened.metadata)
-        return FileRewriter(self.path, self.list_tensors(), self._form.rewritten_metadata, self._config, notes)
+        metadata = self._form.rewritten_metadata
+        return FileRewriter(self.path, self.list_tensors(), metadata, self._config, notes, self._gone)
 
     def list_tensors(self) -> Sequence[StoredTensor]:
         """Return every stored tensor."""

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from loraformat.bases import BaseModel, Rewriter, Site
 from loraformat.bases._file_rewriter import FileRewriter
+from loraformat.bases._float_state import FloatingState
 from loraformat.bases._receipts import read_receipt_text
 from loraformat.bases._state_dict import digest_structure, list_sites, read_model_config
 from loraformat.containers import TensorFile
@@ -17,7 +18,7 @@ from loraformat.receipt import RECEIPT_KEY
 from loraformat.spans import InputFile, Span, StoredTensor
 
 
-class Checkpoint:
+class Checkpoint(FloatingState):
     """An opened state dict; the attributes are those of `BaseModel`."""
 
     format = "safetensors"
@@ -40,7 +41,7 @@ class Checkpoint:
     @property
     def rewriter(self) -> Rewriter:
         """What describes it as a file with other tensors."""
-        return FileRewriter(self.path, self.list_tensors(), self._metadata, self._config)
+        return FileRewriter(self.path, self.list_tensors(), self._metadata, self._config, gone=self._gone)
 
     def list_tensors(self) -> Sequence[StoredTensor]:
         """Return every stored tensor."""

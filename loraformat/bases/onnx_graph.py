@@ -37,6 +37,7 @@ from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, Te
 from loraformat.images import FileImage, NewOutput
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.strict_json import JsonValue
 
 if TYPE_CHECKING:
     import onnx
@@ -135,6 +136,14 @@ class OnnxGraph:
             version = f"a model of version {self._opened.model.ir_version} of the IR"
             return Problem("LF619", weight.name, version, f"version {_FREE_INITIALIZERS} or later")
         return plan_surgery([found], weight, self._index.names)
+
+    def list_joint_floats(self) -> Sequence[Weight | Problem]:
+        """Return nothing: the others stay as they are."""
+        return ()
+
+    def tell_floats(self) -> Mapping[str, JsonValue]:
+        """Return nothing: a graph has no configuration."""
+        return {}
 
     def with_floats(self, floats: Sequence[WeightFloats]) -> "OnnxGraph":
         """Return the graph with initializers of floats in the place of codes, and other nodes for them."""

@@ -115,7 +115,7 @@ class AffineCoder:
         self.layout = layout
         self.blocks = Blocks(coding.matrix, coding.block)
         self.stored_scales = scales
-        self.scales = scales.astype(np.float32)
+        self.scales = scales.astype(np.float32) * np.float32(coding.unit)
         self.zeros = zeros
         self.stored_zeros = stored_zeros
         self._are_codes = bool((zeros == np.rint(zeros)).all())
@@ -142,7 +142,7 @@ class AffineCoder:
             quotients[:, width:] = self.layout.unpack(out, values.shape[1])[:, width:]
         self.layout.pack(quotients, out)
 
-    def steps(self, rows: range) -> NDArray[np.float32]:
+    def steps(self, rows: range, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the scales without their signs."""
         return np.abs(self.blocks.spread(self.scales, rows))
 
@@ -162,7 +162,8 @@ class AffineCoder:
     def with_scales(self, scales: Array, zeros: Array | None = None) -> "AffineCoder":
         """Return the same with other scales, rounded to the stored form, and other zero points."""
         with np.errstate(over="ignore"):
-            scales = scales.astype(self.stored_scales.dtype)
+            stored = (scales / np.float32(self.coding.unit)).astype(self.stored_scales.dtype)
+        scales = np.where(scales == self.scales, self.stored_scales, stored)
         if zeros is None or self.stored_zeros is None:
             return AffineCoder(self.coding, self.layout, scales, self.zeros, self.stored_zeros)
         stored = _pack_zeros(zeros, self.layout, self.stored_zeros)

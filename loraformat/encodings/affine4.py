@@ -24,6 +24,7 @@ class Affine4:
 
     name: str = "affine4"
     bits: int = 4
+    is_read_only: bool = False
 
     def bind(self, coding: Coding, form: Dtype) -> Coder:
         """Return the coder of a weight."""

@@ -23,6 +23,7 @@ class Affine8:
 
     name: str = "affine8"
     bits: int = 8
+    is_read_only: bool = False
 
     def bind(self, coding: Coding, form: Dtype) -> Coder:
         """Return the coder of a weight."""

@@ -96,7 +96,7 @@ class CodedWork(WeightWork):
             decoded = out.copy()
             put_references(self.references, rows, out)
             for placed in self.references:
-                self._likeness.see(placed, rows, decoded, out, coder.steps(own))
+                self._likeness.see(placed, rows, decoded, out, coder.steps(own, decoded))
 
     def judge_references(self) -> None:
         """Raise what speaks against the float numbers being those that were quantised; LF615, LF616, LF617."""

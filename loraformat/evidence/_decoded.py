@@ -43,13 +43,11 @@ def read_decoded(site: Site, slot: SlotKind, columns: Sequence[int]) -> tuple[Ar
         step = max(1, TILE_BYTES // (4 * width))
         starts = range(part.rows[0], part.rows[1], step)
         tiles = [range(start, min(start + step, part.rows[1])) for start in starts]
-    scales = np.abs(coder.tensors()["scales"].astype(np.float32)).reshape(-(-height // coding.block[0]), -1)
     values, steps = [], []
     for rows in tiles:
-        out = _decode(coder, tensor, rows, coding.matrix)
+        out, apart = _decode(coder, coding, tensor, rows)
         values.append(out[:, chosen])
-        blocks = np.arange(rows.start, rows.stop) // coding.block[0]
-        steps.append(scales[blocks][:, chosen // coding.block[1]])
+        steps.append(apart[:, chosen])
     decoded, spread = np.concatenate(values), np.concatenate(steps)
     if site.transposed[slot]:
         return decoded.T, spread.T
@@ -63,14 +61,17 @@ def _bind(coding: Coding, form: Dtype) -> Coder:
     return encoding.bind(coding, form)
 
 
-def _decode(coder: Coder, tensor: StoredTensor, rows: range, matrix: tuple[int, int]) -> Array:
-    """Return decoded rows of a matrix of codes."""
-    row_bytes = tensor.span.length // matrix[0]
-    codes = np.empty((len(rows), row_bytes), np.uint8)
-    tensor.file.read_into(codes.reshape(-1), tensor.span.offset + rows.start * row_bytes)
-    out = np.empty((len(rows), matrix[1]), np.float32)
-    coder.decode(codes, rows, out)
-    return out
+def _decode(coder: Coder, coding: Coding, tensor: StoredTensor, rows: range) -> tuple[Array, Array]:
+    """Return decoded rows of a matrix of codes, and the step of each number; rows that lie together are read so."""
+    (height, width), together = coding.matrix, coding.rows_together
+    whole = range(rows.start // together * together, min(-(-rows.stop // together) * together, height))
+    row_bytes = tensor.span.length // height
+    codes = np.empty((len(whole), row_bytes), np.uint8)
+    tensor.file.read_into(codes.reshape(-1), tensor.span.offset + whole.start * row_bytes)
+    out = np.empty((len(whole), width), np.float32)
+    coder.decode(codes, whole, out)
+    own = slice(rows.start - whole.start, rows.stop - whole.start)
+    return out[own], np.broadcast_to(coder.steps(whole, out), out.shape)[own]
 
 
 def is_rounded(decoded: Array, steps: Array, reference: Array) -> bool:

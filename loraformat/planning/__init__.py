@@ -13,13 +13,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, Unpack
 
-from loraformat.bases import BaseModel, CalibratedBase
+from loraformat.bases import BaseModel, CalibratedBase, DequantisingBase
 from loraformat.errors import error_for
 from loraformat.evidence import Clues, Hints
 from loraformat.kinds import KINDS, Nature
 from loraformat.matching import Match, NewBias
 from loraformat.plan import Plan, PlannedAdapter, PlannedChange, PlannedWeight, WeightedAdapter
-from loraformat.planning.coded_plans import DEQUANTIZE, check_codes, make_float, plan_references
+from loraformat.planning.coded_plans import DEQUANTIZE, check_codes, make_float, plan_joint_floats, plan_references
 from loraformat.planning.extents import find_neighbours, measure_together
 from loraformat.planning.new_sizes import follow_weights
 from loraformat.planning.rewriting import plan_rewriting
@@ -105,6 +105,7 @@ class _Found:
             planned = [
                 make_float(each, self.base, self.problems) if each and each.is_coded else each for each in planned
             ]
+            planned += plan_joint_floats(self.base, [each for each in planned if each], self.problems)
         planned += [plan_bias(group[0][0], [change for _, change in group]) for group in self.biases.values()]
         return tuple(sorted((weight for weight in planned if weight), key=lambda weight: (weight.name, weight.key)))
 
@@ -177,12 +178,14 @@ def _compose_plan(
 ) -> Plan:
     """Return the plan, or raise what stands against it."""
     config_changes, followed = follow_weights(planned, base.sites, untied=found.untied)
+    if isinstance(base, DequantisingBase) and any(weight.is_dequantised for weight in planned):
+        config_changes = {**config_changes, **base.tell_floats()}
     problems = found.problems + followed
     if any(problem.severity == "error" for problem in problems):
         raise error_for([problem for problem in problems if problem.severity == "error"])
     rewriting = None
     anew, dtype = wishes.get("anew", False), wishes.get("dtype")
-    if anew or dtype is not None or config_changes or any(map(_is_anew, planned)):
+    if anew or dtype is not None or config_changes or any(_is_anew(weight, base) for weight in planned):
         rewriting = plan_rewriting(base, planned, dtype, anew=anew, config_changes=config_changes)
         problems += rewriting.problems
     return Plan(
@@ -202,9 +205,10 @@ def _compose_plan(
     )
 
 
-def _is_anew(weight: PlannedWeight) -> bool:
-    """Say whether a weight needs an output that is written anew."""
-    return weight.new is not None and not weight.is_copy and not weight.is_dequantised
+def _is_anew(weight: PlannedWeight, base: BaseModel) -> bool:
+    """Say whether a weight needs an output that is written anew: floats for codes do where the base is no graph."""
+    in_place = weight.is_copy or (weight.is_dequantised and base.rewriter is None)
+    return weight.new is not None and not in_place
 
 
 def describe_base(base: BaseModel) -> dict[str, Any]:

@@ -5,9 +5,18 @@ from dataclasses import replace
 from typing import Final
 
 from loraformat.bases import BaseModel, DequantisingBase, FloatForm, Weight, name_companion
-from loraformat.encodings import CODED, ENCODINGS
+from loraformat.coded_rows import align_rows
+from loraformat.encodings import CODED, ENCODINGS, CodedEncoding
 from loraformat.matching import Match
-from loraformat.plan import NewForm, PlannedChange, PlannedCompanion, PlannedReference, PlannedWeight, as_matrix
+from loraformat.plan import (
+    NewForm,
+    PlannedChange,
+    PlannedCompanion,
+    PlannedReference,
+    PlannedWeight,
+    as_matrix,
+    count_tile_rows,
+)
 from loraformat.problems import Problem
 from loraformat.spans import Part
 
@@ -18,20 +27,23 @@ _ENOUGH_BITS: Final = 8
 def check_codes(changes: Iterable[tuple[Match, Weight, PlannedChange]]) -> Iterator[Problem]:
     """Yield a problem for every change of a weight whose codes are too few to hold a small one, without float ones."""
     for match, weight, change in changes:
-        if has_few_bits(weight) and not change.references:
-            found = f"{weight.name!r} is stored in codes of {_count_bits(weight)} bits"
+        if weight.coding is not None and _find_encoding(weight).is_read_only:
+            found = f"{weight.name!r} is stored as {weight.coding.encoding}, which is only decoded"
+            yield Problem("LF471", match.want.name, found, "--on-quantized dequantize, or the float model")
+        elif has_few_bits(weight) and not change.references:
+            found = f"{weight.name!r} is stored in codes of {_find_encoding(weight).bits} significant bits"
             yield Problem("LF440", match.want.name, found, "8 bits or more, or its numbers in the base checkpoint")
 
 
 def has_few_bits(weight: Weight) -> bool:
     """Say whether a weight is quantised so coarsely that decoding, adding and encoding loses what was added."""
-    return weight.coding is not None and _count_bits(weight) < _ENOUGH_BITS
+    return weight.coding is not None and _find_encoding(weight).bits < _ENOUGH_BITS
 
 
-def _count_bits(weight: Weight) -> int:
+def _find_encoding(weight: Weight) -> CodedEncoding:
     encoding = CODED.find(weight.coding.encoding) if weight.coding is not None else None
     assert encoding is not None, "the base names it"
-    return encoding.bits
+    return encoding
 
 
 def plan_references(match: Match, found: Sequence[Match]) -> tuple[PlannedReference, ...]:
@@ -44,7 +56,8 @@ def plan_references(match: Match, found: Sequence[Match]) -> tuple[PlannedRefere
     apart = match.row_order and any(each.section is not None for each in found)
     if not has_few_bits(match.weight) or apart:
         return ()
-    return tuple(_refer(match, each) for each in found if each.weight.tensor.dtype.family == "float")
+    plain = (each for each in found if each.weight.coding is None and each.weight.tensor.dtype.family == "float")
+    return tuple(_refer(match, each) for each in plain)
 
 
 def _refer(match: Match, reference: Match) -> PlannedReference:
@@ -115,3 +128,39 @@ def make_float(weight: PlannedWeight, base: BaseModel, problems: list[Problem]) 
     encoding = next(name for name, encoding in ENCODINGS if encoding.accepts(found.dtype))
     new = NewForm(found.name, found.dtype.name, found.shape, encoding, turned=found.turned, padding=found.padding)
     return replace(weight, new=new)
+
+
+def plan_joint_floats(
+    base: BaseModel, planned: Sequence[PlannedWeight], problems: list[Problem]
+) -> Iterator[PlannedWeight]:
+    """Yield the plans of quantised weights that nothing changes, and that stand in floats with those that change."""
+    if not isinstance(base, DequantisingBase):
+        return
+    taken = {weight.key for weight in planned}
+    for weight in base.list_joint_floats():
+        if isinstance(weight, Problem):
+            problems.append(weight)
+        elif weight.key not in taken and weight.coding is not None:
+            yield make_float(_leave(weight), base, problems)
+
+
+def _leave(weight: Weight) -> PlannedWeight:
+    """Return the plan of a quantised weight that nothing changes."""
+    assert weight.coding is not None, "asked before"
+    tensor, coding = weight.tensor, weight.coding
+    return PlannedWeight(
+        key=weight.key,
+        name=weight.name,
+        file=tensor.span.path.name,
+        offset=tensor.span.offset,
+        nbytes=tensor.span.length,
+        dtype=tensor.dtype.name,
+        shape=tensor.shape,
+        matrix=coding.matrix,
+        encoding=coding.encoding,
+        tile_rows=count_tile_rows(coding.matrix, align_rows(coding)),
+        changes=(),
+        evidence="",
+        companions=list_companions(weight, (), [], keep_scales=True),
+        block=coding.block,
+    )

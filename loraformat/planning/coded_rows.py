@@ -6,20 +6,21 @@ from dataclasses import replace
 from loraformat.encodings import Coding
 from loraformat.spans import HeldTensor, Span, StoredTensor
 
+_OF_BLOCKS = {"scales", "zero_points"}
 _MOST_ROWS = 128
 """Blocks of more rows are not a tile's: scales of a whole matrix, or of its columns."""
 
 
 def align_rows(coding: Coding | None) -> int:
     """Return of how many rows tiles should be multiples, so that blocks lie in one of them."""
-    if coding is None or coding.block[0] > _MOST_ROWS:
+    if coding is None:
         return 1
-    return coding.block[0]
+    return math.lcm(coding.rows_together, coding.block[0] if coding.block[0] <= _MOST_ROWS else 1)
 
 
 def can_cut(coding: Coding, tile_rows: int) -> bool:
     """Say whether tiles of so many rows can be decoded and encoded each by itself."""
-    if coding.matrix[0] <= tile_rows or tile_rows % coding.block[0]:
+    if coding.matrix[0] <= tile_rows or tile_rows % coding.block[0] or not coding.companions.keys() <= _OF_BLOCKS:
         return False
     return all(_count_row_bytes(coding, tensor) for tensor in coding.companions.values())
 
@@ -40,6 +41,8 @@ def _count_blocks(coding: Coding) -> tuple[int, int]:
 
 def cut_coding(coding: Coding, rows: range) -> Coding:
     """Return the coding of some rows, whole blocks, as a matrix of their own."""
+    if len(rows) == coding.matrix[0]:
+        return coding
     blocks = range(rows.start // coding.block[0], -(-rows.stop // coding.block[0]))
     companions = {role: _cut(coding, tensor, blocks) for role, tensor in coding.companions.items()}
     return replace(coding, matrix=(len(rows), coding.matrix[1]), companions=companions)

@@ -63,10 +63,21 @@ def plan_rewriting(
     form = _find_form(dtype)
     changed = tuple(_give_form(weight, form) for weight in weights)
     taken = {weight.name for weight in weights}
+    taken |= {each.name for weight in weights if weight.is_dequantised for each in weight.companions}
+    _check_codes(base, weights, dtype)
     others = (_convert(tensor, form) for tensor in rewriter.output_tensors() if tensor.name not in taken)
     config = dict(config_changes) | ({"torch_dtype": form.name} if form is not None else {})
     problems = (*rewriter.problems, *rewriter.check_config(config))
     return Rewriting((*changed, *(other for other in others if other is not None)), config, problems)
+
+
+def _check_codes(base: BaseModel, weights: Sequence[PlannedWeight], dtype: str | None) -> None:
+    """Raise LF472 where another number form is asked for, and codes would not be read as numbers any more."""
+    floats = {weight.key for weight in weights if weight.is_dequantised}
+    coded = (site.weight for site in base.sites if site.weight is not None and site.weight.coding is not None)
+    left = next((weight.name for weight in coded if weight.key not in floats), None) if dtype is not None else None
+    if left is not None:
+        raise refuse("LF472", left, "codes, which another number form does not concern", "floats")
 
 
 def _find_form(name: str | None) -> Dtype | None:

@@ -92,5 +92,7 @@ def test_the_text_means_what_was_asked_for(config: Any, key: str, value: Any, in
     holders = [part for part in parts if key in part] or parts
     for part in holders:
         part[key] = value
+        if value is None:  # It goes.
+            del part[key]
     assert found == config
     assert list(found) == list(config)

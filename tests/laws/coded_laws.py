@@ -175,7 +175,7 @@ class CodedLaws:
                 assert reached[row : row + rows, column : column + columns].any()
 
     def test_steps_are_the_distances_of_codes(self, example: Example) -> None:
-        steps = self.bind(example).steps(range(3, 9))
+        steps = self.bind(example).steps(range(3, 9), self.values_of(example)[3:9])
         np.testing.assert_array_equal(np.broadcast_to(steps, (6, 20)), self.spread(example, example.scales)[3:9])
 
     def test_padding_stands_for_zeros_and_keeps_its_codes(self, example: Example) -> None:
