@@ -121,5 +121,8 @@ NEAR_MISSES: Final = 3
 MAX_TRAVELLING_FILES: Final = 256
 """Files of a model's folder beside its weights. All are open at once, and a process may have some hundred."""
 
+MAX_GRAPHS: Final = 64
+"""ONNX models in one folder: a repository for the browser has some eight forms of three or four."""
+
 MAX_FOLDER_DEPTH: Final = 8
 """Nesting of a model's sub-folders; real ones have one or two levels."""

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from loraformat.adapter import Adapter
-from loraformat.bases import TENSOR_NAME, AnchoredBase, BaseModel, Site, StructuredBase
+from loraformat.bases import TENSOR_NAME, AnchoredBase, BaseModel, Site, StructuredBase, ViewedBase
 from loraformat.errors import refuse
 from loraformat.evidence import Clues, Hints, Lookup, find_candidates
 from loraformat.evidence.values import STRATEGY as VALUES
@@ -41,6 +41,7 @@ from loraformat.matching.mismatches import (
 from loraformat.matching.sharing import settle_sharing
 from loraformat.matching.site_index import Candidate
 from loraformat.problems import Problem
+from loraformat.viewing import choose_mapped, plan_searches, report_absent
 
 _NO_CLUES: Final = Clues()
 _OF_STRATEGIES: Final = frozenset({"LF425", "LF450"})
@@ -94,7 +95,10 @@ def resolve(
     wants = [want for target in adapter.targets for want in list_wants(target)]
     names = {want.target.name: _strip(want.target.name, strip_prefix) for want in wants}
     lookup = Lookup(sites, wants, names, clues)
-    matches, missing, problems = _match_all(lookup, ignore_fingerprints=ignore_fingerprints)
+    if clues.views:
+        matches, missing, problems = _match_views(lookup, allow_unmatched, ignore_fingerprints=ignore_fingerprints)
+    else:
+        matches, missing, problems = _match_all(lookup, ignore_fingerprints=ignore_fingerprints)
     matches, displaced = _prefer_exact(matches)
     matches, shared = settle_sharing(matches, sites, untie=untie)
     missing += displaced
@@ -131,6 +135,10 @@ def locate_reference(
 def gather_clues(adapter: Adapter, base: BaseModel, hints: Hints, *, strip_prefix: str | None = None) -> Clues:
     """Return what there is to find the targets of an adapter in a base by, besides names; LF425 for no graph."""
     reference = locate_reference(adapter, hints.checkpoint, strip_prefix=strip_prefix) if hints.checkpoint else {}
+    if isinstance(base, ViewedBase):
+        if hints.structure:
+            raise refuse("LF425", base.path, f"{len(base.views)} graphs", "one graph", "Merge into each by itself.")
+        return Clues(hints.mapped, reference, views=base.views)
     anchors = base.find_anchors if isinstance(base, AnchoredBase) else None
     if not hints.structure:
         return Clues(hints.mapped, reference, anchors=anchors)
@@ -157,6 +165,28 @@ def _match_all(lookup: Lookup, *, ignore_fingerprints: bool) -> tuple[list[Match
         elif not (want.change.is_optional and _lists_all(lookup.sites)):
             missing.append(want)
     return matches, missing, problems
+
+
+def _match_views(
+    lookup: Lookup, allowed: Sequence[str], *, ignore_fingerprints: bool
+) -> tuple[list[Match], list[Want], list[Problem]]:
+    """Match in each of several graphs by itself."""
+    clues = lookup.clues
+    searches, problems = plan_searches(clues.views, lookup.wants, lookup.names)
+    matches: list[Match] = []
+    met: set[Want] = set()
+    said = dict.fromkeys(problems)
+    for search in searches:
+        mapped = choose_mapped(clues.mapped, search.view, clues.views)
+        own = Clues(mapped, clues.reference, anchors=search.view.find_anchors)
+        inside = Lookup(search.view.sites, search.wants, search.names, own)
+        found, missing, odd = _match_all(inside, ignore_fingerprints=ignore_fingerprints)
+        matches += found
+        met |= set(search.wants) - set(missing)
+        said |= dict.fromkeys(odd)
+    looked_for = {want for search in searches for want in search.wants}
+    missing = [want for want in lookup.wants if want in looked_for and want not in met]
+    return matches, missing, [*said, *report_absent(searches, matches, allowed)]
 
 
 def _match_verified(

@@ -12,7 +12,7 @@ from loraformat.problems import Problem
 from loraformat.resolve import gather_clues, resolve
 from loraformat.rules import check_adapter
 
-_Key: TypeAlias = tuple[str, str, tuple[int, int]]
+_Key: TypeAlias = tuple[str, str, tuple[int, int], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +99,13 @@ def resolve_one(base: BaseModel, item: WeightedAdapter, hints: Hints, options: M
     described: dict[_Key, ResolvedTarget] = {}
     for match in found.matches:
         for name in dict.fromkeys((match.target.name, *match.also)):
-            _add(described, _describe(match, name, divisors))
+            _add(described, _describe(match, name, divisors), match.sites[0].graph)
     return Resolved(tuple(described[key] for key in sorted(described)), (*problems, *found.problems))
 
 
-def _add(described: dict[_Key, ResolvedTarget], each: ResolvedTarget) -> None:
-    """Add a target, or what further calls of its module read to what is known of it."""
-    key = (each.target, each.parameter, each.section or (0, 0))
+def _add(described: dict[_Key, ResolvedTarget], each: ResolvedTarget, graph: str) -> None:
+    """Add a target in a graph, or what further calls of its module read to what is known of it."""
+    key = (each.target, each.parameter, each.section or (0, 0), graph)
     known = described.setdefault(key, each)
     if known is not each:
         copies = dict.fromkeys((*known.copies, each.weight, *each.copies))

@@ -154,10 +154,10 @@ def list_links(base: BaseModel, output: Path, images: Sequence[FileImage], touch
         touched: names of the base's files that something of is rewritten.
 
     Raises:
-        RefusedError: LF624 a base that is no folder.
+        RefusedError: LF624 a base that is no folder, or one of ONNX models: onnx reads no data with several names.
     """
-    if not base.folder_mark:
-        raise refuse("LF624", base.path, f"a base of the format {base.format!r}", "a model folder")
+    if not base.folder_mark or base.rewriter is None:
+        raise refuse("LF624", base.path, f"a base of the format {base.format!r}", "a folder of a checkpoint")
     whole = ((image, image.whole_copy()) for image in images)
     return {
         image.path.relative_to(output): file.path

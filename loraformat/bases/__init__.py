@@ -16,6 +16,7 @@ from loraformat.bases._abilities import (
     DequantisingBase,
     FloatForm,
     MeasuredValue,
+    RunnableBase,
     SharedBase,
     WeightCopy,
     WeightFloats,
@@ -24,6 +25,7 @@ from loraformat.bases._abilities import (
 from loraformat.bases._model import OF_TENSORS, TENSOR_NAME, BaseModel, NewContents, Rewriter, Site, Weight
 from loraformat.bases._roles import Anchor, AnchoredBase, Anchors, Role, Roles, StructuredBase
 from loraformat.bases._travelling import list_tokenizer_files
+from loraformat.bases._views import View, ViewedBase
 from loraformat.registry import Registry
 
 __all__ = [
@@ -44,9 +46,12 @@ __all__ = [
     "Rewriter",
     "Role",
     "Roles",
+    "RunnableBase",
     "SharedBase",
     "Site",
     "StructuredBase",
+    "View",
+    "ViewedBase",
     "Weight",
     "WeightCopy",
     "WeightFloats",

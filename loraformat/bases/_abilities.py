@@ -60,6 +60,11 @@ class CopyingBase(BaseModel, Protocol):
         """Return the base, whose outputs have these copies, to be filled at `FileImage.locate_fresh(name)`."""
         ...
 
+
+@runtime_checkable
+class RunnableBase(CopyingBase, Protocol):
+    """A base that onnxruntime can run with changes beside its weights: one ONNX graph."""
+
     def rewire(self, graph: Any, tensors: Set[str]) -> None:
         """Have the main graph of the parsed base read the copies, each an Identity of its source; to run it.
 

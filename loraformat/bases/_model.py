@@ -66,6 +66,7 @@ class Site:
         free_bias: the name that a bias of the module would have; empty where it has one or can have none.
         own_name: the name of a copy for this site of a weight that others read too; empty where there can be none.
         part_mend: what would let there be one.
+        graph: of a base that is several graphs, the file of the one that it is in; else empty.
     """
 
     id: str
@@ -86,6 +87,7 @@ class Site:
     row_order: tuple[int, ...] = ()
     own_name: str = ""
     part_mend: str = ""
+    graph: str = ""
 
     def stored_shape(self) -> tuple[int, ...]:
         """Return the shape of what the site applies, as it is stored; empty where there is nothing."""

@@ -15,7 +15,7 @@ from loraformat.strict_json import parse_json
 
 _WEIGHT_SUFFIXES: Final = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz"}
-    | {".onnx", ".onnx_data", ".gguf", ".h5", ".msgpack", ".ot", ".tflite"}
+    | {".onnx", ".onnx_data", ".gguf", ".h5", ".msgpack", ".ot", ".tflite", ".ort"}
 )
 _INDEX_SUFFIX: Final = ".index.json"
 _MODULES_NAME: Final = "modules.json"

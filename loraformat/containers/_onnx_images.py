@@ -172,7 +172,8 @@ def _drop_receipts(model: ModelParts) -> list[Leaf]:
 
 
 def _make_model(model: ModelParts, leaves: Sequence[Leaf], wanted: Wanted) -> FileImage:
-    pieces = edit_file(model.file, splice(leaves), _receipt_entry(wanted.output.blank_bytes))
+    room = _receipt_entry(wanted.output.blank_bytes) if wanted.output.blank_bytes else []
+    pieces = edit_file(model.file, splice(leaves), room)
     image = FileImage(wanted.output.path.absolute(), pieces)
     if wanted.added and image.size_bytes > MAX_PROTOBUF_BYTES:
         names = ", ".join(repr(each.name) for each in wanted.added)

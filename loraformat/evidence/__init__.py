@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from loraformat.bases import Anchors, BaseModel, Roles, Site
+from loraformat.bases import Anchors, BaseModel, Roles, Site, View
 from loraformat.matching import Match, Want
 from loraformat.matching.site_index import Candidate, SiteIndex
 from loraformat.problems import Problem
@@ -53,12 +53,14 @@ class Clues:
         reference: where the torch checkpoint of the base has each target's parameter.
         roles: what the layers of the base do, where the user asks for it.
         anchors: finds which layers work together, and the names beside them; None for a base that tells nothing.
+        views: the graphs of a base of several, in each of which targets are looked for; empty for others.
     """
 
     mapped: Mapping[tuple[str, str], Sequence[MappedWeight]] = field(default_factory=dict)
     reference: Mapping[tuple[str, str], Sequence[Match]] = field(default_factory=dict)
     roles: Roles | None = None
     anchors: Callable[[], Anchors] | None = None
+    views: Sequence[View] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,11 +91,18 @@ def read_map(path: Path) -> Mapping[tuple[str, str], Sequence[MappedWeight]]:
     for index, entry in enumerate(listed):
         key, weight = _read_entry(entry, f"{path}: targets[{index}]")
         known = mapped.setdefault(key, [])
-        if any(weight.section is None or each.section in (None, weight.section) for each in known):
+        beside = [each for each in known if _name_graph(each) == _name_graph(weight)]
+        if any(weight.section is None or each.section in (None, weight.section) for each in beside):
             expected = "each target once, or each `section` of it"
             raise refuse("LF422", f"{path}: targets[{index}]", f"{key[0]!r} once more", expected)
         known.append(weight)
     return mapped
+
+
+def _name_graph(mapped: MappedWeight) -> str:
+    """Return the file of the graph that a weight of a folder of graphs is in."""
+    graph, found, _ = mapped.weight.partition(_IN_GRAPH)
+    return graph if found else ""
 
 
 def _read_entry(entry: JsonValue, where: str) -> tuple[tuple[str, str], MappedWeight]:
@@ -141,4 +148,5 @@ def _read_run(entry: Mapping[str, JsonValue], key: str, where: str, lengths: Seq
 
 
 _RUN: Final = (2, 3)
+_IN_GRAPH: Final = ".onnx:"
 STRATEGY: Final = ExplicitMap()

@@ -55,7 +55,7 @@ def report_missing(lost: Sequence[tuple[Want, str, SiteIndex]], sites: Sequence[
     for want, looked_for, index in lost[:LISTED]:
         near = index.near(looked_for)
         found = f"nothing of this name; nearest: {', '.join(near)}" if near else "nothing of this name, and none near"
-        nameless = _list_nameless(want, sites)
+        nameless = list_nameless(want, sites)
         found += f"; without a module, but of its shape: {', '.join(nameless[:_NAMELESS])}" if nameless else ""
         expected = f"one of {len(index.paths)} modules of the base"
         problems.append(Problem("LF401", want.name, found, expected, _MAP if nameless else ""))
@@ -65,7 +65,7 @@ def report_missing(lost: Sequence[tuple[Want, str, SiteIndex]], sites: Sequence[
     return problems
 
 
-def _list_nameless(want: Want, sites: Sequence[Site]) -> list[str]:
+def list_nameless(want: Want, sites: Sequence[Site]) -> list[str]:
     """Return the names of the weights that would fit a target and of which nothing tells the module."""
     fitting = (
         site.weight.name

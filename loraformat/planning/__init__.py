@@ -56,7 +56,8 @@ class _Found:
         """Take in what one adapter was matched with, and where float numbers of it are."""
         self.problems += resolution.problems
         self.unmatched += resolution.unmatched
-        self.counts.append(len(resolution.matches))
+        kept = {(match.want, match.section) for match in resolution.matches}  # Each once, in however many graphs.
+        self.counts.append(len(kept))
         if not resolution.matches and not resolution.problems:
             found = "none of its targets, all left out on request"
             self.problems.append(Problem("LF401", item.name, found, "at least one"))
@@ -66,9 +67,8 @@ class _Found:
         for match in resolution.matches:
             change = _plan_change(position, match, item, extents.get(match.target.name, ()))
             references = clues.reference.get((match.target.name, match.want.parameter), ())
-            change = replace(
-                change, references=plan_references(match, references), beside=neighbours.get(match.want.name)
-            )
+            near = neighbours.get((match.sites[0].graph, match.want.name))
+            change = replace(change, references=plan_references(match, references), beside=near)
             self.problems += _check_scale(change)
             for weight in match.weights:
                 self.changes[weight.key].append(WeightChange(match, weight, change))

@@ -41,21 +41,22 @@ def _check(match: Match, extent: tuple[int, ...]) -> list[Problem]:
     return kind.check_extent(match.target, replace(match.change, extent=extent))
 
 
-def find_neighbours(matches: Sequence[Match]) -> tuple[Mapping[str, Neighbour], list[Problem]]:
-    """Return the weight that each change follows from as well, by the change's name, and what stands against it."""
-    found = {(match.target.name, match.want.parameter): match for match in matches}
-    neighbours: dict[str, Neighbour] = {}
+def find_neighbours(matches: Sequence[Match]) -> tuple[Mapping[tuple[str, str], Neighbour], list[Problem]]:
+    """Return the weight that each change follows from as well, by graph and name, and what stands against it."""
+    found = {(match.sites[0].graph, match.target.name, match.want.parameter): match for match in matches}
+    neighbours: dict[tuple[str, str], Neighbour] = {}
     problems: list[Problem] = []
     for match in matches:
         if not match.want.change.beside:
             continue
-        near = found.get((match.target.name, match.want.change.beside))
+        graph = match.sites[0].graph
+        near = found.get((graph, match.target.name, match.want.change.beside))
         if near is None or not _is_whole(near):
             said = "none of it" if near is None else f"{near.weight.name!r}, which is not stored as it is used"
             expected = f"the module's {match.want.change.beside} in one piece"
             problems.append(Problem("LF418", match.want.name, said, expected))
         else:
-            neighbours[match.want.name] = Neighbour(near.weight.key, near.transposed)
+            neighbours[graph, match.want.name] = Neighbour(near.weight.key, near.transposed)
     return neighbours, problems
 
 

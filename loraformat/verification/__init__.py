@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from loraformat.apply.side_receipt import find_receipt, name_side_receipt
-from loraformat.bases import BaseModel, Weight
+from loraformat.bases import BaseModel, RunnableBase, Weight
 from loraformat.dtypes import BY_NAME
 from loraformat.engine import Effort, carry_out
 from loraformat.engine.jobs import Assignment
@@ -113,9 +113,10 @@ def add_runs(
     Raises:
         RefusedError: LF446 no ONNX model, no onnxruntime, or a model that it cannot run.
     """
-    if base.format != "onnx":
-        raise refuse("LF446", base.path, f"a base of the format {base.format!r}", "an ONNX model")
-    runs, problems = compare_runs(add_copies(order.plan, base), merged.path, list_changes(order, base), sizes)
+    copied = add_copies(order.plan, base) if isinstance(base, RunnableBase) else None
+    if not isinstance(copied, RunnableBase):
+        raise refuse("LF446", base.path, f"a base of the format {base.format!r}", "one ONNX model")
+    runs, problems = compare_runs(copied, merged.path, list_changes(order, base), sizes)
     return replace(found, runs=tuple(runs), problems=(*found.problems, *problems))
 
 

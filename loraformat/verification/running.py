@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from loraformat.bases import BaseModel, CopyingBase
+from loraformat.bases import BaseModel, RunnableBase
 from loraformat.engine.coded_work import CodedWork, list_tiles
 from loraformat.engine.jobs import index_targets, open_floats
 from loraformat.engine.tiles import TileBuffers, change_tile
@@ -91,7 +91,7 @@ def list_changes(order: Order, base: BaseModel) -> list[Change]:
 
 
 def compare_runs(
-    base: CopyingBase, merged: Path, changes: Sequence[Change], sizes: Mapping[str, int] = _NO_SIZES
+    base: RunnableBase, merged: Path, changes: Sequence[Change], sizes: Mapping[str, int] = _NO_SIZES
 ) -> tuple[list[RunResult], list[Problem]]:
     """Run base, merged model, and base with the changes apart on the same random inputs.
 

@@ -49,9 +49,7 @@ def test_every_target_by_its_name(lab: "Lab", tmp_path: Path, model: str) -> Non
 def test_whisper_in_two_models(lab: "Lab", tmp_path: Path) -> None:
     """The encoder's model also computes the keys and values that the decoder makes of its states."""
     import zoo_built
-    from builders_of_graphs import build_genai, run_cached
-    from lab import ABSOLUTE_TOLERANCE
-    from zoo import run_onnx
+    from builders_of_graphs import build_genai
 
     import loraformat
 
@@ -66,11 +64,34 @@ def test_whisper_in_two_models(lab: "Lab", tmp_path: Path) -> None:
         )
         found += [target for weight in receipt.weights for target in weight.targets]
     assert sorted(found) == sorted(trained.deltas)
-    states = run_onnx(tmp_path / "encoder.onnx", {"audio_features": trained.feeds["input_features"]})
+    check_whisper(tmp_path, trained)
+
+
+def check_whisper(folder: Path, trained: Any) -> None:
+    """Compare what the two models of a folder compute with PEFT's unmerged model."""
+    from builders_of_graphs import run_cached
+    from lab import ABSOLUTE_TOLERANCE
+    from zoo import run_onnx
+
+    states = run_onnx(folder / "encoder.onnx", {"audio_features": trained.feeds["input_features"]})
     cache = {name.replace("present", "past"): value for name, value in states.items() if "cross" in name}
-    logits = run_cached(tmp_path / "decoder.onnx", {"input_ids": trained.feeds["decoder_input_ids"], **cache})
+    logits = run_cached(folder / "decoder.onnx", {"input_ids": trained.feeds["decoder_input_ids"], **cache})
     apart = np.abs(logits - trained.unmerged["logits"]).max()
     assert apart <= ABSOLUTE_TOLERANCE < trained.effect / 100
+
+
+def test_whisper_as_a_folder(lab: "Lab", tmp_path: Path) -> None:
+    import zoo_built
+    from builders_of_graphs import build_genai
+
+    import loraformat
+
+    trained = lab.trained(zoo_built.WHISPER)
+    folder = build_genai(trained.specimen, lab.root / "genai-whisper").parent
+    receipt = loraformat.merge(folder, [trained.folder], tmp_path / "out")
+    assert sorted(target for weight in receipt.weights for target in weight.targets) == sorted(trained.deltas)
+    assert (tmp_path / "out" / "genai_config.json").read_bytes() == (folder / "genai_config.json").read_bytes()
+    check_whisper(tmp_path / "out", trained)
 
 
 @pytest.mark.parametrize("ends", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])

@@ -50,9 +50,6 @@ HALVES = {"t5": "encoder.", "whisper": "model.encoder."}
 @pytest.mark.parametrize("model", HALVES)
 def test_both_branches_of_a_merged_decoder(lab: "Lab", tmp_path: Path, model: str) -> None:
     """Step by step through the decoder: the first token through one branch, the others with a cache through another."""
-    from builders_of_graphs import run_whole
-    from lab import ABSOLUTE_TOLERANCE
-
     import loraformat
 
     graphs, trained = export(lab, model), lab.trained(model)
@@ -73,6 +70,14 @@ def test_both_branches_of_a_merged_decoder(lab: "Lab", tmp_path: Path, model: st
     assert {target.removeprefix(HALVES[model]) for target in targets} == {
         target.removeprefix(HALVES[model]) for target in trained.deltas
     }
+    check_steps(encoder, (decoder, decoder), trained)
+
+
+def check_steps(encoder: Path, decoders: tuple[Path, Path], trained: Any) -> None:
+    """Compare what the halves compute token by token with PEFT's unmerged model; the second decoder has a cache."""
+    from builders_of_graphs import run_whole
+    from lab import ABSOLUTE_TOLERANCE
+
     feeds = dict(trained.feeds)
     if "input_ids" in feeds:
         feeds["attention_mask"] = np.ones_like(feeds["input_ids"])
@@ -86,11 +91,28 @@ def test_both_branches_of_a_merged_decoder(lab: "Lab", tmp_path: Path, model: st
         }
         own |= {"encoder_attention_mask": feeds["attention_mask"]} if "attention_mask" in feeds else {}
         own["cache_position"] = np.array([step])
-        found = run_whole(decoder, own | cache)
+        found = run_whole(decoders[step > 0], own | cache)
         kept = {name.replace("present", "past_key_values"): value for name, value in found.items() if "present" in name}
         cache |= {name: value for name, value in kept.items() if step == 0 or "encoder" not in name}
         apart = np.abs(found["logits"][:, 0] - trained.unmerged["logits"][:, step]).max()
         assert apart <= ABSOLUTE_TOLERANCE < trained.effect / 100
+
+
+@pytest.mark.parametrize("model", HALVES)
+def test_the_whole_folder(lab: "Lab", tmp_path: Path, model: str) -> None:
+    """Encoder and three decoders at once: whichever a runtime takes, it has the adapter."""
+    import loraformat
+
+    trained, base = lab.trained(model), export(lab, model)["encoder_model"].parent
+    receipt = loraformat.merge(base, [trained.folder], tmp_path / "out")
+    assert {target for weight in receipt.weights for target in weight.targets} == set(trained.deltas)
+    assert receipt.adapters[0].targets == len(trained.deltas)
+    graphs = {path.stem: path for path in (tmp_path / "out").glob("*.onnx")}
+    assert len(graphs) == 4
+    encoder, merged = graphs["encoder_model"], graphs["decoder_model_merged"]
+    check_steps(encoder, (merged, merged), trained)
+    check_steps(encoder, (graphs["decoder_model"], graphs["decoder_with_past_model"]), trained)
+    assert loraformat.verify(tmp_path / "out", base, [trained.folder]).holds
 
 
 def test_a_decoder_without_its_own_half_lacks_what_the_cache_holds(lab: "Lab", tmp_path: Path) -> None:

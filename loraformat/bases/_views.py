@@ -1,0 +1,39 @@
+"""A base that is several graphs: each has its own sites, and a target may have a weight in any number of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from loraformat.bases._model import BaseModel, Site
+from loraformat.bases._roles import Anchors, Roles
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One graph of a base of several.
+
+    Attributes:
+        graph: its file, from the base's folder.
+        component: which part of a pipeline it is, `unet` or `text_encoder`; empty where all graphs are of one model.
+        half: `encoder` or `decoder`, where its file's name says that it is one: exporters leave that out of names.
+        sites: of this graph alone.
+        find_anchors: as `AnchoredBase` has it.
+        find_roles: as `StructuredBase` has it.
+    """
+
+    graph: str
+    component: str
+    half: str
+    sites: Sequence[Site]
+    find_anchors: Callable[[], Anchors]
+    find_roles: Callable[[], Roles]
+
+
+@runtime_checkable
+class ViewedBase(BaseModel, Protocol):
+    """A base of several graphs, in which every target is looked for one by one."""
+
+    @property
+    def views(self) -> Sequence[View]:
+        """Its graphs, in the order of their files."""
+        ...

@@ -1,0 +1,180 @@
+"""A folder of ONNX graphs: the halves of an encoder-decoder, a pipeline, one model in several forms; what lies beside.
+
+The output is a folder: every graph with its adapted weights rewritten, every other file as it is, and the receipt in
+`merge_receipt.json`.
+"""
+
+import hashlib
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from loraformat.bases import BaseModel, FloatForm, Site, View, WeightCopy, WeightFloats
+from loraformat.bases._onnx_members import Member, find_shared
+from loraformat.bases._receipts import RECEIPT_NAME, describe_receipt_file, read_receipt_file
+from loraformat.bases._travelling import find_travelling
+from loraformat.bases.checkpoint_folder import BASE as SAFETENSORS_FOLDER
+from loraformat.bases.onnx_graph import OnnxGraph
+from loraformat.bases.torch_folder import BASE as TORCH_FOLDER
+from loraformat.errors import refuse
+from loraformat.images import Copy, FileImage, NewOutput
+from loraformat.limits import MAX_FOLDER_DEPTH, MAX_GRAPHS
+from loraformat.outputs import FOLDER_UNDO, is_unfinished
+from loraformat.problems import Problem
+from loraformat.spans import InputFile, Span, StoredTensor
+
+_SUFFIX: Final = ".onnx"
+_PIPELINE: Final = "model_index.json"
+_HALF: Final = re.compile(r"(?:.*-)?(encoder|decoder)(?![a-z])")
+
+
+class OnnxFolder:
+    """An opened folder of ONNX models; the attributes are those of `BaseModel`."""
+
+    format = "onnx folder"
+    suffix = ""
+    folder_mark = RECEIPT_NAME
+    rewriter = None
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        names = [found.relative_to(self.path).as_posix() for found in _list_graphs(self.path)]
+        if len(names) > MAX_GRAPHS:
+            raise refuse("LF110", path, f"{len(names)} ONNX models in one folder", f"at most {MAX_GRAPHS}")
+        self._members: Sequence[Member] = [Member(name, OnnxGraph(self.path / name)) for name in names]
+        self._shared = find_shared(self._members)
+        self.sites: Sequence[Site] = [site for member in self._members for site in member.list_sites(self._shared)]
+        digests = "".join(f"{member.name}\0{member.graph.structure_sha256}\n" for member in self._members)
+        self.structure_sha256 = hashlib.sha256(digests.encode()).hexdigest()
+        own = {name for member in self._members for name in map(member.name_file, member.graph.files)}
+        entry = next((item for item in sorted(self.path.iterdir()) if item.is_file()), self.path / names[0])
+        self._travelling, left_out = find_travelling(self.path / entry.name, own | {RECEIPT_NAME, FOLDER_UNDO})
+        self.parent_receipt: Mapping[str, Any] | None
+        self.parent_receipt, unread = read_receipt_file(self.path / RECEIPT_NAME)
+        odd = [
+            replace(problem, where=member.mark(problem.where))
+            for member in self._members
+            for problem in member.graph.problems
+        ]
+        self.problems: Sequence[Problem] = [*odd, *left_out, *unread]
+
+    @cached_property
+    def views(self) -> Sequence[View]:
+        """The graphs, in each of which every target is looked for."""
+        by_graph: dict[str, list[Site]] = {member.name: [] for member in self._members}
+        for site in self.sites:
+            by_graph[site.graph].append(site)
+        is_pipeline = (self.path / _PIPELINE).is_file()
+        return [
+            View(
+                member.name,
+                next(iter(PurePosixPath(member.name).parts[:-1]), "") if is_pipeline else "",
+                _find_half(member.name),
+                by_graph[member.name],
+                member.find_anchors,
+                member.find_roles,
+            )
+            for member in self._members
+        ]
+
+    @property
+    def files(self) -> Sequence[InputFile]:
+        """The models' files, their data files, and all that travels."""
+        found = [*(file for member in self._members for file in member.graph.files), *self._travelling.values()]
+        return list({file.path: file for file in found}.values())
+
+    def list_tensors(self) -> Sequence[StoredTensor]:
+        """Return every stored tensor, graph after graph."""
+        return [tensor for member in self._members for tensor in member.list_tensors()]
+
+    def with_copies(self, copies: Sequence[WeightCopy]) -> "OnnxFolder":
+        """Return the folder, with initializers more in some graphs."""
+        return self._with(member.with_copies(copies) for member in self._members)
+
+    def find_float_form(self, key: str) -> FloatForm | Problem:
+        """Return how a quantised weight would stand in floats, or why it cannot."""
+        site = next(site for site in self.sites if site.weight is not None and site.weight.key == key)
+        assert site.weight is not None, "chosen so"
+        if site.weight.tensor.span.path in self._shared.paths:
+            return Problem("LF619", site.weight.name, "codes in a data file of several graphs", "a file of its own")
+        member = next(member for member in self._members if member.name == site.graph)
+        found = member.graph.find_float_form(member.own_key(key))
+        return found if isinstance(found, Problem) else replace(found, name=member.mark(found.name))
+
+    def with_floats(self, floats: Sequence[WeightFloats]) -> "OnnxFolder":
+        """Return the folder, with floats in the place of codes in some graphs."""
+        return self._with(member.with_floats(floats) for member in self._members)
+
+    def _with(self, members: Iterator[Member]) -> "OnnxFolder":
+        changed = object.__new__(OnnxFolder)
+        changed.__dict__.update(self.__dict__, _members=list(members))
+        return changed
+
+    def describe_images(self, output: NewOutput) -> list[FileImage]:
+        """Return the graphs with their data files, the other files, and last the receipt."""
+        folder = output.path
+        graphs = (image for member in self._members for image in member.describe_images(folder, output.fresh))
+        images = {image.path: image for image in graphs}
+        beside = [FileImage(folder / name, [Copy(file, 0, file.size_bytes)]) for name, file in self._travelling.items()]
+        return [*images.values(), *beside, describe_receipt_file(folder / RECEIPT_NAME, output.blank_bytes)]
+
+    def compute_checksums(
+        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
+    ) -> Mapping[int, bytes]:
+        """Return nothing: there are no checksums."""
+        return {}
+
+    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
+        """Do nothing: protobuf has no checksums."""
+
+    def encode_receipt(self, text: str) -> bytes:
+        """Return the text as the receipt's file holds it."""
+        return text.encode("utf-8")
+
+    def list_stale(self, output: Path) -> list[Path]:
+        """Return nothing: the whole folder is replaced."""
+        return []
+
+
+def _find_half(name: str) -> str:
+    found = _HALF.match(PurePosixPath(name).stem)
+    return found[1] if found else ""
+
+
+def _list_graphs(folder: Path) -> list[Path]:
+    """Return the ONNX models of a folder and its sub-folders, one more than allowed at most."""
+    found: list[Path] = []
+    pending = deque([folder])
+    while pending and len(found) <= MAX_GRAPHS:
+        for item in sorted(pending.popleft().iterdir()):
+            hidden = item.name.startswith(".") or is_unfinished(item.name)
+            if item.is_dir() and not item.is_symlink() and not hidden:
+                if len(item.relative_to(folder).parts) <= MAX_FOLDER_DEPTH:
+                    pending.append(item)
+            elif item.suffix.lower() == _SUFFIX and item.is_file() and not hidden:
+                found.append(item)
+    return sorted(found)
+
+
+class OnnxFolderFormat:
+    """The base format `onnx folder`."""
+
+    name = "onnx folder"
+    suffixes = ()
+
+    def accepts(self, path: Path, head: bytes, size_bytes: int) -> bool:
+        """Recognise a folder with ONNX models in it and no weights of transformers at its top."""
+        if not path.is_dir() or any(form.find_entry(path) is not None for form in (SAFETENSORS_FOLDER, TORCH_FOLDER)):
+            return False
+        return bool(_list_graphs(path))
+
+    def open(self, path: Path) -> BaseModel:
+        """Index the graphs."""
+        return OnnxFolder(path)
+
+
+BASE: Final = OnnxFolderFormat()
