@@ -231,8 +231,10 @@ def test_real_patterns_fit_as_in_peft(pattern: str) -> None:
 
 
 ATOMS = st.sampled_from(
-    ["a", "b", ".", r"\.", "ab", "[ab]", "[^a]", r"\d", r"\w", "1", "-", "^", "$", "(", ")", "(?:", "|", "|", "_"]
-    + ["(?=", "(?!", "(?<=", "(?<!", r"\b", r"\B", ")", ")", "(?i:", "A"]
+    [
+        *("a", "b", ".", r"\.", "ab", "[ab]", "[^a]", r"\d", r"\w", "1", "-", "^", "$", "(", ")", "(?:", "|", "|", "_"),
+        *("(?=", "(?!", "(?<=", "(?<!", r"\b", r"\B", ")", ")", "(?i:", "A"),
+    ]
 )
 QUANTIFIERS = st.sampled_from(["", "", "", "", "*", "+", "?", "*?", "+?", "??", "{2}", "{1,}", "{,2}", "{1,2}", "{0}"])
 PIECES = st.lists(st.tuples(ATOMS, QUANTIFIERS).map("".join), max_size=7).map("".join)
