@@ -32,7 +32,7 @@ _QUANTISED: Final = re.compile(
     r"(?P<weight>.+\.weight)\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)"
     r"|(?P<module>.+)\.(?:SCB|weight_format|qweight|qzeros|scales|g_idx)"
 )
-"""What lies beside a weight of the base that bitsandbytes, GPTQ or AWQ quantised, in the state dict of a whole model."""
+"""What lies beside a weight of the base that bitsandbytes, GPTQ or AWQ quantised, where a whole model was saved."""
 _LISTED: Final = 4
 _TABLES: Final = 2
 """So many modules PEFT saves with the base's own weight: the tables of tokens."""
