@@ -73,7 +73,8 @@ def _check_numbers(target: Target) -> list[Problem]:
         if broken:
             found = f"{broken} of {factor.elements} numbers, the first at {first}"
             problems.append(Problem("LF501", f"{target.name}: {role}", found, "finite numbers"))
-        silent = silent or (is_added and factor.dtype.family == "float" and not used)
+        is_beside = role.startswith("base_layer.") or role.endswith(".bias")
+        silent = silent or (is_added and factor.dtype.family == "float" and not used and not is_beside)
     if silent and not problems:
         problems.append(Problem("LF214", target.name, "a factor of zeros", severity="warning"))
     return problems

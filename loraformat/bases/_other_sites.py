@@ -12,6 +12,7 @@ from loraformat.adapter import SlotKind
 from loraformat.bases import Site
 from loraformat.bases._fused_modules import Run, arrange, find_family, find_splits
 from loraformat.bases._packed_experts import list_experts
+from loraformat.bases._renamed_sites import list_splits
 from loraformat.bases._tied_tables import INNER_CONFIGS
 from loraformat.problems import Problem
 from loraformat.spans import Part
@@ -34,6 +35,7 @@ def list_other_sites(own: Sequence[Site], config: Mapping[str, JsonValue]) -> li
     stored = [site for site in own if site.weight is not None and not site.evidence.startswith("tie")]
     return [
         *_list_members(stored, config),
+        *_list_chunks(stored, config),
         *_list_projections(stored),
         *_list_fused(stored),
         *_list_experts(stored, config),
@@ -61,6 +63,19 @@ def _list_members(sites: Sequence[Site], config: Mapping[str, JsonValue]) -> Ite
                     continue
                 for run in arrangement[index]:
                     yield _cut(named, run, whole=len(arrangement[index]) == 1)
+
+
+def _list_chunks(sites: Sequence[Site], config: Mapping[str, JsonValue]) -> Iterator[Site]:
+    """Yield the modules that transformers makes of one of a checkpoint's, each of as many of its rows."""
+    stored = {site.module for site in sites}
+    for pattern, members in list_splits(config):
+        for site in (each for each in sites if pattern.search(each.module) and each.parameter in _PARAMETERS):
+            size, rest = divmod(site.stored_shape()[0], len(members))
+            for index, member in enumerate(() if rest else members):
+                name = pattern.sub(member, site.module)
+                if name not in stored:
+                    named = replace(site, module=name, evidence=f"part of {site.module}", free_bias="")
+                    yield _cut(named, Run(0, index * size, size), whole=True)
 
 
 def _list_projections(sites: Sequence[Site]) -> Iterator[Site]:

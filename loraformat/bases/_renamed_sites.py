@@ -21,6 +21,9 @@ RENAMED: Final = "transformers' name"
 
 _Rows: TypeAlias = tuple[tuple[re.Pattern[str], str], ...]
 
+Split: TypeAlias = tuple[re.Pattern[str], tuple[str, ...]]
+"""An expression on the end of a module's name, and what its members are called in place of it."""
+
 _MAX_DEPTH: Final = 3
 _MAX_STEPS: Final = 6
 """Of a model and those inside it, so many families are heard: each may double the names of a tensor."""
@@ -43,6 +46,18 @@ def list_renamed_sites(own: Sequence[Site], config: Mapping[str, JsonValue]) -> 
             if module and (module, parameter) not in taken:
                 renamed.append(replace(site, module=module, parameter=parameter, evidence=RENAMED))
     return renamed
+
+
+@cache
+def _read_splits(types: tuple[str, ...]) -> tuple[Split, ...]:
+    table = read_renames_file("transformers")["splits"] if types else {}
+    rows = [row for name in types for row in table.get(name, ())]
+    return tuple((re.compile(rf"{pattern}$"), tuple(members)) for pattern, members in rows)
+
+
+def list_splits(config: Mapping[str, JsonValue]) -> tuple[Split, ...]:
+    """Return which modules of a family's checkpoints are several in its code, of as many rows each."""
+    return _read_splits(tuple(dict.fromkeys(_list_types(config, _MAX_DEPTH))))
 
 
 def _list_types(config: Mapping[str, JsonValue], depth: int) -> Iterator[str]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from loraformat.adapter import Factor, SlotKind, Target
 from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles, refuse_options
+from loraformat.kinds._factored import MATRICES
 from loraformat.kinds._matrices import LowRankDelta, Values
 from loraformat.problems import Problem
 
@@ -161,16 +162,13 @@ def _check_shapes(target: Target, down: Factor, up: Factor) -> list[Problem]:
 def _check_beside(target: Target, down: Factor, up: Factor) -> list[Problem]:
     """Return problems of biases and saved weights beside the factors."""
     out, width = up.shape[0], down.shape[1:]
-    turned = target.slot in (SlotKind.EMBEDDING, SlotKind.LINEAR_TRANSPOSED)
-    expected = {
-        _BIAS: (out,),
-        _BASE_BIAS: (out,),
-        _BASE_WEIGHT: (*width, out) if turned else (out, *width),
-    }
+    either = {(out, *width), (*width, out)}  # The base's shape has the last word, when it is replaced.
+    own = either if target.slot in MATRICES else {(*width, out) if target.slot is SlotKind.EMBEDDING else (out, *width)}
+    expected: dict[str, set[tuple[int, ...]]] = {_BIAS: {(out,)}, _BASE_BIAS: {(out,)}, _BASE_WEIGHT: own}
     return [
-        Problem("LF203", f"{target.name}: {role}", f"shape {target.factors[role].shape}", str(shape))
-        for role, shape in expected.items()
-        if role in target.factors and target.factors[role].shape != shape
+        Problem("LF203", f"{target.name}: {role}", f"shape {target.factors[role].shape}", " or ".join(map(str, shapes)))
+        for role, shapes in expected.items()
+        if role in target.factors and target.factors[role].shape not in shapes
     ]
 
 

@@ -211,12 +211,12 @@ def check_composition(group: Sequence[WeightChange]) -> list[Problem]:
     if not special:
         return []
     where, name = special[0].match.want.name, special[0].weight.name
-    rivals = [entry for entry in special if _overlap(entry.change.part, special[0].change.part)]
-    if special[0].change.nature is Nature.REPLACEMENT:  # What is trained on the replaced values goes on top of them.
-        rivals += [e for e in group if e not in rivals and _owners(e).isdisjoint(_owners(special[0]))]
-    if len(rivals) > 1:
-        others = ", ".join(entry.match.want.name for entry in rivals[1:])
-        return [Problem("LF409", where, f"{name!r} is changed by {others} as well", "one change of it")]
+    for entry in special:
+        rivals = [other for other in group if other is not entry and _rival(entry, other)]
+        if rivals:
+            others = ", ".join(other.match.want.name for other in rivals)
+            found = f"{name!r} is changed by {others} as well"
+            return [Problem("LF409", entry.match.want.name, found, "one change of it")]
     if special[0].match.divisor != 1:
         found = f"the graph multiplies {name!r} by {special[0].match.divisor:g}"
         return [Problem("LF403", where, found, "a weight that is used as it is stored")]
@@ -224,6 +224,16 @@ def check_composition(group: Sequence[WeightChange]) -> list[Problem]:
         found = f"rows of {name!r} were multiplied by numbers, or moved"
         return [Problem("LF403", where, found, "a weight that is used as it is stored")]
     return [problem for entry in special for problem in _check_whole(entry)]
+
+
+def _rival(entry: WeightChange, other: WeightChange) -> bool:
+    """Say whether another change cannot stand beside one that is a replacement or a function of the base."""
+    if not _overlap(entry.change.part, other.change.part):
+        return False
+    if other.change.nature is not Nature.ADDITIVE:
+        return True
+    # What is trained on the replaced values goes on top of them.
+    return entry.change.nature is Nature.REPLACEMENT and _owners(other).isdisjoint(_owners(entry))
 
 
 def _check_whole(entry: WeightChange) -> list[Problem]:
@@ -246,5 +256,11 @@ def _overlap(one: Part | None, other: Part | None) -> bool:
     """Say whether two parts of a stored matrix may have elements in common; one that is None is all of it."""
     if one is None or other is None:
         return True
-    rows = set(range(*one.rows)).isdisjoint(range(*other.rows))
-    return not (rows or set(range(*one.columns)).isdisjoint(range(*other.columns)))
+    return _meet(range(*one.rows), range(*other.rows)) and _meet(range(*one.columns), range(*other.columns))
+
+
+def _meet(one: range, other: range) -> bool:
+    """Say whether two ranges have a number in common."""
+    if one.step == other.step == 1:
+        return max(one.start, other.start) < min(one.stop, other.stop)
+    return not set(one).isdisjoint(other)

@@ -53,9 +53,14 @@ def recognise_config(config: Mapping[str, JsonValue]) -> Recognised | None:
     return next(iter(recognise_fields(config)), None)
 
 
+def spell_type(peft_type: str) -> str:
+    """Return a `peft_type` as PEFT writes it: some tools write `lora`, or Python's `PeftType.LORA`."""
+    return peft_type.rpartition(".")[2].strip().upper().replace("-", "_")
+
+
 def recognise_type(peft_type: str) -> Recognised | None:
     """Return what a `peft_type` is, where it is none that can be merged."""
-    row = next((row for row in UNMERGEABLE if peft_type in row.types), None)
+    row = next((row for row in UNMERGEABLE if spell_type(peft_type) in row.types), None)
     return Recognised(row, f"peft_type {peft_type!r}") if row is not None else None
 
 

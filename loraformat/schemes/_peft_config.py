@@ -9,7 +9,7 @@ from typing import Final
 from loraformat.adapter import Scaling, ScalingRule
 from loraformat.errors import error_for, refuse
 from loraformat.problems import Problem
-from loraformat.recognition import recognise_fields, recognise_type
+from loraformat.recognition import recognise_fields, recognise_type, spell_type
 from loraformat.schemes import Bundle, StatedScale
 from loraformat.schemes._peft_patterns import fits, fits_whole
 from loraformat.strict_json import JsonValue
@@ -46,7 +46,13 @@ _DEQUANTISED: Final = (
 _BASE_CHANGING: Final = ("pissa", "olora", "corda", "lora_ga")
 
 _OBSTACLES: Final = (
-    _Obstacle("layer_replication", _is_set, "it repeats layers of the base, which has fewer than the adapter"),
+    _Obstacle(
+        "layer_replication",
+        _is_set,
+        "it repeats layers of the base, which has fewer than the adapter",
+        mend="Write the base with its layers repeated as listed (mergekit's passthrough does it), remove "
+        "layer_replication from adapter_config.json, and merge into that.",
+    ),
     _Obstacle(
         "init_lora_weights",
         lambda value: isinstance(value, str) and value.lower().startswith(_BASE_CHANGING),
@@ -171,9 +177,20 @@ class PeftConfig:
 
 
 def read_config(fields: Mapping[str, JsonValue] | None, path: Path) -> PeftConfig:
-    """Return the configuration beside an adapter, which may be missing."""
+    """Return the configuration beside an adapter, which may be missing, with its type as PEFT spells it."""
     where = str(path) if path.suffix == ".json" else f"{path}: adapter_config.json"
-    return PeftConfig(fields or {}, where, fields is not None)
+    own = dict(fields or {})
+    stated = own.get("peft_type")
+    if isinstance(stated, str):
+        own["peft_type"] = spell_type(stated)
+    elif stated is None and is_lora(own):
+        own["peft_type"] = _LORA
+    return PeftConfig(own, where, fields is not None)
+
+
+def is_lora(fields: Mapping[str, JsonValue]) -> bool:
+    """Say whether fields are those that servers such as vLLM need of LoRA, of which the type is none."""
+    return "peft_type" not in fields and {"r", "lora_alpha", "target_modules"} <= set(fields)
 
 
 def _finite(scaling: Scaling, target: str) -> Scaling:

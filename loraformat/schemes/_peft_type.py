@@ -12,12 +12,9 @@ from loraformat.adapter import Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.errors import refuse
 from loraformat.problems import Problem
 from loraformat.schemes._peft_config import PeftConfig, fits_pattern
-from loraformat.schemes._peft_groups import BASE, COPY, REPLACE
+from loraformat.schemes._peft_groups import BASE, COPY, REPLACE, SHARED
 from loraformat.schemes._table import NameTable, Row
 from loraformat.strict_json import JsonValue
-
-SHARED: Final = "base_model"
-"""The module below which factors of all targets stand: `base_model.vera_A`."""
 
 _REPLACED: Final = (
     Row("modules_to_save.{adapter}.weight", REPLACE, "weight"),

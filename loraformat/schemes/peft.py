@@ -19,11 +19,21 @@ from loraformat.schemes import ALL_SLOTS, Bundle, ConfigReading, Holds, StatedSc
 from loraformat.schemes._engine import check_holds
 from loraformat.schemes._memory import recall
 from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
-from loraformat.schemes._peft_config import PeftConfig, read_config
-from loraformat.schemes._peft_groups import BASE, COPY, REPLACE, TOKENS, Group, compose, is_buffer, note_left_out
+from loraformat.schemes._peft_config import PeftConfig, is_lora, read_config
+from loraformat.schemes._peft_groups import (
+    BASE,
+    COPY,
+    REPLACE,
+    SHARED,
+    TOKENS,
+    Group,
+    compose,
+    list_buffers,
+    note_left_out,
+)
 from loraformat.schemes._peft_other import fill_other, find_type
 from loraformat.schemes._peft_targets import TargetReader
-from loraformat.schemes._peft_type import SHARED, PeftType, spread_shared
+from loraformat.schemes._peft_type import PeftType, spread_shared
 from loraformat.schemes._peft_types import TYPES
 from loraformat.schemes._peft_writing import fill_lora, write_folder
 from loraformat.schemes._table import Name, NameTable, Row
@@ -116,6 +126,8 @@ class Peft:
             return None
         if bundle.config is not None and "peft_type" in bundle.config:
             return "adapter_config.json with peft_type"
+        if bundle.config is not None and is_lora(bundle.config) and any(".lora_A." in key for key in bundle.tensors):
+            return "adapter_config.json with r, lora_alpha and target_modules"
         if "lora_adapter_metadata" in bundle.metadata or bundle.config is not None:
             return None
         if any(key.startswith(_DUMPS) for key in bundle.tensors):
@@ -191,10 +203,11 @@ class Peft:
 
     def check(self, bundle: Bundle) -> list[Problem]:
         """Return what is odd about configuration and tensors together; nothing of it stands against reading them."""
-        other = TYPES.get(str((bundle.config or {}).get("peft_type")))
+        config = read_config(bundle.config, bundle.path)
+        other = TYPES.get(str(config.fields.get("peft_type")))
         groups, _ = _group(bundle, other.table if other else TABLE)
         groups.pop(SHARED, None)
-        return find_oddities(read_config(bundle.config, bundle.path), _summarise(groups))
+        return find_oddities(config, _summarise(groups))
 
     def check_config(self, bundle: Bundle) -> ConfigReading:
         """Return what a configuration without tensors says."""
@@ -219,10 +232,11 @@ def _group(bundle: Bundle, table: NameTable = TABLE) -> tuple[dict[str, Group], 
     """Return the tensors by target, wrapper prefixes removed, and problems of unknown or colliding keys."""
     groups: dict[str, Group] = {}
     stripped: set[str] = set()
-    buffers = [key for key in bundle.tensors if is_buffer(key)]
+    buffers = list_buffers(bundle.tensors)
     problems: list[Problem] = note_left_out(buffers)
+    left_out, is_named = frozenset(buffers), False
     for key, tensor in bundle.tensors.items():
-        if is_buffer(key):
+        if key in left_out:
             continue
         name = _read_key(key, stripped, table)
         if name is None:
@@ -234,10 +248,11 @@ def _group(bundle: Bundle, table: NameTable = TABLE) -> tuple[dict[str, Group], 
             continue
         group.factors[name.row.role] = tensor
         group.kinds.add(name.row.kind)
+        is_named = is_named or "{adapter}" in name.row.pattern
     if stripped:
         found = f"the prefixes {', '.join(sorted(stripped))} in its names, left out"
         problems.append(Problem("LF304", str(bundle.path), found, severity="note"))
-    composed, notes = compose(groups)
+    composed, notes = compose(groups, is_named=is_named)
     return composed, problems + notes
 
 

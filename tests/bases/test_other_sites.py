@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import loraformat
 from builders import lora_factors, write_peft, write_tensors
@@ -18,6 +19,7 @@ from loraformat.loading import open_base
 from loraformat.spans import Part
 from loraformat.spellings import read_renames_file
 
+SPLIT = {"weight": (24, 5), "bias": (24,)}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 12}
 
 
@@ -165,6 +167,45 @@ def test_every_rename_can_be_applied() -> None:
     for old, new in [row for step in [*steps, *table["all"]] for row in step]:
         re.sub(old, new, "model.layers.0.x.weight")
         assert "\\." not in new
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stored", "members"),
+    [
+        ("gte", "encoder.layer.1.attention.qkv_proj", [f"layers.1.self_attn.{name}_proj" for name in "qkv"]),
+        ("nomic_bert", "encoder.layers.1.attn.Wqkv", [f"layers.1.self_attn.{name}_proj" for name in "qkv"]),
+        ("dinov2", "encoder.layer.1.mlp.weights_in", [f"encoder.layer.1.mlp.{name}_proj" for name in ("gate", "up")]),
+    ],
+)
+def test_a_module_that_transformers_renames_and_splits(
+    tmp_path: Path, model_type: str, stored: str, members: list[str]
+) -> None:
+    names = {f"{stored}.{parameter}".replace(".", "__"): shape for parameter, shape in SPLIT.items()}
+    found = sites_of(tmp_path / "x", {"model_type": model_type}, **names)
+    size = SPLIT["weight"][0] // len(members)
+    for index, member in enumerate(members):
+        rows = (index * size, index * size + size, 1)
+        assert [site.part for site in found[f"{member} weight"]] == [Part(SPLIT["weight"], rows, (0, 5, 1))]
+        assert [site.part for site in found[f"{member} bias"]] == [Part((24, 1), rows, (0, 1, 1))]
+    assert f"{members[0]} weight" not in sites_of(tmp_path / "other", {"model_type": "bert"}, **names)
+
+
+def test_members_of_one_weight_may_all_be_replaced(tmp_path: Path) -> None:
+    """Biases of q, k and v that were trained apart, onto one bias of all."""
+    state = {"m.qkv_proj.weight": np.ones((24, 12), np.float32), "m.qkv_proj.bias": np.zeros(24, np.float32)}
+    base = tmp_path / "base"
+    base.mkdir()
+    write_tensors(base / "model.safetensors", state)
+    (base / "config.json").write_text(json.dumps({"model_type": "phi3", **HEADS}))
+    sizes = {"q": 12, "k": 6, "v": 6}
+    saved = {f"m.{name}_proj.bias": np.full(rows, rows + ord(name), np.float32) for name, rows in sizes.items()}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    write_tensors(adapter / "adapter_model.safetensors", saved)
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    loraformat.merge(base, [adapter], tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")["m.qkv_proj.bias"]
+    assert merged.tolist() == np.concatenate([*saved.values()]).tolist()
 
 
 def test_a_bias_that_no_layer_has_is_no_loss_where_modules_could_be_fused(tmp_path: Path) -> None:

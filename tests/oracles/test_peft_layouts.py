@@ -411,6 +411,30 @@ def test_a_family_that_is_called_otherwise_in_memory(tmp_path: Path, family: str
     assert_near(found, trained.merged, before)
 
 
+@pytest.mark.parametrize("family", ["Gte", "NomicBert", "JinaEmbeddingsV3", "Dinov2"])
+def test_a_family_whose_modules_are_several_in_memory(tmp_path: Path, family: str) -> None:
+    """Encoders that transformers 5 loads in other modules than their checkpoints have: q, k and v, gate and up."""
+    sizes: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    if family == "Dinov2":
+        sizes |= {"image_size": 16, "patch_size": 4, "mlp_ratio": 2, "use_swiglu_ffn": True}
+    else:
+        sizes |= {"vocab_size": 40, "intermediate_size": 40, "max_position_embeddings": 32}
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = randomised(getattr(transformers, f"{family}Model")(config))
+    trained = train(model, peft.LoraConfig(r=2, lora_alpha=6, target_modules="all-linear", bias="all"), tmp_path)
+    merge(trained, tmp_path / "merged")
+    found, before = (
+        {
+            name: value.numpy()
+            for name, value in type(model).from_pretrained(place, dtype=torch.float64).state_dict().items()
+        }
+        for place in (tmp_path / "merged", trained.base)
+    )
+    assert_near(found, trained.merged, before)
+    stored = {name for name in state_of(trained.base) if name not in trained.merged}
+    assert any(end in name for name in stored for end in ("qkv", "weights_in"))
+
+
 @pytest.mark.parametrize("older", [True, False])
 def test_the_text_encoder_of_clip(tmp_path: Path, older: bool) -> None:
     """transformers 5 dropped a level of its names; the checkpoints have it, and so have older adapters."""

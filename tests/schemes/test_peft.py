@@ -467,11 +467,64 @@ def test_dora_with_its_magnitudes(role: str) -> None:
     assert set(target.factors) == {*LINEAR, "lora_magnitude_vector"}
 
 
-@pytest.mark.parametrize("kind", ["PSOFT", "ADAMSS", "lora", "PROMPT_TUNING", ""])
+@pytest.mark.parametrize("kind", ["PSOFT", "ADAMSS", "LORAX", "PROMPT_TUNING", ""])
 def test_other_types_are_refused_by_name(kind: str) -> None:
     problems = errors(make_bundle({"m.q": LINEAR}, {**CONFIG, "peft_type": kind}))
     assert [problem.code for problem in problems] == ["LF209"]
     assert repr(kind) in problems[0].found
+
+
+@pytest.mark.parametrize("kind", ["lora", "Lora", "PeftType.LORA"])
+def test_other_spellings_of_the_type(kind: str) -> None:
+    bundle = make_bundle({"m.q": LINEAR}, {**CONFIG, "peft_type": kind})
+    assert SCHEME.detect(bundle)
+    assert read_one(bundle).scale == 4.0
+    assert not SCHEME.check_config(bundle).problems
+
+
+def test_the_fields_that_servers_need_are_those_of_lora() -> None:
+    bundle = make_bundle({"m.q": LINEAR}, {"r": 2, "lora_alpha": 8, "target_modules": ["q"]})
+    assert SCHEME.detect(bundle) == "adapter_config.json with r, lora_alpha and target_modules"
+    assert read_one(bundle).scale == 4.0
+    assert SCHEME.detect(replace(bundle, tensors={"m.q": MemoryFactor("m.q", np.ones((2, 5)))})) is None
+
+
+def test_layers_that_are_repeated_say_how_to_repeat_them() -> None:
+    (problem,) = errors(make_bundle({"m.q": LINEAR}, {**CONFIG, "layer_replication": [[0, 2], [1, 3]]}))
+    assert problem.code == "LF209"
+    assert "layer_replication" in problem.advice
+
+
+def dump_of(kind: str, config: Mapping[str, Any], roles: Mapping[str, tuple[int, ...]]) -> list[tuple[str, list[str]]]:
+    """Return the targets of a whole model's state dict, with their roles."""
+    own = {"base_layer.weight": (7, 5), "base_layer.bias": (7,)}
+    shapes = {"m.q": {**roles, **own}, "m.v": {**roles, **own}, "norm": {"weight": (5,)}}
+    adapter = read(make_bundle(shapes, {**CONFIG, "peft_type": kind, **config}))
+    notes = [problem.found for problem in adapter.problems if problem.code == "LF226"]
+    assert notes == ([] if kind == "LORA" and not config else ["kept by the training run, left out"])
+    return [(target.name, sorted(target.factors)) for target in adapter.targets]
+
+
+def test_the_state_dict_of_a_whole_model() -> None:
+    """What lies in it of the base replaces the base's, where the kind has a place for it, and is left out elsewhere."""
+    norm = ("norm", ["weight"])
+    scaled = {"ia3_l.default": (7, 1)}
+    assert dump_of("IA3", {"feedforward_modules": []}, scaled) == [("m.q", ["ia3_l"]), ("m.v", ["ia3_l"]), norm]
+    magnitudes = {**infix("default"), "lora_magnitude_vector.default.weight": (7,)}
+    roles = [*sorted(LINEAR), "lora_magnitude_vector"]
+    assert dump_of("LORA", {"use_dora": True}, magnitudes) == [("m.q", roles), ("m.v", roles), norm]
+    whole = sorted([*LINEAR, "base_layer.weight", "base_layer.bias"])
+    assert dump_of("LORA", {}, infix("default")) == [("m.q", whole), ("m.v", whole), norm]
+
+
+def test_a_quantised_base_in_the_state_dict_is_left_out() -> None:
+    beside = ["base_layer.weight", "base_layer.weight.absmax", "base_layer.weight.quant_map"]
+    beside += ["base_layer.weight.quant_state.bitsandbytes__nf4"]
+    bundle = make_bundle({"m.q": infix("default")})
+    codes_of_base = {f"base_model.model.m.q.{role}": MemoryFactor(role, np.ones((18, 1), np.uint8)) for role in beside}
+    adapter = read(replace(bundle, tensors={**bundle.tensors, **codes_of_base}))
+    assert [(target.name, sorted(target.factors)) for target in adapter.targets] == [("m.q", sorted(LINEAR))]
+    assert [problem.code for problem in adapter.problems] == ["LF226"]
 
 
 def test_no_type_at_all() -> None:

@@ -17,7 +17,7 @@ from loraformat.problems import Problem
 from loraformat.recognition.unmergeable import UNMERGEABLE
 from loraformat.schemes import NOT_STATED, Bundle, StatedScale
 from loraformat.schemes._peft_config import _OBSTACLES, PeftConfig, read_config
-from loraformat.schemes._peft_patterns import fits
+from loraformat.schemes._peft_patterns import fits, fits_whole
 
 PATH = Path("folder")
 
@@ -208,6 +208,20 @@ PATTERNS = [
     "c_attn|k_proj",
     "[a-]-b.c",
     r"\w+-b\.c",
+    r"^(?!.*mlp).*q_proj$",
+    r".*\.(?!lm_head)[^.]*_proj",
+    r"(?=.*self_attn)(?!.*k_proj).*",
+    r"\bq_proj\b",
+    r".*\bself_attn\b.*",
+    r"(?<=attn\.)q_proj",
+    r".*(?<!self_attn\.q_proj)(?<!w1)",
+    r"(?:model\.)?(?:layers\.\d+\.)+self_attn\.(?P<which>[qk])_proj",
+    r"(?i:MODEL).*q_PROJ|(?i:model).*(?-i:q_proj)",
+    r"(?:.*?(?:language|text|layers).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:q_proj|k_proj|w1).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
+    r"\.(?:(?:q_proj|k_proj)))",
+    r"(?:layers\.(?:[0-9]|1[0-5])\.)(?:.*\.)*[qk]_proj",
+    r"(\w+\.){2,40}\w+",
 ]
 
 
@@ -217,7 +231,10 @@ def test_real_patterns_fit_as_in_peft(pattern: str) -> None:
 
 
 ATOMS = st.sampled_from(
-    ["a", "b", ".", r"\.", "ab", "[ab]", "[^a]", r"\d", r"\w", "1", "-", "^", "$", "(", ")", "(?:", "|", "|", "_"]
+    [
+        *("a", "b", ".", r"\.", "ab", "[ab]", "[^a]", r"\d", r"\w", "1", "-", "^", "$", "(", ")", "(?:", "|", "|", "_"),
+        *("(?=", "(?!", "(?<=", "(?<!", r"\b", r"\B", ")", ")", "(?i:", "A"),
+    ]
 )
 QUANTIFIERS = st.sampled_from(["", "", "", "", "*", "+", "?", "*?", "+?", "??", "{2}", "{1,}", "{,2}", "{1,2}", "{0}"])
 PIECES = st.lists(st.tuples(ATOMS, QUANTIFIERS).map("".join), max_size=7).map("".join)
@@ -231,6 +248,23 @@ def test_any_pattern_fits_as_in_peft_or_is_refused(pattern: str, names: list[str
     except ValueError:
         return
     assert found == [peft_rule(pattern, name) for name in names]
+
+
+@given(pattern=PIECES, names=st.lists(PATHS, min_size=1, max_size=4))
+def test_whole_names_fit_as_in_peft_or_are_refused(pattern: str, names: list[str]) -> None:
+    """The expressions of target_modules."""
+    try:
+        found = [fits_whole(pattern, name) for name in names]
+    except ValueError:
+        return
+    assert found == [re.fullmatch(pattern, name) is not None for name in names]
+
+
+def test_flags_stand_at_the_start_of_a_whole_expression() -> None:
+    assert fits_whole("(?i).*Q_PROJ", "m.q_proj")
+    assert not fits_whole("(?s).*Q_PROJ", "m.q_proj")
+    with pytest.raises(ValueError, match="at its start"):
+        fits("(?i)Q_PROJ+", "m.q_proj")  # PEFT writes it behind `(.*\\.)?`, where Python refuses it.
 
 
 @given(pattern=st.text(max_size=30), name=st.text(max_size=30))
@@ -256,7 +290,13 @@ HOSTILE = [
     (r"(a)\1", "aa"),
     ("a*+b", "aab"),
     ("(?i)A", "a"),
-    ("a" * 501 + "*", "a"),
+    ("a" * 4001 + "*", "a"),
+    ("((((a*)*)*)*)*b", "a" * 300),
+    ("(?=(?=(?=(?=.*a.*).*a.*).*a.*).*a.*)" * 20 + "b", "a" * 400),
+    ("(?:.*(?!.*(?!.*(?!.*(?!b)))))*", "a" * 300),
+    ("(a?){999}" * 50, "a" * 300),
+    ("(((((a|b?){99}){99}){99}){99}){99}", "ab" * 90),
+    ("(?<=" + "a" * 900 + ")" + "a*b", "a" * 4000),
     ("[", "a"),
     ("(", "a"),
     ("*", "a"),
@@ -282,7 +322,11 @@ def test_hostile_patterns_cost_nothing(pattern: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"(a)\1", "(a+)+", "a*+", "(?i)a", "(?=a)", "[", "(", "a)", "*", r"\bq", "\\", "a{21}", "a{2,1}", "^*"]
+    "pattern",
+    [
+        *(r"(a)\1", "(?P<x>a)(?P=x)", "(a)?(?(1)b|c)", "(?>a)", "a*+", "(?i)a", "(?<=a+)b", "(?<=a|bc)d"),
+        *("[", "(", "a)", "*", "\\", "a{1000}", "a{2,1}", "^*", "a**", "(?P<x>a)(?P<x>b)", "(?x:a b)"),
+    ],
 )
 def test_what_is_no_simple_pattern_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match=r".+"):

@@ -308,7 +308,7 @@ def test_a_tensor_of_another_type_is_not_dropped() -> None:
     assert errors(make_bundle("IA3", {"m.q.ia3_l": (6, 1), "m.q.oft_r": (3, 6, 6)})) == ["LF202"]
 
 
-@pytest.mark.parametrize("peft_type", ["PSOFT", "ADAMSS", "XLORA", "CPT", "new"])
+@pytest.mark.parametrize("peft_type", ["PSOFT", "ADAMSS", "XLORA", "CPT", "NEW"])
 def test_types_that_are_not_merged_say_why(peft_type: str) -> None:
     with pytest.raises(LoraformatError) as caught:
         read(make_bundle(peft_type, {"m.q.a": (2, 3)}))
