@@ -17,7 +17,7 @@ from loraformat.strict_json import JsonValue
 
 COMPONENTS: Final = (
     *("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior"),
-    *("connectors", "controlnet", "diffusion_model"),
+    *("connectors", "controlnet", "text_conditioner", "diffusion_model"),
 )
 """What diffusers calls the models of a pipeline; `diffusion_model` for one that no table knows."""
 BUNDLED: Final = "bundle_emb"

@@ -217,6 +217,12 @@ def lumina2() -> list[Row]:
     )
 
 
+def fused_aspect(rows: list[Row], aspect: list[int]) -> list[Row]:
+    """Say how many rows the fused weights have for how many columns."""
+    put_aspects(rows, "native", {"attention.qkv": aspect})
+    return rows
+
+
 def z_image() -> list[Row]:
     found: list[Row] = []
     unchanged = [*(f"feed_forward.w{each}" for each in (1, 2, 3)), "attention_norm1", "attention_norm2"]
@@ -417,7 +423,11 @@ def ace_step() -> list[Row]:
     parts = (("q_proj", "to_q"), ("k_proj", "to_k"), ("v_proj", "to_v"), ("o_proj", "to_out.0"))
     pairs = [(f"{block}.{each}.{a}", f"{block}.{each}.{b}") for each in ("self_attn", "cross_attn") for a, b in parts]
     pairs += [(f"{block}.mlp.{each}_proj",) * 2 for each in ("gate", "up", "down")]
-    return rows("native", pairs)
+    outside = [
+        f"{embed}.{each}" for embed in ("time_embed", "time_embed_r") for each in ("linear_1", "linear_2", "time_proj")
+    ]
+    pairs += [(name, name) for name in (*outside, "condition_embedder")]
+    return [*rows("native", pairs), *same(["diffusers"], "proj_in_conv", "proj_out_conv")]
 
 
 # --- Models that all call by diffusers' names ------------------------------------------------------------------------
@@ -460,6 +470,23 @@ def hidream() -> list[Row]:
     return same(["diffusers"], *(f"{block}.{name}" for block in blocks for name in inner), *outside)
 
 
+def ernie_image() -> list[Row]:
+    inner = [f"self_attention.{each}" for each in (*ATTENTION, "norm_q", "norm_k")]
+    inner += [f"mlp.{each}" for each in ("gate_proj", "up_proj", "linear_fc2")]
+    outside = ["x_embedder.proj", "text_proj", "time_embedding.linear_1", "time_embedding.linear_2"]
+    outside += ["adaLN_modulation.1", "final_norm.linear", "final_linear"]
+    return same(["diffusers"], *(f"layers.{{i}}.{name}" for name in inner), *outside)
+
+
+def cogview4() -> list[Row]:
+    inner = [f"attn1.{each}" for each in ATTENTION] + ["norm1.linear", "ff.net.0.proj", "ff.net.2"]
+    outside = ["patch_embed.proj", "patch_embed.text_proj", "norm_out.linear", "proj_out"]
+    outside += [
+        f"time_condition_embed.{each}_embedder.linear_{n}" for each in ("timestep", "condition") for n in (1, 2)
+    ]
+    return same(["diffusers"], *(f"{BLOCK}.{name}" for name in inner), *outside)
+
+
 def kandinsky5() -> list[Row]:
     parts = ("to_query", "to_key", "to_value", "out_layer")
     text = [f"text_transformer_blocks.{{i}}.{each}" for each in ("feed_forward.in_layer", "feed_forward.out_layer")]
@@ -482,9 +509,15 @@ def main() -> None:
     write(
         "hunyuan-video-transformer", "HunyuanVideo", hunyuan_video(), "HunyuanVideoTransformer3DModel", hunyuan, depths
     )
-    write("lumina2-transformer", "Lumina 2", lumina2(), "Lumina2Transformer2DModel", schemes("native"))
+    write(
+        "lumina2-transformer",
+        "Lumina 2",
+        fused_aspect(lumina2(), [5, 3]),
+        "Lumina2Transformer2DModel",
+        schemes("native"),
+    )
     image = schemes("diffusers", "native")
-    write("z-image-transformer", "Z-Image", z_image(), "ZImageTransformer2DModel", image)
+    write("z-image-transformer", "Z-Image", fused_aspect(z_image(), [3, 1]), "ZImageTransformer2DModel", image)
     write(
         "ideogram4-transformer",
         "Ideogram 4",
@@ -502,6 +535,8 @@ def main() -> None:
     write("ace-step-transformer", "ACE-Step", ace_step(), "AceStepTransformer1DModel", schemes("native"))
     alike = schemes("diffusers")
     write("cogvideox-transformer", "CogVideoX", cogvideox(), "CogVideoXTransformer3DModel", alike)
+    write("cogview4-transformer", "CogView4", cogview4(), "CogView4Transformer2DModel", alike)
+    write("ernie-image-transformer", "ERNIE-Image", ernie_image(), "ErnieImageTransformer2DModel", alike)
     write("sana-transformer", "Sana", sana(), "SanaTransformer2DModel", alike)
     write("hidream-transformer", "HiDream", hidream(), "HiDreamImageTransformer2DModel", alike)
     write("kandinsky5-transformer", "Kandinsky 5", kandinsky5(), "Kandinsky5Transformer3DModel", alike)
