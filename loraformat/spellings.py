@@ -16,6 +16,8 @@ from typing import Any, Final
 from loraformat.strict_json import parse_json_object
 
 _HOLE: Final = re.compile(r"\{(\w+)\}")
+_DIGITS: Final = 9
+"""A number of a block has no more; a text of more is none, and may be too long to be read as one."""
 _NUMBER: Final = re.compile(r"(?<![^._])\d+(?![^._])")
 """A whole part of a path that is a number."""
 
@@ -42,12 +44,14 @@ class ModuleRow:
         shares: how the rows of the fused weight are divided among the parts: proportions, or counts of the base.
         orders: spelling to the order of the rows of each of its modules, where it is another.
         parameters: what a spelling calls the parameter that is elsewhere `weight`.
+        aspect: how many rows the whole weight has for how many columns; empty where the table does not say.
     """
 
     paths: Mapping[str, tuple[str, ...]]
     shares: tuple[int | str, ...]
     orders: Mapping[str, tuple[Order | None, ...]]
     parameters: Mapping[str, str]
+    aspect: tuple[int, ...] = ()
 
     def order(self, spelling: str | None, part: int) -> Order | None:
         """Return the order of a part's rows in a spelling, None for that of the table's first."""
@@ -101,6 +105,7 @@ class SpellingTable:
         components: the components that it may be, the usual one first (`transformer`, `text_encoder_2`).
         spellings: the first is the one that orders are told against.
         widths: sizes that only this architecture has among those with the same names.
+        depths: beginnings of paths, before a number, to how many blocks the largest model has there.
         classes: what configurations call it.
         schemes: how schemes call its components.
         architectures: model types to what GGUF calls the architecture.
@@ -112,6 +117,7 @@ class SpellingTable:
         self.components: tuple[str, ...] = tuple(fields["components"])
         self.spellings: tuple[str, ...] = tuple(fields["spellings"])
         self.widths: frozenset[int] = frozenset(fields.get("widths", ()))
+        self.depths: Mapping[str, int] = fields.get("depths", {})
         self.classes: frozenset[str] = frozenset(fields.get("classes", ()))
         self.schemes: Mapping[str, SchemeNames] = {
             name: SchemeNames(each["spelling"], each.get("prefixes", {}), tuple(each.get("also", ())))
@@ -121,16 +127,20 @@ class SpellingTable:
         self.rows: tuple[ModuleRow, ...] = tuple(_read_row(row) for row in fields["modules"])
 
     @cached_property
-    def _index(self) -> Mapping[tuple[str, bool, str], Sequence[tuple[ModuleRow, int, str]]]:
-        """Spelling, whether flat, and path with `#` for numbers, to the rows that may fit, each with its pattern."""
-        index: dict[tuple[str, bool, str], list[tuple[ModuleRow, int, str]]] = {}
+    def _index(self) -> Mapping[tuple[str, bool, str], Sequence[tuple[ModuleRow, int, str, int | None]]]:
+        """Spelling, whether flat, and path with `#` for numbers, to the rows that may fit.
+
+        Each with its pattern, and how many blocks there are of its first hole.
+        """
+        index: dict[tuple[str, bool, str], list[tuple[ModuleRow, int, str, int | None]]] = {}
         for row in self.rows:
             for spelling, patterns in row.paths.items():
                 for part, pattern in enumerate(patterns):
+                    depth = self.depths.get(pattern.partition(".{")[0])
                     for flat in (False, True):
                         text = pattern.replace(".", "_") if flat else pattern
                         skeleton = _NUMBER.sub("#", _HOLE.sub("0", text))
-                        index.setdefault((spelling, flat, skeleton), []).append((row, part, text))
+                        index.setdefault((spelling, flat, skeleton), []).append((row, part, text, depth))
         return index
 
     def find(self, path: str, spelling: str, *, flat: bool = False) -> list[Place]:
@@ -143,9 +153,9 @@ class SpellingTable:
 
     def _find(self, path: str, skeleton: str, spelling: str, flat: bool) -> list[Place]:
         found = []
-        for row, part, pattern in self._index.get((spelling, flat, skeleton), ()):
+        for row, part, pattern, depth in self._index.get((spelling, flat, skeleton), ()):
             match = _compile(pattern).fullmatch(path)
-            if match is not None:
+            if match is not None and (depth is None or _is_below(match[1], depth)):
                 found.append(Place(row, part, tuple(sorted(match.groupdict().items()))))
         return found
 
@@ -220,11 +230,21 @@ def _read_row(fields: Mapping[str, Any]) -> ModuleRow:
         spelling: tuple(map(_read_order, each if isinstance(each, list) else [each]))
         for spelling, each in fields.get("orders", {}).items()
     }
-    return ModuleRow(paths, tuple(fields.get("shares", ())), orders, fields.get("parameters", {}))
+    return ModuleRow(
+        paths,
+        tuple(fields.get("shares", ())),
+        orders,
+        fields.get("parameters", {}),
+        tuple(fields.get("aspect", ())),
+    )
 
 
 def _read_order(fields: Mapping[str, Any] | None) -> Order | None:
     return Order(fields["rule"], fields.get("heads", "")) if fields else None
+
+
+def _is_below(number: str, depth: int) -> bool:
+    return len(number) <= _DIGITS and int(number) < depth
 
 
 @cache

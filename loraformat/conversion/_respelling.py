@@ -5,7 +5,7 @@ how fused weights are taken apart and put together, `_ordering` how rows are put
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, Protocol
@@ -14,6 +14,7 @@ from loraformat.adapter import Adapter, Factor, Target
 from loraformat.base_facts import BaseFacts
 from loraformat.conversion._fusing import Made, describe_parts, fuse, split
 from loraformat.conversion._ordering import reorder
+from loraformat.conversion._routes import Route, choose_route
 from loraformat.problems import Problem
 from loraformat.schemes._memory import COMPONENT_KEY, MODEL_KEY, SPELLING_KEY, find_memory, find_texts
 from loraformat.schemes._naming import DENOISERS, split_component
@@ -39,15 +40,6 @@ class Respelled:
     problems: list[Problem] = field(default_factory=list)
     fused: dict[str, JsonValue] = field(default_factory=dict)
     absorbed: list[Factor] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Route:
-    """From one spelling of a table to another."""
-
-    table: SpellingTable
-    old: str
-    new: str
 
 
 class Speller(Protocol):
@@ -104,9 +96,7 @@ def respell_by(adapter: Adapter, speller: Speller, facts: BaseFacts) -> tuple[Ad
         groups[split_component(target.name)[0]].append(target)
     for component, targets in sorted(groups.items()):
         stated = left_out if component in ("", "diffusion_model") else component
-        route, problem = _choose_route(
-            component, targets, partial(speller, component=stated), facts, models.get(stated)
-        )
+        route, problem = choose_route(component, targets, partial(speller, component=stated), facts, models.get(stated))
         result.problems += [problem] if problem else []
         owner = stated or (_adopt(route.table) if route else component)
         prefix = f"{owner}." if owner else ""
@@ -131,57 +121,10 @@ def respell_by(adapter: Adapter, speller: Speller, facts: BaseFacts) -> tuple[Ad
     return replace(adapter, targets=ordered, provenance=provenance, absorbed=absorbed), result.problems
 
 
-def _is_unusual(scheme: str, route: _Route) -> bool:
+def _is_unusual(scheme: str, route: Route) -> bool:
     """Say whether a source used another spelling than the one that its scheme is written in."""
     names = route.table.schemes.get(scheme)
     return names is None or route.old in names.also
-
-
-def _choose_route(
-    component: str,
-    targets: Sequence[Target],
-    speller: Callable[[Reading], str | None],
-    facts: BaseFacts,
-    remembered: JsonValue,
-) -> tuple[_Route | None, Problem | None]:
-    """Return the route for the names of one component, or why none can be chosen."""
-    readings = [
-        reading
-        for reading in read_names(split_component(target.name)[1] for target in targets)
-        if not reading.missed and _may_be(reading, component)
-    ]
-    spelled = [(reading, speller(reading)) for reading in readings]
-    routes = [_Route(reading.table, reading.spelling, new) for reading, new in spelled if new is not None]
-    unchanged = [route for route in routes if route.old == route.new]
-    settled = {route.table.name for route in unchanged}  # The names agree in the other spellings of these tables.
-    routes = [route for route in routes if route in unchanged or route.table.name not in settled]
-    if unchanged and len(unchanged) == len(routes):
-        return unchanged[0], None
-    for test in (_by_name(remembered), _by_class(facts), _by_width(targets)):
-        chosen = [route for route in routes if test(route)]
-        routes = chosen or routes
-    tables = {route.table.name for route in routes}
-    if len(tables) > 1:
-        found = " or ".join(sorted(route.table.title for route in routes))
-        return None, Problem("LF316", component or "the names", found, "names of one model")
-    return (routes[0] if routes else None), None
-
-
-def _may_be(reading: Reading, component: str) -> bool:
-    return not component or component == "diffusion_model" or component in reading.table.components
-
-
-def _by_name(remembered: JsonValue) -> Callable[[_Route], bool]:
-    return lambda route: route.table.name == remembered
-
-
-def _by_class(facts: BaseFacts) -> Callable[[_Route], bool]:
-    return lambda route: bool(facts.architecture) and facts.architecture in route.table.classes
-
-
-def _by_width(targets: Sequence[Target]) -> Callable[[_Route], bool]:
-    widths = {factor.shape[1] for target in targets for factor in target.factors.values() if len(factor.shape) > 1}
-    return lambda route: bool(route.table.widths & widths)
 
 
 def _adopt(table: SpellingTable) -> str:
@@ -192,7 +135,7 @@ def _adopt(table: SpellingTable) -> str:
 def _respell_component(
     prefix: str,
     targets: Sequence[Target],
-    route: _Route,
+    route: Route,
     facts: BaseFacts,
     known: Mapping[str, JsonValue],
     result: Respelled,
@@ -221,7 +164,7 @@ def _move(
     row: ModuleRow,
     parts: Mapping[int, Target],
     paths: Sequence[str],
-    route: _Route,
+    route: Route,
     facts: BaseFacts,
     known: Mapping[str, JsonValue],
     result: Respelled,
@@ -256,7 +199,7 @@ def _move(
     return moved, problems
 
 
-def _rename_parameter(target: Target, row: ModuleRow, route: _Route) -> Target:
+def _rename_parameter(target: Target, row: ModuleRow, route: Route) -> Target:
     """Give a saved parameter its name in the new spelling: `scale` of BFL's norms is `weight` elsewhere."""
     old, new = row.parameters.get(route.old, "weight"), row.parameters.get(route.new, "weight")
     if target.kind != "replace" or old == new or old not in target.factors:

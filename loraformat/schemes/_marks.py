@@ -11,6 +11,11 @@ from loraformat.schemes import Bundle
 BUNDLED_KEYS: Final = r"bundle_emb\..+"
 """Embeddings of tokens, which may lie beside factors in files of several schemes."""
 
+BARE: Final = r"(?:down_blocks|up_blocks|mid_block|(?:single_)?transformer_blocks)(?=\.)"
+"""How keys begin that diffusers writes without a component."""
+BARE_TENSOR: Final = r".*(?:[._]lora\.|\.lora_(?:[AB]\.|linear_layer|magnitude))"
+"""What diffusers' keys then say."""
+
 
 @dataclass(frozen=True, slots=True)
 class Marks:

@@ -17,7 +17,7 @@ from loraformat.strict_json import JsonValue
 
 COMPONENTS: Final = (
     *("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior"),
-    *("connectors", "controlnet", "diffusion_model"),
+    *("connectors", "controlnet", "text_conditioner", "diffusion_model"),
 )
 """What diffusers calls the models of a pipeline; `diffusion_model` for one that no table knows."""
 BUNDLED: Final = "bundle_emb"
@@ -163,6 +163,7 @@ class ComponentNaming:
             return paths
         by_base = _index_flat(facts.modules)
         by_end = _index_ends(facts.modules)
+        whole = [reading for reading in whole if self._is_own(reading)] or whole
         dotted: dict[str, str] = {}
         for module, path in paths.items():
             options = by_base.get(path) or {one for reading in whole for one in _spell(reading, path)}
@@ -172,6 +173,11 @@ class ComponentNaming:
             else:
                 result.problems.append(_refuse_flat(module, path, options, readings, facts))
         return dotted
+
+    def _is_own(self, reading: Reading) -> bool:
+        """Say whether a spelling is the one in which the scheme is written, of several that are alike when flat."""
+        names = reading.table.schemes.get(self.names)
+        return names is not None and names.spelling == reading.spelling
 
     def write(self, targets: Sequence[str], facts: BaseFacts, remembered: Mapping[str, JsonValue]) -> NamesWritten:
         """Return prefix and path of every target."""

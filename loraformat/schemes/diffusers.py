@@ -5,6 +5,7 @@ nowhere, in which case every reader takes 1. Source: huggingface/diffusers 0.42,
 utils/peft_utils.py.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Final
 
 from loraformat.adapter import SlotKind, Target
 from loraformat.errors import LoraformatError
+from loraformat.manifest import MANIFEST_KEY
 from loraformat.schemes import PIPELINES, Bundle, Holds, StatedScale
 from loraformat.schemes._beside import ALPHA, Module
 from loraformat.schemes._engine import TableScheme
 from loraformat.schemes._groups import TOKEN
+from loraformat.schemes._known_names import find_model
 from loraformat.schemes._lora_config import describe_lora
 from loraformat.schemes._lycoris import LYCORIS_ROWS
-from loraformat.schemes._marks import NOISE, Alias, Marks
+from loraformat.schemes._marks import BARE, BARE_TENSOR, NOISE, Alias, Marks
 from loraformat.schemes._memory import find_texts
 from loraformat.schemes._naming import COMPONENTS, ComponentNaming, split_component
 from loraformat.schemes._peft_config import PeftConfig
@@ -35,8 +38,9 @@ _TRANSFORMER: Final = (
     r"|proj_(?:in|out)|norm_out|img_in|txt_in|adaln_single|caption_projection|time_text_embed|condition_embedder"
     r"|(?:x|context|patch|pos|time|token)_?\w*embed\w*)(?=\.)"
 )
-_BARE: Final = r"(?:down_blocks|up_blocks|mid_block|(?:single_)?transformer_blocks)(?=\.)"
-_TENSOR: Final = r".*(?:[._]lora[._]|\.lora_(?:[AB]\.|linear_layer|magnitude))"
+_OF_TRANSFORMER: Final = re.compile(
+    r"transformer\..*\.(?:lora_[AB]\.(?:[^.]+\.)?(?:weight|bias)|lora\.(?:down|up)\.weight|alpha)$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,17 @@ def _read_configs(bundle: Bundle) -> dict[str, PeftConfig]:
     return {component: PeftConfig(each, where, True) for component, each in parts.items()}
 
 
-SCHEME: Final = TableScheme(
+class _Diffusers(TableScheme):
+    def detect(self, bundle: Bundle) -> str | None:
+        """Recognise the components, or a transformer's names that a table has."""
+        marked = self.marks.find(bundle)
+        if marked or MANIFEST_KEY in bundle.metadata or not all(map(_OF_TRANSFORMER.match, bundle.tensors)):
+            return marked
+        known = find_model(bundle, "transformer.")
+        return str(known) if known else None
+
+
+SCHEME: Final = _Diffusers(
     name="diffusers",
     title="diffusers: pytorch_lora_weights.safetensors",
     rows=NameTable(
@@ -138,7 +152,7 @@ SCHEME: Final = TableScheme(
     naming=ComponentNaming("diffusers", {component: component for component in COMPONENTS}),
     scale=_AdapterMetadata(AlphaTensors()),
     marks=Marks(
-        keys=tuple(f"{start}{_TENSOR}" for start in (_WHOLE, _TRANSFORMER, _BARE)),
+        keys=tuple(f"{start}{BARE_TENSOR}" for start in (_WHOLE, _TRANSFORMER, BARE)),
         others=(r"base_model\.model\.(?!unet)", r".*\.processor\.(?:qkv|proj)_lora"),
     ),
     holds=Holds(

@@ -5,29 +5,48 @@ Every payload of LyCORIS may stand there too. A module without `alpha` acts with
 folder with PEFT's configuration beside it: the keys decide. Source: comfyanonymous/ComfyUI, comfy/lora.py.
 """
 
+import re
 from typing import Final
 
 from loraformat.adapter import SlotKind
-from loraformat.schemes import LORA_SLOTS, PIPELINES, Holds
+from loraformat.manifest import MANIFEST_KEY
+from loraformat.schemes import LORA_SLOTS, PIPELINES, Bundle, Holds
+from loraformat.schemes._known_names import find_model
 from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS, LycorisScheme
-from loraformat.schemes._marks import BUNDLED_KEYS, NOISE, Alias, Marks
+from loraformat.schemes._marks import BARE, BARE_TENSOR, BUNDLED_KEYS, NOISE, Alias, Marks
 from loraformat.schemes._naming import ComponentNaming
 from loraformat.schemes._scales import AlphaTensors, fold_rankless
 from loraformat.schemes._table import NameTable, Row
 
 _PREFIXES: Final = {
     "diffusion_model": "diffusion_model",
+    "diffusion_model.llm_adapter": "text_conditioner",
+    "conditional_transformer": "transformer",
     "text_encoders.clip_l.transformer": "text_encoder",
     "text_encoders.clip_g.transformer": "text_encoder_2",
     "text_encoders.t5xxl.transformer": "text_encoder_3",
     "": "",
+    **{name: name for name in ("transformer", "transformer_2", "unet", "text_encoder", "text_encoder_2")},
 }
+_PAYLOAD: Final = r".*\.(?:hada_\w+|lokr_\w+|oft_blocks|rescale|diff|diff_b|w_norm|b_norm|(?:a1|a2|b1|b2)\.weight)$"
 _TENSOR: Final = r".*\.(?:lora[_.]|hada_|lokr_|diff|oft_|w_norm|b_norm|dora_scale|a1\.|set_weight|on_input$|rescale$)"
+_BARE: Final = re.compile(rf"{BARE}{BARE_TENSOR}")
 _NATIVE: Final = (
     r"(?:double_blocks|single_blocks|joint_blocks|input_blocks|middle_block|output_blocks|final_layer)(?=\.)"
 )
 
-SCHEME: Final = LycorisScheme(
+
+class _Dotted(LycorisScheme):
+    def detect(self, bundle: Bundle) -> str | None:
+        """Recognise the prefixes, or names alone that a table has of a pipeline's model."""
+        marked = self.marks.find(bundle)
+        if marked or MANIFEST_KEY in bundle.metadata or any(map(_BARE.match, bundle.tensors)):
+            return marked
+        known = find_model(bundle)
+        return str(known) if known else None
+
+
+SCHEME: Final = _Dotted(
     name="dotted",
     title="dotted native names: ComfyUI, ai-toolkit, diffusion-pipe, OneTrainer",
     rows=NameTable(
@@ -49,7 +68,11 @@ SCHEME: Final = LycorisScheme(
     naming=ComponentNaming("dotted", _PREFIXES),
     scale=AlphaTensors(),
     marks=Marks(
-        keys=(rf"(?:diffusion_model|text_encoders\.\w+)\.{_TENSOR}", rf"{_NATIVE}{_TENSOR}"),
+        keys=(
+            rf"(?:diffusion_model|conditional_transformer|text_encoders\.\w+)\.{_TENSOR}",
+            rf"{_NATIVE}{_TENSOR}",
+            rf"(?:transformer(?:_2)?\.(?!(?:double|single)_blocks\.)|unet\.|text_encoder(?:_2)?\.){_PAYLOAD}",
+        ),
         neutral=(r".+\.alpha$", BUNDLED_KEYS, r".+_norm\.scale$", r"(?:diffusion_model|text_encoders)\..+\.weight$"),
         others=(r".*\.processor\.(?:qkv|proj)_lora", r"base_model\.model\.", r"lora_(?:unet|te)"),
     ),

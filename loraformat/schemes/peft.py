@@ -17,6 +17,7 @@ from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import ALL_SLOTS, Bundle, ConfigReading, Holds, StatedScale, WrittenBundle
 from loraformat.schemes._engine import check_holds
+from loraformat.schemes._known_names import find_model, find_original
 from loraformat.schemes._memory import recall
 from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
 from loraformat.schemes._peft_config import PeftConfig, is_lora, read_config
@@ -65,8 +66,6 @@ _OTHERS: Final = re.compile(
     r"|.*\.(?:experts\.w[123]|unembed_tokens)\.lora_[AB]\."
 )
 """Keys of schemes that share PEFT's file names or endings: torchtune, mlx-lm, AdapterHub, mistral, SAMed, Tinker."""
-_DUMPS: Final = ("base_model.model.double_blocks.", "base_model.model.single_blocks.")
-"""How fal's dumps of BFL's model begin, where no configuration is beside them."""
 
 TABLE: Final = NameTable(
     [
@@ -130,7 +129,7 @@ class Peft:
             return "adapter_config.json with r, lora_alpha and target_modules"
         if "lora_adapter_metadata" in bundle.metadata or bundle.config is not None:
             return None
-        if any(key.startswith(_DUMPS) for key in bundle.tensors):
+        if find_model(bundle) or find_original(bundle, _PREFIX) or find_model(bundle, "transformer."):
             return None
         marked = [key for key in bundle.tensors if ".lora_A." in key or key.endswith(".lora_embedding_A")]
         return f"keys such as {marked[0]}" if marked else None

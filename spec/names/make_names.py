@@ -113,6 +113,16 @@ SINGLE, SINGLE_BLOCK = "single_blocks.{i}", "single_transformer_blocks.{i}"
 SWAPPED = {"diffusers": {"rule": "halves-swapped"}}
 
 
+FLUX_ASPECTS = {"mlp.0": [4, 1], "mlp.2": [1, 4], "linear1": [7, 1], "linear2": [1, 5]}
+
+
+def put_aspects(rows: list[Row], spelling: str, aspects: dict[str, list[int]]) -> None:
+    """Say of the rows with some ends of paths how many rows the weight has for how many columns."""
+    for row in rows:
+        path = row["paths"][spelling]
+        row |= next(({"aspect": aspect} for end, aspect in aspects.items() if path.endswith(end)), {})
+
+
 def fused(bfl: str, parts: list[str], shares: list[int]) -> Row:
     omi = [f"{bfl}.{part}" for part in range(len(parts))]
     return {"paths": {"bfl": bfl, "diffusers": parts, "omi": omi}, "shares": shares}
@@ -156,6 +166,7 @@ def flux() -> list[Row]:
         for layer, linear in (("in_layer", "linear_1"), ("out_layer", "linear_2")):
             one_to_one.append((f"{bfl}.{layer}", f"time_text_embed.{diffusers}_embedder.{linear}"))
     rows += [{"paths": {"bfl": one, "diffusers": two, "omi": one}} for one, two in one_to_one]
+    put_aspects(rows, "bfl", FLUX_ASPECTS)
     last = "final_layer.adaLN_modulation.1"
     rows.append({"paths": {"bfl": last, "diffusers": "norm_out.linear", "omi": last}, "orders": SWAPPED})
     for stream, added in (("img", ""), ("txt", "added_")):
@@ -164,6 +175,22 @@ def flux() -> list[Row]:
             rows.append(norm(*norms))
     rows += [norm(f"{SINGLE}.norm.{name}_norm", f"{SINGLE_BLOCK}.attn.norm_{name[0]}") for name in ("query", "key")]
     return rows
+
+
+def chroma_guidance() -> list[Row]:
+    """Return what Chroma has in the place of FLUX.1's embeddings and modulations."""
+    outer = "distilled_guidance_layer"
+    layers = [("in_proj", "in_proj"), ("out_proj", "out_proj")]
+    layers += [(f"layers.{{i}}.{bfl}_layer", f"layers.{{i}}.linear_{n}") for bfl, n in (("in", 1), ("out", 2))]
+    paths = [(f"{outer}.{bfl}", f"{outer}.{diffusers}") for bfl, diffusers in layers]
+    rows: list[Row] = [{"paths": {"bfl": bfl, "diffusers": diffusers, "omi": bfl}} for bfl, diffusers in paths]
+    return [*rows, norm(f"{outer}.norms.{{i}}", f"{outer}.norms.{{i}}")]
+
+
+def two_stacks(double: int, single: int) -> dict[str, int]:
+    """Return the depths of a model with BFL's two stacks of blocks."""
+    first, second = ("double_blocks", "transformer_blocks"), ("single_blocks", "single_transformer_blocks")
+    return dict.fromkeys(first, double) | dict.fromkeys(second, single)
 
 
 # --- Stable Diffusion 3 ----------------------------------------------------------------------------------------------
@@ -212,6 +239,7 @@ def sd3() -> list[Row]:
 
 def wan() -> list[Row]:
     inner = [("norm3", "norm2"), ("ffn.0", "ffn.net.0.proj"), ("ffn.2", "ffn.net.2")]
+    inner.append(("modulation", "scale_shift_table"))
     for native, diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2")):
         inner += [
             (f"{native}.{one}", f"{diffusers}.{two}")
@@ -230,7 +258,14 @@ def wan() -> list[Row]:
     return pair(
         "native",
         "diffusers",
-        *((f"blocks.{{i}}.{one}", f"blocks.{{i}}.{two}") for one, two in inner),
+        *(
+            (f"{block}.{{i}}.{one}", f"{block}.{{i}}.{two}")
+            for block in ("blocks", "vace_blocks")
+            for one, two in inner
+        ),
+        ("vace_blocks.{i}.before_proj", "vace_blocks.{i}.proj_in"),
+        ("vace_blocks.{i}.after_proj", "vace_blocks.{i}.proj_out"),
+        ("vace_patch_embedding", "vace_patch_embedding"),
         ("patch_embedding", "patch_embedding"),
         ("text_embedding.0", f"{condition}.text_embedder.linear_1"),
         ("text_embedding.2", f"{condition}.text_embedder.linear_2"),
@@ -242,6 +277,7 @@ def wan() -> list[Row]:
         ("img_emb.proj.3", f"{condition}.image_embedder.ff.net.2"),
         ("img_emb.proj.4", f"{condition}.image_embedder.norm2"),
         ("head.head", "proj_out"),
+        ("head.modulation", "scale_shift_table"),
     )
 
 
@@ -347,11 +383,12 @@ def main() -> None:
     kohya = {"lora_unet": "transformer", "lora_te1": "text_encoder", "lora_te3": "text_encoder_2"}
     table(
         "flux1-transformer",
-        "FLUX.1",
+        "FLUX.1, Chroma",
         ["transformer"],
-        flux(),
+        flux() + chroma_guidance(),
         widths=[3072, 12288, 15360],
-        classes=["FluxTransformer2DModel"],
+        depths=two_stacks(19, 38),
+        classes=["FluxTransformer2DModel", "ChromaTransformer2DModel"],
         schemes=schemes("bfl", kohya, comfy("transformer", SECOND_T5)) | {"omi": {"spelling": "omi"}},
     )
     kohya = {"lora_unet": "transformer", **{f"lora_te{n}": e for n, e in enumerate(ENCODERS, 1)}}
@@ -378,6 +415,7 @@ def main() -> None:
         "Qwen-Image",
         ["transformer"],
         qwen_image(),
+        widths=[3072, 12288],
         classes=["QwenImageTransformer2DModel"],
         schemes=schemes("diffusers", plain, comfy("transformer", {})),
     )

@@ -48,14 +48,14 @@ class Expected:
 
 
 NOTHING: frozenset[str] = frozenset()
-NO_PLACE, NO_SPLIT, NO_NAME = frozenset({"LF312"}), frozenset({"LF315"}), frozenset({"LF310"})
+NO_PLACE, NO_SPLIT = frozenset({"LF312"}), frozenset({"LF315"})
 
 LISTS = {
     "anima_lora_peft_format": Expected(
         "dotted",
         {"lora": 6},
-        "diffusion_model.blocks.0.mlp.layer1",
-        {"dotted": NOTHING, "native": NOTHING, "kohya": NO_NAME},
+        "transformer.blocks.0.mlp.layer1",
+        {"dotted": NOTHING, "native": NOTHING, "kohya": NOTHING, "diffusers": NOTHING},
     ),
     "flux_control_lora_format": Expected(
         "dotted",
@@ -73,7 +73,7 @@ LISTS = {
         "dotted",
         {"lokr": 6},
         "transformer.double_blocks.0.img_attn.qkv",
-        {"kohya": NOTHING, "native": NOTHING, "diffusers": NO_SPLIT | NO_PLACE},
+        {"kohya": NOTHING, "native": NOTHING, "diffusers": NO_PLACE | frozenset({"LF316"})},  # Of no FLUX's sizes.
     ),
     "flux_lora_diffusers_format": Expected(
         "diffusers",

@@ -45,7 +45,7 @@ class TestDotted(SchemeLaws):
             "ai-toolkit": bundle_of(m.lora(flux, A, B, dtype=m.BFLOAT16), software='{"name":"ai-toolkit"}'),
             "SDXL": bundle_of(m.lora(m.behind(BEHIND, m.SDXL_SGM), A, B)),
             "Wan": bundle_of(m.lora(m.behind(BEHIND, m.WAN_NATIVE), A, B)),
-            "a model that no table has": bundle_of(m.lora({f"{BEHIND}blocks.0.mlp.layer1": (6, 5)}, A, B)),
+            "a model that no table has": bundle_of(m.lora({f"{BEHIND}blocks.0.mixer.layer1": (6, 5)}, A, B)),
             "LoKr": bundle_of(m.tensors(lokr)),
             "diffusion-pipe": replace(
                 bundle_of(m.lora(flux, A, B)), config={"peft_type": "LORA", "r": 2, "lora_alpha": 2}
@@ -88,7 +88,7 @@ def test_control_adapters_keep_their_biases_and_norms() -> None:
 
 
 def test_a_model_that_no_table_has_keeps_its_names() -> None:
-    bundle = bundle_of(m.lora({f"{BEHIND}blocks.0.mlp.layer1": (6, 5)}, A, B))
+    bundle = bundle_of(m.lora({f"{BEHIND}blocks.0.mixer.layer1": (6, 5)}, A, B))
     adapter = SCHEME.read(bundle, NOT_STATED)
-    assert [target.name for target in adapter.targets] == ["diffusion_model.blocks.0.mlp.layer1"]
+    assert [target.name for target in adapter.targets] == ["diffusion_model.blocks.0.mixer.layer1"]
     assert set(SCHEME.write(adapter, NO_FACTS).tensors) == set(bundle.tensors)
