@@ -570,7 +570,7 @@ def test_numbers_beyond_a_limit(body: bytes, path: Path) -> None:
 
 
 def test_opcodes_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraformat.containers._inert_pickle.MAX_PICKLE_OPCODES", 1000)
+    monkeypatch.setattr("loraformat.containers._pickle_machine.MAX_PICKLE_OPCODES", 1000)
     with pytest.raises(RefusedError) as caught:
         read_pickle(finish(b"N0" * 600 + b"N"), "x")
     assert caught.value.codes == ("LF110",)
@@ -578,7 +578,7 @@ def test_opcodes_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_memo_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraformat.containers._inert_pickle.MAX_PICKLE_MEMO", 100)
+    monkeypatch.setattr("loraformat.containers._pickle_machine.MAX_PICKLE_MEMO", 100)
     with pytest.raises(RefusedError) as caught:
         read_pickle(finish(b"N" + b"\x94" * 101), "x")
     assert caught.value.codes == ("LF110",)
