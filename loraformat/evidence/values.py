@@ -8,7 +8,7 @@ moved. A quantised one is W within about half a step. Compared are up to 24 colu
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from loraformat.bases import Site
 from loraformat.evidence import Lookup
 from loraformat.evidence._columns import is_coded, is_comparable, is_smaller, read_columns
 from loraformat.evidence._decoded import is_alike, is_rounded, read_decoded
+from loraformat.evidence._likeness import TELLING, find_factors, find_starts
 from loraformat.evidence._permuted import find_order, find_places
 from loraformat.evidence._turns import describe_turns, split_runs
 from loraformat.matching import Want, cut_rows, fits_site
@@ -28,27 +29,10 @@ _Read = TypeVar("_Read")
 
 VERIFIED: Final = "values"
 _COLUMNS: Final = 24
-_TELLING: Final = 8
-"""Fewer columns do not tell a row from a multiple of another."""
 _SLACKS: Final = {"float16": 2.0**-9, "bfloat16": 2.0**-6}
 _SLACK: Final = 2.0**-16
-_CLIPPED: Final = 2e-7
-"""Converters to float16 lift tiny numbers to 1e-7."""
 _OVERCOME: Final = frozenset({"LF404", "LF407"})
 """Obstacles of a site that doubt which weight it has, or whether its own: equal numbers settle both."""
-
-
-@dataclass(frozen=True, slots=True)
-class Likeness:
-    """How a stored matrix has a checkpoint's weight.
-
-    Attributes:
-        start: row of the stored canonical matrix at which it begins.
-        factors: `(out,)` float64, what each row was multiplied by.
-    """
-
-    start: int
-    factors: NDArray[np.float64]
 
 
 class Values:
@@ -123,10 +107,10 @@ def _verify(want: Want, candidate: Candidate, lookup: Lookup) -> Candidate | Non
         rounded = is_rounded(stored, _keep_steps(lookup, site, want, columns), reference)
         return replace(candidate, verified=VERIFIED) if rounded else None
     slack = _slack(site, want, lookup)
-    likeness = _compare(stored * np.float32(site.divisor), reference, slack)
-    if likeness is not None:
-        return replace(candidate, site=_settle(site, likeness), verified=VERIFIED)
-    order = find_order(stored * np.float32(site.divisor), reference, slack) if len(columns) >= _TELLING else None
+    factors = find_factors(stored * np.float32(site.divisor), reference, slack)
+    if factors is not None:
+        return replace(candidate, site=_settle(site, factors), verified=VERIFIED)
+    order = find_order(stored * np.float32(site.divisor), reference, slack) if len(columns) >= TELLING else None
     moved = replace(site, obstacle=_overcome(site), row_order=order or ())
     return replace(candidate, site=moved, verified=VERIFIED) if order else None
 
@@ -139,18 +123,18 @@ def _find_in(want: Want, site: Site, lookup: Lookup) -> Iterator[Site]:
         if is_rounded(stored, _keep_steps(lookup, site, want, columns), reference):
             yield site
         return
-    for start in _find_starts(stored, reference):
-        likeness = _compare(stored[start : start + len(reference)] * np.float32(site.divisor), reference, slack)
-        if likeness is not None:
+    for start in find_starts(stored, reference):
+        factors = find_factors(stored[start : start + len(reference)] * np.float32(site.divisor), reference, slack)
+        if factors is not None:
             cut = site if len(stored) == len(reference) else None
             cut = cut or cut_rows(site, want.change.slot, (start, start + len(reference)))
-            yield _settle(cut, likeness)
+            yield _settle(cut, factors)
 
 
 def _find_moved(want: Want, site: Site, lookup: Lookup) -> Iterator[Site]:
     """Yield the site where it has the rows of the checkpoint's weight in another order."""
     columns = _choose_columns(want)
-    if is_coded(site) or len(columns) < _TELLING or not fits_site(want, site):
+    if is_coded(site) or len(columns) < TELLING or not fits_site(want, site):
         return
     stored = _keep(lookup, site, want, columns)
     order = find_order(
@@ -196,7 +180,7 @@ def _find_spread(want: Want, lookup: Lookup) -> list[Candidate]:
 
 
 def _has_telling_rows(want: Want, site: Site) -> bool:
-    return not is_coded(site) and len(want.shape) > 1 and len(_choose_columns(want)) >= _TELLING
+    return not is_coded(site) and len(want.shape) > 1 and len(_choose_columns(want)) >= TELLING
 
 
 def _read_both(want: Want, site: Site, lookup: Lookup) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
@@ -206,59 +190,20 @@ def _read_both(want: Want, site: Site, lookup: Lookup) -> tuple[NDArray[np.float
     return stored, _read_reference(want, lookup, columns), _slack(site, want, lookup)
 
 
-def _settle(site: Site, likeness: Likeness) -> Site:
+def _settle(site: Site, factors: NDArray[np.float64]) -> Site:
     """Return the site, its obstacle overcome, with what its rows were multiplied by."""
     obstacle = _overcome(site)
-    first = float(likeness.factors[0])
-    if (likeness.factors == 1).all():
+    first = float(factors[0])
+    if (factors == 1).all():
         return replace(site, obstacle=obstacle)
-    if np.allclose(likeness.factors, first, rtol=1e-6):
-        return replace(site, obstacle=obstacle, divisor=site.divisor / float(likeness.factors.mean()))
-    return replace(site, obstacle=obstacle, row_factors=tuple(map(float, likeness.factors)))
+    if np.allclose(factors, first, rtol=1e-6):
+        return replace(site, obstacle=obstacle, divisor=site.divisor / float(factors.mean()))
+    return replace(site, obstacle=obstacle, row_factors=tuple(map(float, factors)))
 
 
 def _overcome(site: Site) -> Problem | None:
     """Return what stands against a site still, once its numbers are the checkpoint's."""
     return site.obstacle if site.obstacle and site.obstacle.code not in _OVERCOME else None
-
-
-def _compare(stored: NDArray[np.float32], reference: NDArray[np.float32], slack: float) -> Likeness | None:
-    """Return how the rows of one are multiples of the rows of the other, None where they are not."""
-    if stored.shape != reference.shape:
-        return None
-    c, w = stored.astype(np.float64), reference.astype(np.float64)
-    if not (np.isfinite(c).all() and np.isfinite(w).all()):
-        return None
-    squares = (w * w).sum(axis=1)
-    factors = np.divide((c * w).sum(axis=1), squares, out=np.ones(len(w)), where=squares > 0)
-    factors[np.abs(factors - 1) <= slack] = 1.0
-    if len(w[0]) < _TELLING or _are_poor(w):
-        factors[:] = 1.0
-    expected = factors[:, None] * w
-    allowed = slack * np.abs(expected).max(axis=1, initial=0.0) + _CLIPPED
-    if (factors == 0).any() or (np.abs(c - expected).max(axis=1, initial=0.0) > allowed).any():
-        return None
-    return Likeness(0, factors)
-
-
-def _are_poor(w: NDArray[np.float64]) -> bool:
-    """Say whether rows are so alike that one is a multiple of another: then factors would tell nothing."""
-    lengths = np.linalg.norm(w, axis=1, keepdims=True)
-    first = w[0] / lengths[0] if lengths[0] else w[0]
-    alike = np.abs(np.divide(w, lengths, out=np.zeros_like(w), where=lengths > 0) @ first) > 1 - 1e-9
-    return bool(alike[1:].any())
-
-
-def _find_starts(stored: NDArray[np.float32], reference: NDArray[np.float32]) -> list[int]:
-    """Return the rows at which the reference may begin: where its largest row has its like."""
-    if len(stored) == len(reference):
-        return [0]
-    anchor = int(np.argmax(np.abs(reference).max(axis=1)))
-    line = reference[anchor] / max(float(np.linalg.norm(reference[anchor])), 1e-30)
-    lengths = np.linalg.norm(stored, axis=1)
-    cosines = np.abs(stored @ line) / np.maximum(lengths, 1e-30)
-    hits = np.flatnonzero(cosines > 1 - 1e-3)
-    return [int(hit) - anchor for hit in hits if 0 <= hit - anchor <= len(stored) - len(reference)]
 
 
 def _choose_columns(want: Want) -> list[int]:
