@@ -18,7 +18,8 @@ from loraformat.adapter import SlotKind, Target
 from loraformat.kinds import REST, UNKNOWN, Change, Nature, WeightMap
 from loraformat.kinds._axes import Axes, Layout
 from loraformat.kinds._factored import MATRICES, FactoredKind, check_width
-from loraformat.kinds._maps import BlockMap, Tiles
+from loraformat.kinds._maps import Tiles
+from loraformat.kinds._mixing_maps import BlockMap
 from loraformat.kinds._rotations import turn_by_cayley
 from loraformat.problems import Problem
 

@@ -17,8 +17,8 @@ from loraformat.adapter import Target
 from loraformat.kinds import Change, Nature
 from loraformat.kinds._axes import Axes, Layout
 from loraformat.kinds._factored import MATRICES, FactoredKind, name_options, one_of
-from loraformat.kinds._maps import ProjectionMap
 from loraformat.kinds._matrices import scale_product
+from loraformat.kinds._mixing_maps import ProjectionMap
 from loraformat.problems import Problem
 
 _PROJECTION: Final = "deft_P"

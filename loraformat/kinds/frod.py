@@ -20,7 +20,7 @@ from loraformat.adapter import Target
 from loraformat.kinds import UNKNOWN, Change, Nature
 from loraformat.kinds._axes import Layout
 from loraformat.kinds._factored import MATRICES, FactoredKind, check_width
-from loraformat.kinds._maps import WholeMap
+from loraformat.kinds._mixing_maps import WholeMap
 from loraformat.problems import Problem
 
 _SHARED: Final = "frod_V"

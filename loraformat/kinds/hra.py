@@ -15,7 +15,7 @@ from loraformat.adapter import SlotKind, Target
 from loraformat.kinds import REST, UNKNOWN, Change, Nature
 from loraformat.kinds._axes import Layout
 from loraformat.kinds._factored import MATRICES, FactoredKind, check_width, flag, name_options
-from loraformat.kinds._maps import ProjectionMap
+from loraformat.kinds._mixing_maps import ProjectionMap
 from loraformat.problems import Problem
 
 

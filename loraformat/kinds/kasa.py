@@ -16,7 +16,7 @@ from loraformat.adapter import SlotKind, Target
 from loraformat.kinds import Change, Nature
 from loraformat.kinds._axes import Axes, Layout
 from loraformat.kinds._factored import FactoredKind
-from loraformat.kinds._maps import WholeMap
+from loraformat.kinds._mixing_maps import WholeMap
 from loraformat.kinds._singular import cut_smallest
 from loraformat.problems import Problem
 

@@ -17,8 +17,9 @@ from loraformat.adapter import SlotKind, Target
 from loraformat.kinds import Change, Nature, WeightMap
 from loraformat.kinds._axes import Layout
 from loraformat.kinds._factored import MATRICES, FactoredKind
-from loraformat.kinds._maps import ProjectionMap, Tiles
+from loraformat.kinds._maps import Tiles
 from loraformat.kinds._matrices import LowRankDelta
+from loraformat.kinds._mixing_maps import ProjectionMap
 
 _A1, _A2, _B1, _B2 = _ROLES = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 

@@ -18,7 +18,7 @@ from loraformat.adapter import SlotKind, Target
 from loraformat.kinds import Change, WeightMap
 from loraformat.kinds._axes import Layout
 from loraformat.kinds._factored import MATRICES
-from loraformat.kinds._maps import BlockMap
+from loraformat.kinds._mixing_maps import BlockMap
 from loraformat.kinds._output_rotations import BLOCKS, RESCALE, OutputRotation
 
 

@@ -18,7 +18,7 @@ from loraformat.adapter import SlotKind, Target
 from loraformat.kinds import REST, UNKNOWN, Change, Nature
 from loraformat.kinds._axes import Axes, Layout
 from loraformat.kinds._factored import FactoredKind, Option, count, flag, name_options, number
-from loraformat.kinds._maps import BlockMap
+from loraformat.kinds._mixing_maps import BlockMap
 from loraformat.kinds._rotations import count_entries, make_skew, project, turn_by_cayley, turn_by_neumann
 from loraformat.problems import Problem
 

@@ -18,7 +18,7 @@ from loraformat.adapter import Target
 from loraformat.kinds import Change, Nature
 from loraformat.kinds._axes import Axes, Layout
 from loraformat.kinds._factored import MATRICES, FactoredKind
-from loraformat.kinds._maps import WholeMap
+from loraformat.kinds._mixing_maps import WholeMap
 from loraformat.kinds._singular import cut_smallest
 from loraformat.problems import Problem
 

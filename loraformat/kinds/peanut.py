@@ -20,7 +20,7 @@ from loraformat.adapter import SlotKind, Target
 from loraformat.kinds import UNKNOWN, Change, Nature
 from loraformat.kinds._axes import Layout
 from loraformat.kinds._factored import FactoredKind, name_options, one_of
-from loraformat.kinds._maps import ProjectionMap
+from loraformat.kinds._mixing_maps import ProjectionMap
 
 _DOWN: Final = "peanut_A.weight"
 _UP: Final = "peanut_B.weight"

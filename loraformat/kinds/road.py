@@ -18,7 +18,7 @@ from loraformat.adapter import SlotKind, Target
 from loraformat.kinds import UNKNOWN, Change, Nature
 from loraformat.kinds._axes import Axes, Layout
 from loraformat.kinds._factored import MATRICES, FactoredKind, Option, name_options
-from loraformat.kinds._maps import BlockMap
+from loraformat.kinds._mixing_maps import BlockMap
 from loraformat.problems import Problem
 
 _NUMBERS: Final = {"road_1": 1, "road_2": 2, "road_4": 4}
