@@ -20,8 +20,9 @@ from loraformat.bases._onnx_operands import (
     find_operands,
 )
 from loraformat.bases._onnx_ranges import QUANTISED
-from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
+from loraformat.bases._onnx_scopes import Visit
 from loraformat.bases._onnx_sites import RawSite
+from loraformat.bases._onnx_traces import Trace, trace_constant
 from loraformat.bases._onnx_uses import read_attribute, read_expert_bits
 from loraformat.containers.onnx_file import OnnxFile
 from loraformat.encodings import Coding

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 from loraformat.bases._abilities import name_companion
 from loraformat.bases._onnx_operands import CODE_SUFFIXES, Operand, find_operands
-from loraformat.bases._onnx_scopes import Scope, Trace, Visit
+from loraformat.bases._onnx_scopes import Scope, Visit
 from loraformat.bases._onnx_sites import RawSite
+from loraformat.bases._onnx_traces import Trace
 from loraformat.bases._onnx_views import list_readers
 from loraformat.containers.onnx_file import InputEdit, TensorCopy
 

@@ -20,8 +20,9 @@ from loraformat.bases._onnx_picks import (
     pick_expert,
     trace_packed,
 )
-from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
+from loraformat.bases._onnx_scopes import Visit
 from loraformat.bases._onnx_sites import RawSite
+from loraformat.bases._onnx_traces import Trace, trace_constant
 from loraformat.bases._onnx_uses import Use, read_attribute, read_expert_bits
 from loraformat.limits import MAX_EXPERTS
 from loraformat.spans import Part

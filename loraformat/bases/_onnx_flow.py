@@ -9,8 +9,9 @@ from typing import Any, Final
 import numpy as np
 
 from loraformat.adapter import SlotKind
-from loraformat.bases._onnx_scopes import Scope, Visit, trace_constant
+from loraformat.bases._onnx_scopes import Scope, Visit
 from loraformat.bases._onnx_sites import RawSite
+from loraformat.bases._onnx_traces import trace_constant
 from loraformat.bases._onnx_uses import UNREAD
 
 _DATA_FIRST: Final = frozenset(

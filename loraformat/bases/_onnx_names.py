@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
-from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
+from loraformat.bases._onnx_scopes import Visit
+from loraformat.bases._onnx_traces import Trace, trace_constant
 from loraformat.limits import MAX_EVIDENCE_BYTES
 
 NODE_NAME: Final = "node name"

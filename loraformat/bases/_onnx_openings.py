@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from loraformat.bases._onnx_scopes import Scope, Visit, trace_constant
+from loraformat.bases._onnx_scopes import Scope, Visit
 from loraformat.bases._onnx_sites import RawSite
+from loraformat.bases._onnx_traces import trace_constant
 from loraformat.bases._onnx_uses import read_attribute
 from loraformat.dtypes import BY_ONNX, Dtype
 from loraformat.problems import Problem

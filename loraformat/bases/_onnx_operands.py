@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loraformat.bases._onnx_ranges import HANDING_ON, QUANTISED
-from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
+from loraformat.bases._onnx_scopes import Visit
 from loraformat.bases._onnx_sites import RawSite
+from loraformat.bases._onnx_traces import Trace, trace_constant
 
 DEQUANTISE: Final = "DequantizeLinear"
 MATMUL_NBITS: Final = "com.microsoft.MatMulNBits"

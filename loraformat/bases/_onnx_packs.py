@@ -8,7 +8,8 @@ from typing import Final
 
 from loraformat.bases._onnx_names import module_of_node, module_of_tensor
 from loraformat.bases._onnx_picks import Product, find_chooser
-from loraformat.bases._onnx_scopes import Trace, Visit
+from loraformat.bases._onnx_scopes import Visit
+from loraformat.bases._onnx_traces import Trace
 
 GATE_UP: Final = "gate_up_proj"
 MEMBERS: Final = ("gate_proj", "up_proj")

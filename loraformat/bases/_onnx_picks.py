@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases._onnx_scopes import Trace, Visit, trace_constant
+from loraformat.bases._onnx_scopes import Visit
+from loraformat.bases._onnx_traces import Trace, trace_constant
 from loraformat.bases._onnx_uses import USES, read_attribute, read_use
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from loraformat.bases._onnx_scopes import Visit, trace_constant
+from loraformat.bases._onnx_scopes import Visit
+from loraformat.bases._onnx_traces import trace_constant
 from loraformat.containers.onnx_file import OnnxFile
 from loraformat.dtypes import BY_ONNX
 from loraformat.errors import refuse

@@ -14,7 +14,8 @@ from loraformat.bases._onnx_names import (
     module_of_node,
     module_of_tensor,
 )
-from loraformat.bases._onnx_scopes import Trace, Visit
+from loraformat.bases._onnx_scopes import Visit
+from loraformat.bases._onnx_traces import Trace
 from loraformat.bases._onnx_uses import UNREAD, USES, VECTORS, Use, UseReader, read_use, refuse_use
 from loraformat.bases._onnx_views import trace_weight
 from loraformat.problems import Problem

@@ -9,7 +9,8 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
-from loraformat.bases._onnx_scopes import Scope, Trace, Visit, hands_on, read_sizes, reshapes, trace_constant
+from loraformat.bases._onnx_scopes import Scope, Visit
+from loraformat.bases._onnx_traces import Trace, hands_on, read_sizes, reshapes, trace_constant
 
 if TYPE_CHECKING:
     import onnx

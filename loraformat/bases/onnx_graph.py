@@ -29,9 +29,10 @@ from loraformat.bases._onnx_opened_codes import open_codes
 from loraformat.bases._onnx_operands import find_operands
 from loraformat.bases._onnx_packed import expand_packed
 from loraformat.bases._onnx_ranges import Ranges, check_ranges, find_measured, set_ranges
-from loraformat.bases._onnx_scopes import GraphIndex, Trace, Visit
+from loraformat.bases._onnx_scopes import GraphIndex, Visit
 from loraformat.bases._onnx_sites import RawSite, find_sites
 from loraformat.bases._onnx_structure import find_roles
+from loraformat.bases._onnx_traces import Trace
 from loraformat.bases._onnx_weights import list_weight_sites
 from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, open_onnx
 from loraformat.images import FileImage, NewOutput
