@@ -20,7 +20,8 @@ from loraformat.dtypes import BY_NAME
 from loraformat.errors import refuse
 from loraformat.images import FileImage, NewOutput, OutputTensor
 from loraformat.loading import list_files
-from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
+from loraformat.plan import Plan, WeightedAdapter
+from loraformat.plan.weights import PlannedWeight
 from loraformat.spans import InputFile, Span, StoredTensor
 
 

@@ -28,7 +28,8 @@ from graphs import (
 from loraformat.adapter import Adapter, ScalingRule, SlotKind
 from loraformat.limits import TILE_BYTES
 from loraformat.loading import open_base
-from loraformat.plan import Plan, as_matrix, count_tile_rows
+from loraformat.plan import Plan
+from loraformat.plan.weights import as_matrix, count_tile_rows
 from loraformat.planning import build_plan, describe_base
 from loraformat.problems import Problem
 from loraformat.spans import InputFile

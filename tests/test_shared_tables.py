@@ -12,7 +12,8 @@ import loraformat
 from builders import MemoryFactor, write_tensors
 from graphs import make_adapter
 from loraformat.adapter import Adapter, Scaling, ScalingRule, SlotKind, Target
-from loraformat.plan import NewForm, Plan, PlannedWeight
+from loraformat.plan import Plan
+from loraformat.plan.weights import NewForm, PlannedWeight
 
 EMBED, HEAD = "model.embed_tokens", "lm_head"
 V, D, R = 9, 5, 2

@@ -9,7 +9,8 @@ from loraformat.bases import BaseModel
 from loraformat.engine.tile_sums import TileSums
 from loraformat.errors import error_for, refuse
 from loraformat.output_forms import choose_form
-from loraformat.plan import Plan, PlannedWeight
+from loraformat.plan import Plan
+from loraformat.plan.weights import PlannedWeight
 from loraformat.problems import Problem, Severity
 from loraformat.receipt import AppliedAdapter, MergedWeight, Receipt
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loraformat.plan import as_matrix
+from loraformat.plan.weights import as_matrix
 from loraformat.spans import StoredTensor
 
 

@@ -16,7 +16,7 @@ from loraformat.engine.sinks import Sink
 from loraformat.engine.tile_sums import TileSums, sum_up
 from loraformat.engine.tiles import TileBuffers, change_tile
 from loraformat.engine.weight_work import WeightWork, as_bytes, find_encoding
-from loraformat.plan import PlannedWeight
+from loraformat.plan.weights import PlannedWeight
 from loraformat.planning.coded_rows import can_cut, cut_coding, locate_rows
 
 _NO_FLOATS: Final = Floats()

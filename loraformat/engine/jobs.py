@@ -17,7 +17,8 @@ from loraformat.engine.tiles import TileBuffers, merge_rows
 from loraformat.engine.weight_work import WeightWork
 from loraformat.images import Copy, FileImage, Literal
 from loraformat.output_forms import index_weights
-from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
+from loraformat.plan import Plan, WeightedAdapter
+from loraformat.plan.weights import PlannedWeight
 
 _RUN_BYTES: Final = 8 << 20
 

@@ -7,7 +7,8 @@ from loraformat.bases import BaseModel, Weight
 from loraformat.images import Copy, FileImage, Literal
 from loraformat.limits import COPY_CHUNK_BYTES
 from loraformat.output_forms import list_written
-from loraformat.plan import Plan, PlannedWeight
+from loraformat.plan import Plan
+from loraformat.plan.weights import PlannedWeight
 from loraformat.spans import Span, StoredTensor
 
 

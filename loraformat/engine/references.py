@@ -16,7 +16,8 @@ from loraformat.engine.scaled_rows import OrderedRows, ScaledRows
 from loraformat.engine.weight_work import Placed
 from loraformat.errors import refuse
 from loraformat.kinds import Delta, Nature
-from loraformat.plan import PlannedChange, PlannedReference, PlannedWeight
+from loraformat.plan.changes import PlannedChange, PlannedReference
+from loraformat.plan.weights import PlannedWeight
 from loraformat.spans import StoredTensor
 
 _NO_WEIGHTS: Final[Mapping[str, Weight]] = {}

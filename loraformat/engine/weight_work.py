@@ -16,7 +16,8 @@ from loraformat.engine.base_values import BaseValues
 from loraformat.engine.scaled_rows import OrderedRows, ScaledRows
 from loraformat.kinds import BESIDE, KINDS, AdditiveKind, Change, Delta, MappingKind, Nature, ReplacingKind, WeightMap
 from loraformat.limits import STREAM_BYTES
-from loraformat.plan import PlannedChange, PlannedWeight
+from loraformat.plan.changes import PlannedChange
+from loraformat.plan.weights import PlannedWeight
 from loraformat.spans import StoredTensor
 
 _FORM_BYTES: Final = 4

@@ -18,7 +18,9 @@ from loraformat.errors import error_for
 from loraformat.evidence import Clues, Hints
 from loraformat.kinds import KINDS, Nature
 from loraformat.matching import Match, NewBias
-from loraformat.plan import Plan, PlannedAdapter, PlannedChange, PlannedWeight, WeightedAdapter
+from loraformat.plan import Plan, PlannedAdapter, WeightedAdapter
+from loraformat.plan.changes import PlannedChange
+from loraformat.plan.weights import PlannedWeight
 from loraformat.planning.coded_plans import DEQUANTIZE, check_codes, make_float, plan_joint_floats, plan_references
 from loraformat.planning.extents import find_neighbours, measure_together
 from loraformat.planning.new_sizes import follow_weights

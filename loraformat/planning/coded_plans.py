@@ -8,15 +8,8 @@ from loraformat.bases import BaseModel, DequantisingBase, FloatForm, Weight, nam
 from loraformat.coded_rows import align_rows
 from loraformat.encodings import CODED, ENCODINGS, CodedEncoding
 from loraformat.matching import Match
-from loraformat.plan import (
-    NewForm,
-    PlannedChange,
-    PlannedCompanion,
-    PlannedReference,
-    PlannedWeight,
-    as_matrix,
-    count_tile_rows,
-)
+from loraformat.plan.changes import PlannedChange, PlannedReference
+from loraformat.plan.weights import NewForm, PlannedCompanion, PlannedWeight, as_matrix, count_tile_rows
 from loraformat.problems import Problem
 from loraformat.spans import Part
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from loraformat.kinds import KINDS, Sharing, SizedTogether
 from loraformat.matching import Match
-from loraformat.plan import Neighbour
+from loraformat.plan.changes import Neighbour
 from loraformat.problems import Problem
 
 Extents = Mapping[str, tuple[int, ...]]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from loraformat.bases import Site
-from loraformat.plan import PlannedWeight
+from loraformat.plan.weights import PlannedWeight
 from loraformat.problems import Problem
 from loraformat.strict_json import JsonValue
 

@@ -14,7 +14,7 @@ from loraformat.encodings import ENCODINGS
 from loraformat.errors import refuse
 from loraformat.images import OutputTensor
 from loraformat.output_forms import require_rewriter
-from loraformat.plan import NewForm, PlannedWeight, as_matrix, count_tile_rows
+from loraformat.plan.weights import NewForm, PlannedWeight, as_matrix, count_tile_rows
 from loraformat.problems import Problem
 from loraformat.strict_json import JsonValue
 

@@ -10,7 +10,8 @@ from loraformat.bases import Site, Weight
 from loraformat.encodings import ENCODINGS
 from loraformat.kinds import KINDS, MappingKind, Nature
 from loraformat.matching import Match, NewBias, shape_at
-from loraformat.plan import NewForm, PlannedChange, PlannedWeight, as_matrix, count_tile_rows
+from loraformat.plan.changes import PlannedChange
+from loraformat.plan.weights import NewForm, PlannedWeight, as_matrix, count_tile_rows
 from loraformat.planning.coded_plans import list_companions
 from loraformat.planning.coded_rows import align_rows
 from loraformat.problems import Problem

@@ -19,7 +19,8 @@ from loraformat.engine.sinks import MemorySink
 from loraformat.engine.tile_sums import TileSums
 from loraformat.images import Copy, FileImage, Fresh
 from loraformat.output_forms import Order, index_weights, list_written
-from loraformat.plan import Plan, PlannedWeight, WeightedAdapter
+from loraformat.plan import Plan, WeightedAdapter
+from loraformat.plan.weights import PlannedWeight
 from loraformat.runtime._served_graph import Place
 from loraformat.strict_json import write_canonical
 

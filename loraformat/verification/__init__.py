@@ -30,7 +30,8 @@ from loraformat.output_forms import (
     list_touched,
     require_shared,
 )
-from loraformat.plan import Plan, PlannedWeight
+from loraformat.plan import Plan
+from loraformat.plan.weights import PlannedWeight
 from loraformat.problems import Problem
 from loraformat.receipt import Statement, read_statement
 from loraformat.spans import InputFile, StoredTensor
