@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import Final
 
 from loraformat.bases import BaseModel, DequantisingBase, FloatForm, Weight, name_companion
-from loraformat.coded_rows import align_rows
 from loraformat.encodings import CODED, ENCODINGS, CodedEncoding
 from loraformat.matching import Match
 from loraformat.plan.changes import PlannedChange, PlannedReference
 from loraformat.plan.weights import NewForm, PlannedCompanion, PlannedWeight, as_matrix, count_tile_rows
+from loraformat.planning.coded_rows import align_rows
 from loraformat.problems import Problem
 from loraformat.spans import Part
 
