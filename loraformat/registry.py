@@ -28,23 +28,25 @@ class Registry(Generic[Member]):
     """The members of one room.
 
     Args:
-        package: the room's package name, also the group of its entry points.
+        package: the room's package name.
         attribute: the name that each member module gives its member, e.g. `KIND`.
+        group: the group of its entry points, where the room has members of several sorts; else the package name.
     """
 
-    def __init__(self, package: str, attribute: str) -> None:
-        self._package = package
-        self._attribute = attribute
+    def __init__(self, package: str, attribute: str, group: str = "") -> None:
+        self.package = package
+        self.attribute = attribute
+        self.group = group or package
         self._found: dict[str, Member | None] = {}
 
     @cached_property
     def _locations(self) -> dict[str, str]:
         """Name to `module:attribute`; a third party cannot take the name of a member of ours."""
-        folder = Path(cast(str, import_module(self._package).__file__)).parent
-        declared = _find_entry_points(tuple(sys.path)) if _may_declare(self._package) else ()
-        third_party = {entry.name: entry.value for entry in declared if entry.group == self._package}
+        folder = Path(cast(str, import_module(self.package).__file__)).parent
+        declared = _find_entry_points(tuple(sys.path)) if _may_declare(self.group) else ()
+        third_party = {entry.name: entry.value for entry in declared if entry.group == self.group}
         own = {
-            module.name: f"{self._package}.{module.name}:{self._attribute}"
+            module.name: f"{self.package}.{module.name}:{self.attribute}"
             for module in iter_modules([str(folder)])
             if not module.name.startswith("_")
         }
@@ -61,7 +63,11 @@ class Registry(Generic[Member]):
             return None
         if name not in self._found:
             module, _, attribute = location.partition(":")
-            self._found[name] = cast(Member | None, getattr(import_module(module), attribute, None))
+            try:
+                self._found[name] = cast(Member | None, getattr(import_module(module), attribute, None))
+            except Exception as error:
+                error.add_note(f"This is {name!r} of {self.group}, which stands in {location}.")
+                raise
         return self._found[name]
 
     def __iter__(self) -> Iterator[tuple[str, Member]]:

@@ -85,6 +85,14 @@ def test_third_parties_add_members(room: Room, tmp_path: Path) -> None:
     assert registry.find("theirs") == 4
 
 
+def test_who_is_broken_is_named(room: Room, tmp_path: Path) -> None:
+    registry = room()
+    install(tmp_path, "theirs = third_party_broken:THING", third_party_broken="import absent_module")
+    with pytest.raises(ImportError) as caught:
+        registry.find("theirs")
+    assert caught.value.__notes__ == ["This is 'theirs' of some_room, which stands in third_party_broken:THING."]
+
+
 def test_third_parties_may_come_in_an_archive(room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with zipfile.ZipFile(tmp_path / "theirs.zip", "w") as archive:
         archive.writestr("third_party-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: third-party\n")

@@ -153,4 +153,4 @@ class CodedEncoding(Protocol):
 
 
 ENCODINGS: Registry[Encoding] = Registry("loraformat.encodings", "ENCODING")
-CODED: Registry[CodedEncoding] = Registry("loraformat.encodings", "CODED")
+CODED: Registry[CodedEncoding] = Registry("loraformat.encodings", "CODED", "loraformat.coded_encodings")
