@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Final
 
 from loraformat.bases import BaseModel, DequantisingBase, FloatForm, Weight, name_companion
-from loraformat.coded_rows import align_rows
+from loraformat.planning.coded_rows import align_rows
 from loraformat.encodings import CODED, ENCODINGS, CodedEncoding
 from loraformat.matching import Match
 from loraformat.plan import (
