@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,7 @@ from loraformat.kinds import Nature
 from loraformat.limits import TILE_BYTES
 from loraformat.problems import Problem
 from loraformat.spans import Part
-from loraformat.strict_json import JsonValue, write_canonical
+from loraformat.strict_json import JsonValue, as_object, write_canonical
 
 SHARE: Final = "share"
 _FLOAT32_BYTES: Final = 4
@@ -346,7 +346,7 @@ class Plan:
         return {
             "base": dict(self.base),
             "format": self.format,
-            "adapters": [asdict(adapter) for adapter in self.adapters],
+            "adapters": [as_object(adapter) for adapter in self.adapters],
             "weights": [_describe_work(weight) for weight in self.weights],
             "unmatched": list(self.unmatched),
             "config_changes": dict(self.config_changes),
@@ -357,14 +357,14 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """Return the record for `--json`."""
         problems = [dict(problem.as_json()) for problem in self.problems]
-        weights = [asdict(weight) for weight in self.weights]
+        weights = [as_object(weight) for weight in self.weights]
         told = {"weights": weights, "output": str(self.output), "problems": problems}
         return self._decisive() | told | {"sha256": self.sha256}
 
 
 def _describe_work(weight: PlannedWeight) -> dict[str, Any]:
     """Return what is done to a weight: a map, a checkpoint and a name that find the same give the same bytes."""
-    record = asdict(weight)
+    record = as_object(weight)
     del record["evidence"]
     return record
 

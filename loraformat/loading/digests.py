@@ -8,7 +8,8 @@ from typing import Final
 
 from loraformat.spans import InputFile
 
-_STEP_BYTES: Final = 1 << 20
+_STEP_BYTES: Final = 16 << 20
+"""Few steps: before each, the thread waits until the interpreter is free."""
 
 
 @contextmanager
