@@ -64,7 +64,8 @@ class PartialFactor(Factor, Protocol):
 
 def read_runs(factor: Factor) -> Iterator[NDArray[Any]]:
     """Yield all numbers of a tensor in order, in arrays of its own form: a large one some rows at a time."""
-    if not isinstance(factor, PartialFactor) or len(factor.shape) < 2 or not factor.elements:
+    # Not asked of the protocol, which takes longer than to read the factor.
+    if not hasattr(factor, "read_part") or len(factor.shape) < 2 or not factor.elements:
         yield factor.read()
         return
     rows, width = factor.shape[0], factor.elements // factor.shape[0]

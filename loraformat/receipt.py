@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
 from loraformat.errors import refuse
 from loraformat.limits import MAX_SAFETENSORS_HEADER_BYTES
 from loraformat.problems import Problem
-from loraformat.strict_json import write_canonical
+from loraformat.strict_json import as_object, write_canonical
 
 RECEIPT_KEY = "loraformat.receipt"
 """The metadata key under which a merged model carries its receipt."""
@@ -103,7 +103,7 @@ class Receipt:
             "version": RECEIPT_VERSION,
             "base": dict(self.base),
             "plan_sha256": self.plan_sha256,
-            "adapters": [asdict(adapter) for adapter in self.adapters],
+            "adapters": [as_object(adapter) for adapter in self.adapters],
             "weights": [_weight_as_json(weight) for weight in self.weights],
             "unmatched": list(self.unmatched),
             "room_bytes": self.room_bytes,
@@ -114,7 +114,7 @@ class Receipt:
 
 def _weight_as_json(weight: MergedWeight) -> dict[str, Any]:
     relative = weight.relative if math.isfinite(weight.relative) else None
-    record = asdict(weight) | {"relative": relative}
+    record = as_object(weight) | {"relative": relative}
     if not weight.copied_from:
         del record["copied_from"]
     return record

@@ -9,15 +9,21 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from decimal import Decimal
 from json.encoder import encode_basestring
-from typing import Final, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias, cast
 
 from loraformat.errors import LoraformatError, refuse
 from loraformat.limits import MAX_JSON_DEPTH, MAX_JSON_INTEGER_DIGITS
 
 JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
 
+_WORDS: Final = {None: "null", True: "true", False: "false"}
+_SIMPLE: Final = frozenset({str, int, float, bool, type(None)})
+_LEAST_FIXED: Final = 1e-4
+_MOST_FIXED: Final = 1e15
+"""Between them Python writes the shortest digits as ECMAScript does, but for a final `.0`."""
 _EXACT_INTEGERS: Final = 1 << 53
 """Beyond it not every integer is a 64-bit float, which is all that many JSON readers have."""
 
@@ -74,18 +80,48 @@ def write_canonical(value: JsonValue) -> bytes:
     return _write(value).encode("utf-8")
 
 
+def as_object(record: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass, and of those in it, as `dataclasses.asdict` does; shares what is immutable."""
+    return {name: _as_value(getattr(record, name)) for name in record.__dataclass_fields__}
+
+
+def _as_value(value: Any) -> Any:
+    form = type(value)
+    if form in _SIMPLE:
+        return value
+    if form is tuple or form is list:
+        return form(map(_as_value, value))
+    return as_object(value) if hasattr(form, "__dataclass_fields__") else deepcopy(value)
+
+
 def _write(value: JsonValue) -> str:
+    form = type(value)
+    if form is str:
+        return encode_basestring(cast(str, value))
+    if form is int or form is float:
+        return _write_number(cast(float, value))
+    if form is not dict and form is not list and form is not tuple:
+        return _write_other(value)
+    if form is not dict:
+        return f"[{','.join(map(_write, cast(Sequence[JsonValue], value)))}]"
+    return _write_object(cast(Mapping[str, JsonValue], value))
+
+
+def _write_other(value: JsonValue) -> str:
+    """Write what is of none of the usual types: null, truth, and types that are like one of the others."""
+    if value is None or isinstance(value, bool):
+        return _WORDS[value]
     if isinstance(value, str):
         return encode_basestring(value)
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
     if isinstance(value, int | float):
         return _write_number(value)
-    if isinstance(value, list | tuple) or not isinstance(value, Mapping):  # Asked first: a mapping is asked for slowly.
-        return "[" + ",".join(map(_write, value)) + "]"
+    return _write_object(value) if isinstance(value, Mapping) else f"[{','.join(map(_write, value))}]"
+
+
+def _write_object(value: Mapping[str, JsonValue]) -> str:
     plain = all(map(str.isascii, value))  # Then code units are in the order of the characters.
     ordered = sorted(value.items(), key=_key_of if plain else _utf_16)
-    return "{" + ",".join(f"{_write(key)}:{_write(item)}" for key, item in ordered) + "}"
+    return f"{{{','.join([f'{encode_basestring(key)}:{_write(item)}' for key, item in ordered])}}}"
 
 
 def _key_of(item: tuple[str, JsonValue]) -> str:
@@ -101,6 +137,8 @@ def _write_number(value: int | float) -> str:
     if isinstance(value, int) and abs(value) < _EXACT_INTEGERS:
         return str(value)
     number = float(value) if abs(value) <= sys.float_info.max else math.nan
+    if number == value and _LEAST_FIXED <= abs(number) < _MOST_FIXED:
+        return str(int(number)) if number.is_integer() else repr(number)
     sign, digits, exponent = Decimal(repr(number)).as_tuple()
     if not isinstance(exponent, int):
         raise ValueError(f"JSON has no number {value!r}")
@@ -161,17 +199,19 @@ def _check_depth_and_text(value: JsonValue, where: object) -> None:
         item, depth = pending.pop()
         if isinstance(item, str):
             _check_text(item, where)
-        elif isinstance(item, Mapping | Sequence):
+        elif isinstance(item, dict | list):
             if depth > MAX_JSON_DEPTH:
                 raise refuse("LF104", where, "values nested too deep", f"at most {MAX_JSON_DEPTH} levels")
-            if isinstance(item, Mapping):
+            if isinstance(item, dict):
                 for key in item:
                     _check_text(key, where)
-            children = item.values() if isinstance(item, Mapping) else item
-            pending.extend((child, depth + 1) for child in children)
+            children = item.values() if isinstance(item, dict) else item
+            pending.extend([(child, depth + 1) for child in children])
 
 
 def _check_text(text: str, where: object) -> None:
+    if text.isascii():
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

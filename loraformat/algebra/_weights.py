@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.bases import Site
-from loraformat.encodings import ENCODINGS, Encoding
+from loraformat.encodings import ENCODINGS, Encoding, choose_encoding
 from loraformat.errors import refuse
 from loraformat.limits import TILE_BYTES
 from loraformat.spans import Span, StoredTensor
@@ -58,7 +58,8 @@ def hold_the_same(one: StoredTensor, other: StoredTensor) -> bool:
 
 def find_encoding(tensor: StoredTensor) -> Encoding | None:
     """Return the encoding that a stored tensor's numbers are in, or None."""
-    return next((encoding for _, encoding in ENCODINGS if encoding.accepts(tensor.dtype)), None)
+    name = choose_encoding(tensor.dtype)
+    return ENCODINGS.find(name) if name is not None else None
 
 
 def matrix_shape(tensor: StoredTensor) -> tuple[int, int]:

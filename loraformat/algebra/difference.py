@@ -16,7 +16,7 @@ from loraformat.algebra._refusals import check_alike, check_numbers
 from loraformat.algebra._sums import VALUES
 from loraformat.algebra._targets import list_changes, nature_of, open_delta, pair_roles
 from loraformat.bases import BaseModel
-from loraformat.encodings import ENCODINGS
+from loraformat.encodings import choose_encoding
 from loraformat.errors import error_for, refuse
 from loraformat.kinds import Change, Nature
 from loraformat.limits import TILE_BYTES
@@ -206,7 +206,7 @@ def _check_tensors(name: str, one: StoredTensor, other: StoredTensor) -> Problem
 
 def _is_readable(tensor: StoredTensor) -> bool:
     whole = tensor.dtype.family in ("int", "uint", "bool") and tensor.dtype.bits >= 8
-    return whole or any(encoding.accepts(tensor.dtype) for _, encoding in ENCODINGS)
+    return whole or choose_encoding(tensor.dtype) is not None
 
 
 def _walk_tensor(tensor: StoredTensor) -> Iterator[NDArray[Any]]:

@@ -12,7 +12,6 @@ from typing import Any
 from loraformat.bases import BaseModel, Rewriter, Site
 from loraformat.bases._checksums import compute_checksums, write_checksums
 from loraformat.bases._float_state import FILES_OF_CODES, FloatingState
-from loraformat.bases._folder_rewriter import FolderParts, FolderRewriter
 from loraformat.bases._receipts import RECEIPT_NAME, describe_receipt_file, read_receipt_file
 from loraformat.bases._shards import INDEX_SUFFIX, open_shards
 from loraformat.bases._state_dict import digest_structure, list_sites, read_model_config
@@ -52,6 +51,8 @@ class StateDictFolder(FloatingState):
     @property
     def rewriter(self) -> Rewriter:
         """What describes it as a folder of safetensors shards."""
+        from loraformat.bases._folder_rewriter import FolderParts, FolderRewriter  # here: most outputs are copies
+
         travelling = {n: file for n, file in self._travelling.items() if not self._gone or n not in FILES_OF_CODES}
         parts = FolderParts(self.path, self._shards, travelling, self._config, self._gone)
         return FolderRewriter(parts, self._form.suffix)

@@ -10,7 +10,6 @@ from typing import Any
 
 from loraformat.bases import BaseModel, Rewriter, Site
 from loraformat.bases._checksums import compute_checksums, write_checksums
-from loraformat.bases._file_rewriter import FileRewriter
 from loraformat.bases._float_state import FloatingState
 from loraformat.bases._receipts import describe_receipt_file, name_receipt, read_receipt_file
 from loraformat.bases._rewriting import note_values
@@ -43,6 +42,8 @@ class ZipStateDict(FloatingState):
     @property
     def rewriter(self) -> Rewriter:
         """What describes it as a safetensors file."""
+        from loraformat.bases._file_rewriter import FileRewriter  # here: most outputs are copies
+
         notes = note_values(self.path, self._opened.metadata)
         metadata = self._form.rewritten_metadata
         return FileRewriter(self.path, self.list_tensors(), metadata, self._config, notes, self._gone)

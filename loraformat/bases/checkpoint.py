@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from loraformat.bases import BaseModel, Rewriter, Site
-from loraformat.bases._file_rewriter import FileRewriter
 from loraformat.bases._float_state import FloatingState
 from loraformat.bases._receipts import read_receipt_text
 from loraformat.bases._state_dict import digest_structure, list_sites, read_model_config
@@ -41,6 +40,8 @@ class Checkpoint(FloatingState):
     @property
     def rewriter(self) -> Rewriter:
         """What describes it as a file with other tensors."""
+        from loraformat.bases._file_rewriter import FileRewriter  # here: most outputs are copies
+
         return FileRewriter(self.path, self.list_tensors(), self._metadata, self._config, gone=self._gone)
 
     def list_tensors(self) -> Sequence[StoredTensor]:

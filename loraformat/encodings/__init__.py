@@ -6,7 +6,7 @@ beside them the scales and zero points without which they mean nothing.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,5 +152,15 @@ class CodedEncoding(Protocol):
         ...
 
 
+_USUAL: Final = "plain"
 ENCODINGS: Registry[Encoding] = Registry("loraformat.encodings", "ENCODING")
 CODED: Registry[CodedEncoding] = Registry("loraformat.encodings", "CODED", "loraformat.coded_encodings")
+
+
+def choose_encoding(form: Dtype) -> str | None:
+    """Return the name of the encoding that reads numbers of a form; None where there is none.
+
+    That of floating-point numbers is asked first: it is nearly always the one, and no other is imported then.
+    """
+    names = sorted(ENCODINGS.names(), key=lambda name: name != _USUAL)
+    return next((name for name in names if (found := ENCODINGS.find(name)) is not None and found.accepts(form)), None)

@@ -1,6 +1,5 @@
 """From a path that a user named to an adapter or a base: which container, which scheme, which kind of base."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from os.path import isdir
@@ -14,13 +13,14 @@ from loraformat.containers import CONTAINERS, Container
 from loraformat.derived import find_origins
 from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.loading.adapter_folders import CONFIG_NAME, FACTORS_NAMES, find_factors, read_config_beside
+from loraformat.loading.digests import digest_aside
 from loraformat.loading.known_scales import find_scale
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.receipt import RUNTIME_KEY
 from loraformat.recognition import PEFT_TYPE, Recognised, recognise_config, recognise_tensors
 from loraformat.renames import DENOISER_IN_ONE_FILE
-from loraformat.schemes import NOT_STATED, SCHEMES, AmbiguousScheme, Bundle, Scheme, StatedScale
+from loraformat.schemes import NOT_STATED, SCHEMES, AmbiguousScheme, Bundle, CertainScheme, Scheme, StatedScale
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, read_small
 from loraformat.strict_json import JsonValue, parse_json_object
@@ -28,7 +28,6 @@ from loraformat.strict_json import JsonValue, parse_json_object
 _BASE_CONFIG: Final = "config.json"
 _NEED_BASE: Final = frozenset({"LF311", "LF314"})
 """Problems that a base can solve: counts that are not known, and flat names."""
-_DIGEST_STEP_BYTES: Final = 1 << 20
 _KNOWN_ENDINGS: Final = (
     ("lora_down.weight", "kohya's scheme"),
     ("_lora.down.weight", "the oldest scheme of diffusers"),
@@ -81,10 +80,11 @@ def read_adapter(
     """Return the adapter as `load_adapter` does, the evidence for its scheme, and the file that holds its tensors."""
     bundle, file = open_bundle(path)
     bundle = replace(bundle, facts=facts)
-    reader, evidence = choose_scheme(bundle, scheme)
-    adapter = read_bundle(reader, bundle, stated)
-    problems = (*adapter.problems, *_find_unused(adapter, stated))
-    return replace(adapter, sha256=digest_file(file), problems=problems), evidence, file
+    with digest_aside(file) as digest:
+        reader, evidence = choose_scheme(bundle, scheme)
+        adapter = read_bundle(reader, bundle, stated)
+        problems = (*adapter.problems, *_find_unused(adapter, stated))
+        return replace(adapter, sha256=digest(), problems=problems), evidence, file
 
 
 def read_bundle(scheme: Scheme, bundle: Bundle, stated: StatedScale) -> Adapter:
@@ -130,17 +130,6 @@ def _refuse_by_config(path: Path, factors: Path) -> None:
         raise error_for([unmergeable.as_problem(path)])
 
 
-def digest_file(file: InputFile) -> str:
-    """Return the SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    room = memoryview(bytearray(min(_DIGEST_STEP_BYTES, file.size_bytes)))
-    for start in range(0, file.size_bytes, _DIGEST_STEP_BYTES):
-        part = room[: file.size_bytes - start]
-        file.read_into(part, start)
-        digest.update(part)
-    return digest.hexdigest()
-
-
 def list_files(adapter: Adapter) -> list[InputFile]:
     """Return the open files that an adapter's factors are read from; none for one made in memory."""
     origins = (origin for factor in adapter.factors() for origin in find_origins(factor))
@@ -163,6 +152,9 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
     unmergeable = recognise_bundle(bundle)
     if unmergeable is not None:
         raise error_for([unmergeable.as_problem(bundle.path)])
+    sole = _find_named(bundle)
+    if sole is not None:
+        return sole
     found = [(scheme, evidence) for _, scheme in SCHEMES if (evidence := scheme.detect(bundle)) is not None]
     if len(found) == 1:
         return found[0]
@@ -170,6 +162,16 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
         readings = "; ".join(f"{scheme.name} ({evidence})" for scheme, evidence in found)
         raise refuse("LF303", bundle.path, readings, "one reading")
     raise refuse("LF121", bundle.path, _describe_names(bundle), f"a scheme among {', '.join(SCHEMES.names())}")
+
+
+def _find_named(bundle: Bundle) -> tuple[Scheme, str] | None:
+    """Return the scheme that the bundle names itself, and the evidence; None where others must be asked."""
+    name = "native" if MANIFEST_KEY in bundle.metadata else "peft" if PEFT_TYPE in (bundle.config or {}) else ""
+    scheme = SCHEMES.find(name)
+    if not isinstance(scheme, CertainScheme) or not scheme.is_named(bundle):
+        return None
+    evidence = scheme.detect(bundle)
+    return (scheme, evidence) if evidence is not None else None
 
 
 def open_base(path: Path) -> BaseModel:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,7 @@ from loraformat.adapter import Adapter
 from loraformat.bases import WeightCopy, WeightFloats
 from loraformat.plan.weights import PlannedWeight
 from loraformat.problems import Problem
-from loraformat.strict_json import JsonValue, write_canonical
+from loraformat.strict_json import JsonValue, as_object, write_canonical
 
 SHARE: Final = "share"
 
@@ -110,7 +110,7 @@ class Plan:
         return {
             "base": dict(self.base),
             "format": self.format,
-            "adapters": [asdict(adapter) for adapter in self.adapters],
+            "adapters": [as_object(adapter) for adapter in self.adapters],
             "weights": [_describe_work(weight) for weight in self.weights],
             "unmatched": list(self.unmatched),
             "config_changes": dict(self.config_changes),
@@ -121,13 +121,13 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """Return the record for `--json`."""
         problems = [dict(problem.as_json()) for problem in self.problems]
-        weights = [asdict(weight) for weight in self.weights]
+        weights = [as_object(weight) for weight in self.weights]
         told = {"weights": weights, "output": str(self.output), "problems": problems}
         return self._decisive() | told | {"sha256": self.sha256}
 
 
 def _describe_work(weight: PlannedWeight) -> dict[str, Any]:
     """Return what is done to a weight: a map, a checkpoint and a name that find the same give the same bytes."""
-    record = asdict(weight)
+    record = as_object(weight)
     del record["evidence"]
     return record

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Final
 
 from loraformat.bases import BaseModel, DequantisingBase, FloatForm, Weight, name_companion
-from loraformat.encodings import CODED, ENCODINGS, CodedEncoding
+from loraformat.encodings import CODED, CodedEncoding, choose_encoding
 from loraformat.matching import Match
 from loraformat.plan.changes import PlannedChange, PlannedReference
 from loraformat.plan.weights import NewForm, PlannedCompanion, PlannedWeight, as_matrix, count_tile_rows
@@ -118,7 +118,8 @@ def make_float(weight: PlannedWeight, base: BaseModel, problems: list[Problem]) 
     if isinstance(found, Problem):
         problems.append(found)
         return weight
-    encoding = next(name for name, encoding in ENCODINGS if encoding.accepts(found.dtype))
+    encoding = choose_encoding(found.dtype)
+    assert encoding is not None, "a form of floats has one"
     new = NewForm(found.name, found.dtype.name, found.shape, encoding, turned=found.turned, padding=found.padding)
     return replace(weight, new=new)
 

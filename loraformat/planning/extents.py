@@ -18,6 +18,8 @@ def measure_together(matches: Sequence[Match]) -> tuple[Extents, list[Problem]]:
     groups: dict[Sharing, dict[str, Match]] = defaultdict(dict)
     for match in matches:
         kind = KINDS.find(match.target.kind)
+        if not hasattr(kind, "sharing"):  # To ask the protocol of every target takes longer than all the rest.
+            continue
         sharing = kind.sharing(match.target) if isinstance(kind, SizedTogether) else None
         if sharing is not None and match.want.parameter == "weight":
             groups[sharing].setdefault(match.target.name, match)

@@ -10,7 +10,7 @@ from typing import Final
 
 from loraformat.bases import BaseModel
 from loraformat.dtypes import BY_NAME, Dtype
-from loraformat.encodings import ENCODINGS
+from loraformat.encodings import choose_encoding
 from loraformat.errors import refuse
 from loraformat.images import OutputTensor
 from loraformat.output_forms import require_rewriter
@@ -84,21 +84,17 @@ def _find_form(name: str | None) -> Dtype | None:
     if name is None:
         return None
     form = BY_NAME.get(name)
-    if form is None or _find_encoding(form) is None:
-        known = ", ".join(each.name for each in BY_NAME.values() if _find_encoding(each) is not None)
+    if form is None or choose_encoding(form) is None:
+        known = ", ".join(each.name for each in BY_NAME.values() if choose_encoding(each) is not None)
         raise refuse("LF106", "--dtype", name, f"one of {known}")
     return form
-
-
-def _find_encoding(form: Dtype) -> str | None:
-    return next((name for name, encoding in ENCODINGS if encoding.accepts(form)), None)
 
 
 def _give_form(weight: PlannedWeight, form: Dtype | None) -> PlannedWeight:
     """Return a weight with the number form that was asked for."""
     if form is None or weight.written_dtype == form.name:
         return weight
-    encoding = _find_encoding(form)
+    encoding = choose_encoding(form)
     assert encoding is not None, "checked before"
     new = weight.new or NewForm(weight.name, form.name, weight.shape, encoding)
     return replace(weight, new=replace(new, dtype=form.name, encoding=encoding))
@@ -110,7 +106,7 @@ def _convert(tensor: OutputTensor, form: Dtype | None) -> PlannedWeight | None:
     if source is None or not source.elements:
         return None
     wanted = form if form is not None and tensor.dtype.family == "float" else tensor.dtype
-    own, encoding = _find_encoding(tensor.dtype), _find_encoding(wanted)
+    own, encoding = choose_encoding(tensor.dtype), choose_encoding(wanted)
     if (wanted == tensor.dtype and tensor.is_copied) or own is None or encoding is None:
         return None
     matrix = as_matrix(tensor.shape)

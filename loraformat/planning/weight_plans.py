@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple, cast
 
 from loraformat.bases import Site, Weight
-from loraformat.encodings import ENCODINGS
+from loraformat.encodings import choose_encoding
 from loraformat.kinds import KINDS, MappingKind, Nature
 from loraformat.matching import Match, NewBias, shape_at
 from loraformat.plan.changes import PlannedChange
@@ -110,7 +110,7 @@ def plan_weight(
     """
     name, group, _ = table
     tensor = weight.tensor
-    encoding = next((name for name, encoding in ENCODINGS if encoding.accepts(tensor.dtype)), None)
+    encoding = choose_encoding(tensor.dtype)
     if weight.coding is not None:
         encoding = weight.coding.encoding
     conflicts = check_composition(group)
@@ -156,7 +156,7 @@ def _make_form(table: Table, weight: Weight, shape: tuple[int, ...], encoding: s
 def plan_bias(bias: NewBias, changes: Sequence[PlannedChange]) -> PlannedWeight | None:
     """Return the plan of a bias that the base lacks, in the number form of the module's weight."""
     tensor, shape = bias.beside.weight.tensor, bias.want.shape
-    encoding = next((name for name, encoding in ENCODINGS if encoding.accepts(tensor.dtype)), None)
+    encoding = choose_encoding(tensor.dtype)
     if encoding is None:  # The weight itself is refused for it.
         return None
     matrix = as_matrix(shape)

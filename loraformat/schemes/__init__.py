@@ -179,6 +179,15 @@ class FolderScheme(Scheme, Protocol):
 
 
 @runtime_checkable
+class CertainScheme(Scheme, Protocol):
+    """A scheme that some bundles name themselves, in a way that no other scheme's do."""
+
+    def is_named(self, bundle: Bundle) -> bool:
+        """Say whether the bundle is surely of this scheme: then no other one is asked, nor imported."""
+        ...
+
+
+@runtime_checkable
 class AmbiguousScheme(Scheme, Protocol):
     """A scheme whose tensors may be of several kinds, which only the base tells apart.
 

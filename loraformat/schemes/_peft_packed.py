@@ -14,9 +14,7 @@ from loraformat.adapter import Factor
 from loraformat.derived import KeptFactor, LastRead, derive
 from loraformat.errors import refuse
 from loraformat.limits import MAX_EXPERTS
-from loraformat.operations import BlockDiagonal, Reshape, Take
 from loraformat.problems import Problem
-from loraformat.row_orders import Permute
 from loraformat.schemes._peft_config import PeftConfig, fits_whole_pattern
 
 A: Final = "lora_A.weight"
@@ -77,6 +75,8 @@ def name_parameter(name: str, levels: Mapping[str, Mapping[str, Factor]], config
         levels: all targets of the file.
         config: what names the parameters.
     """
+    if not config.fields.get("target_parameters"):
+        return None
     module = find_module(name)
     nested = [each for each in levels if find_module(each) == module]
     parameters = list_parameters(module, config, len(nested))
@@ -116,6 +116,8 @@ def split_experts(
     if experts == 1:
         module, _, parameter = name.rpartition(".")
         return [(module if parameter == "weight" else name, dict(factors))]
+    from loraformat.row_orders import Permute  # here, as operations below: most adapters need none
+
     module, _, parameter = name.rpartition(".")
     kept = KeptFactor(down, last), KeptFactor(derive(Permute((rank, experts), (1, 0), axis=1), up), last)
     return [
@@ -126,6 +128,8 @@ def split_experts(
 
 def _take_expert(pair: tuple[Factor, Factor], own: slice) -> dict[str, Factor]:
     """Return one expert's rows of A and columns of B, which lie together."""
+    from loraformat.operations import Take
+
     down, up = pair
     return {A: derive(Take(own.start, own.stop), down), B: derive(Take(own.start, own.stop, axis=1), up)}
 
@@ -152,6 +156,10 @@ def expand_blocks(
     """Return the factors of a BD-LoRA target with the compact one put block-diagonally in place."""
     stated = list_blocks(name, config)
     expanded = dict(factors)
+    if not stated.roles:
+        return expanded
+    from loraformat.operations import BlockDiagonal, Take
+
     for role in stated.roles:
         factor = factors.get(role)
         if factor is None or len(factor.shape) != 2 or factor.shape[0] % stated.count or len(stated.roles) > 1:
@@ -200,6 +208,8 @@ def merge_slices(name: str, factors: Mapping[str, Factor], config: PeftConfig) -
         return Problem("LF213", f"{config.where}: enable_lora", f"{stated!r:.80}", "a list of true and false")
     if up.shape[2] != 1:
         return Problem("LF203", name, f"{B} {up.shape}", "(rows, r, 1)")
+    from loraformat.operations import Reshape
+
     return {**factors, B: derive(Reshape(up.shape[:2]), up)}
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from loraformat.adapter import SlotKind, Target
 from loraformat.derived import derive
 from loraformat.errors import refuse
-from loraformat.operations import WholeNumbers
 from loraformat.problems import Problem
 from loraformat.schemes._peft_config import PeftConfig
 from loraformat.schemes._peft_patterns import fits_whole
@@ -98,6 +97,8 @@ def count_indices(target: Target, config: PeftConfig) -> Target | Problem:
     values = places.read()
     if not np.array_equal(values, np.rint(values)) or not (np.abs(values) < _EXACT).all():
         return Problem("LF210", f"{target.name}: shira_indices", f"{places.dtype.name}, not whole", "whole numbers")
+    from loraformat.operations import WholeNumbers  # here: no other adapter needs an operation
+
     return replace(target, factors={**target.factors, "shira_indices": derive(WholeNumbers(), places)})
 
 

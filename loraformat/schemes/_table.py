@@ -13,7 +13,6 @@ from typing import Final
 
 from loraformat.adapter import Factor
 from loraformat.derived import derive
-from loraformat.operations import Reshape, Transpose
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +33,21 @@ def _leave(factor: Factor) -> Factor:
 
 
 def _transpose(factor: Factor) -> Factor:
+    from loraformat.operations import Transpose  # here and below: most files are read without any
+
     return derive(Transpose(), factor)
 
 
 def _column_to_vector(factor: Factor) -> Factor:
+    from loraformat.operations import Reshape
+
     out, *ones = factor.shape
     return derive(Reshape((1, out, *ones[1:]) if ones[1:] else (out,)), factor)
 
 
 def _vector_to_column(factor: Factor) -> Factor:
+    from loraformat.operations import Reshape
+
     ones = factor.shape[2:]
     return derive(Reshape((factor.elements, 1, *ones)), factor)
 

@@ -27,6 +27,10 @@ class Native:
         """Recognise the manifest's metadata key."""
         return f"metadata key {MANIFEST_KEY!r}" if MANIFEST_KEY in bundle.metadata else None
 
+    def is_named(self, bundle: Bundle) -> bool:
+        """Say whether there is a manifest: no other scheme reads files that have one."""
+        return MANIFEST_KEY in bundle.metadata
+
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter; a stated scale is not needed and not used."""
         if MANIFEST_KEY not in bundle.metadata:

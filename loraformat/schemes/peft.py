@@ -16,7 +16,6 @@ from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import ALL_SLOTS, Bundle, ConfigReading, Holds, StatedScale, WrittenBundle
-from loraformat.schemes._engine import check_holds
 from loraformat.schemes._known_names import find_model, find_original
 from loraformat.schemes._memory import recall
 from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
@@ -32,11 +31,9 @@ from loraformat.schemes._peft_groups import (
     list_buffers,
     note_left_out,
 )
-from loraformat.schemes._peft_other import fill_other, find_type
 from loraformat.schemes._peft_targets import TargetReader
 from loraformat.schemes._peft_type import PeftType, spread_shared
 from loraformat.schemes._peft_types import TYPES
-from loraformat.schemes._peft_writing import fill_lora, write_folder
 from loraformat.schemes._table import Name, NameTable, Row
 
 _PREFIX: Final = "base_model.model."
@@ -134,6 +131,10 @@ class Peft:
         marked = [key for key in bundle.tensors if ".lora_A." in key or key.endswith(".lora_embedding_A")]
         return f"keys such as {marked[0]}" if marked else None
 
+    def is_named(self, bundle: Bundle) -> bool:
+        """Say whether the configuration has `peft_type` and every key PEFT's prefix."""
+        return "peft_type" in (bundle.config or {}) and all(key.startswith(_PREFIX) for key in bundle.tensors)
+
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter; what this version cannot merge becomes a problem of it."""
         config = read_config(bundle.config, bundle.path)
@@ -159,6 +160,11 @@ class Peft:
 
     def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
         """Return the adapter as a folder; its own configuration where that still says the same."""
+        # here: what only writes is much, and most adapters are only read
+        from loraformat.schemes._engine import check_holds
+        from loraformat.schemes._peft_other import fill_other, find_type
+        from loraformat.schemes._peft_writing import fill_lora, write_folder
+
         against = check_holds(self.name, self.holds, adapter)
         other = find_type(adapter, TYPES)
         if other is not None:

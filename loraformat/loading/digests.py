@@ -1,0 +1,57 @@
+"""Digests of whole files, computed beside other work: hashing leaves the interpreter to others."""
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from loraformat.spans import InputFile
+
+_STEP_BYTES: Final = 16 << 20
+"""Few steps: before each, the thread waits until the interpreter is free."""
+
+
+@contextmanager
+def digest_aside(file: InputFile) -> Iterator[Callable[[], str]]:
+    """Digest a file in a thread, which has ended when the context is left; give what waits for the digest.
+
+    What is given raises what `digest_file` does.
+    """
+    digester = _Digester(file)
+    digester.start()
+    try:
+        yield digester.wait
+    finally:
+        digester.join()
+
+
+def digest_file(file: InputFile) -> str:
+    """Return the SHA-256 of a file, hexadecimal; LF906 when it no longer has its bytes."""
+    digest = hashlib.sha256()
+    room = memoryview(bytearray(min(_STEP_BYTES, file.size_bytes)))
+    for start in range(0, file.size_bytes, _STEP_BYTES):
+        part = room[: file.size_bytes - start]
+        file.read_into(part, start)
+        digest.update(part)
+    return digest.hexdigest()
+
+
+class _Digester(threading.Thread):
+    def __init__(self, file: InputFile) -> None:
+        super().__init__(name="loraformat-digest", daemon=True)
+        self._file = file
+        self._found = ""
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._found = digest_file(self._file)
+        except Exception as error:  # Raised where the digest is waited for.
+            self._error = error
+
+    def wait(self) -> str:
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._found
