@@ -44,6 +44,8 @@ CONVERTERS = {
 }
 ROWS = {"hunyuan-video-transformer": 7 * 3072, "flux1-transformer": 7 * 3072, "lumina2-transformer": 3840}
 """Rows of every weight, where a converter knows the sizes of the published model."""
+DOUBLED = "joint_blocks.1.context_block.adaLN_modulation.1"
+"""A shift and a scale alone, which SD3 has in its last block, and diffusers in the other order."""
 COLUMNS, DEPTHS = 2, {"mochi-transformer": 48, "flux1-transformer": 2}
 SPELLINGS = {"hunyuan-video-transformer": "original"}
 UNKNOWN = {
@@ -75,8 +77,9 @@ def weights(table: SpellingTable, spelling: str) -> dict[str, Any]:
         if not path or "norm" in path.rpartition(".")[2] or path.startswith(UNKNOWN.get(table.name, ("-",))):
             continue
         for number in range(DEPTHS.get(table.name, 2) if "{i}" in path else 1):
-            shape = (ROWS.get(table.name, 6 * 7), COLUMNS)
-            found[path.format(i=number)] = torch.randn(*shape, generator=dice)
+            module = path.format(i=number)
+            rows = 2 * COLUMNS if module == DOUBLED else ROWS.get(table.name, 6 * 7)
+            found[module] = torch.randn(rows, COLUMNS, generator=dice)
     return found
 
 
