@@ -12,6 +12,8 @@ from loraformat.schemes._naming import DENOISERS, split_component
 from loraformat.spellings import Reading, read_names
 
 _CODE: Final = "LF325"
+_MAIN: Final = DENOISERS | {""}
+"""Components that are the model itself; a PEFT folder has no word for it."""
 
 
 def spell_for_base(adapter: Adapter, base: BaseModel) -> Adapter:
@@ -28,9 +30,9 @@ def spell_for_base(adapter: Adapter, base: BaseModel) -> Adapter:
     routes = {
         names: (reading, spelling)
         for reading in read_names(paths)
-        if not reading.missed
+        if not reading.missed and DENOISERS.intersection(reading.table.components)
         for spelling in reading.table.spellings
-        if (names := _write(paths, reading, spelling)) <= facts.modules
+        if (names := _write(paths, reading, spelling)) is not None and names <= facts.modules
     }
     if len(routes) != 1:
         return adapter
@@ -42,7 +44,7 @@ def spell_for_base(adapter: Adapter, base: BaseModel) -> Adapter:
 
     def spell(reading: Reading, component: str) -> str | None:
         is_known = reading.table is known.table and reading.spelling == known.spelling
-        return new if is_known and component in DENOISERS else None
+        return new if is_known and component in _MAIN else None
 
     spelled, problems = respell_by(adapter, spell, facts)
     if any(problem.severity == "error" for problem in problems):
@@ -52,11 +54,14 @@ def spell_for_base(adapter: Adapter, base: BaseModel) -> Adapter:
 
 def _list_paths(adapter: Adapter) -> Iterator[str]:
     split = (split_component(target.name) for target in adapter.targets)
-    return (path for component, path in split if component in DENOISERS)
+    return (path for component, path in split if component in _MAIN)
 
 
-def _write(paths: list[str], reading: Reading, spelling: str) -> frozenset[str]:
-    places = (place for path in paths for place in reading.table.find(path, reading.spelling))
+def _write(paths: list[str], reading: Reading, spelling: str) -> frozenset[str] | None:
+    """Return the paths in another spelling, None where it lacks some of them."""
+    places = [place for path in paths for place in reading.table.find(path, reading.spelling)]
+    if not all(spelling in place.row.paths for place in places):
+        return None
     return frozenset(name for place in places for name in place.write(spelling))
 
 

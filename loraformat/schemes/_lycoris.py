@@ -34,6 +34,11 @@ def _is_column(factor: Factor) -> bool:
     return len(factor.shape) > 1 and all(size == 1 for size in factor.shape[1:])
 
 
+def _is_vector(factor: Factor) -> bool:
+    """Say whether a magnitude has lost its axes of one: then it is one for each output, as PEFT's and ai-toolkit's."""
+    return len(factor.shape) == 1
+
+
 def _is_diagonal(factor: Factor) -> bool:
     """Say whether blocks are those of diag-OFT; those of a butterfly have stages before."""
     return len(factor.shape) == 3
@@ -54,6 +59,7 @@ _GLORA: Final = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 LYCORIS_ROWS: Final = (
     Row("lora_mid.weight", "locon", "lora_mid.weight"),
     Row("dora_scale", "dora", "lora_magnitude_vector", COLUMN, _is_column),
+    Row("dora_scale", "dora", "lora_magnitude_vector", fits=_is_vector),
     Row("dora_scale", "dora", "dora_scale"),
     *(Row(role, "loha", role) for role in _LOHA),
     *(Row(role, "lokr", role) for role in _LOKR),

@@ -122,7 +122,8 @@ class ComponentNaming:
         components = self._choose_components(readings)
         for prefix, paths in sorted(groups.items()):
             component = components[prefix]
-            dotted = self._unflatten(prefix, paths, readings[prefix], facts, result)
+            fitting = [reading for reading in readings[prefix] if _may_be(reading, component)]
+            dotted = self._unflatten(prefix, paths, fitting, facts, result)
             for module, path in dotted.items():
                 result.targets[module] = f"{component}.{path}" if component else path
             if not prefix and not self.flat and component:
@@ -157,7 +158,8 @@ class ComponentNaming:
         """Return module to dotted path; a flat one that cannot be told is a problem, and left out."""
         whole = _whole(readings)
         if whole:
-            evidence = "; ".join(map(str, whole))
+            more = f"; {len(whole) - _LISTED} more tables have them" if len(whole) > _LISTED else ""
+            evidence = "; ".join(map(str, whole[:_LISTED])) + more
             result.problems.append(Problem("LF323", f"{prefix or 'names'}", evidence, severity="note"))
         if not self.flat:
             return paths
@@ -212,6 +214,12 @@ class ComponentNaming:
 
     def _flatten(self, path: str) -> str:
         return path.replace(".", "_") if self.flat else path
+
+
+def _may_be(reading: Reading, component: str) -> bool:
+    """Say whether a component can have a table's names: a text encoder has none of a transformer's."""
+    own = reading.table.components
+    return not own or component in ("", "diffusion_model") or component in own
 
 
 def _is_bundled(name: str) -> bool:

@@ -12,7 +12,7 @@ from loraformat.derived import NewFactor
 from loraformat.errors import refuse
 from loraformat.problems import Problem
 from loraformat.rescaling import rescale
-from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes import NOT_STATED, Bundle, StatedScale
 from loraformat.schemes._beside import (
     ALPHA,
     FLOAT32,
@@ -24,6 +24,12 @@ from loraformat.schemes._beside import (
     read_alpha,
     recall_form,
     remember_forms,
+)
+from loraformat.schemes._header_scales import (
+    ADAPTER_METADATA,
+    find_header_alpha,
+    find_scaling,
+    read_adapter_metadata,
 )
 from loraformat.schemes._options import BOUNDED
 from loraformat.strict_json import JsonValue
@@ -101,6 +107,7 @@ class AlphaTensors:
                 if not (alpha and module.rank):
                     idle[module.name] = alpha
             result.scalings[module.name] = _scale_by(alpha, module.rank) if alpha is not None else UNIT
+        silent = self._read_header(silent, bundle, stated, result)
         if silent:
             fallback = self._fall_back(silent, bundle, stated, result)
             result.scalings |= dict.fromkeys(silent, fallback)
@@ -109,6 +116,18 @@ class AlphaTensors:
         if idle:
             result.remembered["idle_alphas"] = idle
         return result
+
+    def _read_header(self, silent: Sequence[str], bundle: Bundle, stated: StatedScale, result: ScalesRead) -> list[str]:
+        """Take the scalings that diffusers' annotation gives modules without an alpha; return the other modules."""
+        configs = read_adapter_metadata(bundle) if silent and stated == NOT_STATED else {}
+        scalings = {name: find_scaling(name, configs, bundle) for name in silent} if configs else {}
+        known = {name: scaling for name, scaling in scalings.items() if scaling is not None}
+        if known:
+            result.scalings |= known
+            alphas = ", ".join(sorted({f"{scaling.value:g}" for scaling in known.values()}))
+            found = f"{ADAPTER_METADATA}: lora_alpha {alphas} for {len(known)} modules"
+            result.problems.append(Problem("LF326", str(bundle.path), found, severity="note"))
+        return [name for name in silent if name not in known]
 
     def _fall_back(self, silent: Sequence[str], bundle: Bundle, stated: StatedScale, result: ScalesRead) -> Scaling:
         """Return the scaling of modules without an alpha tensor."""
@@ -119,6 +138,12 @@ class AlphaTensors:
         if isinstance(alpha, int | float) and not isinstance(alpha, bool):
             rule = ScalingRule.ALPHA_OVER_SQRT_RANK if config.get("use_rslora") else ScalingRule.ALPHA_OVER_RANK
             return Scaling(rule, float(alpha))
+        stated_there = find_header_alpha(bundle.metadata)
+        if stated_there is not None:
+            scaling, words = stated_there
+            found = f"{words}, for {len(silent)} modules without an alpha of their own"
+            result.problems.append(Problem("LF326", str(bundle.path), found, severity="note"))
+            return scaling
         found = f"no alpha for {len(silent)} modules, such as {silent[0]}"
         if self.asked:
             raise refuse("LF211", bundle.path, found, "the scale of the training run")

@@ -12,25 +12,23 @@ from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import SlotKind, Target
-from loraformat.errors import LoraformatError
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.schemes import PIPELINES, Bundle, Holds, StatedScale
 from loraformat.schemes._beside import ALPHA, Module
 from loraformat.schemes._engine import TableScheme
 from loraformat.schemes._groups import TOKEN
+from loraformat.schemes._header_scales import ADAPTER_METADATA, read_adapter_metadata
 from loraformat.schemes._known_names import find_model
 from loraformat.schemes._lora_config import describe_lora
 from loraformat.schemes._lycoris import LYCORIS_ROWS
 from loraformat.schemes._marks import BARE, BARE_TENSOR, NOISE, Alias, Marks
 from loraformat.schemes._memory import find_texts
 from loraformat.schemes._naming import COMPONENTS, ComponentNaming, split_component
-from loraformat.schemes._peft_config import PeftConfig
 from loraformat.schemes._peft_writing import says_the_same
 from loraformat.schemes._scales import AlphaTensors, ScalesRead, ScalesWritten
 from loraformat.schemes._table import NameTable, Row
-from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
+from loraformat.strict_json import JsonValue, write_canonical
 
-_METADATA: Final = "lora_adapter_metadata"
 _WHOLE: Final = r"(?:unet|prior|connectors|text_encoder(?:_[23])?)\."
 _TRANSFORMER: Final = (
     r"transformer(?:_2)?\.(?:base_model\.model\.)?"
@@ -51,7 +49,7 @@ class _AdapterMetadata:
 
     def read(self, modules: Sequence[Module], bundle: Bundle, stated: StatedScale) -> ScalesRead:
         """Return the scalings that the annotation states, and else those of the alphas."""
-        configs = _read_configs(bundle)
+        configs = read_adapter_metadata(bundle)
         ruled = [
             module
             for module in modules
@@ -70,9 +68,9 @@ class _AdapterMetadata:
 
         The annotation that the adapter once had is written as it was where it still says the same.
         """
-        known = find_texts(remembered, "metadata").get(_METADATA)
+        known = find_texts(remembered, "metadata").get(ADAPTER_METADATA)
         if known is not None and _says_all(known, targets):
-            return ScalesWritten(metadata={_METADATA: known})
+            return ScalesWritten(metadata={ADAPTER_METADATA: known})
         bare = remembered.get("bare")
         fields: dict[str, JsonValue] = {}
         low_rank = [target for target in targets if target.rank]
@@ -80,12 +78,12 @@ class _AdapterMetadata:
             own = {split_component(each.name)[1]: each for each in low_rank if _component(each.name) == component}
             prefix = "" if component in (bare, "") else f"{component}."
             fields |= {f"{prefix}{name}": value for name, value in describe_lora(own).items()}
-        return ScalesWritten(metadata={_METADATA: write_canonical(fields).decode("utf-8")})
+        return ScalesWritten(metadata={ADAPTER_METADATA: write_canonical(fields).decode("utf-8")})
 
 
 def _says_all(text: str, targets: Sequence[Target]) -> bool:
     """Say whether an annotation gives every target the rank and scale that it has."""
-    configs = _read_configs(Bundle(Path(_METADATA), {}, {_METADATA: text}))
+    configs = read_adapter_metadata(Bundle(Path(ADAPTER_METADATA), {}, {ADAPTER_METADATA: text}))
     own: dict[str, dict[str, Target]] = {}
     for target in targets:
         component, path = split_component(target.name)
@@ -97,24 +95,6 @@ def _says_all(text: str, targets: Sequence[Target]) -> bool:
 
 def _component(target: str) -> str:
     return split_component(target)[0]
-
-
-def _read_configs(bundle: Bundle) -> dict[str, PeftConfig]:
-    """Return the fields of every component; those of a file without components hold for all."""
-    text = bundle.metadata.get(_METADATA)
-    if text is None:
-        return {}
-    where = f"{bundle.path}: {_METADATA}"
-    try:
-        fields = parse_json_object(text.encode("utf-8", "surrogatepass"), where)
-    except LoraformatError:
-        return {}
-    parts: dict[str, dict[str, JsonValue]] = {}
-    for name, value in fields.items():
-        component, dot, field = name.rpartition(".")
-        for each in (component,) if dot else COMPONENTS:
-            parts.setdefault(each, {})[field] = value
-    return {component: PeftConfig(each, where, True) for component, each in parts.items()}
 
 
 class _Diffusers(TableScheme):
@@ -142,6 +122,8 @@ SCHEME: Final = _Diffusers(
             Row("lora.up.weight", "lora", "lora_B.weight"),
             Row("lora_B.bias", "lora", "lora_B.bias"),
             Row("lora_magnitude_vector", "dora", "lora_magnitude_vector"),
+            Row("lora_magnitude_vector.weight", "dora", "lora_magnitude_vector"),
+            Row("lora_magnitude_vector.{adapter}.weight", "dora", "lora_magnitude_vector"),
             Row("magnitude", "dora", "lora_magnitude_vector"),  # ai-toolkit's.
             Row("weight", "replace", "weight"),  # Norms of BFL's control adapters.
             Row("bias", "replace", "bias"),

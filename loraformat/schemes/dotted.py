@@ -22,6 +22,7 @@ _PREFIXES: Final = {
     "diffusion_model": "diffusion_model",
     "diffusion_model.llm_adapter": "text_conditioner",
     "conditional_transformer": "transformer",
+    "pipe.dit": "transformer",
     "text_encoders.clip_l.transformer": "text_encoder",
     "text_encoders.clip_g.transformer": "text_encoder_2",
     "text_encoders.t5xxl.transformer": "text_encoder_3",
@@ -63,13 +64,16 @@ SCHEME: Final = _Dotted(
             Row("scale", "replace", "scale"),
             *LYCORIS_ROWS,
             Row("magnitude", "dora", "lora_magnitude_vector"),
+            Row("lora_magnitude_vector", "dora", "lora_magnitude_vector"),
+            Row("lora_magnitude_vector.weight", "dora", "lora_magnitude_vector"),
+            Row("lora_magnitude_vector.{adapter}.weight", "dora", "lora_magnitude_vector"),
         ]
     ),
     naming=ComponentNaming("dotted", _PREFIXES),
     scale=AlphaTensors(),
     marks=Marks(
         keys=(
-            rf"(?:diffusion_model|conditional_transformer|text_encoders\.\w+)\.{_TENSOR}",
+            rf"(?:diffusion_model|conditional_transformer|pipe\.dit|text_encoders\.\w+)\.{_TENSOR}",
             rf"{_NATIVE}{_TENSOR}",
             rf"(?:transformer(?:_2)?\.(?!(?:double|single)_blocks\.)|unet\.|text_encoder(?:_2)?\.){_PAYLOAD}",
         ),
@@ -79,5 +83,9 @@ SCHEME: Final = _Dotted(
     holds=Holds(kinds=LYCORIS_KINDS, slots=LORA_SLOTS | {SlotKind.PARAMETER}, models=PIPELINES),
     names="dotted",
     fits=(fold_rankless,),
-    aliases=(*NOISE, Alias(r"^(.*)\.lora_([AB])$", r"\1.lora_\2.weight")),
+    aliases=(
+        *NOISE,
+        Alias(r"^(.*)\.lora_([AB])$", r"\1.lora_\2.weight"),
+        Alias(r"^(.*)\.diff_m$", r"\1.modulation.diff"),  # LightX2V's, of Wan's modulations.
+    ),
 )

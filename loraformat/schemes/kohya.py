@@ -27,8 +27,11 @@ _PREFIXES: Final = {
     "lora_prior_unet": "prior",
     "lora_prior_te": "text_encoder",
     "lycoris": "diffusion_model",
+    "oft_unet": "diffusion_model",
+    "lora_unet_llm_adapter": "text_conditioner",
 }
-"""What a prefix stands for where no table of the model says otherwise; `lora_transformer` is OneTrainer's."""
+"""What a prefix stands for where no table of the model says otherwise; `lora_transformer` is
+OneTrainer's, `oft_unet` that of sd-scripts' networks/oft.py."""
 
 _SPLIT: Final = "split_qkv=True"
 
@@ -60,17 +63,25 @@ SCHEME: Final = Kohya(
         [
             Row("lora_down.weight", "lora", "lora_A.weight"),
             Row("lora_up.weight", "lora", "lora_B.weight"),
+            Row("lora.down.weight", "lora", "lora_A.weight"),  # Some trainers of Z-Image.
+            Row("lora.up.weight", "lora", "lora_B.weight"),
+            Row("lora_A.weight", "lora", "lora_A.weight"),
+            Row("lora_B.weight", "lora", "lora_B.weight"),
             *LYCORIS_ROWS,
         ]
     ),
     naming=ComponentNaming("kohya", _PREFIXES, flat=True),
     scale=AlphaTensors(),
     marks=Marks(
-        keys=(r"(?:lora_(?:unet|te\d?|prior_unet|prior_te|transformer)_|lycoris_)[^.]+\.(?!alpha$)",),
+        keys=(r"(?:lora_(?:unet|te\d?|prior_unet|prior_te|transformer)_|lycoris_|oft_unet_)[^.]+\.(?!alpha$)",),
     ),
     holds=Holds(kinds=LYCORIS_KINDS, slots=LORA_SLOTS | {SlotKind.PARAMETER}, models=PIPELINES),
     names="kohya",
     fits=(fold_rankless,),
     only_added=True,
-    aliases=(*NOISE, Alias(r"^(lora_[^.]*[^_.])_\.(lora_(?:up|down)\.weight)$", r"\1.\2")),
+    aliases=(
+        *NOISE,
+        Alias(r"^(.*)\.oft_blocks\.0$", r"\1.oft_blocks"),
+        Alias(r"^(lora_[^.]*[^_.])_\.(lora_(?:up|down)\.weight)$", r"\1.\2"),
+    ),
 )

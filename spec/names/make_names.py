@@ -177,6 +177,21 @@ def flux() -> list[Row]:
     return rows
 
 
+def name_as_diffsynth(rows: list[Row]) -> list[Row]:
+    """Give rows of FLUX.1 the names that DiffSynth-Studio has; of its blocks, which it fuses as BFL does."""
+    streams = (("img", "a"), ("txt", "b"))
+    names = {f"{DOUBLE}.{img}_attn.qkv": f"blocks.{{i}}.attn.{a}_to_qkv" for img, a in streams}
+    names |= {f"{DOUBLE}.{img}_attn.proj": f"blocks.{{i}}.attn.{a}_to_out" for img, a in streams}
+    names |= {f"{DOUBLE}.{img}_mod.lin": f"blocks.{{i}}.norm1_{a}.linear" for img, a in streams}
+    names |= {f"{DOUBLE}.{img}_mlp.{n}": f"blocks.{{i}}.ff_{a}.{n}" for img, a in streams for n in (0, 2)}
+    names |= {f"{SINGLE}.linear1": f"{SINGLE}.to_qkv_mlp", f"{SINGLE}.linear2": f"{SINGLE}.proj_out"}
+    names |= {f"{SINGLE}.modulation.lin": f"{SINGLE}.norm.linear"}
+    for row in rows:
+        if row["paths"]["bfl"] in names:
+            row["paths"]["diffsynth"] = names[row["paths"]["bfl"]]
+    return rows
+
+
 def chroma_guidance() -> list[Row]:
     """Return what Chroma has in the place of FLUX.1's embeddings and modulations."""
     outer = "distilled_guidance_layer"
@@ -385,7 +400,7 @@ def main() -> None:
         "flux1-transformer",
         "FLUX.1, Chroma",
         ["transformer"],
-        flux() + chroma_guidance(),
+        name_as_diffsynth(flux()) + chroma_guidance(),
         widths=[3072, 12288, 15360],
         depths=two_stacks(19, 38),
         classes=["FluxTransformer2DModel", "ChromaTransformer2DModel"],
