@@ -64,7 +64,9 @@ def list_sites(tensors: Collection[StoredTensor], config: Mapping[str, JsonValue
     weights = {tensor.name: weight for group in group_aliases(tensors) for tensor, weight in _share(group)}
     own = [_make_site(tensor, weights.get(tensor.name), config, names) for tensor in adaptable]
     own = tie_sites(own, config)
-    own += list_renamed_sites(own, config)
+    # A parameter of the model itself is a site only under a name that says of which module it is.
+    bare = [_make_site(tensor, weights.get(tensor.name), config, names) for tensor in tensors if _is_bare(tensor)]
+    own += list_renamed_sites([*own, *bare], config)
     return own + list_other_sites(own, config)
 
 
@@ -86,7 +88,15 @@ def _share(group: Group) -> list[tuple[StoredTensor, Weight]]:
 
 
 def _is_adaptable(tensor: StoredTensor) -> bool:
-    return "." in tensor.name and 1 <= len(tensor.shape) <= 5 and tensor.elements > 0
+    return "." in tensor.name and _has_numbers(tensor)
+
+
+def _is_bare(tensor: StoredTensor) -> bool:
+    return "." not in tensor.name and _has_numbers(tensor)
+
+
+def _has_numbers(tensor: StoredTensor) -> bool:
+    return 1 <= len(tensor.shape) <= 5 and tensor.elements > 0
 
 
 def _make_site(
