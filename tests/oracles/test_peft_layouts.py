@@ -388,7 +388,7 @@ def test_the_text_model_of_one_that_sees(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["non_lora_trainables.bin", "vit.safetensors"])
 def test_what_a_script_trained_whole_beside_the_adapter(tmp_path: Path, name: str) -> None:
-    """LLaVA's projector and the parameter for the ends of its lines, in a file of their own, as its script saves them."""
+    """LLaVA's projector and the parameter for the ends of its lines, in a file beside, as its script has it."""
     text = transformers.LlamaConfig(**SIZES)
     vision = transformers.CLIPVisionConfig(
         hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
