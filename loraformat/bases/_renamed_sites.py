@@ -41,7 +41,7 @@ def list_renamed_sites(own: Sequence[Site], config: Mapping[str, JsonValue]) -> 
     taken = {(site.module, site.parameter) for site in own}
     renamed = []
     for site in own if steps else ():
-        for name in _list_names(f"{site.module}.{site.parameter}", steps):
+        for name in _list_names(f"{site.module}.{site.parameter}".removeprefix("."), steps):
             module, _, parameter = name.rpartition(".")
             if module and (module, parameter) not in taken:
                 renamed.append(replace(site, module=module, parameter=parameter, evidence=RENAMED))

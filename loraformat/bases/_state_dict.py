@@ -72,7 +72,9 @@ def list_sites(tensors: Collection[StoredTensor], config: Mapping[str, JsonValue
     own += [_make_coded_site(name, each, weights.get(name), names) for name, each in coded.found.items()]
     own += [Site(module, module, TENSOR_NAME, _MATRIX, None, obstacle=why) for module, why in list_unknown(coded)]
     own = tie_sites(own, config)
-    own += list_renamed_sites(own, config)
+    # A parameter of the model itself is a site only under a name that says of which module it is.
+    bare = [_make_site(tensor, weights.get(tensor.name), config, names) for tensor in tensors if _is_bare(tensor)]
+    own += list_renamed_sites([*own, *bare], config)
     return own + list_other_sites(own, config)
 
 
@@ -104,7 +106,15 @@ def _share(group: Group) -> list[tuple[StoredTensor, Weight]]:
 
 
 def _is_adaptable(tensor: StoredTensor) -> bool:
-    return "." in tensor.name and 1 <= len(tensor.shape) <= 5 and tensor.elements > 0
+    return "." in tensor.name and _has_numbers(tensor)
+
+
+def _is_bare(tensor: StoredTensor) -> bool:
+    return "." not in tensor.name and _has_numbers(tensor)
+
+
+def _has_numbers(tensor: StoredTensor) -> bool:
+    return 1 <= len(tensor.shape) <= 5 and tensor.elements > 0
 
 
 def _make_site(

@@ -1,10 +1,12 @@
 """Replacement: values that were trained as a whole and saved as they are.
 
-PEFT's `modules_to_save` (a classifier on top of an adapted encoder), trained biases and norms. The merged parameter is
-the saved one; with a weight λ it lies between: W + λ·(V − W).
+PEFT's `modules_to_save` (a classifier on top of an adapted encoder), trained biases and norms. A role is the name of a
+parameter of the module, such as `cls_token`. The merged parameter is the saved one; with a weight λ it lies between:
+W + λ·(V − W).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from numpy.typing import NDArray
@@ -28,7 +30,9 @@ class Replace:
 
     def check(self, target: Target) -> list[Problem]:
         """Return problems of slot, roles, rank, scaling, number forms and shapes."""
-        problems = [*refuse_options(target), *check_roles(target, self.role_sets)]
+        named = tuple(role for role in target.factors if role.isidentifier())
+        role_sets = [replace(each, optional=(*each.optional, *named)) for each in self.role_sets]
+        problems = [*refuse_options(target), *check_roles(target, role_sets)]
         if not target.factors:
             problems.append(Problem("LF201", target.name, "no tensors", "a weight, a bias, or both"))
         if target.rank:

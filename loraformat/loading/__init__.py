@@ -6,14 +6,20 @@ from os.path import isdir
 from pathlib import Path
 from typing import Final
 
-from loraformat.adapter import Adapter, SlotKind
+from loraformat.adapter import Adapter, Factor, SlotKind
 from loraformat.base_facts import NO_FACTS, BaseFacts, read_facts
 from loraformat.bases import BASES, BaseFormat, BaseModel
-from loraformat.containers import CONTAINERS, Container
+from loraformat.containers import CONTAINERS, Container, TensorFile
 from loraformat.derived import find_origins
 from loraformat.errors import LoraformatError, error_for, refuse
-from loraformat.loading.adapter_folders import CONFIG_NAME, FACTORS_NAMES, find_factors, read_config_beside
-from loraformat.loading.digests import digest_aside
+from loraformat.loading.adapter_folders import (
+    CONFIG_NAME,
+    FACTORS_NAMES,
+    find_factors,
+    list_saved_beside,
+    read_config_beside,
+)
+from loraformat.loading.digests import digest_aside, digest_files
 from loraformat.loading.known_scales import find_scale
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
@@ -84,7 +90,9 @@ def read_adapter(
         reader, evidence = choose_scheme(bundle, scheme)
         adapter = read_bundle(reader, bundle, stated)
         problems = (*adapter.problems, *_find_unused(adapter, stated))
-        return replace(adapter, sha256=digest(), problems=problems), evidence, file
+        beside = {each.path: each for each in list_files(adapter) if each.path != file.path} if bundle.beside else {}
+        sha256 = digest_files([file, *(beside[path] for path in sorted(beside))]) if beside else digest()
+        return replace(adapter, sha256=sha256, problems=problems), evidence, file
 
 
 def read_bundle(scheme: Scheme, bundle: Bundle, stated: StatedScale) -> Adapter:
@@ -114,13 +122,28 @@ def _find_unused(adapter: Adapter, stated: StatedScale) -> list[Problem]:
 def open_bundle(path: Path) -> tuple[Bundle, InputFile]:
     """Return the named tensors at `path` with what lies beside them, and the file that holds them."""
     factors = find_factors(path) if isdir(path) else path
-    head, size = _read_head(factors)
     try:
-        opened = _choose_container(factors, head, size).open(factors)
+        opened = _open_tensors(factors)
     except LoraformatError:
         _refuse_by_config(path, factors)
         raise
-    return Bundle(path, opened.tensors, opened.metadata, read_config_beside(factors)), opened.file
+    bundle = Bundle(path, opened.tensors, opened.metadata, read_config_beside(factors))
+    for saved in list_saved_beside(factors):
+        bundle = _add(bundle, _open_tensors(saved).tensors, saved)
+    return bundle, opened.file
+
+
+def _open_tensors(path: Path) -> TensorFile:
+    head, size = _read_head(path)
+    return _choose_container(path, head, size).open(path)
+
+
+def _add(bundle: Bundle, tensors: Mapping[str, Factor], path: Path) -> Bundle:
+    """Return a bundle with the tensors of a further file."""
+    twice = sorted(set(tensors) & set(bundle.tensors))
+    if twice:
+        raise refuse("LF302", f"{path}: {twice[0]}", "a tensor that the adapter's own file has as well", "one")
+    return replace(bundle, tensors={**bundle.tensors, **tensors}, beside=bundle.beside | set(tensors))
 
 
 def _refuse_by_config(path: Path, factors: Path) -> None:

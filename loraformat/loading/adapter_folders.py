@@ -18,6 +18,9 @@ FACTORS_NAME: Final = "adapter_model.safetensors"
 CONFIG_NAME: Final = "adapter_config.json"
 FACTORS_NAMES: Final = (FACTORS_NAME, "adapter_model.bin", "adapter_model.pt")
 """What the file with the factors is called in a PEFT folder, the one to prefer first."""
+_SAVED: Final = ("non_lora_trainables.bin", "non_lora_state_dict.bin", "trainable_params.bin", "vit.safetensors")
+"""What scripts call the file beside PEFT's with the modules that they trained whole: LLaVA and those after it, the
+fine-tuning of Qwen-VL, LongLoRA, ms-swift."""
 _YAML: Final = (".yaml", ".yml")
 
 
@@ -40,6 +43,12 @@ def _list_layouts() -> Iterator[Layout]:
     for _, scheme in SCHEMES:
         if isinstance(scheme, FolderScheme):
             yield scheme.layout
+
+
+def list_saved_beside(factors: Path) -> list[Path]:
+    """Return the files beside PEFT's file of factors that hold modules trained whole."""
+    names = _SAVED if factors.name in FACTORS_NAMES else ()
+    return [path for name in names if (path := factors.with_name(name)).is_file()]
 
 
 def read_config_beside(factors: Path) -> Mapping[str, JsonValue] | None:

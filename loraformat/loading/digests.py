@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -28,12 +28,18 @@ def digest_aside(file: InputFile) -> Iterator[Callable[[], str]]:
 
 def digest_file(file: InputFile) -> str:
     """Return the SHA-256 of a file, hexadecimal; LF906 when it no longer has its bytes."""
+    return digest_files([file])
+
+
+def digest_files(files: Sequence[InputFile]) -> str:
+    """Return the SHA-256 of files one behind the other, hexadecimal; LF906 when one no longer has its bytes."""
     digest = hashlib.sha256()
-    room = memoryview(bytearray(min(_STEP_BYTES, file.size_bytes)))
-    for start in range(0, file.size_bytes, _STEP_BYTES):
-        part = room[: file.size_bytes - start]
-        file.read_into(part, start)
-        digest.update(part)
+    for file in files:
+        room = memoryview(bytearray(min(_STEP_BYTES, file.size_bytes)))
+        for start in range(0, file.size_bytes, _STEP_BYTES):
+            part = room[: file.size_bytes - start]
+            file.read_into(part, start)
+            digest.update(part)
     return digest.hexdigest()
 
 

@@ -23,6 +23,7 @@ class Bundle:
         metadata: text annotations of the file.
         config: the configuration beside it (`adapter_config.json`), or None.
         facts: what is known of the base, for names and numbers that the adapter alone does not tell.
+        beside: the tensors that lie in a file of their own, of modules that a script saved whole.
     """
 
     path: Path
@@ -30,6 +31,7 @@ class Bundle:
     metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     config: Mapping[str, JsonValue] | None = None
     facts: BaseFacts = NO_FACTS
+    beside: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

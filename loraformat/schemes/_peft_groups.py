@@ -19,7 +19,7 @@ SHARED: Final = "base_model"
 """The module below which factors of all targets stand: `base_model.vera_A`."""
 
 _OWN: Final = {"weight": "base_layer.weight", "bias": "base_layer.bias"}
-_ORIGINAL: Final = ".original_module"
+_ORIGINAL: Final = re.compile(r"\.original_module(?=\.|$)")
 _OF_THE_BASE: Final = frozenset({BASE, REPLACE, COPY})
 _ADDED: Final = _OF_THE_BASE | {LORA, TOKENS}
 """Kinds that have a place for the base's own values."""
@@ -66,8 +66,8 @@ def compose(groups: Mapping[str, Group], *, is_named: bool) -> tuple[dict[str, G
     adapted = [group for name, group in groups.items() if name != SHARED and group.kinds - _OF_THE_BASE]
     is_dump = all(_has_own_weight(group) for group in adapted) and (is_named or len(adapted) > _TABLES)
     for name, group in groups.items():
-        owner = groups.get(name.removesuffix(_ORIGINAL))
-        if name.endswith(_ORIGINAL) and owner is not None and owner.kinds & {REPLACE, COPY}:
+        owner = groups.get(_ORIGINAL.sub("", name)) if _ORIGINAL.search(name) else None
+        if owner is not None and owner.kinds & {REPLACE, COPY}:
             left_out.append(name)
         else:
             composed[name] = _compose_one(name, group, left_out)

@@ -7,7 +7,7 @@ from typing import Final
 
 from loraformat.adapter import Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.derived import LastRead
-from loraformat.problems import Problem
+from loraformat.problems import Problem, Severity
 from loraformat.schemes import Bundle, StatedScale
 from loraformat.schemes._peft_config import PeftConfig
 from loraformat.schemes._peft_groups import BASE, LORA, REPLACE, TOKENS, Group
@@ -25,7 +25,13 @@ from loraformat.schemes._peft_packed import (
 )
 
 _AS_IT_IS: Final = Scaling(ScalingRule.MULTIPLIER, 1.0)
-_ADDED_ROWS: Final = "new_embeddings.safetensors"
+_ROWS: Final = "rows that are appended to the tables of tokens, without the tables"
+_HEAD: Final = "a head that gives rewards or values"
+_BESIDE: Final[tuple[tuple[str, str, str, str, Severity], ...]] = (
+    ("new_embeddings.safetensors", "LF228", _ROWS, "the whole tables in the adapter's own file", "error"),
+    *((f"value_head.{end}", "LF239", _HEAD, "", "warning") for end in ("safetensors", "bin")),
+)
+"""Files of vLLM's readers, trl and LLaMA-Factory: name, reason code, what it is, what it should be, severity."""
 
 
 class TargetReader:
@@ -50,7 +56,7 @@ class TargetReader:
     def read_all(self) -> tuple[list[Target], list[Problem]]:
         """Return the targets, and what stands against them or is to be said."""
         targets = [target for name, group in sorted(self._groups.items()) for target in self._read_one(name, group)]
-        self._problems += _find_added_rows(self._path)
+        self._problems += _find_files_beside(self._path)
         self._note_biases(targets)
         return targets, self._problems
 
@@ -145,10 +151,11 @@ def _slot_of(factors: Mapping[str, Factor], config: PeftConfig) -> SlotKind:
     return SlotKind.LINEAR_TRANSPOSED if config.flag("fan_in_fan_out") else SlotKind.LINEAR
 
 
-def _find_added_rows(path: Path) -> list[Problem]:
-    """Return a problem for the file in which vLLM's readers look for rows of added tokens."""
-    beside = (path if path.is_dir() else path.parent) / _ADDED_ROWS
-    if not beside.is_file():
-        return []
-    found = "rows that are appended to the tables of tokens, without the tables"
-    return [Problem("LF228", str(beside), found, "the whole tables in the adapter's own file")]
+def _find_files_beside(path: Path) -> list[Problem]:
+    """Return what is to be said of further files of a folder, which are not merged."""
+    folder = path if path.is_dir() else path.parent
+    return [
+        Problem(code, str(folder / name), found, expected, severity=severity)
+        for name, code, found, expected, severity in _BESIDE
+        if (folder / name).is_file()
+    ]

@@ -19,6 +19,7 @@ from loraformat.schemes._lora_config import describe_lora
 from loraformat.schemes._memory import COMPONENT_KEY, annotate
 from loraformat.schemes._naming import find_denoiser, split_component
 from loraformat.schemes._peft_config import PeftConfig
+from loraformat.schemes._peft_groups import REPLACE
 from loraformat.schemes._peft_packed import list_parameters
 from loraformat.schemes._peft_packing import Packed, compress_blocks, pack_experts
 from loraformat.schemes._peft_patterns import fits_whole
@@ -87,7 +88,7 @@ def place(targets: Targets, ends: Mapping[str, str]) -> tuple[dict[str, Factor],
     problems: list[Problem] = []
     for name, target in targets.items():
         for role, factor in target.factors.items():
-            end = ends.get(role)
+            end = ends.get(role, role if target.kind == REPLACE else None)
             if end is None:
                 problems.append(Problem("LF312", target.name, f"{role} of shape {factor.shape}", "a role of PEFT"))
             else:

@@ -20,27 +20,13 @@ from loraformat.schemes._known_names import find_model, find_original
 from loraformat.schemes._memory import recall
 from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
 from loraformat.schemes._peft_config import PeftConfig, is_lora, read_config
-from loraformat.schemes._peft_groups import (
-    BASE,
-    COPY,
-    REPLACE,
-    SHARED,
-    TOKENS,
-    Group,
-    compose,
-    list_buffers,
-    note_left_out,
-)
+from loraformat.schemes._peft_groups import BASE, COPY, REPLACE, SHARED, TOKENS, Group
+from loraformat.schemes._peft_keys import PREFIX, group_tensors
 from loraformat.schemes._peft_targets import TargetReader
 from loraformat.schemes._peft_type import PeftType, spread_shared
 from loraformat.schemes._peft_types import TYPES
-from loraformat.schemes._table import Name, NameTable, Row
+from loraformat.schemes._table import NameTable, Row
 
-_PREFIX: Final = "base_model.model."
-_DATA_PARALLEL: Final = "module."
-"""Wraps the whole model; further in, it may be a module's own name."""
-_WRAPPERS: Final = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""Wrap any module."""
 _LEFT_OUT: Final = "LF226"
 """Says that tensors of the training run alone were left out."""
 _PIPELINE: Final = (
@@ -126,14 +112,14 @@ class Peft:
             return "adapter_config.json with r, lora_alpha and target_modules"
         if "lora_adapter_metadata" in bundle.metadata or bundle.config is not None:
             return None
-        if find_model(bundle) or find_original(bundle, _PREFIX) or find_model(bundle, "transformer."):
+        if find_model(bundle) or find_original(bundle, PREFIX) or find_model(bundle, "transformer."):
             return None
         marked = [key for key in bundle.tensors if ".lora_A." in key or key.endswith(".lora_embedding_A")]
         return f"keys such as {marked[0]}" if marked else None
 
     def is_named(self, bundle: Bundle) -> bool:
         """Say whether the configuration has `peft_type` and every key PEFT's prefix."""
-        return "peft_type" in (bundle.config or {}) and all(key.startswith(_PREFIX) for key in bundle.tensors)
+        return "peft_type" in (bundle.config or {}) and all(key.startswith(PREFIX) for key in bundle.tensors)
 
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter; what this version cannot merge becomes a problem of it."""
@@ -141,7 +127,7 @@ class Peft:
         other = TYPES.get(config.check_type(bundle, TYPES))
         if other is not None:
             return self._read_other(bundle, config, other)
-        groups, problems = _group(bundle)
+        groups, problems = group_tensors(bundle, config, TABLE)
         targets, found = TargetReader(groups, config, stated, bundle).read_all()
         lost = find_lost(config, _summarise(groups))
         if not targets and not found:
@@ -182,7 +168,7 @@ class Peft:
         arranged = other.arrange(bundle.tensors, config)
         if isinstance(arranged, Problem):
             raise error_for([arranged])
-        groups, problems = _group(replace(bundle, tensors=arranged), other.table)
+        groups, problems = group_tensors(replace(bundle, tensors=arranged), config, other.table)
         factors = spread_shared({name: group.factors for name, group in groups.items()})
         saved = {name for name in factors if groups[name].kinds == {REPLACE}}
         found = [
@@ -210,7 +196,8 @@ class Peft:
         """Return what is odd about configuration and tensors together; nothing of it stands against reading them."""
         config = read_config(bundle.config, bundle.path)
         other = TYPES.get(str(config.fields.get("peft_type")))
-        groups, _ = _group(bundle, other.table if other else TABLE)
+        own = {key: tensor for key, tensor in bundle.tensors.items() if key not in bundle.beside}
+        groups, _ = group_tensors(replace(bundle, tensors=own), config, other.table if other else TABLE)
         groups.pop(SHARED, None)
         return find_oddities(config, _summarise(groups))
 
@@ -233,34 +220,6 @@ def _read_saved(name: str, factors: Mapping[str, Factor]) -> Target:
     return Target(name, REPLACE, SlotKind.PARAMETER, factors, 0, scaling)
 
 
-def _group(bundle: Bundle, table: NameTable = TABLE) -> tuple[dict[str, Group], list[Problem]]:
-    """Return the tensors by target, wrapper prefixes removed, and problems of unknown or colliding keys."""
-    groups: dict[str, Group] = {}
-    stripped: set[str] = set()
-    buffers = list_buffers(bundle.tensors)
-    problems: list[Problem] = note_left_out(buffers)
-    left_out, is_named = frozenset(buffers), False
-    for key, tensor in bundle.tensors.items():
-        if key in left_out:
-            continue
-        name = _read_key(key, stripped, table)
-        if name is None:
-            problems.append(Problem("LF202", key, f"a tensor of shape {tensor.shape}", "a role that PEFT has"))
-            continue
-        group = groups.setdefault(name.target, Group({}, set()))
-        if name.row.role in group.factors:
-            problems.append(Problem("LF302", key, f"a second {name.row.role} for {name.target}", "one"))
-            continue
-        group.factors[name.row.role] = tensor
-        group.kinds.add(name.row.kind)
-        is_named = is_named or "{adapter}" in name.row.pattern
-    if stripped:
-        found = f"the prefixes {', '.join(sorted(stripped))} in its names, left out"
-        problems.append(Problem("LF304", str(bundle.path), found, severity="note"))
-    composed, notes = compose(groups, is_named=is_named)
-    return composed, problems + notes
-
-
 def _summarise(groups: Mapping[str, Group]) -> dict[str, StoredModule]:
     return {name: StoredModule(group.kinds, group.factors) for name, group in groups.items()}
 
@@ -270,19 +229,6 @@ def _describe_config(config: PeftConfig) -> str:
     shown = ("peft_type", "r", "lora_alpha", "target_modules", "base_model_name_or_path")
     values = {field: config.fields[field] for field in shown if config.fields.get(field) is not None}
     return ", ".join(f"{field} {value!r:.60}" for field, value in values.items())
-
-
-def _read_key(key: str, stripped: set[str], table: NameTable) -> Name | None:
-    for wrapper in _WRAPPERS:
-        while f".{wrapper}" in f".{key}":
-            key = f".{key}".replace(f".{wrapper}", ".", 1)[1:]
-            stripped.add(wrapper)
-    for prefix in ("", _PREFIX):
-        key = key.removeprefix(prefix)
-        while key.startswith(_DATA_PARALLEL):
-            key = key.removeprefix(_DATA_PARALLEL)
-            stripped.add(_DATA_PARALLEL)
-    return table.read(key)
 
 
 def _find_lost_magnitudes(groups: Mapping[str, Group], config: PeftConfig) -> list[Problem]:

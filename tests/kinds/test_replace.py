@@ -36,6 +36,7 @@ def saved_modules(draw: st.DrawFn) -> Held:
 
 class TestReplace(ReplacingKindLaws):
     kind = KIND
+    unknown_role = "lora_A.weight"  # A name without dots may be a parameter's.
 
     def examples(self) -> st.SearchStrategy[Held]:
         return saved_modules()
@@ -53,6 +54,16 @@ def take(parameter: str = "weight", **arrays: Any) -> Any:
 def test_it_is_a_replacement_and_can_be_merged() -> None:
     assert KIND.nature is Nature.REPLACEMENT
     assert is_mergeable("replace")
+
+
+def test_a_parameter_may_have_any_name() -> None:
+    token = np.arange(5, dtype=np.float32).reshape(1, 1, 5)
+    target = make_target(cls_token=token)
+    assert codes(target) == []
+    (change,) = KIND.changes(target)
+    assert (change.parameter, change.shape) == ("cls_token", (1, 1, 5))
+    np.testing.assert_array_equal(whole(take("cls_token", cls_token=token), np.float32).reshape(-1), token[0, 0])
+    assert codes(make_target(**{"1st": token})) == ["LF202"]
 
 
 def test_a_kernel_keeps_the_order_of_its_axes() -> None:

@@ -117,6 +117,7 @@ class CommonKindLaws:
     """The laws of kinds of any nature."""
 
     kind: Kind
+    unknown_role = "lora_of_next_year"
 
     def needs(self, target: Target) -> list[str]:
         """Return the roles without which the target says nothing, or half of it."""
@@ -159,9 +160,9 @@ class CommonKindLaws:
     def test_check_names_a_role_that_it_does_not_have(self, data: st.DataObject) -> None:
         target = data.draw(self.examples()).target
         stray = MemoryFactor("stray", np.ones((2, 3), np.float32))
-        problems = self.kind.check(replace(target, factors={**target.factors, "lora_of_next_year": stray}))
+        problems = self.kind.check(replace(target, factors={**target.factors, self.unknown_role: stray}))
         assert [problem.code for problem in problems if problem.severity == "error"] == ["LF202"]
-        assert "lora_of_next_year" in problems[0].found
+        assert self.unknown_role in problems[0].found
 
     @_law
     @given(data=st.data())

@@ -379,3 +379,38 @@ def test_a_scale_that_nobody_needed_is_said(tmp_path: Path) -> None:
 def test_alpha_and_scale_together_are_refused() -> None:
     with pytest.raises(ValueError, match="not both"):
         StatedScale(alpha=1.0, multiplier=1.0)
+
+
+# --- files beside an adapter -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_peft(tmp_path / "adapter", FACTORS)
+
+
+def test_modules_that_a_script_saved_whole_beside_the_adapter(folder: Path) -> None:
+    """LLaVA's projector, without which the merged model would not see."""
+    alone = load_adapter(folder)
+    torch_tensors(folder / "non_lora_trainables.bin", {"base_model.model.model.projector.0.weight": (4, 3)})
+    for path in (folder, folder / FILE):
+        adapter = load_adapter(path)
+        assert {target.name: target.kind for target in adapter.targets} == {
+            "model.projector.0": "replace",
+            **dict.fromkeys(FACTORS, "lora"),
+        }
+        assert adapter.sha256 != alone.sha256 == hashlib.sha256((folder / FILE).read_bytes()).hexdigest()
+    torch_tensors(folder / "non_lora_trainables.bin", {"base_model.model.model.q.lora_A.weight": (2, 4)})
+    assert refusal(folder).code == "LF302"
+
+
+def test_a_file_of_that_name_beside_something_else_is_not_read(folder: Path) -> None:
+    (folder / "vit.safetensors").write_bytes(b"no tensors")
+    assert (
+        len(load_adapter((folder / FILE).rename(folder / "mine.safetensors"), stated=StatedScale(alpha=1)).targets) == 2
+    )
+
+
+def test_a_head_for_rewards_is_said(folder: Path) -> None:
+    (folder / "value_head.bin").write_bytes(b"")
+    assert [problem.code for problem in load_adapter(folder).problems] == ["LF239"]

@@ -27,6 +27,7 @@ from checkpoints import (
     write_folder,
 )
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
 import loraformat
 from builders import write_peft
@@ -383,6 +384,39 @@ def test_the_text_model_of_one_that_sees(tmp_path: Path) -> None:
     arrays, old = ({name: value.numpy() for name, value in each.state_dict().items()} for each in (merged, base))
     assert_near(arrays, trained.merged, old)
     assert any(not np.array_equal(found[name], before[name]) for name in found if "language_model" in name)
+
+
+@pytest.mark.parametrize("name", ["non_lora_trainables.bin", "vit.safetensors"])
+def test_what_a_script_trained_whole_beside_the_adapter(tmp_path: Path, name: str) -> None:
+    """LLaVA's projector and the parameter for the ends of its lines, in a file beside, as its script has it."""
+    text = transformers.LlamaConfig(**SIZES)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = transformers.LlavaNextConfig(text_config=text, vision_config=vision, image_token_index=39)
+    model = randomised(transformers.LlavaNextForConditionalGeneration(config))
+    trained = train(model, peft.LoraConfig(r=3, lora_alpha=6, target_modules=r".*language_model.*q_proj"), tmp_path)
+    parts = ("multi_modal_projector", "image_newline")
+    saved = {
+        key: value.float() + 0.1 for key, value in trained.model.state_dict().items() if any(p in key for p in parts)
+    }
+    if name.endswith(".bin"):
+        torch.save(saved, trained.adapter / name)
+    else:
+        save_file(
+            {key.removeprefix("base_model.model."): value for key, value in saved.items()}, trained.adapter / name
+        )
+    merge(trained, tmp_path / "merged")
+    found, before = (
+        {
+            key: value.numpy()
+            for key, value in type(model).from_pretrained(place, dtype=torch.float64).state_dict().items()
+        }
+        for place in (tmp_path / "merged", trained.base)
+    )
+    whole = {key.removeprefix("base_model.model."): value.double().numpy() for key, value in saved.items()}
+    assert len(whole) == 5
+    assert_near(found, trained.merged | whole, before)
 
 
 @pytest.mark.parametrize("family", ["ViT", "Swin", "Segformer"])

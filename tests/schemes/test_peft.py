@@ -12,6 +12,7 @@ import pytest
 from builders import MemoryFactor, find_errors
 from laws.scheme_laws import SchemeLaws
 from loraformat.adapter import Adapter, Scaling, ScalingRule, SlotKind, Target
+from loraformat.base_facts import NO_FACTS
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import NOT_STATED, Bundle, StatedScale
@@ -525,6 +526,37 @@ def test_a_quantised_base_in_the_state_dict_is_left_out() -> None:
     adapter = read(replace(bundle, tensors={**bundle.tensors, **codes_of_base}))
     assert [(target.name, sorted(target.factors)) for target in adapter.targets] == [("m.q", sorted(LINEAR))]
     assert [problem.code for problem in adapter.problems] == ["LF226"]
+
+
+def test_parameters_of_any_name_of_a_module_that_was_saved_whole() -> None:
+    saved = {"cls_token": (1, 1, 5), "inner.weight": (4, 5)}
+    config = {**CONFIG, "modules_to_save": ["embeddings"]}
+    expected = [("m.embeddings", ["cls_token"]), ("m.embeddings.inner", ["weight"]), ("m.q", sorted(LINEAR))]
+    dumped = {f"{wrapper}{role}": shape for role, shape in saved.items() for wrapper in DUMPED}
+    for roles in (saved, dumped):
+        adapter = read(make_bundle({"m.q": LINEAR, "m.embeddings": roles}, config))
+        assert [(target.name, sorted(target.factors)) for target in adapter.targets] == expected
+    assert codes(make_bundle({"m.q": LINEAR, "m.other": saved}, config)) == ["LF202"]
+    written = SCHEME.write(read(make_bundle({"m.q": LINEAR, "m.embeddings": saved}, config)), NO_FACTS)
+    assert "base_model.model.m.embeddings.cls_token" in written.tensors
+
+
+DUMPED = ("modules_to_save.default.", "original_module.")
+
+
+def test_tensors_beside_the_adapter_are_of_modules_saved_whole() -> None:
+    bundle = make_bundle({"m.q": LINEAR, "m": {"image_newline": (5,)}, "m.projector": {"weight": (4, 5)}})
+    beside = frozenset(key for key in bundle.tensors if "lora" not in key)
+    adapter = read(replace(bundle, beside=beside))
+    assert [target.kind for target in adapter.targets] == ["replace", "replace", "lora"]
+    assert not SCHEME.check(replace(bundle, beside=beside))
+    assert codes(bundle) == ["LF202"]
+
+
+def test_two_adapters_for_the_same_modules() -> None:
+    (problem,) = errors(make_bundle({"m.q": {**infix("vision"), **infix("speech")}}))
+    assert problem.code == "LF238"
+    assert "speech, vision" in problem.found
 
 
 def test_no_type_at_all() -> None:

@@ -402,7 +402,7 @@ MEANINGS: Mapping[str, Files] = {
     "rank-0": vector("R-043", "LF204", _factors("linear", np.zeros((0, 4)), np.zeros((3, 0)), 0)),
     "rank-is-not-that-of-the-factors": vector("R-043", "LF205", _target({"rank": 3})),
     "replace-without-roles": vector("R-022 R-044", "LF201", _replace({})),
-    "replace-with-an-unknown-role": vector("R-023 R-044", "LF202", _replace({**SAVED, "scale": tensor("F32", [1])})),
+    "replace-with-an-unknown-role": vector("R-023 R-044", "LF202", _replace({**SAVED, "2nd": tensor("F32", [1])})),
     "replace-with-roles-of-lora": vector(
         "R-023 R-044", "LF202", _replace({**SAVED, "lora_A.weight": TENSORS[DOWN], "lora_B.weight": TENSORS[UP]})
     ),

@@ -322,6 +322,14 @@ def _replace() -> Files:
     return vector("R-022 R-023 R-042 R-044 R-050", file, expected | {"proj": seen("linear", 2, 1, (3, 4))})
 
 
+def _replace_another() -> Files:
+    """A parameter that is called neither weight nor bias."""
+    saved = tensor("F32", Dice(15).numbers((1, 1, 5)))
+    file = pack(manifest_of({"embeddings": replacement(1)}), {"embeddings.cls_token": saved})
+    entry = {"kind": "replace", "slot": "parameter", "rank": 0, "scale": 1, "shapes": {"cls_token": [1, 1, 5]}}
+    return vector("R-023 R-044", file, {"embeddings": entry})
+
+
 def _beside_lora() -> Files:
     """Further roles of `lora`; empty options are left out of the canonical file."""
     dice = Dice(14)
@@ -382,6 +390,7 @@ VECTORS: Mapping[str, Files] = {
     "rank-above-both-dimensions": _rank_above(),
     "factor-of-zeros": _zeros(),
     "replace-beside-lora": _replace(),
+    "replace-of-another-parameter": _replace_another(),
 }
 
 
