@@ -62,7 +62,8 @@ class Float8Coder:
         """Return the distance of neighbours in the binade of each value."""
         scales = np.abs(self.blocks.spread(self.scales, rows))
         _, exponents = np.frexp(np.divide(values, np.where(scales == 0, 1, scales)) * _ABOVE_ROUNDING)
-        binades = np.maximum(exponents - 1, int(self._limits.minexp)) - int(self._limits.nmant)
+        lowest = int(self._limits.minexp)
+        binades = np.where(values == 0, lowest, np.maximum(exponents - 1, lowest)) - int(self._limits.nmant)
         return np.asarray(np.ldexp(np.float32(1), binades) * scales, np.float32)
 
     def start_fit(self) -> Fit:
