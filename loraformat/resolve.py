@@ -128,7 +128,9 @@ def locate_reference(
     names = {want.target.name: _strip(want.target.name, strip_prefix) for want in wants}
     lookup = Lookup(checkpoint.sites, wants, names, _NO_CLUES)
     for match in _match_all(lookup, ignore_fingerprints=True)[0]:
-        found[match.target.name, match.want.parameter].append(match)
+        held = found[match.target.name, match.want.parameter]
+        if not held or held[0].want == match.want:  # A saved base weight beside an adapter of it asks for the same.
+            held.append(match)
     return found
 
 

@@ -49,6 +49,9 @@ def _are_grave(problems: list[Problem]) -> bool:
 
 def _take(want: Want, matches: list[Match]) -> Fingerprint:
     sites = [site for match in matches for site in match.sites]
+    if any(site.weight is not None and site.weight.coding is not None for site in sites):
+        name = matches[0].weight.name
+        raise error_for([Problem("LF403", name, "codes, which are not its numbers", "a floating-point form")])
     samples = sample_sites(want, sites)
     if not all(map(math.isfinite, samples)):
         raise error_for(

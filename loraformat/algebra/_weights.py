@@ -90,9 +90,16 @@ def read_tiles(tensor: StoredTensor) -> Iterator[tuple[slice, NDArray[np.float32
         yield slice(start, stop), tile
 
 
+def require_plain(site: Site) -> None:
+    """Raise LF403 for a quantised weight: its codes are not its numbers."""
+    if site.weight is not None and site.weight.coding is not None:
+        raise refuse("LF403", site.weight.name, f"codes ({site.weight.coding.encoding})", "a floating-point form")
+
+
 def read_weight(site: Site, *, transposed: bool) -> NDArray[np.float32]:
     """Return the canonical matrix `(out, in * kernel)` of a site's weight, whole, as float32; LF723 if not finite."""
     assert site.weight is not None, "chosen so"
+    require_plain(site)
     matrix = np.empty(matrix_shape(site.weight.tensor), np.float32)
     for rows, tile in read_tiles(site.weight.tensor):
         matrix[rows] = tile
@@ -119,6 +126,8 @@ def subtract(tuned: Site, base: Site, *, transposed: tuple[bool, bool]) -> Diffe
     """
     assert tuned.weight is not None, "chosen so"
     assert base.weight is not None, "chosen so"
+    require_plain(tuned)
+    require_plain(base)
     matrix = np.empty(matrix_shape(tuned.weight.tensor), np.float32)
     rounded = 0.0
     for rows, tile in read_tiles(tuned.weight.tensor):

@@ -12,6 +12,7 @@ from loraformat.bases._onnx_operands import (
     DEQUANTISE,
     GATHER,
     INTEGER_PRODUCTS,
+    MATMUL_BNB4,
     MATMUL_NBITS,
     OPERANDS,
     QMOE,
@@ -19,6 +20,7 @@ from loraformat.bases._onnx_operands import (
     find_holder,
     find_operands,
 )
+from loraformat.bases._onnx_other_codes import FLOATS, find_bnb4, is_shifted, make_table
 from loraformat.bases._onnx_ranges import QUANTISED
 from loraformat.bases._onnx_scopes import Visit
 from loraformat.bases._onnx_sites import RawSite
@@ -32,7 +34,9 @@ from loraformat.spans import HeldTensor, Part, StoredTensor
 if TYPE_CHECKING:
     import onnx
 
-_CODES: Final = {"int8": "affine8", "uint8": "affine8", "int4": "affine4", "uint4": "affine4"}
+_CODES: Final = {"int8": "affine8", "uint8": "affine8", "int4": "affine4", "uint4": "affine4"} | dict.fromkeys(
+    FLOATS, "float8_scaled"
+)
 _BITS: Final = {"affine4": 4, "affine8": 8}
 _STATIC: Final = frozenset({"QLinearMatMul", "QLinearConv", "com.microsoft.QGemm"})
 _RANGES: Final = "the ranges of its activations were measured on the base model"
@@ -59,6 +63,8 @@ def find_coding(
         return None
     where = stored.name or raw.trace.name
     count, holder = find_holder(raw)
+    if stored.dtype.name in FLOATS and not count:  # Then they are read as the numbers that they are.
+        return None
     if count > 1 or (count and holder.op == raw.visit.op) or _is_unknown(holder):
         found_codes = f"numbers stored as {stored.dtype.name} that {holder.op} reads"
         return Problem("LF403", where, found_codes, "one DequantizeLinear, or an operator that does the same")
@@ -66,6 +72,8 @@ def find_coding(
     if isinstance(found, Problem):
         return found
     companions, operands = found
+    if stored.dtype.name in FLOATS and is_shifted(companions):
+        return Problem("LF403", where, "8-bit floats with a zero point other than 0", "a zero point of 0")
     readers = {
         role: _list_others(opened, each.trace, each.readers | beside, companions[role])
         for role, each in operands.items()
@@ -79,6 +87,8 @@ def find_coding(
     zero = 1 << (_BITS[encoding] - 1) if packed else 0
     fixed = _find_ties(raw, operands["scales"].readers | {holder}, companions["scales"])
     zeros_fixed = _find_zero_ties(companions, readers.get("zero_points", []))
+    if holder.op == MATMUL_BNB4:
+        companions["table"] = make_table(holder)
     padding = matrix[1] - int(read_attribute(holder.node, "K", 0)) if holder.op == MATMUL_NBITS else 0
     read_beside = f"{readers['scales'][0]} reads them too" if readers["scales"] else ""
     return Coding(encoding, matrix, block, companions, zero, fixed, zeros_fixed, padding, read_beside)
@@ -133,7 +143,7 @@ def _tell(coding: Coding) -> tuple[Hashable, ...]:
 
 def find_coded_part(coding: Coding | None, raw: RawSite) -> Part | None:
     """Return where in a matrix of padded blocks the weight itself is."""
-    if coding is None or raw.visit.op not in (MATMUL_NBITS, GATHER):
+    if coding is None or raw.visit.op not in (MATMUL_NBITS, MATMUL_BNB4, GATHER):
         return None
     return Part(coding.matrix, (0, coding.matrix[0], 1), (0, coding.matrix[1] - coding.padding, 1))
 
@@ -190,6 +200,8 @@ def _open_companion(opened: OnnxFile, trace: Trace) -> StoredTensor | HeldTensor
 
 def _find_blocks(holder: Visit, raw: RawSite, stored: StoredTensor, scales: tuple[int, ...]) -> _Shape | None:
     """Return the encoding, the matrix of codes, and the rows and columns that share a scale."""
+    if holder.op == MATMUL_BNB4:
+        return find_bnb4(holder, stored, math.prod(scales))
     if holder.op == MATMUL_NBITS:
         return _find_nbits(holder, stored, math.prod(scales))
     if holder.op == GATHER:

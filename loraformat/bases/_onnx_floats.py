@@ -75,8 +75,8 @@ def _describe(visit: Visit, weight: Weight, names: set[str]) -> FloatForm:
     coding = weight.coding
     assert coding is not None, "only quantised weights are asked for"
     rows, columns = coding.matrix[0], coding.matrix[1] - coding.padding
-    turned = visit.op == _NBITS
-    shape = {_NBITS: (columns, rows), _GATHER: (rows, columns)}.get(visit.op, weight.tensor.shape)
+    turned = visit.op in (_NBITS, _BNB4)
+    shape = (columns, rows) if turned else (rows, columns) if visit.op == _GATHER else weight.tensor.shape
     name = visit.node.output[0] if visit.op == _DEQUANTISE else _choose_name(weight.name, names)
     return FloatForm(name, coding.companions["scales"].dtype, shape, turned, coding.padding)
 
@@ -178,10 +178,12 @@ def _make(like: Visit, op: str, inputs: Sequence[str], output: str) -> "onnx.Nod
 
 _DEQUANTISE: Final = "DequantizeLinear"
 _NBITS: Final = "com.microsoft.MatMulNBits"
+_BNB4: Final = "com.microsoft.MatMulBnb4"
 _GATHER: Final = "com.microsoft.GatherBlockQuantized"
 _REPLACED: Final[Mapping[str, _Reader]] = {
     _DEQUANTISE: _drop_dequantising,
     _NBITS: _replace_nbits,
+    _BNB4: _replace_nbits,
     _GATHER: _replace_lookup,
     "Gather": _replace_codes_lookup,
     "com.microsoft.DynamicQuantizeMatMul": _replace_dynamic,

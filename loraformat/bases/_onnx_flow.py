@@ -282,7 +282,7 @@ def reads_vector(visit: Visit) -> bool:
 
 def sizes(raw: RawSite) -> tuple[int, int]:
     """Return rows and columns `(out, in)` of a linear layer."""
-    if raw.visit.op == "com.microsoft.MatMulNBits":
+    if raw.visit.op in ("com.microsoft.MatMulNBits", "com.microsoft.MatMulBnb4"):
         numbers: Mapping[str, int] = {each.name: each.i for each in raw.visit.node.attribute}
         return numbers.get("N", 0), numbers.get("K", 0)
     assert raw.trace.tensor is not None, "chosen so"

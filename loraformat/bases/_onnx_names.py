@@ -27,7 +27,14 @@ _SKIPS: Final = frozenset({"com.microsoft.SkipLayerNormalization", "com.microsof
 """Of these, those that add their first two inputs: either may be the product."""
 _PRODUCTS: Final = frozenset({"MatMul", "Gemm", "MatMulInteger"}) | frozenset(
     f"com.microsoft.{name}"
-    for name in ("FusedMatMul", "FusedGemm", "MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")
+    for name in (
+        "FusedMatMul",
+        "FusedGemm",
+        "MatMulNBits",
+        "MatMulBnb4",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+    )
 )
 _SCALED: Final = frozenset({"Cast", "Identity", "Mul", "Reshape"})
 """What stands between a product of codes and its value."""

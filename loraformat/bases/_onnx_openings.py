@@ -94,6 +94,7 @@ _PRODUCTS: Final[Mapping[str, tuple[Product | None, ...]]] = {
     "com.microsoft.FusedConv": (None, Product.KERNEL),
     "com.microsoft.FusedGemm": (None, Product.RIGHT),
     "com.microsoft.FusedMatMul": (None, Product.RIGHT),
+    "com.microsoft.MatMulBnb4": (None, Product.RIGHT),
     "com.microsoft.MatMulIntegerToFloat": (None, Product.RIGHT),
     "com.microsoft.MatMulNBits": (None, Product.RIGHT),
 }
@@ -179,7 +180,11 @@ def _find_form(raw: RawSite) -> Dtype | None:
     op, inputs = raw.visit.op, raw.visit.node.input
     if op in {"MatMulInteger", "com.microsoft.DynamicQuantizeMatMul"}:
         return BY_ONNX[_FLOAT]
-    scales = {"com.microsoft.MatMulNBits": 2, "com.microsoft.MatMulIntegerToFloat": 3}.get(op)
+    scales = {
+        "com.microsoft.MatMulNBits": 2,
+        "com.microsoft.MatMulBnb4": 2,
+        "com.microsoft.MatMulIntegerToFloat": 3,
+    }.get(op)
     if scales is not None:
         return _find_constant_form(raw.visit.scope, inputs[scales])
     for step in raw.trace.steps:

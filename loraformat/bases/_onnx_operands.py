@@ -12,14 +12,16 @@ from loraformat.bases._onnx_traces import Trace, trace_constant
 
 DEQUANTISE: Final = "DequantizeLinear"
 MATMUL_NBITS: Final = "com.microsoft.MatMulNBits"
+MATMUL_BNB4: Final = "com.microsoft.MatMulBnb4"
 GATHER: Final = "com.microsoft.GatherBlockQuantized"
 ATTENTION: Final = "com.microsoft.QAttention"
 QMOE: Final = "com.microsoft.QMoE"
 INTEGER_PRODUCTS: Final = frozenset({"MatMulInteger", "ConvInteger"})
-CODE_SUFFIXES: Final = ("_Q4", "_Q8", "_DQ", "_quantized")
+CODE_SUFFIXES: Final = ("_Q4", "_Q8", "_Bnb4", "_DQ", "_quantized")
 """What quantisers add to the name of a weight."""
-_FORMS: Final = frozenset({2, 3, 21, 22})
-"""UINT8, INT8, UINT4, INT4, as ONNX numbers them."""
+_FORMS: Final = frozenset({2, 3, 21, 22, 17, 18, 19, 20})
+"""UINT8, INT8, UINT4, INT4 and the floats of 8 bits, as ONNX numbers them."""
+_NO_INPUT: Final = 1 << 16
 _STEPS: Final = 6
 
 
@@ -46,6 +48,7 @@ OPERANDS: Final[Mapping[str, Operands]] = {
     "com.microsoft.DynamicQuantizeMatMul": Operands(2, 3),
     "com.microsoft.MatMulIntegerToFloat": Operands(3, 5),
     MATMUL_NBITS: Operands(2, 3),
+    MATMUL_BNB4: Operands(2, _NO_INPUT),
     GATHER: Operands(2, 3),
     ATTENTION: Operands(4, 7),
 }

@@ -106,6 +106,12 @@ def _use_nbits(node: "onnx.NodeProto", position: int) -> Use:
     return Use(_linear(transposed=False))
 
 
+def _use_bnb4(node: "onnx.NodeProto", position: int) -> Use:
+    """Y = X·Wᵀ, unless an attribute says that it is the other way round, as for training."""
+    turned = not read_attribute(node, "transB", 1)
+    return Use(_linear(transposed=False), refusal="codes of the transpose (transB = 0)" if turned else "")
+
+
 def read_use(visit: Visit, position: int, read: "UseReader") -> Use:
     """Return the operator's use of its weight; an attribute that the caller of its function sets is not followed."""
     borrowed = next((attribute.name for attribute in visit.node.attribute if attribute.ref_attr_name), None)
@@ -142,6 +148,8 @@ USES: Final[Mapping[str, tuple[tuple[int, ...], UseReader]]] = {
     "com.microsoft.FusedGemm": ((1, 0), _use_gemm),
     "com.microsoft.FusedMatMul": ((1, 0), _use_fused_matmul),
     "com.microsoft.GatherBlockQuantized": ((0,), _use_table),
+    "com.microsoft.MatMulBnb4": ((1,), _use_bnb4),
+    "com.microsoft.MatMulFpQ4": ((1,), refuse_use),
     "com.microsoft.MatMulIntegerToFloat": ((1,), _use_right_factor),
     "com.microsoft.MatMulNBits": ((1,), _use_nbits),
     "com.microsoft.NhwcConv": ((1,), refuse_use),

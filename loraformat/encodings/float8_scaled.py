@@ -20,6 +20,8 @@ from loraformat.encodings.plain import ENCODING as PLAIN
 
 Array = NDArray[Any]
 _NEVER: Final = np.float32(np.inf)
+_ABOVE_ROUNDING: Final = np.float32(1 + 2**-16)
+"""The quotient of a product may lie a little below the power of two that it was."""
 
 
 class Float8Coder:
@@ -59,8 +61,9 @@ class Float8Coder:
     def steps(self, rows: range, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the distance of neighbours in the binade of each value."""
         scales = np.abs(self.blocks.spread(self.scales, rows))
-        _, exponents = np.frexp(np.divide(values, np.where(scales == 0, 1, scales)))
-        binades = np.maximum(exponents - 1, int(self._limits.minexp)) - int(self._limits.nmant)
+        _, exponents = np.frexp(np.divide(values, np.where(scales == 0, 1, scales)) * _ABOVE_ROUNDING)
+        lowest = int(self._limits.minexp)
+        binades = np.where(values == 0, lowest, np.maximum(exponents - 1, lowest)) - int(self._limits.nmant)
         return np.asarray(np.ldexp(np.float32(1), binades) * scales, np.float32)
 
     def start_fit(self) -> Fit:

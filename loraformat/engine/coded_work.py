@@ -173,6 +173,7 @@ def _start_fit(work: CodedWork, coder: Coder) -> Fit:
 
 def _write_companions(work: CodedWork, coder: Coder, rows: range, places: Mapping[str, Place]) -> None:
     """Write scales and zero points of rows, those that may change."""
+    assert places.keys() - {""} <= coder.tensors().keys(), "the plan has what the coder writes"
     for role, values in coder.tensors().items():
         if role in places:
             place, before = places[role], locate_rows(work.coding, role, rows) if work.is_cut else 0

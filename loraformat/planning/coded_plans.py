@@ -93,7 +93,9 @@ def list_companions(
     if fixed and not keep_scales:
         problems.append(Problem("LF442", weight.name, fixed, "scales of its own", severity="warning"))
     afresh = any(change.references for change in changes) and (copy or not coding.zeros_fixed)
-    roles = {"scales", "zero_points"} if afresh else {"scales"}
+    zeros = coding.companions.get("zero_points")
+    follow = afresh and zeros is not None and zeros.dtype.family != "float"  # Those stay where they are, as shifts.
+    roles = {"scales", "zero_points"} if follow else {"scales"}
     written = roles if not fixed and not keep_scales else set()
     return tuple(
         PlannedCompanion(
