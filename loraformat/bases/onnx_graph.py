@@ -1,6 +1,7 @@
 """An ONNX graph: a site is a node and its weight input."""
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,8 @@ _RAISE_VERSION: Final = (
     "A copy would have to be an input of the model, which those who run it would see. Where nobody feeds initializers, "
     "raise ir_version to 4 or later and take them out of the graph's inputs."
 )
+_HALF: Final = re.compile(r"(?:encoder|decoder)(?:[_.-]|$)")
+_LISTED: Final = 8
 _BRANCHES: Final = frozenset({"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 
 
@@ -74,6 +77,7 @@ class OnnxGraph:
         )
         self._copies: Sequence[tuple[TensorCopy, Trace]] = ()
         self._found, self._index, self._change = found, index, GraphChange()
+        self._beside: Sequence[Problem] = ()
         self.structure_sha256: str = self._opened.structure_sha256
         self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
 
@@ -194,7 +198,7 @@ class OnnxGraph:
     @property
     def problems(self) -> Sequence[Problem]:
         """What is odd about the files, and what stands against any merge."""
-        return [*self._opened.problems, *_find_branches(self.sites)]
+        return [*self._opened.problems, *_find_branches(self.sites), *self._beside]
 
     def list_tensors(self) -> Sequence[StoredTensor]:
         """Return every stored tensor, in graphs, attributes and functions."""
@@ -249,6 +253,15 @@ def _find_branches(sites: Sequence[Site]) -> list[Problem]:
     return [Problem("LF423", module, "a graph that already holds an adapter's branches", "the base model alone")]
 
 
+def _find_halves(path: Path) -> list[Problem]:
+    """Return a note where a graph is one of several that a model was exported as, and the others stay as they are."""
+    others = [each.name for each in sorted(path.parent.glob("*.onnx")) if _HALF.match(each.name) and each != path]
+    if not (_HALF.match(path.name) and others):
+        return []
+    found = f"beside it {', '.join(others[:_LISTED])}"
+    return [Problem("LF462", str(path), found, "the folder as the base, for all of them alike", severity="note")]
+
+
 def _list_tensors(opened: OnnxFile) -> list[StoredTensor]:
     """Return every stored tensor; this also checks each against its file and opens all data files."""
     stored = (opened.stored_tensor(proto) for _, proto in opened.tensors())
@@ -266,8 +279,10 @@ class OnnxFormat:
         return CONTAINER.sniff(head, size_bytes)
 
     def open(self, path: Path) -> BaseModel:
-        """Index the graph."""
-        return OnnxGraph(path)
+        """Index the graph; said is what else of the same model stands beside it."""
+        graph = OnnxGraph(path)
+        graph._beside = _find_halves(path)
+        return graph
 
 
 BASE: Final = OnnxFormat()
