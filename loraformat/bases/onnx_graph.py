@@ -49,8 +49,8 @@ _INLINE: Final = (
     "export with the weight untied."
 )
 _RAISE_VERSION: Final = (
-    "A copy would have to be an input of the model, which those who run it would see. Where nobody feeds initializers, "
-    "raise ir_version to 4 or later and take them out of the graph's inputs."
+    "A copy in the data file would have to be an input of the model, which those who run it would see. Where nobody "
+    "feeds initializers, raise ir_version to 4 or later and take them out of the graph's inputs."
 )
 _HALF: Final = re.compile(r"(?:encoder|decoder)(?:[_.-]|$)")
 _LISTED: Final = 8
@@ -89,16 +89,24 @@ class OnnxGraph:
     def _name_copies(self, found: Sequence[RawSite], sites: Sequence[Site], names: set[str]) -> list[Site]:
         """Return the sites, those that share a weight with the name that a copy of it would have."""
         pairs = [(raw, site) for raw, site in zip(found, sites, strict=True) if _is_shared(site)]
-        may_add = self._opened.model.ir_version >= _FREE_INITIALIZERS
-        chosen = name_copies((raw for raw, _ in pairs), names) if may_add else {}
+        chosen = name_copies((raw for raw, _ in pairs if self._may_add(raw)), names)
         self._shared = {site.id: raw for raw, site in pairs if site.id in chosen}
-        mend = {site.id: _INLINE if may_add else _RAISE_VERSION for _, site in pairs}
+        mend = {site.id: _INLINE if self._may_add(raw) else _RAISE_VERSION for raw, site in pairs}
         return [
             replace(site, own_name=chosen.get(site.id, ""), part_mend="" if site.id in chosen else mend[site.id])
             if site.id in mend
             else site
             for site in sites
         ]
+
+    @property
+    def _is_old(self) -> bool:
+        """Whether every initializer must be an input of the model."""
+        return self._opened.model.ir_version < _FREE_INITIALIZERS
+
+    def _may_add(self, raw: RawSite) -> bool:
+        """Say whether a tensor can be there once more: in an old model as a Constant, whose numbers stand in it."""
+        return not self._is_old or (raw.trace.tensor is not None and not raw.trace.tensor.external_data)
 
     def with_copies(self, copies: Sequence[WeightCopy]) -> "OnnxGraph":
         """Return the graph with initializers more, each read by some of a weight's sites instead of the weight."""
@@ -117,7 +125,10 @@ class OnnxGraph:
             stored, tensor = (beside[role] if role else source.tensor), traces[role].tensor
             assert tensor is not None, "a site with a weight has one"
             assert isinstance(stored, StoredTensor), "others are not written"
-            yield TensorCopy(names[role], tensor.data_type, tuple(tensor.dims), stored.span, tuple(edits)), traces[role]
+            made = TensorCopy(
+                names[role], tensor.data_type, tuple(tensor.dims), stored.span, tuple(edits), is_node=self._is_old
+            )
+            yield made, traces[role]
 
     def rewire(self, graph: "onnx.GraphProto", tensors: Set[str]) -> None:
         """Have a main graph, that of the base, read the copies, and compute in floats what reads codes of `tensors`."""
@@ -135,7 +146,7 @@ class OnnxGraph:
             for raw, site in zip(self._found, self.sites, strict=True)
             if site.weight is not None and site.weight.key == key
         )
-        if self._opened.model.ir_version < _FREE_INITIALIZERS:
+        if self._is_old:
             version = f"a model of version {self._opened.model.ir_version} of the IR"
             return Problem("LF619", weight.name, version, f"version {_FREE_INITIALIZERS} or later")
         return plan_surgery([found], weight, self._index.names)
