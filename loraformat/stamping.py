@@ -7,11 +7,12 @@ from dataclasses import replace
 from loraformat.adapter import Adapter
 from loraformat.bases import BaseModel
 from loraformat.errors import error_for
+from loraformat.evidence import Hints
 from loraformat.fingerprint import Fingerprint
 from loraformat.kinds import Nature
 from loraformat.matching import Match, Want, sample_sites, settle_shape
 from loraformat.problems import Problem
-from loraformat.resolve import resolve
+from loraformat.resolve import gather_clues, resolve
 from loraformat.rules import check_adapter
 
 
@@ -29,7 +30,8 @@ def stamp_adapter(adapter: Adapter, base: BaseModel, *, strip_prefix: str | None
     problems = check_adapter(adapter)
     if not _are_grave(problems):
         plain = replace(adapter, targets=tuple(replace(target, fingerprint=None) for target in adapter.targets))
-        resolution = resolve(plain, base.sites, strip_prefix=strip_prefix)
+        clues = gather_clues(plain, base, Hints(), strip_prefix=strip_prefix)
+        resolution = resolve(plain, base.sites, strip_prefix=strip_prefix, clues=clues)
         problems = list(resolution.problems)
     if _are_grave(problems):
         raise error_for([problem for problem in problems if problem.severity == "error"])

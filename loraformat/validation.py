@@ -13,12 +13,13 @@ from typing import Any, Final, TypeAlias
 from loraformat.adapter import Adapter
 from loraformat.bases import BaseModel
 from loraformat.errors import LoraformatError, error_for, refuse
+from loraformat.evidence import Hints
 from loraformat.kinds import KINDS
 from loraformat.loading import choose_scheme, find_facts, is_base, open_base, open_bundle, read_bundle
 from loraformat.loading.adapter_folders import CONFIG_NAME, FACTORS_NAME, FACTORS_NAMES
 from loraformat.problems import Problem, Severity
 from loraformat.recognition import recognise_config
-from loraformat.resolve import resolve
+from loraformat.resolve import gather_clues, resolve
 from loraformat.rules import check_adapter, is_mergeable, refuse_kind
 from loraformat.schemes import (
     NOT_STATED,
@@ -178,7 +179,8 @@ def check_against(adapter: Adapter, base: BaseModel) -> list[Problem]:
         kind = KINDS.find(target.kind)
         if kind is not None and not any(problem.severity == "error" for problem in kind.check(target)):
             sound.append(target)
-    return [*base.problems, *resolve(replace(adapter, targets=tuple(sound)), base.sites).problems]
+    plain = replace(adapter, targets=tuple(sound))
+    return [*base.problems, *resolve(plain, base.sites, clues=gather_clues(plain, base, Hints())).problems]
 
 
 def _judge_config(path: Path, file: Path) -> Verdict:

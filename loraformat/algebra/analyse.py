@@ -34,10 +34,11 @@ from loraformat.algebra.analysis import AdapterAnalysis, Amplification, Analysis
 from loraformat.algebra.subspaces import effective_rank, project, stable_rank
 from loraformat.bases import BaseModel
 from loraformat.errors import error_for
+from loraformat.evidence import Hints
 from loraformat.kinds import Nature
 from loraformat.matching import Match
 from loraformat.problems import Problem
-from loraformat.resolve import resolve
+from loraformat.resolve import gather_clues, resolve
 from loraformat.rules import check_adapter
 
 
@@ -139,7 +140,7 @@ def _match(adapter: Adapter, base: BaseModel | None) -> dict[str, Match]:
     """Return target to weight of the base, empty without a base."""
     if base is None:
         return {}
-    resolution = resolve(adapter, base.sites)
+    resolution = resolve(adapter, base.sites, clues=gather_clues(adapter, base, Hints()))
     errors = [problem for problem in resolution.problems if problem.severity == "error"]
     if errors:
         raise error_for(errors)

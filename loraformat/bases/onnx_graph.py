@@ -1,6 +1,7 @@
 """An ONNX graph: a site is a node and its weight input."""
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
@@ -50,9 +51,11 @@ _INLINE: Final = (
     "export with the weight untied."
 )
 _RAISE_VERSION: Final = (
-    "A copy would have to be an input of the model, which those who run it would see. Where nobody feeds initializers, "
-    "raise ir_version to 4 or later and take them out of the graph's inputs."
+    "A copy in the data file would have to be an input of the model, which those who run it would see. Where nobody "
+    "feeds initializers, raise ir_version to 4 or later and take them out of the graph's inputs."
 )
+_HALF: Final = re.compile(r"(?:encoder|decoder)(?:[_.-]|$)")
+_LISTED: Final = 8
 _BRANCHES: Final = frozenset({"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 
 
@@ -76,6 +79,7 @@ class OnnxGraph:
         )
         self._copies: Sequence[tuple[TensorCopy, Trace]] = ()
         self._found, self._index, self._change = found, index, GraphChange()
+        self._beside: Sequence[Problem] = ()
         self.structure_sha256: str = self._opened.structure_sha256
         self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
 
@@ -87,16 +91,24 @@ class OnnxGraph:
     def _name_copies(self, found: Sequence[RawSite], sites: Sequence[Site], names: set[str]) -> list[Site]:
         """Return the sites, those that share a weight with the name that a copy of it would have."""
         pairs = [(raw, site) for raw, site in zip(found, sites, strict=True) if _is_shared(site)]
-        may_add = self._opened.model.ir_version >= _FREE_INITIALIZERS
-        chosen = name_copies((raw for raw, _ in pairs), names) if may_add else {}
+        chosen = name_copies((raw for raw, _ in pairs if self._may_add(raw)), names)
         self._shared = {site.id: raw for raw, site in pairs if site.id in chosen}
-        mend = {site.id: _INLINE if may_add else _RAISE_VERSION for _, site in pairs}
+        mend = {site.id: _INLINE if self._may_add(raw) else _RAISE_VERSION for raw, site in pairs}
         return [
             replace(site, own_name=chosen.get(site.id, ""), part_mend="" if site.id in chosen else mend[site.id])
             if site.id in mend
             else site
             for site in sites
         ]
+
+    @property
+    def _is_old(self) -> bool:
+        """Whether every initializer must be an input of the model."""
+        return self._opened.model.ir_version < _FREE_INITIALIZERS
+
+    def _may_add(self, raw: RawSite) -> bool:
+        """Say whether a tensor can be there once more: in an old model as a Constant, whose numbers stand in it."""
+        return not self._is_old or (raw.trace.tensor is not None and not raw.trace.tensor.external_data)
 
     def with_copies(self, copies: Sequence[WeightCopy]) -> "OnnxGraph":
         """Return the graph with initializers more, each read by some of a weight's sites instead of the weight."""
@@ -115,7 +127,10 @@ class OnnxGraph:
             stored, tensor = (beside[role] if role else source.tensor), traces[role].tensor
             assert tensor is not None, "a site with a weight has one"
             assert isinstance(stored, StoredTensor), "others are not written"
-            yield TensorCopy(names[role], tensor.data_type, tuple(tensor.dims), stored.span, tuple(edits)), traces[role]
+            made = TensorCopy(
+                names[role], tensor.data_type, tuple(tensor.dims), stored.span, tuple(edits), is_node=self._is_old
+            )
+            yield made, traces[role]
 
     def rewire(self, graph: "onnx.GraphProto", tensors: Set[str]) -> None:
         """Have a main graph, that of the base, read the copies, and compute in floats what reads codes of `tensors`."""
@@ -133,7 +148,7 @@ class OnnxGraph:
             for raw, site in zip(self._found, self.sites, strict=True)
             if site.weight is not None and site.weight.key == key
         )
-        if self._opened.model.ir_version < _FREE_INITIALIZERS:
+        if self._is_old:
             version = f"a model of version {self._opened.model.ir_version} of the IR"
             return Problem("LF619", weight.name, version, f"version {_FREE_INITIALIZERS} or later")
         return plan_surgery([found], weight, self._index.names)
@@ -204,7 +219,7 @@ class OnnxGraph:
     @property
     def problems(self) -> Sequence[Problem]:
         """What is odd about the files, and what stands against any merge."""
-        return [*self._opened.problems, *_find_branches(self.sites)]
+        return [*self._opened.problems, *_find_branches(self.sites), *self._beside]
 
     def list_tensors(self) -> Sequence[StoredTensor]:
         """Return every stored tensor, in graphs, attributes and functions."""
@@ -259,6 +274,15 @@ def _find_branches(sites: Sequence[Site]) -> list[Problem]:
     return [Problem("LF423", module, "a graph that already holds an adapter's branches", "the base model alone")]
 
 
+def _find_halves(path: Path) -> list[Problem]:
+    """Return a note where a graph is one of several that a model was exported as, and the others stay as they are."""
+    others = [each.name for each in sorted(path.parent.glob("*.onnx")) if _HALF.match(each.name) and each != path]
+    if not (_HALF.match(path.name) and others):
+        return []
+    found = f"beside it {', '.join(others[:_LISTED])}"
+    return [Problem("LF462", str(path), found, "the folder as the base, for all of them alike", severity="note")]
+
+
 def _list_tensors(opened: OnnxFile) -> list[StoredTensor]:
     """Return every stored tensor; this also checks each against its file and opens all data files."""
     stored = (opened.stored_tensor(proto) for _, proto in opened.tensors())
@@ -276,8 +300,10 @@ class OnnxFormat:
         return CONTAINER.sniff(head, size_bytes)
 
     def open(self, path: Path) -> BaseModel:
-        """Index the graph."""
-        return OnnxGraph(path)
+        """Index the graph; said is what else of the same model stands beside it."""
+        graph = OnnxGraph(path)
+        graph._beside = _find_halves(path)
+        return graph
 
 
 BASE: Final = OnnxFormat()

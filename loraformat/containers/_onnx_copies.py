@@ -21,6 +21,7 @@ _NODE: Final = 1
 _INITIALIZER: Final = 5
 _NODE_INPUT: Final = 1
 _NODE_ATTRIBUTE: Final = 5
+_ATTRIBUTE_TENSOR: Final = 5
 _ATTRIBUTE_GRAPH: Final = {True: 6, False: 11}
 _RAW_DATA: Final = 9
 _ALIGNMENT: Final = 64
@@ -95,6 +96,7 @@ class TensorCopy:
         shape: dimensions.
         source: where the numbers are of the tensor that it is a copy of.
         edits: what reads it.
+        is_node: whether it is a Constant at the front of the graph, and no initializer.
     """
 
     name: str
@@ -102,6 +104,7 @@ class TensorCopy:
     shape: tuple[int, ...]
     source: Span
     edits: tuple[InputEdit, ...]
+    is_node: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -144,7 +147,11 @@ def add_copies(
             yield from _rename_input(reader, graph, edit)
     end = graph.field.end
     for copy in copies:
-        yield Leaf(Edit(end, 0, tuple(describe_initializer(copy, places.get(copy.name)))), graph)
+        if copy.is_node:
+            front = _find(reader, graph, _NODE, 0).field.start
+            yield Leaf(Edit(front, 0, tuple(_describe_constant(copy))), graph)
+        else:
+            yield Leaf(Edit(end, 0, tuple(describe_initializer(copy, places.get(copy.name)))), graph)
 
 
 def _rename_input(reader: Reader, graph: Frame, edit: InputEdit) -> Iterator[Leaf]:
@@ -178,7 +185,28 @@ def describe_initializer(copy: NewTensor, place: tuple[str, int] | None) -> Iter
             tensor.external_data.add(key=key, value=text)
         yield Literal(encode_bytes(_INITIALIZER, tensor.SerializeToString()))
         return
-    head = tensor.SerializeToString() + encode_tag(_RAW_DATA, LENGTH) + encode_varint(copy.nbytes)
-    size = len(head) + copy.nbytes
-    yield Literal(encode_tag(_INITIALIZER, LENGTH) + encode_varint(size) + head)
+    yield Literal(_head(_INITIALIZER, _begin_tensor(tensor, copy.nbytes), copy.nbytes))
     yield Fresh(copy.name, copy.nbytes)
+
+
+def _describe_constant(copy: TensorCopy) -> Iterator[Piece]:
+    """Yield the field of the graph that is a Constant node, with its numbers."""
+    import onnx
+
+    tensor = onnx.TensorProto(data_type=copy.data_type, dims=copy.shape)
+    value = _head(_ATTRIBUTE_TENSOR, _begin_tensor(tensor, copy.nbytes), copy.nbytes)
+    attribute = onnx.AttributeProto(name="value", type=onnx.AttributeProto.TENSOR).SerializeToString() + value
+    node = onnx.NodeProto(name=copy.name, op_type="Constant", output=[copy.name]).SerializeToString()
+    yield Literal(_head(_NODE, node + _head(_NODE_ATTRIBUTE, attribute, copy.nbytes), copy.nbytes))
+    yield Fresh(copy.name, copy.nbytes)
+
+
+def _begin_tensor(tensor: "onnx.TensorProto", nbytes: int) -> bytes:
+    """Return a tensor up to its numbers, which are to follow."""
+    described: bytes = tensor.SerializeToString()
+    return described + encode_tag(_RAW_DATA, LENGTH) + encode_varint(nbytes)
+
+
+def _head(number: int, content: bytes, nbytes: int) -> bytes:
+    """Return the start of a field: its tag, and content that more bytes follow."""
+    return encode_tag(number, LENGTH) + encode_varint(len(content) + nbytes) + content

@@ -204,9 +204,9 @@ def open_base(path: Path) -> BaseModel:
     if matching is not None:  # The rest need not be imported.
         return matching.open(path)
     if isdir(path):
-        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors", ".bin"})
+        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".safetensors", ".bin"})
         found = f"a folder with {', '.join(inside[:4]) or 'no model'}"
-        raise refuse("LF121", path, found, "a model folder with safetensors or torch weights, or one model file")
+        raise refuse("LF121", path, found, "a model folder with safetensors, torch or ONNX weights, or one model file")
     by_suffix = [base for _, base in BASES if path.suffix.lower() in base.suffixes]
     return _refuse_or_open(path, head, by_suffix)
 

@@ -210,3 +210,22 @@ def test_weights_in_other_formats_stay_behind(tmp_path: Path) -> None:
     adapter = write_peft(tmp_path / "adapter", FACTORS, alpha=8.0)
     receipt = loraformat.merge(base, [adapter], tmp_path / "out", **options)
     assert {p.where for p in receipt.problems if p.code == "LF609"} == {"model.ort", "model.gguf"}
+
+
+def test_validation_and_stamps_know_the_graphs(tmp_path: Path) -> None:
+    base, adapter = write_halves(tmp_path / "base"), write_peft(tmp_path / "adapter", FACTORS, alpha=8.0)
+    (verdict,) = loraformat.validate(adapter, base=base)
+    assert not any(problem.severity == "error" for problem in verdict.problems)
+    stamped = loraformat.stamp(loraformat.load(adapter), base)
+    assert all(target.fingerprint is not None for target in stamped.targets)
+    receipt = loraformat.merge(base, [(stamped, 1.0)], tmp_path / "out")
+    assert len(receipt.weights) == 4
+
+
+def test_one_half_alone_says_what_stands_beside_it(tmp_path: Path) -> None:
+    """Who merges into one decoder of three has an adapter for one token, or for all but the first."""
+    base, adapter = write_halves(tmp_path / "base"), write_peft(tmp_path / "adapter", {Q: FACTORS[Q]})
+    receipt = loraformat.merge(base / "decoder_model.onnx", [adapter], tmp_path / "merged.onnx")
+    (note,) = [problem for problem in receipt.problems if problem.code == "LF462"]
+    assert "decoder_with_past_model.onnx" in note.found
+    assert not any(problem.code == "LF462" for problem in open_base(base).problems)

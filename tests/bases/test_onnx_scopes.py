@@ -308,11 +308,45 @@ def test_what_a_copy_does_not_go_with(
     with monkeypatch.context() as patch:
         patch.setattr("loraformat.containers._onnx_images.MAX_PROTOBUF_BYTES", len(before))
         assert code_of(lambda: loraformat.merge(base, [adapter], merged)) == "LF419"
-    old = net.model()
-    old.ir_version = 3  # Then every initializer is an input of the model too.
-    onnx.save_model(old, base)
+    old = make_old(net.model())
+    write_model(base, old, "one")
     before = base.read_bytes()
     assert code_of(lambda: loraformat.merge(base, [adapter], merged)) == "LF402"
+
+
+def make_old(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model of a version in which every initializer is an input of the model too."""
+    model.ir_version = 3
+    declared = {entry.name for entry in model.graph.input}
+    for tensor in model.graph.initializer:
+        if tensor.name not in declared:
+            model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return model
+
+
+def test_in_an_old_model_a_copy_is_a_constant(tmp_path: Path, weight: Array, factors: Factors) -> None:
+    """An initializer would have to be an input, which those who run the model would see."""
+    net = Net()
+    module_op(net, "a", net.feed("x"), net.weight("w", weight.T), net.result("y"))
+    _second_matmul(net)
+    model = make_old(net.model())
+    model.opset_import[0].version = 13
+    base = write_model(tmp_path / "base.onnx", model)
+    adapter = write_peft(tmp_path / "adapter", {"a": factors}, alpha=float(RANK))
+    receipt = loraformat.merge(base, [adapter], tmp_path / "merged.onnx")
+    assert [(each.name, each.copied_from) for each in receipt.weights] == [("a.weight", "w")]
+    merged = onnx.load(tmp_path / "merged.onnx")
+    onnx.checker.check_model(merged)
+    assert [node.op_type for node in merged.graph.node] == ["Constant", *(node.op_type for node in net.nodes)]
+    assert merged.graph.input == model.graph.input
+    assert merged.graph.initializer == model.graph.initializer
+    feeds = {"x": dyadic(np.random.default_rng(3), 2, IN)}
+    (old, other), (new, rest) = run(base, feeds), run(tmp_path / "merged.onnx", feeds)
+    np.testing.assert_allclose(new - old, feeds["x"] @ product(factors).T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(other, rest)
+    assert loraformat.verify(tmp_path / "merged.onnx", base, [adapter], run=True, sizes={"x_1": IN}).holds
+    again = loraformat.merge(tmp_path / "merged.onnx", [adapter], tmp_path / "twice.onnx")
+    assert [each.copied_from for each in again.weights] == [""]
 
 
 def test_a_shared_bias_is_copied_too(tmp_path: Path, weight: Array, rng: np.random.Generator) -> None:

@@ -282,8 +282,11 @@ def test_a_model_of_an_old_version_says_what_would_help(tmp_path: Path) -> None:
     blocks_of_rows(net)
     model = net.model(check=False)
     model.ir_version = 3
-    base = write_model(tmp_path / "base.onnx", model)
+    base = write_model(tmp_path / "base.onnx", model, "one")
     with pytest.raises(loraformat.LoraformatError) as caught:
         loraformat.merge(base, [adapt(tmp_path, ONE)], tmp_path / "merged.onnx")
     assert caught.value.codes == ("LF402",)
     assert "ir_version" in str(caught.value)
+    base = write_model(tmp_path / "inline.onnx", model)
+    receipt = loraformat.merge(base, [adapt(tmp_path, ONE)], tmp_path / "merged.onnx")
+    assert [weight.copied_from for weight in receipt.weights] != [""]
