@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Final
 
 from loraformat.bases import BaseModel, DequantisingBase, FloatForm, Weight, name_companion
-from loraformat.coded_rows import align_rows
 from loraformat.encodings import CODED, ENCODINGS, CodedEncoding
 from loraformat.matching import Match
 from loraformat.plan import (
@@ -17,6 +16,7 @@ from loraformat.plan import (
     as_matrix,
     count_tile_rows,
 )
+from loraformat.planning.coded_rows import align_rows
 from loraformat.problems import Problem
 from loraformat.spans import Part
 
