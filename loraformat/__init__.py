@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loraformat.errors import FindingError, InputError, LoraformatError, OutputError, RefusedError
     from loraformat.inspection import AdapterInspection, BaseInspection
     from loraformat.merging import merge, merge_each, merge_into, plan_merge, resolve_targets, unmerge, verify
+    from loraformat.merging.in_memory import MergedState, merge_state_dict
     from loraformat.merging.unmerging import Undone
     from loraformat.plan import Plan
     from loraformat.problems import Problem
@@ -44,6 +45,7 @@ __all__ = [
     "Initialisation",
     "InputError",
     "LoraformatError",
+    "MergedState",
     "OutputError",
     "Plan",
     "Problem",
@@ -67,6 +69,7 @@ __all__ = [
     "merge",
     "merge_each",
     "merge_into",
+    "merge_state_dict",
     "plan_conversion",
     "plan_merge",
     "resize",
@@ -94,6 +97,7 @@ _HOMES = {
     "loraformat.errors": ("FindingError", "InputError", "LoraformatError", "OutputError", "RefusedError"),
     "loraformat.inspection": ("AdapterInspection", "BaseInspection"),
     "loraformat.merging": ("merge", "merge_each", "merge_into", "plan_merge", "resolve_targets", "unmerge", "verify"),
+    "loraformat.merging.in_memory": ("MergedState", "merge_state_dict"),
     "loraformat.merging.unmerging": ("Undone",),
     "loraformat.plan": ("Plan",),
     "loraformat.problems": ("Problem",),

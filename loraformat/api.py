@@ -1,16 +1,17 @@
 """The functions of the public face."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from loraformat.adapter import Adapter
 from loraformat.arguments import AdapterSource, StrPath, weigh_adapter
 from loraformat.base_spelling import spell_for_base
 from loraformat.containers.safetensors import write_safetensors
-from loraformat.errors import error_for
+from loraformat.errors import error_for, refuse
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
-from loraformat.loading import is_base, list_files, load_adapter, open_base
+from loraformat.loading import is_base, list_files, load_adapter, load_tensors, open_base
 from loraformat.outputs import PendingOutput, check_output
 from loraformat.rules import check_shapes
 from loraformat.schemes import StatedScale
@@ -20,12 +21,19 @@ from loraformat.validation import Verdict, validate_paths
 
 
 def load(
-    path: StrPath, *, scheme: str | None = None, alpha: float | None = None, scale: float | None = None
+    source: StrPath | Mapping[str, Any],
+    *,
+    config: object = None,
+    scheme: str | None = None,
+    alpha: float | None = None,
+    scale: float | None = None,
 ) -> Adapter:
-    """Read an adapter: a loraformat file, a PEFT folder, or PEFT's file alone with its scale given.
+    """Read an adapter of any naming scheme, from a file or a folder, or from tensors in memory.
 
     Args:
-        path: the file or folder.
+        source: the file or folder; or names to arrays of numpy or torch, such as `get_peft_model_state_dict(model)`.
+        config: for tensors in memory, the configuration that a folder would have beside them: a mapping, or PEFT's
+            object, `model.peft_config["default"]`.
         scheme: name of the naming scheme; None finds it from the content.
         alpha: lora_alpha of the training run, for a source that does not state it.
         scale: the multiplier itself, for a source that states no alpha.
@@ -33,7 +41,11 @@ def load(
     Raises:
         LoraformatError: with every problem that was found.
     """
-    return load_adapter(Path(path), scheme, StatedScale(alpha, scale))
+    if isinstance(source, Mapping):
+        return load_tensors(source, config, scheme, StatedScale(alpha, scale))
+    if config is not None:
+        raise refuse("LF832", str(source), "a configuration for a path", "none: a file has its own beside it")
+    return load_adapter(Path(source), scheme, StatedScale(alpha, scale))
 
 
 def save(adapter: Adapter, path: StrPath, *, force: bool = False) -> Path:

@@ -18,7 +18,7 @@ from loraformat.loading import load_for_base, open_base
 from loraformat.loading.adapter_folders import FACTORS_NAMES
 from loraformat.output_forms import require_shared
 from loraformat.plan import SHARE, Plan, WeightedAdapter
-from loraformat.planning.wishes import Wishes
+from loraformat.planning.wishes import NumberWishes, Wishes
 from loraformat.schemes import StatedScale
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -117,6 +117,25 @@ class WorkOptions(EffortOptions, total=False):
     resume: bool
     link: bool
     keep_undo: bool
+
+
+class StateOptions(AdapterOptions, HintOptions, NumberWishes, EffortOptions, total=False):
+    """What a merge into a state dict in memory depends on besides its tensors and adapters.
+
+    Attributes:
+        config: the model's configuration, a mapping or an object with `to_dict` such as `model.config`: it tells which
+            matrices are stored transposed, which tables are tied, and how fused weights lie. A file has it beside it.
+        untie: as in `PlanOptions`.
+        new_biases: as in `PlanOptions`.
+        min_retained: as in `WorkOptions`.
+        warn_retained: as in `WorkOptions`.
+    """
+
+    config: object
+    untie: bool
+    new_biases: bool
+    min_retained: float
+    warn_retained: float
 
 
 class VerifyOptions(AdapterOptions, HintOptions, EffortOptions, total=False):

@@ -13,6 +13,15 @@ from loraformat.strict_json import JsonValue
 
 
 @runtime_checkable
+class ToldBase(Protocol):
+    """A base beside which no configuration lies, but who opened it told it: a state dict in memory."""
+
+    def tell_config(self) -> Mapping[str, JsonValue]:
+        """Return the model's configuration, empty where none was told."""
+        ...
+
+
+@runtime_checkable
 class SharedBase(Protocol):
     """A base beside which another model can stand that refers to its data files, where most of its numbers are."""
 

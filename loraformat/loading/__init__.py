@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from os.path import isdir
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from loraformat.adapter import Adapter, Factor, SlotKind
+from loraformat.arrays import as_numpy, hold_arrays, read_config
 from loraformat.base_facts import NO_FACTS, BaseFacts, read_facts
-from loraformat.bases import BASES, BaseFormat, BaseModel
+from loraformat.bases import BASES, BaseFormat, BaseModel, ToldBase
 from loraformat.containers import CONTAINERS, Container, TensorFile
-from loraformat.derived import find_origins
+from loraformat.derived import NewFactor, find_origins
 from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.loading.adapter_folders import (
     CONFIG_NAME,
@@ -32,6 +33,8 @@ from loraformat.spans import InputFile, read_small
 from loraformat.strict_json import JsonValue, parse_json_object
 
 _BASE_CONFIG: Final = "config.json"
+IN_MEMORY: Final = "adapter in memory"
+"""What one is called in messages that was never in a file."""
 _NEED_BASE: Final = frozenset({"LF311", "LF314"})
 """Problems that a base can solve: counts that are not known, and flat names."""
 _KNOWN_ENDINGS: Final = (
@@ -60,6 +63,26 @@ def load_adapter(path: Path, scheme: str | None = None, stated: StatedScale = NO
         LoraformatError: the file, its scheme or its meaning is not sound.
     """
     return read_adapter(path, scheme, stated)[0]
+
+
+def load_tensors(
+    tensors: Mapping[str, Any], config: object, scheme: str | None = None, stated: StatedScale = NOT_STATED
+) -> Adapter:
+    """Return the adapter that tensors in memory are, as a file of them with its configuration beside it would be.
+
+    Raises:
+        LoraformatError: LF831 no tensors, LF832 no configuration; as `load_adapter`.
+    """
+    held = hold_arrays(tensors)
+    others = sorted(name for name in tensors if name not in held)
+    if others or not held:
+        found = f"values that are no tensors, such as {others[0]!r}" if others else "an empty mapping"
+        raise refuse("LF831", IN_MEMORY, found, "arrays of numpy or torch under their names")
+    factors = {name: NewFactor(name, as_numpy(array)) for name, array in held.items()}
+    bundle = Bundle(Path(IN_MEMORY), factors, config=read_config(config) or None)
+    reader, _ = choose_scheme(bundle, scheme)
+    adapter = read_bundle(reader, bundle, stated)
+    return replace(adapter, problems=(*adapter.problems, *_find_unused(adapter, stated)))
 
 
 def load_for_base(path: Path, scheme: str | None, stated: StatedScale, base: BaseModel) -> Adapter:
@@ -221,14 +244,17 @@ def _refuse_or_open(path: Path, head: bytes, by_suffix: list[BaseFormat]) -> Bas
 
 def find_facts(base: BaseModel) -> BaseFacts:
     """Return the names of a base's modules, and what the configuration beside it counts."""
-    path = base.path
-    config = path / _BASE_CONFIG if isdir(path) else path.with_name(_BASE_CONFIG)
-    fields: Mapping[str, JsonValue] = parse_json_object(read_small(config), config) if config.exists() else {}
+    fields = base.tell_config() if isinstance(base, ToldBase) else _read_base_config(base.path)
     names = {site.module for site in base.sites if site.module}
-    facts = read_facts(fields, str(path), frozenset(names | set(map(_name_alone, names))))
+    facts = read_facts(fields, str(base.path), frozenset(names | set(map(_name_alone, names))))
     convolutions = [site for site in base.sites if site.weight and SlotKind.CONV in site.transposed]
     kernels = {site.module: site.stored_shape() for site in convolutions}
     return replace(facts, kernels={_name_alone(name): shape for name, shape in kernels.items()} | kernels)
+
+
+def _read_base_config(path: Path) -> Mapping[str, JsonValue]:
+    config = path / _BASE_CONFIG if isdir(path) else path.with_name(_BASE_CONFIG)
+    return parse_json_object(read_small(config), config) if config.exists() else {}
 
 
 def _name_alone(module: str) -> str:

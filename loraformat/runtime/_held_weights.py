@@ -1,7 +1,5 @@
-"""Merged weights in memory: computed by the engine of every merge, and taken over where a session has kept them."""
+"""Merged weights that sessions have in memory, and take over from one another."""
 
-import math
-import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -11,38 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Target
-from loraformat.bases import BaseModel, Weight
-from loraformat.dtypes import BY_NAME
-from loraformat.engine import Effort, carry_out
-from loraformat.engine.jobs import Assignment, index_targets
-from loraformat.engine.sinks import MemorySink
-from loraformat.engine.tile_sums import TileSums
-from loraformat.images import Copy, FileImage, Fresh
-from loraformat.output_forms import Order, index_weights, list_written
+from loraformat.bases import BaseModel
+from loraformat.engine import Effort
+from loraformat.engine.held_weights import HeldWeight, Place, compute_weights
+from loraformat.engine.jobs import index_targets
+from loraformat.output_forms import Order
 from loraformat.plan import Plan, WeightedAdapter
-from loraformat.plan.weights import PlannedWeight
-from loraformat.runtime._served_graph import Place
 from loraformat.strict_json import write_canonical
 
 _Key: TypeAlias = tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class HeldWeight:
-    """A merged weight.
-
-    Attributes:
-        buffers: its new bytes, and those of its scales where they change, by where they go.
-        sums: what its tiles add up to.
-    """
-
-    buffers: Mapping[Place, NDArray[np.uint8]]
-    sums: TileSums
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes."""
-        return sum(buffer.nbytes for buffer in self.buffers.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,43 +59,11 @@ class WeightShelf:
         keys = list(_list_keys(plan, adapters))
         held = [self._held.get(key) if key else None for key in keys]
         missing = [weight for weight, known in zip(plan.weights, held, strict=True) if known is None]
-        computed = _compute(replace(order, plan=replace(plan, weights=tuple(missing))), base, effort)
+        computed = compute_weights(replace(order, plan=replace(plan, weights=tuple(missing))), base, effort)
         fresh = iter(computed)
         weights = [known or next(fresh) for known in held]
         self._held.update({key: weight for key, weight in zip(keys, weights, strict=True) if key})
         return MergedWeights(weights, computed)
-
-
-def _compute(order: Order, base: BaseModel, effort: Effort) -> list[HeldWeight]:
-    if not order.plan.weights:
-        return []
-    sources = index_weights(base)
-    rooms = [_list_rooms(weight, sources) for weight in order.plan.weights]
-    pieces = {place: piece for room in rooms for place, piece in room.items()}
-    buffers = {place: _reserve(piece.length) for place, piece in pieces.items()}
-    image, sink = FileImage(base.path, list(pieces.values())), MemorySink(buffers.values())
-    assignment = Assignment(order.plan, base, order.adapters, [image], [sink], checkpoint=order.checkpoint)
-    (sums,) = carry_out([assignment], effort)
-    return [
-        HeldWeight({place: buffers[place] for place in room}, total) for room, total in zip(rooms, sums, strict=True)
-    ]
-
-
-def _list_rooms(weight: PlannedWeight, sources: Mapping[str, Weight]) -> Mapping[Place, Copy | Fresh]:
-    """Return what of an output a weight is: over tensors of the base, or a new one."""
-    if weight.new is not None:
-        length = BY_NAME[weight.new.dtype].count_bytes(math.prod(weight.new.shape))
-        sizes = {weight.new.name: length} | {
-            each.copy_name: each.nbytes for each in weight.companions if each.copy_name
-        }
-        return {name: Fresh(name, size) for name, size in sizes.items()}
-    written = list_written(weight, sources[weight.key]).values()
-    return {each.span: Copy(each.file, each.span.offset, each.span.length) for each in written}
-
-
-def _reserve(length: int) -> NDArray[np.uint8]:
-    """Return memory that goes back to the system when it is let go; what malloc gives may not, among others' memory."""
-    return np.frombuffer(mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
 
 
 def _list_keys(plan: Plan, adapters: Sequence[WeightedAdapter]) -> Iterator[_Key]:

@@ -9,12 +9,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 from numpy.typing import NDArray
 
 from loraformat.containers._onnx_tensors import iterate_tensors
 from loraformat.containers.onnx_file import GraphChange, OnnxFile, TensorCopy, TensorFloats
+from loraformat.engine.held_weights import Place
 from loraformat.errors import refuse
 from loraformat.limits import KEEP_INLINE_BYTES, MAX_PROTOBUF_BYTES
 from loraformat.runtime._graph_edits import edit_graph
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
 
 _NO_CHANGE: Final = GraphChange()
 _PAYLOADS: Final = ("raw_data", "float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
-
-
-Place: TypeAlias = Span | str
-"""Where new numbers go: over those of the base, or into a new tensor of this name."""
 
 
 @dataclass(frozen=True, slots=True)
