@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from loraformat.plan import Plan
     from loraformat.problems import Problem
     from loraformat.receipt import Receipt
+    from loraformat.resolving import Resolved
     from loraformat.validation import Verdict
     from loraformat.verification import Verification
 
@@ -52,6 +53,7 @@ __all__ = [
     "Receipt",
     "Reduction",
     "RefusedError",
+    "Resolved",
     "SchemeSummary",
     "Target",
     "Undone",
@@ -102,6 +104,7 @@ _HOMES = {
     "loraformat.plan": ("Plan",),
     "loraformat.problems": ("Problem",),
     "loraformat.receipt": ("Receipt",),
+    "loraformat.resolving": ("Resolved",),
     "loraformat.validation": ("Verdict",),
     "loraformat.verification": ("Verification",),
 }

@@ -3,24 +3,30 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from loraformat.adapter import Adapter
-from loraformat.algebra._components import Structure
-from loraformat.algebra._statistics import Statistics
 from loraformat.algebra.analyse import analyse_adapters
 from loraformat.algebra.analysis import Analysis
+from loraformat.algebra.components import Structure
 from loraformat.algebra.extract import extract_adapter
 from loraformat.algebra.extraction import Extraction, Limits
 from loraformat.algebra.initialise import Initialisation, Method, Recipe, initialise_adapter
+from loraformat.algebra.statistics import Statistics
 from loraformat.arguments import AdapterSource, StrPath
 from loraformat.containers.npz import CONTAINER as NPZ
 from loraformat.engine import Progress
+from loraformat.errors import error_for
 from loraformat.files import write_at
 from loraformat.loading import load_adapter, open_base
 from loraformat.loading.adapter_folders import FACTORS_NAMES
 from loraformat.outputs import PendingOutput, check_output
 from loraformat.pages import write_analysis
+from loraformat.problems import Problem
 from loraformat.schemes import StatedScale
+
+_FORMS: Final = ("float32", "float16", "bfloat16")
+"""What extracted factors may be rounded to."""
 
 
 def extract(
@@ -56,12 +62,17 @@ def extract(
         progress: told how far the work is, in bytes of the tuned model.
 
     Raises:
-        LoraformatError: nothing differs, different structures, missing parameters, NaN, a pattern without a match.
-        ValueError: a number out of its range, or energy and max_error at once.
+        LoraformatError: nothing differs, different structures, missing parameters, NaN, a pattern without a match;
+            LF705 a number out of its range, or energy and max_error at once.
     """
-    limits = _limit(rank, energy, max_error)
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"dtype {dtype!r} is none of float32, float16, bfloat16")
+    _check_settings(
+        ("rank", rank, "at least 1", rank is None or rank >= 1),
+        ("energy", energy, "above 0 and at most 1", energy is None or 0 < energy <= 1),
+        ("max_error", max_error, "at least 0 and below 1", max_error is None or 0 <= max_error < 1),
+        ("energy and max_error", "two rules", "one of them", energy is None or max_error is None),
+        ("dtype", dtype, f"one of {', '.join(_FORMS)}", dtype in _FORMS),
+    )
+    limits = Limits(rank, max_error or 0.0 if energy is None else math.sqrt(1 - energy))
     return extract_adapter(
         open_base(Path(tuned)),
         open_base(Path(base)),
@@ -152,31 +163,29 @@ def init(
         seed: of the random numbers, which follow from it and the target's name alone.
 
     Raises:
-        LoraformatError: a pattern without a match, a rank beyond a weight's, statistics that do not fit, NaN.
-        ValueError: an unknown method, or a number out of its range.
+        LoraformatError: a pattern without a match, a rank beyond a weight's, statistics that do not fit, NaN; LF705 an
+            unknown method, a number out of its range, or smoothness and sparsity at once.
     """
-    if rank < 1 or (alpha is not None and not (math.isfinite(alpha) and alpha)):
-        raise ValueError("rank is at least 1, alpha finite and not 0")
-    if not targets:
-        raise ValueError("no targets: give at least one glob pattern of module paths")
+    _check_settings(
+        ("rank", rank, "at least 1", rank >= 1),
+        ("targets", "none", "glob patterns of module paths", bool(targets)),
+        ("method", method, f"one of {', '.join(Method)}", method in set(Method)),
+        ("alpha", alpha, "a finite number other than 0", alpha is None or (math.isfinite(alpha) and alpha != 0)),
+        ("smoothness", smoothness, "a finite number of at least 0", 0 <= smoothness < math.inf),
+        ("sparsity", sparsity, "at least 0 and below 1", 0 <= sparsity < 1),
+        ("smoothness and sparsity", "both", "one of them", not (smoothness and sparsity)),
+    )
     structure = Structure(smoothness, sparsity)
     statistics = Statistics(NPZ.open(Path(stats))) if stats is not None else None
     recipe = Recipe(rank, Method(method), alpha, seed, structure, statistics)
     return initialise_adapter(open_base(Path(base)), targets, recipe)
 
 
-def _limit(rank: int | None, energy: float | None, max_error: float | None) -> Limits:
-    if energy is not None and max_error is not None:
-        raise ValueError("energy or max_error, not both")
-    if rank is not None and rank < 1:
-        raise ValueError("rank is at least 1")
-    if energy is not None:
-        if not 0 < energy <= 1:
-            raise ValueError("energy is above 0 and at most 1")
-        return Limits(rank, math.sqrt(1 - energy))
-    if max_error is not None and not 0 <= max_error < 1:
-        raise ValueError("max_error is at least 0 and below 1")
-    return Limits(rank, max_error or 0.0)
+def _check_settings(*rows: tuple[str, object, str, bool]) -> None:
+    """Raise LF705 for the settings that will not do; a row is name, value, what will do, and whether it does."""
+    problems = [Problem("LF705", name, str(value), expected) for name, value, expected, fits in rows if not fits]
+    if problems:
+        raise error_for(problems)
 
 
 def _tell_apart(paths: Sequence[Path | None]) -> list[str]:

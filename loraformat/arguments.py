@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Final, TypeAlias, TypedDict, Unpack
 
@@ -154,6 +155,20 @@ class VerifyOptions(AdapterOptions, HintOptions, EffortOptions, total=False):
 
 class MergeOptions(PlanOptions, WorkOptions, total=False):
     """All options of a merge."""
+
+
+def check_options(function: str, options: Mapping[str, object], known: type) -> None:
+    """Raise TypeError for an option that a function does not have, as Python does where arguments are listed.
+
+    Args:
+        function: its name.
+        options: what it was given as `**options`.
+        known: the `TypedDict` of its options.
+    """
+    for name in options.keys() - known.__annotations__.keys():
+        near = get_close_matches(name, known.__annotations__, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
 def weigh_adapter(

@@ -1,11 +1,13 @@
 """The public face: what it exports, what its functions take, and the file that `save` makes."""
 
 import hashlib
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from pkgutil import iter_modules
+from types import FunctionType
 from typing import Any
 
 import ml_dtypes
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 import loraformat
 from builders import MemoryFactor, lora_factors, read_onnx, write_onnx, write_peft
+from loraformat import runtime
 from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.errors import LoraformatError
 from loraformat.fingerprint import Fingerprint
@@ -94,6 +97,39 @@ def test_importing_it_is_cheap() -> None:
 
 
 # --- load, save ------------------------------------------------------------------------------------------------------
+
+
+OPTIONS: dict[str, tuple[Any, int]] = {
+    "merge": (loraformat.merge, 2),
+    "plan_merge": (loraformat.plan_merge, 2),
+    "merge_each": (loraformat.merge_each, 3),
+    "merge_into": (loraformat.merge_into, 2),
+    "resolve_targets": (loraformat.resolve_targets, 2),
+    "verify": (loraformat.verify, 3),
+    "unmerge": (loraformat.unmerge, 1),
+    "session": (runtime.session, 2),
+    "export_runtime": (runtime.export_runtime, 3),
+    "export_adapter": (runtime.export_adapter, 3),
+    "adapter_feeds": (runtime.adapter_feeds, 2),
+}
+"""Functions whose options are a record, and how many paths they take."""
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_that_is_misspelled_is_no_option(name: str) -> None:
+    """Nothing is opened before: there is nothing at these paths."""
+    function, paths = OPTIONS[name]
+    with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected .* 'schem'; did you mean 'scheme'"):
+        function(*["nothing"] * paths, schem="x")
+
+
+def test_what_the_face_returns_can_be_named() -> None:
+    """Records that functions return are exported beside them."""
+    for face in (loraformat, runtime):
+        functions = [getattr(face, name) for name in face.__all__]
+        stated = [str(each.__annotations__["return"]) for each in functions if isinstance(each, FunctionType)]
+        named = {word for text in stated for word in re.findall(r"\b[A-Z]\w+", text)} - {"Any", "Array", "Path"}
+        assert named <= {*face.__all__, *loraformat.__all__}
 
 
 def test_a_path_may_be_text(folder: Path) -> None:

@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Adapter, Scaling, ScalingRule, SlotKind, Target
-from loraformat.algebra._components import PLAIN, Structure, leading_components
 from loraformat.algebra._pairing import choose_slot, factor_shape, list_sites, matches_any, take_fingerprint
 from loraformat.algebra._random import generator
 from loraformat.algebra._randomised import leading_svd
-from loraformat.algebra._statistics import Statistics
 from loraformat.algebra._targets import LORA, PAIRS, hold
 from loraformat.algebra._weights import read_weight
+from loraformat.algebra.components import PLAIN, Structure, leading_components
+from loraformat.algebra.statistics import Statistics
 from loraformat.bases import BaseModel, Site
 from loraformat.errors import error_for
 from loraformat.problems import Problem

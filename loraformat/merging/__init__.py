@@ -14,10 +14,10 @@ from loraformat.arguments import (
     AdapterArguments,
     HintOptions,
     MergeOptions,
-    PlanOptions,
     ResolveOptions,
     StrPath,
     VerifyOptions,
+    check_options,
     list_adapters,
     read_hints,
     weigh_adapters,
@@ -51,9 +51,10 @@ def plan_merge(
     base: StrPath,
     adapters: AdapterArguments,
     output: StrPath | None = None,
-    **options: Unpack[PlanOptions],
+    **options: Unpack[MergeOptions],
 ) -> Plan:
     """Return what `merge` would do with the same arguments; reads no weight of the base and writes nothing."""
+    check_options("plan_merge", options, MergeOptions)
     opened = open_sound(base)
     weighted = weigh_adapters(adapters, options, opened)
     if options.get("calibration") is not None:  # It takes a merge to measure ranges.
@@ -82,6 +83,7 @@ def merge(
     Raises:
         LoraformatError: with every problem that was found; the output is what it was before.
     """
+    check_options("merge", options, MergeOptions)
     opened = open_sound(base)
     weighted = weigh_adapters(adapters, options, opened)
     order = make_order(opened, weighted, choose_output(opened, weighted, output, options), options)
@@ -106,6 +108,7 @@ def merge_each(
     Raises:
         LoraformatError: nothing of any output remains then.
     """
+    check_options("merge_each", options, MergeOptions)
     opened = open_sound(base)
     weighted = weigh_adapters(adapters, options, opened)
     suffix = form_suffix(opened, options)
@@ -144,6 +147,7 @@ def merge_into(base: StrPath, adapters: AdapterArguments, **options: Unpack[Merg
         adapters: as in `merge`.
         options: as in `merge`; `keep_undo` keeps the overwritten bytes, so that `unmerge` is exact.
     """
+    check_options("merge_into", options, MergeOptions)
     opened = open_sound(base)
     weighted = weigh_adapters(adapters, options, opened)
     return merge_in_place(opened, make_order(opened, weighted, opened.path, options), read_work(options))
@@ -160,6 +164,7 @@ def resolve_targets(base: StrPath, adapter: AdapterArgument, **options: Unpack[R
     Returns:
         The targets with their weights, and problems of those without; what does not resolve is returned, never raised.
     """
+    check_options("resolve_targets", options, ResolveOptions)
     opened = open_sound(base)
     (item,) = weigh_adapters([adapter], options, opened)
     given: dict[str, Any] = {name: options[name] for name in _RESOLVING if name in options}
@@ -183,6 +188,7 @@ def verify(
     Raises:
         LoraformatError: a model or an adapter that cannot be read, or that no longer makes a plan.
     """
+    check_options("verify", options, VerifyOptions)
     opened, proof = open_sound(base), open_sound(merged)
     record = find_receipt(proof)
     statement = read_statement(record, proof.path) if record is not None else None
@@ -225,6 +231,7 @@ def unmerge(
     Raises:
         LoraformatError: LF622 nothing to undo it with.
     """
+    check_options("unmerge", options, MergeOptions)
     place = Path(output) if output is not None else None
     undone = take_back(Path(model).absolute(), place)
     if undone is not None:

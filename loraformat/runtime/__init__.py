@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loraformat.runtime._adapted_session import AdaptedSession, SwitchCost
-    from loraformat.runtime.adapters import adapter_feeds, export_adapter
+    from loraformat.runtime.adapters import ExportedAdapter, adapter_feeds, export_adapter
     from loraformat.runtime.batched import ADAPTER_INDEX
     from loraformat.runtime.export import RuntimeExport, export_runtime
     from loraformat.runtime.options import RuntimeOptions
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ADAPTER_INDEX",
     "AdaptedSession",
+    "ExportedAdapter",
     "RuntimeExport",
     "RuntimeOptions",
     "SwitchCost",
@@ -31,6 +32,7 @@ __all__ = [
 
 _HOMES = {
     "ADAPTER_INDEX": "loraformat.runtime.batched",
+    "ExportedAdapter": "loraformat.runtime.adapters",
     "RuntimeExport": "loraformat.runtime.export",
     "AdaptedSession": "loraformat.runtime._adapted_session",
     "SwitchCost": "loraformat.runtime._adapted_session",

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Unpack, cast
 
-from loraformat.arguments import AdapterArguments, AdapterOptions, HintOptions, StrPath, read_hints, weigh_adapters
+from loraformat.arguments import (
+    AdapterArguments,
+    AdapterOptions,
+    HintOptions,
+    StrPath,
+    check_options,
+    read_hints,
+    weigh_adapters,
+)
 from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.errors import refuse
@@ -79,6 +87,7 @@ def export_adapter(
     Raises:
         LoraformatError: with every target that the model has no input for, by name.
     """
+    check_options("export_adapter", options, AdapterExportOptions)
     filled = _fill(model, adapters, options)
     if not filled.pairs:
         raise refuse("LF401", filled.model.path, "no adapter that goes into its inputs", "at least one")
@@ -102,6 +111,7 @@ def adapter_feeds(
     model: StrPath, adapters: AdapterArguments, **options: Unpack[AdapterExportOptions]
 ) -> dict[str, Array]:
     """Return adapters as feeds for `InferenceSession.run`; the arguments are those of `export_adapter`."""
+    check_options("adapter_feeds", options, AdapterExportOptions)
     return {name: make() for pair in _fill(model, adapters, options).pairs for name, _, make in pair.tensors()}
 
 

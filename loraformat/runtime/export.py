@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack, cast
 
 from loraformat.apply.placing import Place, check_places, open_place
-from loraformat.arguments import AdapterArguments, AdapterOptions, HintOptions, StrPath, read_hints, weigh_adapters
+from loraformat.arguments import (
+    AdapterArguments,
+    AdapterOptions,
+    HintOptions,
+    StrPath,
+    check_options,
+    read_hints,
+    weigh_adapters,
+)
 from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases._onnx_extension import Addition, Extension
 from loraformat.bases.onnx_graph import OnnxGraph
@@ -111,6 +119,7 @@ def export_runtime(
     Raises:
         LoraformatError: with every target that cannot be served, by name; nothing is written then.
     """
+    check_options("export_runtime", options, ExportOptions)
     opened = open_model(base)
     graph = opened.as_branchable()
     _check_base(opened, graph)
@@ -136,14 +145,10 @@ def export_runtime(
     folder = options.get("adapters_out")
     stacks = _list_stacks(Path(folder), branches, served, inputs) if folder is not None else []
     _write(Place(place, "", opened, images, force, durable), opened, stacks)
-    return RuntimeExport(
-        str(place),
-        inputs,
-        {each.name: len(each.served) for each in served},
-        tuple(stack.report for stack in stacks),
-        tuple(name for each in served for name in each.left_out),
-        (*(problem for each in served for problem in each.problems), *caveats, *judge.list_doubts()),
-    )
+    found = (*(problem for each in served for problem in each.problems), *caveats, *judge.list_doubts())
+    reached = {each.name: len(each.served) for each in served}
+    left_out = tuple(name for each in served for name in each.left_out)
+    return RuntimeExport(str(place), inputs, reached, tuple(stack.report for stack in stacks), left_out, found)
 
 
 @dataclass(frozen=True, slots=True)

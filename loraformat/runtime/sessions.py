@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Unpack
 
 from loraformat.apply.in_place import check_no_journal
-from loraformat.arguments import AdapterArguments, StrPath
+from loraformat.arguments import AdapterArguments, StrPath, check_options
 from loraformat.errors import refuse
 from loraformat.loading import open_base
 from loraformat.runtime.options import Providers, RuntimeOptions
@@ -47,6 +47,7 @@ def session(
     """
     from loraformat.bases.onnx_graph import OnnxGraph
 
+    check_options("session", options, RuntimeOptions)
     place = Path(base)
     check_no_journal(place.absolute())
     opened = open_base(place)

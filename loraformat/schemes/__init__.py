@@ -8,6 +8,7 @@ from typing import Final, Protocol, runtime_checkable
 
 from loraformat.adapter import Adapter, Factor, SlotKind
 from loraformat.base_facts import NO_FACTS, BaseFacts
+from loraformat.errors import refuse
 from loraformat.problems import Problem
 from loraformat.registry import Registry
 from loraformat.strict_json import JsonValue
@@ -47,9 +48,9 @@ class StatedScale:
     multiplier: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse two statements about one thing."""
+        """Refuse two statements about one thing (LF705)."""
         if self.alpha is not None and self.multiplier is not None:
-            raise ValueError("give alpha or scale, not both")
+            raise refuse("LF705", "alpha and scale", "two statements about one thing", "one of them")
 
 
 NOT_STATED: Final = StatedScale()

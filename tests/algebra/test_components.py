@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from loraformat.algebra._components import PLAIN, Structure, leading_components
+from loraformat.algebra.components import PLAIN, Structure, leading_components
 
 WIDTH = 40
 

@@ -343,12 +343,21 @@ def test_refusals(models: tuple[Arrays, Arrays], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [{"energy": 0.9, "max_error": 0.1}, {"energy": 0.0}, {"max_error": 1.0}, {"rank": 0}, {"dtype": "int8"}]
+    ("flags", "where"),
+    [
+        ({"energy": 0.9, "max_error": 0.1}, ["energy and max_error"]),
+        ({"energy": 0.0}, ["energy"]),
+        ({"max_error": 1.0}, ["max_error"]),
+        ({"rank": 0, "dtype": "int8"}, ["rank", "dtype"]),
+    ],
 )
-def test_numbers_out_of_range(flags: dict[str, Any], models: tuple[Arrays, Arrays], tmp_path: Path) -> None:
+def test_settings_that_will_not_do(
+    flags: dict[str, Any], where: list[str], models: tuple[Arrays, Arrays], tmp_path: Path
+) -> None:
     tuned_path, base_path = write_models(tmp_path, *models[::-1])
-    with pytest.raises(ValueError, match=r"energy|max_error|rank|dtype"):
+    with pytest.raises(loraformat.FindingError) as caught:
         loraformat.extract(tuned_path, base_path, **flags)
+    assert [(problem.code, problem.where) for problem in caught.value.problems] == [("LF705", each) for each in where]
 
 
 def test_half_precision_factors_state_their_own_error(models: tuple[Arrays, Arrays], tmp_path: Path) -> None:

@@ -186,19 +186,22 @@ def test_refusals(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "where"),
     [
-        {"method": "best"},
-        {"alpha": 0.0},
-        {"alpha": float("nan")},
-        {"smoothness": -1.0},
-        {"sparsity": 1.0},
-        {"smoothness": 1.0, "sparsity": 0.5},
+        ({"method": "best"}, "method"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"smoothness": -1.0}, "smoothness"),
+        ({"sparsity": 1.0}, "sparsity"),
+        ({"smoothness": 1.0, "sparsity": 0.5}, "smoothness and sparsity"),
+        ({"rank": 0}, "rank"),
+        ({"targets": []}, "targets"),
     ],
 )
-def test_numbers_out_of_range(flags: dict[str, Any], base: Path) -> None:
-    with pytest.raises(ValueError, match=r"best|alpha|smoothness"):
-        loraformat.init(base, 4, ["*.q"], **flags)
+def test_settings_that_will_not_do(flags: dict[str, Any], where: str, base: Path) -> None:
+    with pytest.raises(loraformat.FindingError) as caught:
+        loraformat.init(base, **({"rank": 4, "targets": ["*.q"]} | flags))
+    assert [(problem.code, problem.where) for problem in caught.value.problems] == [("LF705", where)]
 
 
 def test_a_weight_that_is_not_finite(tmp_path: Path) -> None:

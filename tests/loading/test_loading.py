@@ -377,8 +377,9 @@ def test_a_scale_that_nobody_needed_is_said(tmp_path: Path) -> None:
 
 
 def test_alpha_and_scale_together_are_refused() -> None:
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(LoraformatError) as caught:
         StatedScale(alpha=1.0, multiplier=1.0)
+    assert caught.value.codes == ("LF705",)
 
 
 # --- files beside an adapter -----------------------------------------------------------------------------------------

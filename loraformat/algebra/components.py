@@ -26,12 +26,6 @@ class Structure:
     smoothness: float = 0.0
     sparsity: float = 0.0
 
-    def __post_init__(self) -> None:
-        if not (0.0 <= self.smoothness < np.inf and 0.0 <= self.sparsity < 1.0):
-            raise ValueError("smoothness is at least 0 and finite, sparsity at least 0 and below 1")
-        if self.smoothness and self.sparsity:
-            raise ValueError("smoothness or sparsity, not both")
-
     def as_json(self) -> dict[str, Any]:
         """Return what was asked for."""
         asked = {"smoothness": self.smoothness, "sparsity": self.sparsity}
