@@ -1,6 +1,7 @@
 """Tensors that lie in memory, of numpy, of torch, and of whatever numpy takes for an array.
 
-What is handed over is never written to. Equal addresses tell tensors that are one and the same, as offsets in a file do.
+What is handed over is never written to. Equal addresses tell which tensors are one and the same, as offsets in a file
+do.
 """
 
 import math

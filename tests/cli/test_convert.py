@@ -50,7 +50,7 @@ def test_a_dry_run_prints_the_operations(run: Run, adapter: Path) -> None:
 
 def test_a_dry_run_of_what_cannot_be_done_ends_with_one(run: Run, tmp_path: Path) -> None:
     roles = {"lora_A": (2, 5), "lora_B": (6, 2)}
-    names = {f"diffusion_model.blocks.0.mlp.layer1.{role}.weight": shape for role, shape in roles.items()}
+    names = {f"diffusion_model.strange.0.layer.{role}.weight": shape for role, shape in roles.items()}
     path = write_tensors(tmp_path / "b.safetensors", {name: np.ones(shape, "f") for name, shape in names.items()})
     result = run("convert", path, "--to", "kohya", "--dry-run")
     assert result.exit_code == 1

@@ -304,13 +304,16 @@ def twin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("twin")
 def test_two_readings_are_not_chosen_between(tmp_path: Path) -> None:
-    folder = write_peft(tmp_path / "a", FACTORS)
-    problem = refusal(folder)
+    shapes: dict[str, tuple[int, ...]] = {"lora_down.weight": (2, 5), "lora_up.weight": (6, 2), "alpha": ()}
+    module = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {f"{module}.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    path = write_tensors(tmp_path / "a.safetensors", tensors)
+    problem = refusal(path)
     assert problem.code == "LF303"
-    assert "peft (adapter_config.json with peft_type)" in problem.found
+    assert "kohya (" in problem.found
     assert "twin (it looks so)" in problem.found
     assert "--scheme" in problem.advice
-    assert load_adapter(folder, "peft").targets
+    assert load_adapter(path, "kohya").targets
 
 
 # --- bases -----------------------------------------------------------------------------------------------------------
