@@ -15,8 +15,9 @@ from loraformat.bases import BaseModel
 from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.evidence import Hints
 from loraformat.kinds import KINDS
-from loraformat.loading import choose_scheme, find_facts, is_base, open_base, open_bundle, read_bundle
+from loraformat.loading import find_facts, is_base, open_base, open_bundle, read_bundle
 from loraformat.loading.adapter_folders import CONFIG_NAME, FACTORS_NAME, FACTORS_NAMES
+from loraformat.loading.readers import choose_scheme
 from loraformat.problems import Problem, Severity
 from loraformat.recognition import recognise_config
 from loraformat.resolve import gather_clues, resolve

@@ -12,7 +12,8 @@ from loraformat.conversion._proof import Proof, prove
 from loraformat.conversion._respelling import respell, respell_like
 from loraformat.conversion._writing import check_outputs, pending_files
 from loraformat.errors import error_for, refuse
-from loraformat.loading import choose_scheme, list_files, open_bundle, read_bundle
+from loraformat.loading import list_files, open_bundle, read_bundle
+from loraformat.loading.readers import choose_scheme
 from loraformat.problems import Problem
 from loraformat.schemes import (
     SCHEMES,

@@ -10,7 +10,6 @@ from loraformat.adapter import Adapter, Factor, SlotKind
 from loraformat.arrays import as_numpy, hold_arrays, read_config
 from loraformat.base_facts import NO_FACTS, BaseFacts, read_facts
 from loraformat.bases import BASES, BaseFormat, BaseModel, ToldBase
-from loraformat.containers import CONTAINERS, Container, TensorFile
 from loraformat.derived import NewFactor, find_origins
 from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.loading.adapter_folders import (
@@ -22,13 +21,20 @@ from loraformat.loading.adapter_folders import (
 )
 from loraformat.loading.digests import digest_aside, digest_files
 from loraformat.loading.known_scales import find_scale
-from loraformat.manifest import MANIFEST_KEY
+from loraformat.loading.readers import (
+    choose_scheme,
+    open_tensors,
+    read_head,
+    recognise_bundle,
+    recognise_names,
+    refuse_unreadable,
+)
 from loraformat.problems import Problem
 from loraformat.receipt import RUNTIME_KEY
-from loraformat.recognition import PEFT_TYPE, Recognised, recognise_config, recognise_tensors
+from loraformat.recognition import recognise_config
 from loraformat.renames import DENOISER_IN_ONE_FILE
-from loraformat.schemes import NOT_STATED, SCHEMES, AmbiguousScheme, Bundle, CertainScheme, Scheme, StatedScale
-from loraformat.signatures import HEAD_BYTES, describe_head
+from loraformat.schemes import NOT_STATED, SCHEMES, AmbiguousScheme, Bundle, Scheme, StatedScale
+from loraformat.signatures import describe_head
 from loraformat.spans import InputFile, read_small
 from loraformat.strict_json import JsonValue, parse_json_object
 
@@ -37,18 +43,6 @@ IN_MEMORY: Final = "adapter in memory"
 """What one is called in messages that was never in a file."""
 _NEED_BASE: Final = frozenset({"LF311", "LF314"})
 """Problems that a base can solve: counts that are not known, and flat names."""
-_KNOWN_ENDINGS: Final = (
-    ("lora_down.weight", "kohya's scheme"),
-    ("_lora.down.weight", "the oldest scheme of diffusers"),
-    ("lora.down.weight", "the older scheme of diffusers"),
-    ("hada_w1_a", "LyCORIS LoHa"),
-    ("lokr_w1", "LyCORIS LoKr"),
-    ("lokr_w1_a", "LyCORIS LoKr"),
-    ("lora_a", "the scheme of mlx-lm"),
-    ("lora_A", "the scheme of loralib or litgpt"),
-    (":up", "the scheme of cloneofsimo/lora"),
-    ("lora_A.weight", "the scheme of diffusers or ai-toolkit"),
-)
 
 
 def load_adapter(path: Path, scheme: str | None = None, stated: StatedScale = NOT_STATED) -> Adapter:
@@ -146,19 +140,14 @@ def open_bundle(path: Path) -> tuple[Bundle, InputFile]:
     """Return the named tensors at `path` with what lies beside them, and the file that holds them."""
     factors = find_factors(path) if isdir(path) else path
     try:
-        opened = _open_tensors(factors)
+        opened = open_tensors(factors)
     except LoraformatError:
         _refuse_by_config(path, factors)
         raise
     bundle = Bundle(path, opened.tensors, opened.metadata, read_config_beside(factors))
     for saved in list_saved_beside(factors):
-        bundle = _add(bundle, _open_tensors(saved).tensors, saved)
+        bundle = _add(bundle, open_tensors(saved).tensors, saved)
     return bundle, opened.file
-
-
-def _open_tensors(path: Path) -> TensorFile:
-    head, size = _read_head(path)
-    return _choose_container(path, head, size).open(path)
 
 
 def _add(bundle: Bundle, tensors: Mapping[str, Factor], path: Path) -> Bundle:
@@ -183,46 +172,9 @@ def list_files(adapter: Adapter) -> list[InputFile]:
     return list({id(file): file for file in files if isinstance(file, InputFile)}.values())
 
 
-def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
-    """Return the scheme of `bundle` and the evidence for it.
-
-    Raises:
-        InputError: LF121 no scheme knows these tensors.
-        FindingError: LF209 an adapter that no weight can hold, LF303 several schemes know it, LF305 none is so called.
-    """
-    if name is not None:
-        chosen = SCHEMES.find(name)
-        if chosen is None:
-            raise refuse("LF305", name, "no scheme of this name", f"one of {', '.join(SCHEMES.names())}")
-        return chosen, "named by the user"
-    unmergeable = recognise_bundle(bundle)
-    if unmergeable is not None:
-        raise error_for([unmergeable.as_problem(bundle.path)])
-    sole = _find_named(bundle)
-    if sole is not None:
-        return sole
-    found = [(scheme, evidence) for _, scheme in SCHEMES if (evidence := scheme.detect(bundle)) is not None]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        readings = "; ".join(f"{scheme.name} ({evidence})" for scheme, evidence in found)
-        raise refuse("LF303", bundle.path, readings, "one reading")
-    raise refuse("LF121", bundle.path, _describe_names(bundle), f"a scheme among {', '.join(SCHEMES.names())}")
-
-
-def _find_named(bundle: Bundle) -> tuple[Scheme, str] | None:
-    """Return the scheme that the bundle names itself, and the evidence; None where others must be asked."""
-    name = "native" if MANIFEST_KEY in bundle.metadata else "peft" if PEFT_TYPE in (bundle.config or {}) else ""
-    scheme = SCHEMES.find(name)
-    if not isinstance(scheme, CertainScheme) or not scheme.is_named(bundle):
-        return None
-    evidence = scheme.detect(bundle)
-    return (scheme, evidence) if evidence is not None else None
-
-
 def open_base(path: Path) -> BaseModel:
     """Index the model at `path`; raises LoraformatError."""
-    head, size = (b"", 0) if isdir(path) else _read_head(path)
+    head, size = (b"", 0) if isdir(path) else read_head(path)
     matching = next((base for _, base in BASES if base.accepts(path, head, size)), None)
     if matching is not None:  # The rest need not be imported.
         return matching.open(path)
@@ -239,7 +191,7 @@ def _refuse_or_open(path: Path, head: bytes, by_suffix: list[BaseFormat]) -> Bas
     described = describe_head(head)
     if described is None and by_suffix:
         return by_suffix[0].open(path)
-    raise _unreadable(path, head, "a model as .onnx, .safetensors, .bin, .pt or .npz")
+    raise refuse_unreadable(path, head, "a model as .onnx, .safetensors, .bin, .pt or .npz")
 
 
 def find_facts(base: BaseModel) -> BaseFacts:
@@ -270,63 +222,8 @@ def is_base(path: Path) -> bool:
     bundle, _ = open_bundle(path)
     if RUNTIME_KEY in bundle.metadata:  # Its inputs for adapters are called as an adapter's tensors are.
         return True
-    known = _recognise(bundle) or recognise_bundle(bundle)
+    known = recognise_names(bundle) or recognise_bundle(bundle)
     if known or any(scheme.detect(bundle) for _, scheme in SCHEMES):
         return False
-    head, size = _read_head(path)
+    head, size = read_head(path)
     return any(base.accepts(path, head, size) for _, base in BASES)
-
-
-def _read_head(path: Path) -> tuple[bytes, int]:
-    file = InputFile(path)
-    try:
-        return file.read(0, min(HEAD_BYTES, file.size_bytes)), file.size_bytes
-    finally:
-        file.close()
-
-
-def _choose_container(path: Path, head: bytes, size: int) -> Container:
-    hint = path.suffix.lower().removeprefix(".") or "-"
-    for name in sorted(CONTAINERS.names(), key=lambda name: not name.startswith(hint)):
-        likely = CONTAINERS.find(name)  # Imports no other where the file is what its name says.
-        if likely is not None and likely.has_magic and likely.sniff(head, size):
-            return likely
-    containers = [container for _, container in CONTAINERS]
-    for container in containers:
-        if container.sniff(head, size):
-            return container
-    for container in containers:  # Its own reader says best what is wrong with a file of its name.
-        if path.suffix.lower() in container.suffixes:
-            return container
-    raise _unreadable(path, head, "an adapter as .safetensors or a PEFT folder")
-
-
-def _unreadable(path: Path, head: bytes, expected: str) -> Exception:
-    described = describe_head(head)
-    if described is None:
-        return refuse("LF121", path, "a file of no known format", expected)
-    return refuse("LF111", path, described.what, expected, described.mend)
-
-
-def recognise_bundle(bundle: Bundle) -> Recognised | None:
-    """Return what the bundle is, where it is an adapter that no weight can hold."""
-    config = bundle.config or {}
-    if MANIFEST_KEY in bundle.metadata or (PEFT_TYPE in config and recognise_config(config)):
-        return None  # Of its own configuration, PEFT's scheme says so.
-    return recognise_config(config) or recognise_tensors(bundle.tensors)
-
-
-def _recognise(bundle: Bundle) -> str | None:
-    """Return what the tensors' names look like, among schemes that this version knows of but does not read."""
-    for ending, what in _KNOWN_ENDINGS:
-        key = next((key for key in bundle.tensors if key == ending or key.endswith((f".{ending}", ending))), None)
-        if key is not None:
-            return f"tensors such as {key}: {what}"
-    return None
-
-
-def _describe_names(bundle: Bundle) -> str:
-    if not bundle.tensors:
-        return "a file without tensors"
-    names = ", ".join(sorted(bundle.tensors)[:3])
-    return _recognise(bundle) or f"{len(bundle.tensors)} tensors such as {names}"

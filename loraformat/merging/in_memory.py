@@ -13,6 +13,7 @@ from loraformat.arguments import (
     EffortOptions,
     HintOptions,
     StateOptions,
+    check_options,
     make_effort,
     read_hints,
     weigh_adapters,
@@ -68,6 +69,7 @@ def merge_state_dict(
     Raises:
         LoraformatError: what `merge` raises; LF831 no state dict, LF106 a tensor whose numbers cannot be had.
     """
+    check_options("merge_state_dict", options, StateOptions)
     base = HeldState(state_dict, read_config(options.get("config")))
     weighted = weigh_adapters(adapters, options, base)
     hints = read_hints(cast(HintOptions, options))

@@ -20,7 +20,7 @@ from loraformat.adapter import Adapter
 from loraformat.base_facts import NO_FACTS
 from loraformat.conversion import list_pairs
 from loraformat.conversion._engine import Rounding, Source, convert_source, find_writer
-from loraformat.loading import choose_scheme
+from loraformat.loading.readers import choose_scheme
 from loraformat.schemes import NOT_STATED, Bundle, StatedScale, WritingScheme
 
 CORPUS = Path(os.environ.get("LORAFORMAT_CORPUS", Path(__file__).parents[3] / "shared" / "corpus"))

@@ -21,7 +21,7 @@ from loraformat.base_facts import NO_FACTS, BaseFacts
 from loraformat.conversion._engine import Converted, Rounding, Source, convert_source, verify_bundle
 from loraformat.derived import find_origins
 from loraformat.errors import LoraformatError
-from loraformat.loading import choose_scheme
+from loraformat.loading.readers import choose_scheme
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, Scheme, StatedScale, WritingScheme, WrittenBundle

@@ -15,7 +15,8 @@ import pytest
 
 from builders import lora_factors, write_config, write_onnx, write_peft, write_tensors
 from loraformat.errors import LoraformatError
-from loraformat.loading import choose_scheme, is_base, load_adapter, open_base, open_bundle
+from loraformat.loading import is_base, load_adapter, open_base, open_bundle
+from loraformat.loading.readers import choose_scheme
 from loraformat.problems import Problem
 from loraformat.rules import check_adapter
 from loraformat.schemes import SCHEMES, StatedScale

@@ -8,7 +8,7 @@ import numpy as np
 
 from laws.scheme_laws import SchemeLaws
 from loraformat.base_facts import NO_FACTS
-from loraformat.loading import choose_scheme
+from loraformat.loading.readers import choose_scheme
 from loraformat.schemes import NOT_STATED, Bundle
 from loraformat.schemes.dotted import SCHEME
 from schemes import modules as m

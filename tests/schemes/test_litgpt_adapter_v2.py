@@ -8,7 +8,7 @@ import numpy as np
 
 from laws.scheme_laws import SchemeLaws
 from loraformat.adapter import SlotKind
-from loraformat.loading import choose_scheme
+from loraformat.loading.readers import choose_scheme
 from loraformat.schemes import NOT_STATED, Bundle
 from loraformat.schemes.litgpt_adapter_v2 import SCHEME
 from schemes import decoders as d
