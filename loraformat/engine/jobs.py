@@ -155,7 +155,7 @@ def deal_jobs(jobs: Sequence[Job], workers: int) -> list[int]:
     Workers that write one file at once would wait for each other.
     """
     ordered = sorted(range(len(jobs)), key=lambda number: jobs[number].order)
-    if len({job.order[0] for job in jobs}) == 1:
+    if workers == 1 or len({job.order[0] for job in jobs}) == 1:
         return ordered
     share = max(1, sum(job.output_bytes for job in jobs) // workers)
     places: dict[int, int] = {}

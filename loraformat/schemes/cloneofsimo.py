@@ -14,6 +14,7 @@ from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, 
 from loraformat.derived import derive
 from loraformat.errors import error_for, refuse
 from loraformat.operations import Reshape
+from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import PIPELINES, Bundle, Holds, StatedScale
 from loraformat.schemes._groups import TOKEN
@@ -41,6 +42,8 @@ class Cloneofsimo:
 
     def detect(self, bundle: Bundle) -> str | None:
         """Recognise numbered names, or a list of pairs."""
+        if MANIFEST_KEY in bundle.metadata:
+            return None
         named = [key for key in bundle.tensors if _NUMBERED.fullmatch(key)]
         if named:
             return f"{len(named)} of {len(bundle.tensors)} tensors are called like {min(named)}"
