@@ -13,8 +13,8 @@ from typing import Final
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.derived import derive
 from loraformat.errors import error_for, refuse
-from loraformat.operations import Reshape
 from loraformat.manifest import MANIFEST_KEY
+from loraformat.operations import Reshape
 from loraformat.problems import Problem
 from loraformat.schemes import PIPELINES, Bundle, Holds, StatedScale
 from loraformat.schemes._groups import TOKEN
