@@ -6,10 +6,11 @@ something has to be said.
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 EXIT_FINDING: Final = 1
 EXIT_INPUT: Final = 3
@@ -52,7 +53,9 @@ def find_reason(code: str) -> Reason:
     return all_reasons()[code]
 
 
-def _source() -> Traversable:
+def _source() -> "Traversable":
     """Return the packaged list, or the checkout's own when the package runs from source."""
+    from importlib.resources import files
+
     packaged = files("loraformat") / "_spec" / "reasons.toml"
     return packaged if packaged.is_file() else Path(__file__).parent.parent / "spec" / "reasons.toml"

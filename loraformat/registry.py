@@ -56,6 +56,10 @@ class Registry(Generic[Member]):
         """Return the names of all members, sorted, without importing any."""
         return tuple(self._locations)
 
+    def list_guests(self) -> tuple[str, ...]:
+        """Return the names of the members that third parties declare, sorted, without importing any."""
+        return tuple(name for name, place in self._locations.items() if not place.startswith(f"{self.package}."))
+
     def find(self, name: str) -> Member | None:
         """Return the member called `name`, importing it, or None: one of the room's modules may hold another sort."""
         location = self._locations.get(name)

@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loraformat.strict_json import parse_json_object
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 _HOLE: Final = re.compile(r"\{(\w+)\}")
 _DIGITS: Final = 9
@@ -216,8 +217,10 @@ def read_renames_file(name: str) -> Mapping[str, Any]:
     return parse_json_object(entry.read_bytes(), entry.name)
 
 
-def _folder() -> Traversable:
+def _folder() -> "Traversable":
     """Return the packaged tables, or the checkout's own when the package runs from source."""
+    from importlib.resources import files
+
     packaged = files("loraformat") / "_spec" / "names"
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "spec" / "names"
 

@@ -81,6 +81,7 @@ def test_third_parties_add_members(room: Room, tmp_path: Path) -> None:
     registry = room(alpha="MEMBER = 1")
     install(tmp_path, "theirs = third_party_module:THING", third_party_module="THING = 4")
     assert registry.names() == ("alpha", "theirs")
+    assert registry.list_guests() == ("theirs",)
     assert "third_party_module" not in sys.modules
     assert registry.find("theirs") == 4
 

@@ -1,4 +1,8 @@
-"""An ONNX graph: a site is a node and its weight input."""
+"""An ONNX graph: a site is a node and its weight input.
+
+What most merges do not ask for is imported where it is: floats in the place of codes, roles and anchors of layers,
+branches.
+"""
 
 import copy
 import re
@@ -19,20 +23,14 @@ from loraformat.bases import (
     WeightFloats,
     name_companion,
 )
-from loraformat.bases._onnx_anchors import find_anchors
-from loraformat.bases._onnx_branchable import BranchableGraph
 from loraformat.bases._onnx_coded import find_ranges
 from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
 from loraformat.bases._onnx_experts import find_experts
-from loraformat.bases._onnx_float_graph import make_float_graph
-from loraformat.bases._onnx_floats import Surgery, join_surgeries, plan_surgery
-from loraformat.bases._onnx_opened_codes import open_codes
 from loraformat.bases._onnx_operands import find_operands
 from loraformat.bases._onnx_packed import expand_packed
 from loraformat.bases._onnx_ranges import Ranges, check_ranges, find_measured, set_ranges
 from loraformat.bases._onnx_scopes import GraphIndex, Visit
 from loraformat.bases._onnx_sites import RawSite, find_sites
-from loraformat.bases._onnx_structure import find_roles
 from loraformat.bases._onnx_traces import Trace
 from loraformat.bases._onnx_weights import list_weight_sites
 from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, open_onnx
@@ -43,6 +41,9 @@ from loraformat.strict_json import JsonValue
 
 if TYPE_CHECKING:
     import onnx
+
+    from loraformat.bases._onnx_branchable import BranchableGraph
+    from loraformat.bases._onnx_floats import Surgery
 
 _FREE_INITIALIZERS: Final = 4
 """The version of the IR from which an initializer need not be an input of the model."""
@@ -134,6 +135,8 @@ class OnnxGraph:
 
     def rewire(self, graph: "onnx.GraphProto", tensors: Set[str]) -> None:
         """Have a main graph, that of the base, read the copies, and compute in floats what reads codes of `tensors`."""
+        from loraformat.bases._onnx_opened_codes import open_codes
+
         apply_edits(graph, ((each, trace.name) for each, trace in self._copies if trace.scope.path == ()))
         open_codes(graph, tensors)
 
@@ -142,7 +145,9 @@ class OnnxGraph:
         found = self._plan_surgery(key)
         return found if isinstance(found, Problem) else found.form
 
-    def _plan_surgery(self, key: str) -> Surgery | Problem:
+    def _plan_surgery(self, key: str) -> "Surgery | Problem":
+        from loraformat.bases._onnx_floats import plan_surgery
+
         weight, found = next(
             (site.weight, raw)
             for raw, site in zip(self._found, self.sites, strict=True)
@@ -163,6 +168,8 @@ class OnnxGraph:
 
     def with_floats(self, floats: Sequence[WeightFloats]) -> "OnnxGraph":
         """Return the graph with initializers of floats in the place of codes, and other nodes for them."""
+        from loraformat.bases._onnx_floats import Surgery, join_surgeries
+
         graph = copy.copy(self)
         surgeries = [found for each in floats if isinstance(found := self._plan_surgery(each.key), Surgery)]
         inputs = {each.name for each in self._opened.model.graph.input}
@@ -171,6 +178,8 @@ class OnnxGraph:
 
     def float_activations(self, graph: "onnx.GraphProto") -> Sequence[MeasuredValue]:
         """Have a main graph leave activations in floats; return whose ranges count."""
+        from loraformat.bases._onnx_float_graph import make_float_graph
+
         known, _ = find_measured(self._index.visits)
         return [value for value in make_float_graph(graph) if value.scale in known]
 
@@ -192,10 +201,14 @@ class OnnxGraph:
 
     def find_roles(self) -> Roles:
         """Return what the linear layers of the main graph do, as far as the flow of values tells."""
+        from loraformat.bases._onnx_structure import find_roles
+
         return find_roles(self._index.visits, find_sites(self._index.visits), self._read_opset())
 
     def find_anchors(self) -> Anchors:
         """Return which linear layers of the main graph work together, and the names that are left beside them."""
+        from loraformat.bases._onnx_anchors import find_anchors
+
         return find_anchors(self._index.visits, find_sites(self._index.visits), self._read_opset())
 
     def _read_opset(self) -> int:
@@ -246,8 +259,10 @@ class OnnxGraph:
     def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
         """Do nothing: protobuf has no checksums."""
 
-    def as_branchable(self) -> BranchableGraph:
+    def as_branchable(self) -> "BranchableGraph":
         """Return the graph as one that run-time branches are put beside."""
+        from loraformat.bases._onnx_branchable import BranchableGraph
+
         return BranchableGraph(self._opened, self._found, self.sites)
 
     def encode_receipt(self, text: str) -> bytes:

@@ -175,9 +175,12 @@ def list_files(adapter: Adapter) -> list[InputFile]:
 def open_base(path: Path) -> BaseModel:
     """Index the model at `path`; raises LoraformatError."""
     head, size = (b"", 0) if isdir(path) else read_head(path)
-    matching = next((base for _, base in BASES if base.accepts(path, head, size)), None)
-    if matching is not None:  # The rest need not be imported.
-        return matching.open(path)
+    hint = path.suffix.lower().removeprefix(".") or "-"
+    names = sorted(BASES.names(), key=lambda name: (isdir(path) != name.endswith("_folder"), not name.startswith(hint)))
+    for name in names:
+        likely = BASES.find(name)  # Imports no other where the model is what its name says.
+        if likely is not None and likely.accepts(path, head, size):
+            return likely.open(path)
     if isdir(path):
         inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".safetensors", ".bin"})
         found = f"a folder with {', '.join(inside[:4]) or 'no model'}"

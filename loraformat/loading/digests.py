@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from loraformat.spans import InputFile
 
 _STEP_BYTES: Final = 16 << 20
@@ -35,11 +38,11 @@ def digest_files(files: Sequence[InputFile]) -> str:
     """Return the SHA-256 of files one behind the other, hexadecimal; LF906 when one no longer has its bytes."""
     digest = hashlib.sha256()
     for file in files:
-        room = memoryview(bytearray(min(_STEP_BYTES, file.size_bytes)))
+        room: NDArray[np.uint8] = np.empty(min(_STEP_BYTES, file.size_bytes), np.uint8)
         for start in range(0, file.size_bytes, _STEP_BYTES):
             part = room[: file.size_bytes - start]
             file.read_into(part, start)
-            digest.update(part)
+            digest.update(part.data)
     return digest.hexdigest()
 
 

@@ -46,10 +46,10 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
     unmergeable = recognise_bundle(bundle)
     if unmergeable is not None:
         raise error_for([unmergeable.as_problem(bundle.path)])
-    sole = _find_named(bundle)
-    if sole is not None:
-        return sole
-    found = [(scheme, evidence) for _, scheme in SCHEMES if (evidence := scheme.detect(bundle)) is not None]
+    named = _find_named(bundle)  # Of ours, no other need be asked then, nor imported.
+    names = SCHEMES.names() if named is None else sorted((named, *SCHEMES.list_guests()))
+    asked = (scheme for name in names if (scheme := SCHEMES.find(name)) is not None)
+    found = [(scheme, evidence) for scheme in asked if (evidence := scheme.detect(bundle)) is not None]
     if len(found) == 1:
         return found[0]
     if found:
@@ -58,14 +58,12 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
     raise refuse("LF121", bundle.path, _describe_names(bundle), f"a scheme among {', '.join(SCHEMES.names())}")
 
 
-def _find_named(bundle: Bundle) -> tuple[Scheme, str] | None:
-    """Return the scheme that the bundle names itself, and the evidence; None where others must be asked."""
+def _find_named(bundle: Bundle) -> str | None:
+    """Return the scheme that the bundle names itself; None where it names none surely."""
     name = "native" if MANIFEST_KEY in bundle.metadata else "peft" if PEFT_TYPE in (bundle.config or {}) else ""
     scheme = SCHEMES.find(name)
-    if not isinstance(scheme, CertainScheme) or not scheme.is_named(bundle):
-        return None
-    evidence = scheme.detect(bundle)
-    return (scheme, evidence) if evidence is not None else None
+    sure = isinstance(scheme, CertainScheme) and scheme.is_named(bundle) and scheme.detect(bundle) is not None
+    return name if sure else None
 
 
 def read_head(path: Path) -> tuple[bytes, int]:

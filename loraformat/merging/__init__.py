@@ -4,10 +4,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Unpack, cast
+from typing import TYPE_CHECKING, Any, Final, Unpack, cast
 
 from loraformat.apply import apply_order, apply_plans
-from loraformat.apply.in_place import merge_in_place
 from loraformat.apply.side_receipt import find_receipt
 from loraformat.arguments import (
     AdapterArgument,
@@ -35,14 +34,16 @@ from loraformat.merging.orders import (
     read_effort,
     read_work,
 )
-from loraformat.merging.unmerging import Undone, take_back, undo_merge
 from loraformat.output_forms import Order
 from loraformat.outputs import output_errors
 from loraformat.plan import Plan, WeightedAdapter
 from loraformat.planning import build_plan
 from loraformat.receipt import Receipt, Statement, read_statement
-from loraformat.resolving import Resolved, resolve_one
-from loraformat.verification import Verification, add_runs, verify_merge
+
+if TYPE_CHECKING:
+    from loraformat.merging.unmerging import Undone
+    from loraformat.resolving import Resolved
+    from loraformat.verification import Verification
 
 _RESOLVING: Final = ("allow_unmatched", "strip_prefix", "ignore_fingerprints")
 
@@ -147,13 +148,15 @@ def merge_into(base: StrPath, adapters: AdapterArguments, **options: Unpack[Merg
         adapters: as in `merge`.
         options: as in `merge`; `keep_undo` keeps the overwritten bytes, so that `unmerge` is exact.
     """
+    from loraformat.apply.in_place import merge_in_place  # here, as below: a plain merge needs none of it
+
     check_options("merge_into", options, MergeOptions)
     opened = open_sound(base)
     weighted = weigh_adapters(adapters, options, opened)
     return merge_in_place(opened, make_order(opened, weighted, opened.path, options), read_work(options))
 
 
-def resolve_targets(base: StrPath, adapter: AdapterArgument, **options: Unpack[ResolveOptions]) -> Resolved:
+def resolve_targets(base: StrPath, adapter: AdapterArgument, **options: Unpack[ResolveOptions]) -> "Resolved":
     """Say which weight of a base each target of an adapter is, and how that is known; nothing is merged.
 
     Args:
@@ -164,6 +167,8 @@ def resolve_targets(base: StrPath, adapter: AdapterArgument, **options: Unpack[R
     Returns:
         The targets with their weights, and problems of those without; what does not resolve is returned, never raised.
     """
+    from loraformat.resolving import resolve_one
+
     check_options("resolve_targets", options, ResolveOptions)
     opened = open_sound(base)
     (item,) = weigh_adapters([adapter], options, opened)
@@ -176,7 +181,7 @@ def verify(
     base: StrPath,
     adapters: AdapterArguments,
     **options: Unpack[VerifyOptions],
-) -> Verification:
+) -> "Verification":
     """Prove that a merged model is its base but for the merged weights, and these what the adapters give.
 
     Args:
@@ -188,6 +193,8 @@ def verify(
     Raises:
         LoraformatError: a model or an adapter that cannot be read, or that no longer makes a plan.
     """
+    from loraformat.verification import add_runs, verify_merge
+
     check_options("verify", options, VerifyOptions)
     opened, proof = open_sound(base), open_sound(merged)
     record = find_receipt(proof)
@@ -219,7 +226,7 @@ def unmerge(
     *,
     adapters: AdapterArguments = (),
     **options: Unpack[MergeOptions],
-) -> Undone:
+) -> "Undone":
     """Undo a merge: exactly, from a journal or from what `keep_undo` kept, or by subtracting the adapters.
 
     Args:
@@ -231,6 +238,8 @@ def unmerge(
     Raises:
         LoraformatError: LF622 nothing to undo it with.
     """
+    from loraformat.merging.unmerging import Undone, take_back, undo_merge
+
     check_options("unmerge", options, MergeOptions)
     place = Path(output) if output is not None else None
     undone = take_back(Path(model).absolute(), place)

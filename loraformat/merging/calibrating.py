@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from loraformat.apply import Work, apply_order
 from loraformat.bases import BaseModel, CalibratedBase
-from loraformat.containers.npz import CONTAINER
 from loraformat.engine import Effort
 from loraformat.errors import error_for, refuse
 from loraformat.loading import open_base
@@ -166,6 +165,8 @@ class Samples:
 
 def _read_samples(data: Path, inputs: set[str]) -> Samples:
     """Return the samples of an `.npz`, whose arrays are those of a graph's inputs."""
+    from loraformat.containers.npz import CONTAINER
+
     opened = CONTAINER.open(data)
     if opened.tensors.keys() != inputs:
         found = f"arrays named {', '.join(sorted(opened.tensors)) or 'nothing'}"

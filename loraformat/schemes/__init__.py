@@ -183,10 +183,10 @@ class FolderScheme(Scheme, Protocol):
 
 @runtime_checkable
 class CertainScheme(Scheme, Protocol):
-    """A scheme that some bundles name themselves, in a way that no other scheme's do."""
+    """A scheme that some bundles name themselves, in a way that those of no other scheme of ours do."""
 
     def is_named(self, bundle: Bundle) -> bool:
-        """Say whether the bundle is surely of this scheme: then no other one is asked, nor imported."""
+        """Say whether the bundle is surely of this scheme: then no other one of ours is asked, nor imported."""
         ...
 
 

@@ -13,6 +13,7 @@ from typing import Final
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.derived import derive
 from loraformat.errors import error_for, refuse
+from loraformat.manifest import MANIFEST_KEY
 from loraformat.operations import Reshape
 from loraformat.problems import Problem
 from loraformat.schemes import PIPELINES, Bundle, Holds, StatedScale
@@ -41,6 +42,8 @@ class Cloneofsimo:
 
     def detect(self, bundle: Bundle) -> str | None:
         """Recognise numbered names, or a list of pairs."""
+        if MANIFEST_KEY in bundle.metadata:
+            return None
         named = [key for key in bundle.tensors if _NUMBERED.fullmatch(key)]
         if named:
             return f"{len(named)} of {len(bundle.tensors)} tensors are called like {min(named)}"

@@ -16,6 +16,7 @@ import numpy as np
 
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts
+from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import DECODERS, Bundle, Holds, StatedScale, WrittenBundle
 from loraformat.schemes._beside import Module
@@ -80,7 +81,7 @@ class _AlphaValue:
 class _Gguf(FiledScheme):
     def detect(self, bundle: Bundle) -> str | None:
         """Recognise the type that the file states, or the names of the tensors."""
-        if bundle.metadata.get("general.type") == '"adapter"':
+        if MANIFEST_KEY not in bundle.metadata and bundle.metadata.get("general.type") == '"adapter"':
             return "general.type is adapter"
         return self.marks.find(bundle)
 

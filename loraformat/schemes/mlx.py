@@ -12,6 +12,7 @@ from functools import partial
 from typing import Final
 
 from loraformat.adapter import Adapter, Factor, ScalingRule, SlotKind, Target
+from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, Holds, Layout, StatedScale
 from loraformat.schemes._experts import EXPERTS_A, EXPERTS_B, is_stack, join_stacks, part_stacks
@@ -92,7 +93,7 @@ class _Mlx(FiledScheme):
 
     def detect(self, bundle: Bundle) -> str | None:
         """Recognise the configuration, or the names of the tensors."""
-        fields = [name for name in _MARKS if name in (bundle.config or {})]
+        fields = [name for name in _MARKS if name in (bundle.config or {}) and MANIFEST_KEY not in bundle.metadata]
         return f"adapter_config.json with {fields[0]}" if fields else self.marks.find(bundle)
 
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:

@@ -24,7 +24,16 @@ from loraformat.errors import LoraformatError
 from loraformat.loading.readers import choose_scheme
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
-from loraformat.schemes import NOT_STATED, SCHEMES, Bundle, Scheme, StatedScale, WritingScheme, WrittenBundle
+from loraformat.schemes import (
+    NOT_STATED,
+    SCHEMES,
+    Bundle,
+    CertainScheme,
+    Scheme,
+    StatedScale,
+    WritingScheme,
+    WrittenBundle,
+)
 
 TESTS = Path(__file__).parents[1] / "schemes"
 
@@ -101,6 +110,19 @@ class SchemeLaws:
         for other, examples in collect_examples().items():
             claimed = [name for name, bundle in examples.items() if self.scheme.detect(bundle)]
             assert not claimed or other == self.scheme.name, (other, claimed)
+
+    def test_what_it_is_sure_of_no_other_scheme_claims(self) -> None:
+        scheme = self.scheme
+        if not isinstance(scheme, CertainScheme):
+            pytest.skip("it is sure of nothing")
+        self.stand_for_scheme()
+        bundles = [bundle for examples in collect_examples().values() for bundle in examples.values()]
+        bundles += [replace(each, config={**(each.config or {}), "peft_type": "LORA"}) for each in bundles]
+        bundles += [replace(each, metadata={**each.metadata, MANIFEST_KEY: "{}"}) for each in bundles]
+        sure = [bundle for bundle in bundles if scheme.is_named(bundle) and scheme.detect(bundle)]
+        assert sure
+        for bundle in sure:
+            assert [name for name, each in SCHEMES if each.detect(bundle)] == [scheme.name], bundle.path
 
     def test_every_scheme_has_examples(self) -> None:
         assert set(collect_examples()) == set(SCHEMES.names())
