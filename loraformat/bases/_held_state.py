@@ -34,7 +34,7 @@ class HeldState(FloatingState):
     format = "state dict"
     suffix = ""
     folder_mark = ""
-    parent_receipt = None
+    parent_receipt: Mapping[str, Any] | None = None
     problems: Sequence[Problem] = ()
 
     def __init__(self, tensors: Mapping[str, Any], config: Mapping[str, JsonValue]) -> None:
