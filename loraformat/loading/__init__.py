@@ -35,6 +35,11 @@ from loraformat.strict_json import JsonValue, parse_json_object
 _BASE_CONFIG: Final = "config.json"
 IN_MEMORY: Final = "adapter in memory"
 """What one is called in messages that was never in a file."""
+_PEFT: Final = "base_model.model."
+_PEFT_ALONE: Final = (
+    "These names are PEFT's, and what kind of adapter they are stands in adapter_config.json: put it beside the file, "
+    "and name the folder."
+)
 _NEED_BASE: Final = frozenset({"LF311", "LF314"})
 """Problems that a base can solve: counts that are not known, and flat names."""
 _KNOWN_ENDINGS: Final = (
@@ -207,7 +212,8 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
     if found:
         readings = "; ".join(f"{scheme.name} ({evidence})" for scheme, evidence in found)
         raise refuse("LF303", bundle.path, readings, "one reading")
-    raise refuse("LF121", bundle.path, _describe_names(bundle), f"a scheme among {', '.join(SCHEMES.names())}")
+    mend = _PEFT_ALONE if _is_peft_alone(bundle) else ""
+    raise refuse("LF121", bundle.path, _describe_names(bundle), f"a scheme among {', '.join(SCHEMES.names())}", mend)
 
 
 def _find_named(bundle: Bundle) -> tuple[Scheme, str] | None:
@@ -218,6 +224,10 @@ def _find_named(bundle: Bundle) -> tuple[Scheme, str] | None:
         return None
     evidence = scheme.detect(bundle)
     return (scheme, evidence) if evidence is not None else None
+
+
+def _is_peft_alone(bundle: Bundle) -> bool:
+    return bundle.config is None and bool(bundle.tensors) and all(key.startswith(_PEFT) for key in bundle.tensors)
 
 
 def open_base(path: Path) -> BaseModel:
