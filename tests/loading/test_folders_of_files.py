@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import lora_factors, write_peft, write_tensors
 
 import loraformat
+from builders import lora_factors, write_peft, write_tensors
 from loraformat.loading import load_adapter
 
 FACTORS = {"layers.0.fc": lora_factors(np.random.default_rng(0), 7, 5, 2)}
