@@ -4,6 +4,7 @@ Records only. Readers of schemes build them, kinds give them meaning, nothing he
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -141,6 +142,11 @@ class Target:
     fingerprint: Fingerprint | None = None
     options: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
 
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        rank = f", rank {self.rank}" if self.rank else ""
+        return f"<Target {self.name!r}: {self.kind} on {self.slot.value}{rank}, scale {self.scale:g}>"
+
     @property
     def scale(self) -> float:
         """The effective multiplier."""
@@ -191,6 +197,16 @@ class Adapter:
     provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     problems: tuple[Problem, ...] = ()
     absorbed: tuple[Factor, ...] = ()
+
+    def __repr__(self) -> str:
+        """Say what it is in one line; `inspect` says all."""
+        kinds = Counter((target.kind, target.rank) for target in self.targets)
+        parts = [f"{count} {kind}{f' of rank {rank}' if rank else ''}" for (kind, rank), count in kinds.most_common(4)]
+        parts += [f"{len(kinds) - 4} kinds and ranks more"] if len(kinds) > 4 else []
+        of = f", for {self.base.name!r}" if self.base.name else ""
+        targets = f"{len(self.targets)} targets ({', '.join(parts)})" if parts else "no targets"
+        name = repr(self.source) if self.source else "in memory"
+        return f"<Adapter {name}: {targets}, {self.parameters} numbers, {self.scheme}{of}>"
 
     @property
     def parameters(self) -> int:

@@ -1,6 +1,6 @@
 """Tensors that lie in memory, of numpy, of torch, and of whatever numpy takes for an array.
 
-What is handed over is never written to. Equal addresses tell which tensors are one and the same, as offsets in a file
+What is handed over is never written to. Equal addresses tell tensors that are one and the same, as offsets in a file
 do.
 """
 
@@ -60,9 +60,10 @@ class HeldArray:
     def read_extent(self) -> NDArray[np.uint8]:
         """Return these bytes: those of the array, not a copy, where it lies in the machine's own memory."""
         if isinstance(self.original, np.ndarray):
-            size = self.extent_bytes // self.original.itemsize
-            steps = (self.original.itemsize,)
-            flat: NDArray[Any] = np.lib.stride_tricks.as_strided(self.original, (size,), steps, writeable=False)
+            width = self.original.itemsize
+            bare = self.original.view(f"V{width}")  # numpy's own function knows no types of others.
+            count = self.extent_bytes // width
+            flat: NDArray[Any] = np.lib.stride_tricks.as_strided(bare, (count,), (width,), writeable=False)
             return flat.view(np.uint8)
         torch = sys.modules["torch"]
         size = self.extent_bytes * 8 // self.dtype.bits

@@ -76,6 +76,10 @@ class DerivedFactor:
     dtype: Dtype
     shape: Shape
 
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        return f"<tensor {self.name!r}: {self.dtype.name} {list(self.shape)}, computed: {self.operation}>"
+
     @property
     def elements(self) -> int:
         """The number of elements."""
@@ -92,6 +96,10 @@ class NewFactor:
 
     name: str
     array: NDArray[Any]
+
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        return f"<tensor {self.name!r}: {self.array.dtype.name} {list(self.shape)}>"
 
     @property
     def dtype(self) -> Dtype:

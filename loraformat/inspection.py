@@ -13,7 +13,7 @@ from loraformat.adapter import Adapter, PartialFactor, Target
 from loraformat.bases import BaseModel, Site
 from loraformat.kinds import KINDS, AdditiveKind, Kind, Nature
 from loraformat.loading import read_adapter
-from loraformat.problems import Problem
+from loraformat.problems import Problem, count_problems
 from loraformat.schemes import StatedScale
 
 
@@ -56,6 +56,10 @@ class AdapterInspection:
     targets: tuple[TargetSummary, ...]
     problems: tuple[Problem, ...]
 
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        return f"<AdapterInspection of {self.adapter!r}: norm {self.norm:.4g}; {count_problems(self.problems)}>"
+
     @property
     def norm(self) -> float:
         """Frobenius norm of all changes together."""
@@ -97,6 +101,11 @@ class BaseInspection:
     """What is in a base."""
 
     base: BaseModel
+
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        path, form, sites = str(self.base.path), self.base.format, len(self.base.sites)
+        return f"<BaseInspection of {path!r}: {form}, {sites} sites; {count_problems(self.problems)}>"
 
     @property
     def problems(self) -> tuple[Problem, ...]:

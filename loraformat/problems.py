@@ -3,7 +3,8 @@
 Rules return `Problem`s; `loraformat.errors.error_for` is the thin wrapper that raises them.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,6 +64,15 @@ class Problem:
             lines.append(f"  mend: {self.advice}")
         # A line break inside a part could forge a line of ours.
         return "\n".join(escape_controls(line).replace("\n", "\\n") for line in lines)
+
+
+def count_problems(problems: Iterable[Problem]) -> str:
+    """Return how many problems of each severity there are, in words: `1 error, 3 notes`."""
+    counts = Counter(problem.severity for problem in problems)
+    words = [
+        f"{counts[each]} {each}{'s' * (counts[each] > 1)}" for each in ("error", "warning", "note") if counts[each]
+    ]
+    return ", ".join(words) or "no problems"
 
 
 _BIDI_MARKS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from loraformat.errors import refuse
 from loraformat.limits import MAX_SAFETENSORS_HEADER_BYTES
-from loraformat.problems import Problem
+from loraformat.problems import Problem, count_problems
 from loraformat.strict_json import as_object, write_canonical
 
 RECEIPT_KEY = "loraformat.receipt"
@@ -88,6 +88,13 @@ class Receipt:
     parent: Mapping[str, Any] | None = None
     room_bytes: int = 0
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        names = ", ".join(repr(each.name) for each in self.adapters)
+        least = min((each.retained for each in self.weights), default=1.0)
+        kept = f"at least {least:.3f} of each change retained; {count_problems(self.problems)}"
+        return f"<Receipt: {names} merged into {len(self.weights)} weights of {self.output!r}; {kept}>"
 
     def embedded_text(self) -> str:
         """Return the JSON text that the merged model carries: nothing in it depends on where files stand."""

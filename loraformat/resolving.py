@@ -8,7 +8,7 @@ from loraformat.bases import BaseModel
 from loraformat.evidence import Hints
 from loraformat.matching import Match, find_expert
 from loraformat.plan import WeightedAdapter
-from loraformat.problems import Problem
+from loraformat.problems import Problem, count_problems
 from loraformat.resolve import gather_clues, resolve
 from loraformat.rules import check_adapter
 
@@ -67,6 +67,10 @@ class Resolved:
 
     targets: tuple[ResolvedTarget, ...]
     problems: tuple[Problem, ...]
+
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        return f"<Resolved: {len(self.targets)} targets with their weights; {count_problems(self.problems)}>"
 
     @property
     def is_whole(self) -> bool:

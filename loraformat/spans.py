@@ -139,6 +139,10 @@ class StoredTensor:
     span: Span
     file: InputFile
 
+    def __repr__(self) -> str:
+        """Say what it is in one line; records of many are printed in notebooks."""
+        return f"<tensor {self.name!r}: {self.dtype.name} {list(self.shape)} in {self.file.path.name}>"
+
     @property
     def elements(self) -> int:
         """The number of elements."""

@@ -18,7 +18,7 @@ from loraformat.kinds import KINDS
 from loraformat.loading import find_facts, is_base, open_base, open_bundle, read_bundle
 from loraformat.loading.adapter_folders import CONFIG_NAME, FACTORS_NAME, FACTORS_NAMES
 from loraformat.loading.readers import choose_scheme
-from loraformat.problems import Problem, Severity
+from loraformat.problems import Problem, Severity, count_problems
 from loraformat.recognition import recognise_config
 from loraformat.resolve import gather_clues, resolve
 from loraformat.rules import check_adapter, is_mergeable, refuse_kind
@@ -65,6 +65,11 @@ class Verdict:
     targets: int
     problems: tuple[Problem, ...]
     file: Path | None = None
+
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        what = f", {self.scheme}, {self.targets} targets" if self.scheme else ""
+        return f"<Verdict on {str(self.path)!r}{what}: {count_problems(self.problems)}>"
 
     @property
     def severity(self) -> Severity | None:

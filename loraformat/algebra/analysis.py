@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from loraformat.problems import Problem
+from loraformat.problems import Problem, count_problems
 
 SIDES: Final = ("input", "output")
 """Right singular directions of A, in the space of what enters; left ones of B, in that of what leaves."""
@@ -161,6 +161,12 @@ class Analysis:
     comparisons: tuple[Comparison, ...]
     base: str
     problems: tuple[Problem, ...]
+
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        on = f" on {self.base!r}" if self.base else ""
+        pairs, said = len(self.comparisons), count_problems(self.problems)
+        return f"<Analysis: {len(self.adapters)} adapters{on}, {pairs} comparisons; {said}; save_page() shows it>"
 
     def as_json(self) -> dict[str, Any]:
         """Return the record for `--json`."""

@@ -73,6 +73,12 @@ class Difference:
     only_second: tuple[str, ...]
     incomparable: tuple[Problem, ...]
 
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        word = "none" if self.is_same else f"{self.relative:.4g} of the first"
+        apart = f"{len(self.only_first)} only in the first, {len(self.only_second)} only in the second"
+        return f"<Difference: {word}; {len(self.shared)} shared, {apart}, {len(self.incomparable)} incomparable>"
+
     @property
     def is_same(self) -> bool:
         """Whether no difference was found."""

@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from loraformat.adapter import Adapter
-from loraformat.problems import Problem
+from loraformat.problems import Problem, count_problems
 
 
 class Outcome(StrEnum):
@@ -71,6 +71,11 @@ class Extraction:
     adapter: Adapter
     parameters: tuple[ExtractedParameter, ...]
     problems: tuple[Problem, ...]
+
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        said = count_problems(self.problems)
+        return f"<Extraction: {self.adapter!r}, of {len(self.parameters)} parameters, error {self.error:.4g}; {said}>"
 
     def count(self) -> dict[str, int]:
         """Return how many parameters had each outcome."""

@@ -29,7 +29,7 @@ from loraformat.algebra.components import PLAIN, Structure, leading_components
 from loraformat.algebra.statistics import Statistics
 from loraformat.bases import BaseModel, Site
 from loraformat.errors import error_for
-from loraformat.problems import Problem
+from loraformat.problems import Problem, count_problems
 
 _PURPOSE: Final = "loraformat-init-1"
 _LISTED: Final = 8
@@ -101,6 +101,10 @@ class Initialisation:
     adapter: Adapter
     method: Method
     problems: tuple[Problem, ...]
+
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        return f"<Initialisation: {self.adapter!r}, {self.method.value}; {count_problems(self.problems)}>"
 
     def as_json(self) -> dict[str, Any]:
         """Return the record for `--json`."""

@@ -14,7 +14,7 @@ from loraformat.conversion._writing import check_outputs, pending_files
 from loraformat.errors import error_for, refuse
 from loraformat.loading import list_files, open_bundle, read_bundle
 from loraformat.loading.readers import choose_scheme
-from loraformat.problems import Problem
+from loraformat.problems import Problem, count_problems
 from loraformat.schemes import (
     SCHEMES,
     Bundle,
@@ -67,6 +67,12 @@ class Conversion:
     account: Account
     problems: tuple[Problem, ...]
     proof: Proof | None = None
+
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        where = f" at {str(self.output)!r}" if self.output is not None else ", planned"
+        moves = f"{self.origin} to {self.scheme}, {self.targets} targets"
+        return f"<Conversion of {str(self.source)!r}: {moves}{where}; {count_problems(self.problems)}>"
 
     def as_json(self) -> dict[str, Any]:
         """Return the record for `--json`."""

@@ -1,6 +1,6 @@
 """What lies in an adapter's folder, and beside a file that is named: the factors, and the configuration."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
@@ -21,11 +21,17 @@ FACTORS_NAMES: Final = (FACTORS_NAME, "adapter_model.bin", "adapter_model.pt")
 _SAVED: Final = ("non_lora_trainables.bin", "non_lora_state_dict.bin", "trainable_params.bin", "vit.safetensors")
 """What scripts call the file beside PEFT's with the modules that they trained whole: LLaVA and those after it, the
 fine-tuning of Qwen-VL, LongLoRA, ms-swift."""
+_SAFE: Final = ".safetensors"
+_LISTED: Final = 6
 _YAML: Final = (".yaml", ".yml")
 
 
 def find_factors(folder: Path) -> Path:
-    """Return the file in a folder that holds the factors; LF121 where there is none, LF209 for what cannot merge."""
+    """Return the file in a folder that holds the factors: one of a known name, or its only safetensors file.
+
+    Raises:
+        LoraformatError: LF121 there is none, or more than one; LF209 for what cannot merge.
+    """
     others = (name for layout in _list_layouts() for name in layout.factors if "*" not in name)
     found = next((name for name in chain(FACTORS_NAMES, others) if (folder / name).exists()), None)
     if found is not None:
@@ -34,8 +40,23 @@ def find_factors(folder: Path) -> Path:
     unmergeable = recognise_files(names) or recognise_config(read_config_beside(folder / FACTORS_NAME) or {})
     if unmergeable is not None:
         raise error_for([unmergeable.as_problem(folder)])
-    inside = ", ".join(names[:6]) or "nothing"
-    raise refuse("LF121", folder, f"a folder with {inside}", f"a folder with {FACTORS_NAME}")
+    alone = [name for name in names if name.lower().endswith(_SAFE) and (folder / name).is_file()]
+    if len(alone) == 1:  # As diffusers, mlx-lm and the hub's users have it, under a name of their own.
+        return folder / alone[0]
+    found = f"a folder with {', '.join(names[:_LISTED])}" if names else "an empty folder"
+    raise refuse(
+        "LF121", folder, found, f"a folder with {FACTORS_NAME}, or with one safetensors file", _advise(folder, alone)
+    )
+
+
+def _advise(folder: Path, files: Sequence[str]) -> str:
+    """Say which of several files or folders below a folder to name; trainers save one below it for each checkpoint."""
+    below = sorted(entry.parent for name in FACTORS_NAMES for entry in folder.glob(f"*/{name}"))
+    choices = [folder / name for name in files] or list(dict.fromkeys(below))
+    if not choices:
+        return ""
+    more = f" and {len(choices) - _LISTED} more" if len(choices) > _LISTED else ""
+    return f"Name the one that you mean: {', '.join(str(choice) for choice in choices[:_LISTED])}{more}."
 
 
 def _list_layouts() -> Iterator[Layout]:

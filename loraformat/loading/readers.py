@@ -11,6 +11,11 @@ from loraformat.schemes import SCHEMES, Bundle, CertainScheme, Scheme
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile
 
+_PEFT: Final = "base_model.model."
+_PEFT_ALONE: Final = (
+    "These names are PEFT's, and what kind of adapter they are stands in adapter_config.json: put it beside the file, "
+    "and name the folder."
+)
 _KNOWN_ENDINGS: Final = (
     ("lora_down.weight", "kohya's scheme"),
     ("_lora.down.weight", "the oldest scheme of diffusers"),
@@ -55,7 +60,8 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
     if found:
         readings = "; ".join(f"{scheme.name} ({evidence})" for scheme, evidence in found)
         raise refuse("LF303", bundle.path, readings, "one reading")
-    raise refuse("LF121", bundle.path, _describe_names(bundle), f"a scheme among {', '.join(SCHEMES.names())}")
+    mend = _PEFT_ALONE if _is_peft_alone(bundle) else ""
+    raise refuse("LF121", bundle.path, _describe_names(bundle), f"a scheme among {', '.join(SCHEMES.names())}", mend)
 
 
 def _find_named(bundle: Bundle) -> str | None:
@@ -64,6 +70,10 @@ def _find_named(bundle: Bundle) -> str | None:
     scheme = SCHEMES.find(name)
     sure = isinstance(scheme, CertainScheme) and scheme.is_named(bundle) and scheme.detect(bundle) is not None
     return name if sure else None
+
+
+def _is_peft_alone(bundle: Bundle) -> bool:
+    return bundle.config is None and bool(bundle.tensors) and all(key.startswith(_PEFT) for key in bundle.tensors)
 
 
 def read_head(path: Path) -> tuple[bytes, int]:

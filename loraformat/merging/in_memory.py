@@ -49,6 +49,10 @@ class MergedState:
     receipt: Receipt
     config_changes: Mapping[str, JsonValue]
 
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        return f"<MergedState: {len(self.tensors)} tensors; {self.receipt!r}>"
+
 
 def merge_state_dict(
     state_dict: Mapping[str, Any], adapters: AdapterArguments, **options: Unpack[StateOptions]

@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 from loraformat.adapter import Adapter
 from loraformat.bases import WeightCopy, WeightFloats
 from loraformat.plan.weights import PlannedWeight
-from loraformat.problems import Problem
+from loraformat.problems import Problem, count_problems
 from loraformat.strict_json import JsonValue, as_object, write_canonical
 
 SHARE: Final = "share"
@@ -69,6 +69,15 @@ class Plan:
     config_changes: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
     rewritten: bool = False
     options: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        names = ", ".join(
+            f"{each.name!r}" + (f" * {each.weight:g}" if each.weight != 1 else "") for each in self.adapters
+        )
+        said = count_problems(self.problems)
+        whose = self.base["name"]
+        return f"<Plan: {names} into {len(self.weights)} weights of {whose!r}, to {str(self.output)!r}; {said}>"
 
     @property
     def copies(self) -> list[WeightCopy]:

@@ -32,7 +32,7 @@ from loraformat.output_forms import (
 )
 from loraformat.plan import Plan
 from loraformat.plan.weights import PlannedWeight
-from loraformat.problems import Problem
+from loraformat.problems import Problem, count_problems
 from loraformat.receipt import read_statement
 from loraformat.spans import InputFile, StoredTensor
 from loraformat.verification.receipts import check_receipt
@@ -58,6 +58,11 @@ class Verification:
     compared_bytes: int
     problems: tuple[Problem, ...]
     runs: tuple[RunResult, ...] = ()
+
+    def __repr__(self) -> str:
+        """Say what it is in one line."""
+        word, said = "holds" if self.holds else "does not hold", count_problems(self.problems)
+        return f"<Verification of {str(self.merged)!r}: {word}; {self.weights} weights computed once more; {said}>"
 
     @property
     def holds(self) -> bool:
