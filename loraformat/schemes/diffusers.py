@@ -103,7 +103,7 @@ def _component(target: str) -> str:
 
 class _Diffusers(TableScheme):
     def detect(self, bundle: Bundle) -> str | None:
-        """Recognise the components, a model's own annotation beside names alone, or a transformer's names in a table."""
+        """Recognise the components, the annotation beside names alone, or a transformer's names in a table."""
         marked = self.marks.find(bundle)
         if marked or MANIFEST_KEY in bundle.metadata:
             return marked

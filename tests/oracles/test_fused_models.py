@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
 
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 HEADS: Mapping[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
 STACKS: Mapping[str, Any] = {"num_layers": 2, "num_single_layers": 2}
@@ -160,3 +160,26 @@ def test_a_merge_is_what_fusing_gives(name: str, tmp_path: Path) -> None:
         loraformat.convert(adapter, scheme, other, base=base)
         loraformat.merge(base, [other], tmp_path / scheme, warn_retained=0.0, min_retained=0.0)
         compare(tmp_path / scheme, expected)
+
+
+def test_differences_of_every_parameter(tmp_path: Path) -> None:
+    """An extraction of Wan under its original names: modulations of three axes, norms, kernels, biases."""
+    from loraformat.spellings import all_tables
+
+    torch.manual_seed(2)
+    model = MODELS["wan"]()
+    model.save_pretrained(tmp_path / "base")
+    (table,) = (table for table in all_tables() if table.name == "wan-transformer")
+    paths = [(row.paths["native"][0], row.paths["diffusers"][0]) for row in table.rows]
+    original = {theirs.format(i=block): native.format(i=block) for native, theirs in paths for block in range(2)}
+    differences, expected = {}, {}
+    for name, weight in model.state_dict().items():
+        module, _, parameter = name.rpartition(".")
+        native = original.get(name) or original[module]
+        key = f"diffusion_model.{native}.{'diff_b' if parameter == 'bias' else 'diff'}"
+        differences[key] = torch.randn_like(weight) / 8
+        expected[name] = weight + differences[key]
+    assert {len(each.shape) for each in differences.values()} == {1, 2, 3, 5}
+    save_file(differences, tmp_path / "differences.safetensors")
+    loraformat.merge(tmp_path / "base", [tmp_path / "differences.safetensors"], tmp_path / "merged")
+    compare(tmp_path / "merged", expected)
