@@ -66,7 +66,7 @@ class TestDottedKnown(TestDotted):
     def examples(self) -> Mapping[str, Bundle]:
         mochi = {"blocks.0.attn.qkv_x": (18, 5), "blocks.1.attn.proj_x": (6, 5), "blocks.0.mlp_x.w1": (16, 5)}
         lokr = {
-            f"transformer.transformer_blocks.0.attn1.to_q.{role}": np.ones(shape)
+            f"transformer.layers.0.self_attention.to_q.{role}": np.ones(shape)
             for role, shape in (("lokr_w1", (3, 2)), ("lokr_w2", (6, 4)), ("alpha", ()))
         }
         differences = {
@@ -80,7 +80,7 @@ class TestDottedKnown(TestDotted):
             "DiffSynth's Wan": bundle_of(m.lora(m.WAN_NATIVE, "lora_A.default.weight", "lora_B.default.weight")),
             "DiffSynth's FLUX": bundle_of(m.lora(m.behind("pipe.dit.", diffsynth), A, B)),
             "LoKr under diffusers' names": bundle_of(m.tensors(lokr)),
-            "Ideogram": bundle_of(m.lora({"conditional_transformer.layers.0.attention.o": (6, 5)}, A, B)),
+            "Ideogram 4": bundle_of(m.lora({"conditional_transformer.layers.0.attention.o": (6, 5)}, A, B)),
             "LightX2V": bundle_of(m.tensors(differences)),
         }
 
