@@ -24,14 +24,21 @@ _MATRIX: Final[Mapping[SlotKind, bool]] = {
     SlotKind.LINEAR_TRANSPOSED: True,
     SlotKind.PARAMETER: False,
 }
+_TABLE: Final[Mapping[SlotKind, bool]] = {SlotKind.CONV: False, SlotKind.PARAMETER: False}
 _ATTENTION: Final = {"in_proj_weight": "weight", "in_proj_bias": "bias"}
 """Parameters of torch's MultiheadAttention that an adapter of the module itself changes."""
 _PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
 """What its parts are called where they are modules."""
 
 
-def list_other_sites(own: Sequence[Site], config: Mapping[str, JsonValue]) -> list[Site]:
-    """Return what the sites of whole tensors offer besides themselves."""
+def list_other_sites(own: Sequence[Site], alone: Sequence[Site], config: Mapping[str, JsonValue]) -> list[Site]:
+    """Return what the sites of whole tensors offer besides themselves.
+
+    Args:
+        own: sites of tensors that belong to a module.
+        alone: those of the model's own parameters, which can only be called by their whole names.
+        config: transformers' `config.json`, empty where there is none.
+    """
     stored = [site for site in own if site.weight is not None and not site.evidence.startswith("tie")]
     return [
         *_list_members(stored, config),
@@ -39,7 +46,7 @@ def list_other_sites(own: Sequence[Site], config: Mapping[str, JsonValue]) -> li
         *_list_projections(stored),
         *_list_fused(stored),
         *_list_experts(stored, config),
-        *_list_parameters(stored),
+        *_list_parameters([*stored, *(site for site in alone if site.weight is not None)]),
     ]
 
 
@@ -163,7 +170,10 @@ def _family_of(config: Mapping[str, JsonValue]) -> JsonValue:
 
 
 def _list_parameters(sites: Sequence[Site]) -> Iterator[Site]:
-    """Yield matrices that are parameters of their own under their whole names, and attention's under its module's."""
+    """Yield parameters that are no module's weight under their whole names, and attention's under its module's.
+
+    These are matrices, and tables of several axes for all rows alike: the modulations of Wan are `(1, 6, dim)`.
+    """
     modules = {(site.module, site.parameter) for site in sites}
     for site in sites:
         if site.parameter in _PARAMETERS:
@@ -171,6 +181,8 @@ def _list_parameters(sites: Sequence[Site]) -> Iterator[Site]:
         alias = _ATTENTION.get(site.parameter, "")
         if not alias and len(site.stored_shape()) == 2:
             yield replace(site, module=site.id, parameter="weight", transposed=_MATRIX)
+        elif not alias and len(site.stored_shape()) > 2 and site.stored_shape()[0] == 1:
+            yield replace(site, module=site.id, parameter="weight", transposed=_TABLE)
         elif alias and (site.module, alias) not in modules:
             orientation = _MATRIX if alias == "weight" else site.transposed
             yield replace(site, parameter=alias, evidence="torch's MultiheadAttention", transposed=orientation)

@@ -72,10 +72,10 @@ def list_sites(tensors: Collection[StoredTensor], config: Mapping[str, JsonValue
     own += [_make_coded_site(name, each, weights.get(name), names) for name, each in coded.found.items()]
     own += [Site(module, module, TENSOR_NAME, _MATRIX, None, obstacle=why) for module, why in list_unknown(coded)]
     own = tie_sites(own, config)
-    # A parameter of the model itself is a site only under a name that says of which module it is.
+    # A parameter of the model itself is a site only under a name that says of which module it is, or its whole one.
     bare = [_make_site(tensor, weights.get(tensor.name), config, names) for tensor in tensors if _is_bare(tensor)]
     own += list_renamed_sites([*own, *bare], config)
-    return own + list_other_sites(own, config)
+    return own + list_other_sites(own, bare, config)
 
 
 def read_codes(tensors: Iterable[StoredTensor], config: Mapping[str, JsonValue]) -> CodedState:

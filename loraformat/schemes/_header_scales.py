@@ -36,7 +36,7 @@ def read_adapter_metadata(bundle: Bundle) -> dict[str, PeftConfig]:
     parts: dict[str, dict[str, JsonValue]] = {}
     for name, value in fields.items():
         component, dot, field = name.rpartition(".")
-        for each in (component,) if dot else COMPONENTS:
+        for each in (component,) if dot else ("", *COMPONENTS):
             parts.setdefault(each, {})[field] = value
     return {component: PeftConfig(each, where, True) for component, each in parts.items()}
 

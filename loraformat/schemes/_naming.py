@@ -144,13 +144,17 @@ class ComponentNaming:
         """Return prefix to component: as the table of the denoiser has it, else the scheme's own default."""
         stated = dict(self.prefixes)
         for prefix, found in readings.items():
-            best = _whole(found)
-            if best and best[0].table.components[0] in DENOISERS:
-                names = best[0].table.schemes.get(self.names)
+            best = next((each.table for each in _whole(found) if DENOISERS.intersection(each.table.components)), None)
+            if best is not None and self._is_of_denoiser(prefix):
+                names = best.schemes.get(self.names)
                 stated |= names.prefixes if names else {}
                 if self.prefixes.get(prefix, "") in ("", "diffusion_model"):
-                    stated[prefix] = best[0].table.components[0]
+                    stated[prefix] = best.components[0]
         return {prefix: stated.get(prefix, "") for prefix in readings}
+
+    def _is_of_denoiser(self, prefix: str) -> bool:
+        component = self.prefixes.get(prefix, "")
+        return component in DENOISERS or not component
 
     def _unflatten(
         self, prefix: str, paths: Mapping[str, str], readings: Sequence[Reading], facts: BaseFacts, result: NamesRead

@@ -36,6 +36,10 @@ _TRANSFORMER: Final = (
     r"|proj_(?:in|out)|norm_out|img_in|txt_in|adaln_single|caption_projection|time_text_embed|condition_embedder"
     r"|(?:x|context|patch|pos|time|token)_?\w*embed\w*)(?=\.)"
 )
+_ALONE: Final = re.compile(
+    r"(?!base_model\.|diffusion_model\.|conditional_transformer\.|text_encoders\.|lora_|lycoris_)"
+    r".*\.lora_(?:[AB](?:\.[^.]+)?\.(?:weight|bias)|magnitude_vector(?:\.weight)?)$"
+)
 _OF_TRANSFORMER: Final = re.compile(
     r"transformer\..*\.(?:lora_[AB]\.(?:[^.]+\.)?(?:weight|bias)|lora\.(?:down|up)\.weight|alpha)$"
 )
@@ -99,10 +103,14 @@ def _component(target: str) -> str:
 
 class _Diffusers(TableScheme):
     def detect(self, bundle: Bundle) -> str | None:
-        """Recognise the components, or a transformer's names that a table has."""
+        """Recognise the components, the annotation beside names alone, or a transformer's names in a table."""
         marked = self.marks.find(bundle)
-        if marked or MANIFEST_KEY in bundle.metadata or not all(map(_OF_TRANSFORMER.match, bundle.tensors)):
+        if marked or MANIFEST_KEY in bundle.metadata:
             return marked
+        if ADAPTER_METADATA in bundle.metadata and all(map(_ALONE.match, bundle.tensors)):
+            return f"the annotation {ADAPTER_METADATA}, and names without a component"
+        if not all(map(_OF_TRANSFORMER.match, bundle.tensors)):
+            return None
         known = find_model(bundle, "transformer.")
         return str(known) if known else None
 

@@ -11,6 +11,7 @@ from typing import Final
 from loraformat.adapter import SlotKind
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.schemes import LORA_SLOTS, PIPELINES, Bundle, Holds
+from loraformat.schemes._header_scales import ADAPTER_METADATA
 from loraformat.schemes._known_names import find_model
 from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS, LycorisScheme
 from loraformat.schemes._marks import BARE, BARE_TENSOR, BUNDLED_KEYS, NOISE, Alias, Marks
@@ -41,7 +42,8 @@ class _Dotted(LycorisScheme):
     def detect(self, bundle: Bundle) -> str | None:
         """Recognise the prefixes, or names alone that a table has of a pipeline's model."""
         marked = self.marks.find(bundle)
-        if marked or MANIFEST_KEY in bundle.metadata or any(map(_BARE.match, bundle.tensors)):
+        others = {MANIFEST_KEY, ADAPTER_METADATA} & set(bundle.metadata)
+        if marked or others or any(map(_BARE.match, bundle.tensors)):
             return marked
         known = find_model(bundle)
         return str(known) if known else None

@@ -396,6 +396,8 @@ def main() -> None:
         schemes=sdxl,
     )
     kohya = {"lora_unet": "transformer", "lora_te1": "text_encoder", "lora_te3": "text_encoder_2"}
+    flux1 = schemes("bfl", kohya, comfy("transformer", SECOND_T5)) | {"omi": {"spelling": "omi"}}
+    flux1["dotted"]["also"] = ["diffsynth"]
     table(
         "flux1-transformer",
         "FLUX.1, Chroma",
@@ -404,7 +406,7 @@ def main() -> None:
         widths=[3072, 12288, 15360],
         depths=two_stacks(19, 38),
         classes=["FluxTransformer2DModel", "ChromaTransformer2DModel"],
-        schemes=schemes("bfl", kohya, comfy("transformer", SECOND_T5)) | {"omi": {"spelling": "omi"}},
+        schemes=flux1,
     )
     kohya = {"lora_unet": "transformer", **{f"lora_te{n}": e for n, e in enumerate(ENCODERS, 1)}}
     table(

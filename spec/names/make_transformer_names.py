@@ -521,7 +521,7 @@ def main() -> None:
     write(
         "ideogram4-transformer",
         "Ideogram 4",
-        ideogram4(),
+        fused_aspect(ideogram4(), [3, 1]),
         "Ideogram4Transformer2DModel",
         schemes("native", "diffusers"),
     )

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from laws.scheme_laws import SchemeLaws
 from loraformat.base_facts import NO_FACTS
@@ -59,6 +60,35 @@ class TestDotted(SchemeLaws):
             assert set(converted.written.tensors) - alphas == set(bundle.tensors), name
 
 
+class TestDottedKnown(TestDotted):
+    """Files without a prefix, or with one of a trainer's, known by the names of a model that a table has."""
+
+    def examples(self) -> Mapping[str, Bundle]:
+        mochi = {"blocks.0.attn.qkv_x": (18, 5), "blocks.1.attn.proj_x": (6, 5), "blocks.0.mlp_x.w1": (16, 5)}
+        lokr = {
+            f"transformer.layers.0.self_attention.to_q.{role}": np.ones(shape)
+            for role, shape in (("lokr_w1", (3, 2)), ("lokr_w2", (6, 4)), ("alpha", ()))
+        }
+        differences = {
+            "diffusion_model.blocks.0.diff_m": np.ones((1, 6, 5), np.float32),
+            "diffusion_model.blocks.0.norm3.diff": np.ones(5, np.float32),
+            "diffusion_model.blocks.0.norm3.diff_b": np.ones(5, np.float32),
+        }
+        diffsynth = {"blocks.0.attn.a_to_qkv": (18, 5), "single_blocks.3.to_qkv_mlp": (42, 5)}
+        return {
+            "Mochi": bundle_of(m.lora(mochi, "lora_A", "lora_B")),
+            "DiffSynth's Wan": bundle_of(m.lora(m.WAN_NATIVE, "lora_A.default.weight", "lora_B.default.weight")),
+            "DiffSynth's FLUX": bundle_of(m.lora(m.behind("pipe.dit.", diffsynth), A, B)),
+            "LoKr under diffusers' names": bundle_of(m.tensors(lokr)),
+            "Ideogram 4": bundle_of(m.lora({"conditional_transformer.layers.0.attention.o": (6, 5)}, A, B)),
+            "LightX2V": bundle_of(m.tensors(differences)),
+        }
+
+    def test_written_again_it_is_the_same_file(self) -> None:
+        for name, bundle, _, converted in self.write_examples():
+            assert set(converted.written.tensors) == set(bundle.tensors), name
+
+
 class TestDottedBare(TestDotted):
     unmergeable = frozenset({"LF209", "LF202"})  # A norm's `scale` is a parameter that no kind replaces yet.
 
@@ -92,3 +122,32 @@ def test_a_model_that_no_table_has_keeps_its_names() -> None:
     adapter = SCHEME.read(bundle, NOT_STATED)
     assert [target.name for target in adapter.targets] == ["diffusion_model.blocks.0.mixer.layer1"]
     assert set(SCHEME.write(adapter, NO_FACTS).tensors) == set(bundle.tensors)
+
+
+@pytest.mark.parametrize(
+    ("role", "shape", "stored"),
+    [
+        ("dora_scale", (6, 1), "lora_magnitude_vector"),
+        ("dora_scale", (6,), "lora_magnitude_vector"),
+        ("dora_scale", (1, 5), "dora_scale"),
+        ("magnitude", (6,), "lora_magnitude_vector"),
+        ("lora_magnitude_vector", (6,), "lora_magnitude_vector"),
+        ("lora_magnitude_vector.weight", (6,), "lora_magnitude_vector"),
+        ("lora_magnitude_vector.default.weight", (6,), "lora_magnitude_vector"),
+    ],
+)
+def test_magnitudes_in_every_spelling(role: str, shape: tuple[int, ...], stored: str) -> None:
+    name = f"{BEHIND}blocks.0.self_attn.q"
+    tensors = m.lora({name: (6, 5)}, A, B) | m.tensors({f"{name}.{role}": np.ones(shape, np.float32)})
+    (target,) = SCHEME.read(bundle_of(tensors), NOT_STATED).targets
+    assert (target.kind, sorted(set(target.factors) - {A, B})) == ("dora", [stored])
+
+
+def test_the_conditioner_of_anima_is_a_component_of_its_own() -> None:
+    names = {f"{BEHIND}blocks.0.self_attn.q_proj": (6, 5), f"{BEHIND}llm_adapter.blocks.0.self_attn.q_proj": (6, 5)}
+    adapter = SCHEME.read(bundle_of(m.lora(names, A, B)), NOT_STATED)
+    assert [target.name for target in adapter.targets] == [
+        "text_conditioner.blocks.0.self_attn.q_proj",
+        "transformer.blocks.0.self_attn.q_proj",
+    ]
+    assert set(SCHEME.write(adapter, NO_FACTS).tensors) == {f"{name}.{role}" for name in names for role in (A, B)}

@@ -51,7 +51,10 @@ class TestFal(SchemeLaws):
 
     def examples(self) -> Mapping[str, Bundle]:
         return {
-            "Kontext": bundle_of(m.lora(m.behind("base_model.model.", m.FLUX_BFL), "lora_A.weight", "lora_B.weight"))
+            "Kontext": bundle_of(m.lora(m.behind("base_model.model.", m.FLUX_BFL), "lora_A.weight", "lora_B.weight")),
+            "Krea 2": bundle_of(
+                m.lora({"base_model.model.blocks.0.attn.wq": (6, 5)}, "lora_A.weight", "lora_B.weight")
+            ),
         }
 
 

@@ -69,7 +69,19 @@ class TestKohya(SchemeLaws):
         sdxl = m.flat("lora_unet", m.SDXL_SGM) | m.flat("lora_te1", m.CLIP) | m.flat("lora_te2", m.CLIP)
         flux = m.flat("lora_unet", m.FLUX_BFL) | m.flat("lora_te1", m.CLIP) | m.flat("lora_te3", m.T5)
         dora = payload(TO_Q, {DOWN: (2, 5), UP: (8, 2), "dora_scale": (8, 1), "alpha": ()})
+        oft = {"oft_blocks": (2, 4, 4), "alpha": ()}
+        parts = {"oft_blocks.0": (2, 3, 3), "alpha": ()}
         return {
+            "OFT of sd-scripts": bundle_of(payload("oft_unet_" + TO_Q.removeprefix("lora_unet_"), oft)),
+            "OFT of sd-scripts, FLUX": bundle_of(payload("oft_unet_double_blocks_0_img_attn_proj", parts)),
+            "Z-Image, dots": bundle_of(
+                m.lora({"lora_unet_layers_0_attention_to_q": (6, 5)}, "lora.down.weight", "lora.up.weight")
+            ),
+            "HunyuanVideo of musubi": bundle_of(
+                m.lora(
+                    {f"lora_unet_double_blocks_0_{each}": (24, 5) for each in ("img_attn_qkv", "img_mlp_fc1")}, DOWN, UP
+                )
+            ),
             "Stable Diffusion 1.5": bundle_of(m.lora(sd1, DOWN, UP, alpha=1.0), ss_network_dim="2"),
             "Stable Diffusion XL": bundle_of(m.lora(sdxl, DOWN, UP, alpha=4, dtype=np.float16)),
             "FLUX.1, bfloat16": bundle_of(m.lora(flux, DOWN, UP, alpha=10.67, dtype=m.BFLOAT16)),
