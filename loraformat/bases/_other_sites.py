@@ -26,6 +26,8 @@ _MATRIX: Final[Mapping[SlotKind, bool]] = {
 }
 _ATTENTION: Final = {"in_proj_weight": "weight", "in_proj_bias": "bias"}
 """Parameters of torch's MultiheadAttention that an adapter of the module itself changes."""
+_WRAPPED: Final = ".base_layer"
+"""What PEFT calls a module that it wraps; checkpoints may have it, of models that bring adapters along (Phi-4)."""
 _PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
 """What its parts are called where they are modules."""
 
@@ -34,6 +36,7 @@ def list_other_sites(own: Sequence[Site], config: Mapping[str, JsonValue]) -> li
     """Return what the sites of whole tensors offer besides themselves."""
     stored = [site for site in own if site.weight is not None and not site.evidence.startswith("tie")]
     return [
+        *_list_wrapped(stored),
         *_list_members(stored, config),
         *_list_chunks(stored, config),
         *_list_projections(stored),
@@ -41,6 +44,15 @@ def list_other_sites(own: Sequence[Site], config: Mapping[str, JsonValue]) -> li
         *_list_experts(stored, config),
         *_list_parameters(stored),
     ]
+
+
+def _list_wrapped(sites: Sequence[Site]) -> Iterator[Site]:
+    """Yield modules that were stored within PEFT's wrapper under their own names."""
+    stored = {site.module for site in sites}
+    for site in sites:
+        name = site.module.removesuffix(_WRAPPED)
+        if name != site.module and name not in stored and site.parameter in _PARAMETERS:
+            yield replace(site, module=name, evidence="PEFT's base_layer", free_bias="")
 
 
 def _list_members(sites: Sequence[Site], config: Mapping[str, JsonValue]) -> Iterator[Site]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import chain
+from os.path import isfile
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,10 @@ FACTORS_NAMES: Final = (FACTORS_NAME, "adapter_model.bin", "adapter_model.pt")
 _SAVED: Final = ("non_lora_trainables.bin", "non_lora_state_dict.bin", "trainable_params.bin", "vit.safetensors")
 """What scripts call the file beside PEFT's with the modules that they trained whole: LLaVA and those after it, the
 fine-tuning of Qwen-VL, LongLoRA, ms-swift."""
+_TENSORS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_OF_THE_RUN: Final = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "training_args.bin", "rng_state.pth", *_SAVED)
+"""Files of tensors and states that transformers' Trainer and scripts leave beside an adapter."""
+_LISTED: Final = 4
 _YAML: Final = (".yaml", ".yml")
 
 
@@ -31,11 +36,24 @@ def find_factors(folder: Path) -> Path:
     if found is not None:
         return folder / found
     names = sorted(entry.name for entry in folder.iterdir())
+    alone = _find_alone(folder)
+    if alone is not None:
+        return alone
     unmergeable = recognise_files(names) or recognise_config(read_config_beside(folder / FACTORS_NAME) or {})
     if unmergeable is not None:
         raise error_for([unmergeable.as_problem(folder)])
     inside = ", ".join(names[:6]) or "nothing"
-    raise refuse("LF121", folder, f"a folder with {inside}", f"a folder with {FACTORS_NAME}")
+    below = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG_NAME}"))[:_LISTED]
+    mend = f"Adapters lie in the folders inside it: name one, such as {below[-1]}." if below else ""
+    raise refuse("LF121", folder, f"a folder with {inside}", f"a folder with {FACTORS_NAME}", mend)
+
+
+def _find_alone(folder: Path) -> Path | None:
+    """Return the one file of tensors beside PEFT's configuration, whatever it is called, in a folder of no model."""
+    if not (folder / CONFIG_NAME).is_file() or (folder / "config.json").exists():
+        return None
+    found = [entry for entry in folder.iterdir() if entry.suffix in _TENSORS and entry.name not in _OF_THE_RUN]
+    return found[0] if len(found) == 1 else None
 
 
 def _list_layouts() -> Iterator[Layout]:
@@ -54,7 +72,7 @@ def list_saved_beside(factors: Path) -> list[Path]:
 def read_config_beside(factors: Path) -> Mapping[str, JsonValue] | None:
     """Return the configuration beside a name that a scheme has; beside any other it may belong to another file."""
     fitting = (each for each in _list_layouts() if any(fnmatchcase(factors.name, name) for name in each.factors))
-    own = factors.name in FACTORS_NAMES
+    own = factors.name in FACTORS_NAMES or (isfile(factors) and _find_alone(factors.parent) == factors)
     names = (CONFIG_NAME,) if own else tuple(name for layout in fitting for name in layout.configs)
     paths = [factors.with_name(name) for name in dict.fromkeys(names)]
     found = [_parse_config(path) for path in paths if path.exists()]
