@@ -190,6 +190,15 @@ def test_a_module_that_transformers_renames_and_splits(
     assert f"{members[0]} weight" not in sites_of(tmp_path / "other", {"model_type": "bert"}, **names)
 
 
+def test_packed_experts_that_the_family_calls_otherwise(tmp_path: Path) -> None:
+    """Granite stores them as the weight of a module, of which transformers makes a parameter."""
+    names = {"m__block_sparse_moe__input_linear__weight": (2, 6, 4)}
+    found = sites_of(tmp_path / "x", {"model_type": "granitemoe"}, **names)
+    parts = [site.part for site in found["m.block_sparse_moe.experts.1.gate_up_proj weight"] if site.part]
+    assert parts[0] == Part((12, 4), (6, 12, 1), (0, 4, 1))
+    assert "m.block_sparse_moe.experts.1.gate_up_proj weight" not in sites_of(tmp_path / "y", {}, **names)
+
+
 def test_a_module_that_was_stored_in_its_wrapper(tmp_path: Path) -> None:
     """Phi-4-multimodal has its two adapters in the checkpoint, and the base of each module beside them."""
     shapes = {"a__qkv_proj__base_layer__weight": (6, 4), "a__qkv_proj__lora_A__vision__weight": (2, 4)}
