@@ -27,6 +27,8 @@ _MATRIX: Final[Mapping[SlotKind, bool]] = {
 _TABLE: Final[Mapping[SlotKind, bool]] = {SlotKind.CONV: False, SlotKind.PARAMETER: False}
 _ATTENTION: Final = {"in_proj_weight": "weight", "in_proj_bias": "bias"}
 """Parameters of torch's MultiheadAttention that an adapter of the module itself changes."""
+_WRAPPED: Final = ".base_layer"
+"""What PEFT calls a module that it wraps; checkpoints may have it, of models that bring adapters along (Phi-4)."""
 _PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj")
 """What its parts are called where they are modules."""
 
@@ -41,6 +43,7 @@ def list_other_sites(own: Sequence[Site], alone: Sequence[Site], config: Mapping
     """
     stored = [site for site in own if site.weight is not None and not site.evidence.startswith("tie")]
     return [
+        *_list_wrapped(stored),
         *_list_members(stored, config),
         *_list_chunks(stored, config),
         *_list_projections(stored),
@@ -48,6 +51,15 @@ def list_other_sites(own: Sequence[Site], alone: Sequence[Site], config: Mapping
         *_list_experts(stored, config),
         *_list_parameters([*stored, *(site for site in alone if site.weight is not None)]),
     ]
+
+
+def _list_wrapped(sites: Sequence[Site]) -> Iterator[Site]:
+    """Yield modules that were stored within PEFT's wrapper under their own names."""
+    stored = {site.module for site in sites}
+    for site in sites:
+        name = site.module.removesuffix(_WRAPPED)
+        if name != site.module and name not in stored and site.parameter in _PARAMETERS:
+            yield replace(site, module=name, evidence="PEFT's base_layer", free_bias="")
 
 
 def _list_members(sites: Sequence[Site], config: Mapping[str, JsonValue]) -> Iterator[Site]:
@@ -151,7 +163,8 @@ def _list_fused(sites: Sequence[Site]) -> Iterator[Site]:
 def _list_experts(sites: Iterable[Site], config: Mapping[str, JsonValue]) -> Iterator[Site]:
     for site in sites:
         if len(site.stored_shape()) == 3 and site.parameter not in _PARAMETERS and site.weight is not None:
-            for module, part, orientation in list_experts(site.weight.tensor, _family_of(config)):
+            packed = list_experts(site.weight.tensor, site.module, site.parameter, _family_of(config))
+            for module, part, orientation in packed:
                 yield replace(
                     site,
                     module=module,

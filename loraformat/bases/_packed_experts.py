@@ -27,17 +27,20 @@ _GATE_UP: Final = "gate_up_proj"
 _MEMBERS: Final = ("gate_proj", "up_proj")
 
 
-def list_experts(tensor: StoredTensor, model_type: object) -> Iterator[tuple[str, Part, Orientation]]:
+def list_experts(
+    tensor: StoredTensor, module: str, parameter: str, model_type: object
+) -> Iterator[tuple[str, Part, Orientation]]:
     """Yield the modules in a tensor of packed experts: name, the part that it is, and how that lies.
 
     Args:
         tensor: of three dimensions, the first of them the experts.
+        module: that of the experts.
+        parameter: which of its parameters the tensor is.
         model_type: that of `config.json`, None where there is none.
     """
     experts, rows, columns = tensor.shape
     if experts > MAX_EXPERTS:
         return
-    module, _, parameter = tensor.name.rpartition(".")
     for expert in range(experts):
         whole = (expert * rows, (expert + 1) * rows, 1)
         part = Part((experts * rows, columns), whole, (0, columns, 1))

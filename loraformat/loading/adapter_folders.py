@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
+from os.path import isfile
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,9 @@ _SAVED: Final = ("non_lora_trainables.bin", "non_lora_state_dict.bin", "trainabl
 """What scripts call the file beside PEFT's with the modules that they trained whole: LLaVA and those after it, the
 fine-tuning of Qwen-VL, LongLoRA, ms-swift."""
 _SAFE: Final = ".safetensors"
+_TENSORS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_OF_THE_RUN: Final = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "training_args.bin", "rng_state.pth", *_SAVED)
+"""Files of tensors and states that transformers' Trainer and scripts leave beside an adapter."""
 _LISTED: Final = 6
 _YAML: Final = (".yaml", ".yml")
 
@@ -37,15 +41,18 @@ def find_factors(folder: Path) -> Path:
     if found is not None:
         return folder / found
     names = sorted(entry.name for entry in folder.iterdir())
+    beside = _find_alone(folder)
+    if beside is not None:
+        return beside
     unmergeable = recognise_files(names) or recognise_config(read_config_beside(folder / FACTORS_NAME) or {})
     if unmergeable is not None:
         raise error_for([unmergeable.as_problem(folder)])
     alone = [name for name in names if name.lower().endswith(_SAFE) and (folder / name).is_file()]
     if len(alone) == 1:  # As diffusers, mlx-lm and the hub's users have it, under a name of their own.
         return folder / alone[0]
-    found = f"a folder with {', '.join(names[:_LISTED])}" if names else "an empty folder"
+    inside = f"a folder with {', '.join(names[:_LISTED])}" if names else "an empty folder"
     raise refuse(
-        "LF121", folder, found, f"a folder with {FACTORS_NAME}, or with one safetensors file", _advise(folder, alone)
+        "LF121", folder, inside, f"a folder with {FACTORS_NAME}, or with one safetensors file", _advise(folder, alone)
     )
 
 
@@ -57,6 +64,14 @@ def _advise(folder: Path, files: Sequence[str]) -> str:
         return ""
     more = f" and {len(choices) - _LISTED} more" if len(choices) > _LISTED else ""
     return f"Name the one that you mean: {', '.join(str(choice) for choice in choices[:_LISTED])}{more}."
+
+
+def _find_alone(folder: Path) -> Path | None:
+    """Return the one file of tensors beside PEFT's configuration, whatever it is called, in a folder of no model."""
+    if not (folder / CONFIG_NAME).is_file() or (folder / "config.json").exists():
+        return None
+    found = [entry for entry in folder.iterdir() if entry.suffix in _TENSORS and entry.name not in _OF_THE_RUN]
+    return found[0] if len(found) == 1 else None
 
 
 def _list_layouts() -> Iterator[Layout]:
@@ -75,7 +90,7 @@ def list_saved_beside(factors: Path) -> list[Path]:
 def read_config_beside(factors: Path) -> Mapping[str, JsonValue] | None:
     """Return the configuration beside a name that a scheme has; beside any other it may belong to another file."""
     fitting = (each for each in _list_layouts() if any(fnmatchcase(factors.name, name) for name in each.factors))
-    own = factors.name in FACTORS_NAMES
+    own = factors.name in FACTORS_NAMES or (isfile(factors) and _find_alone(factors.parent) == factors)
     names = (CONFIG_NAME,) if own else tuple(name for layout in fitting for name in layout.configs)
     paths = [factors.with_name(name) for name in dict.fromkeys(names)]
     found = [_parse_config(path) for path in paths if path.exists()]

@@ -20,7 +20,7 @@ from loraformat.schemes._peft_config import PeftConfig, fits_whole_pattern
 A: Final = "lora_A.weight"
 B: Final = "lora_B.weight"
 WRAPPED: Final = ".base_layer"
-ORDER: Final = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+ORDER: Final = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
 """Parameters of transformers' experts, in the order in which they are defined."""
 
 _SURE_OF_SQUARES: Final = (0, 19, 1)

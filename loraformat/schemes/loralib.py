@@ -39,6 +39,11 @@ def _has_more_than_a_head(bundle: Bundle) -> bool:
     return not all(_HEAD.match(key) for key in bundle.tensors)
 
 
+def _has_no_configuration(bundle: Bundle) -> bool:
+    """Say whether nothing beside it states a scale, which VoxCPM's files of such keys have."""
+    return "lora_config" not in (bundle.config or {})
+
+
 def _is_table(factor: Factor) -> bool:
     return _TABLES.search(factor.name) is not None
 
@@ -139,7 +144,7 @@ SCHEME: Final = _Loralib(
         keys=(r".+\.lora_[AB]$",),
         neutral=(r".+\.(?:weight|bias)$",),
         others=(_LITGPT, r"base_model\.model\.", r".+\.loras\..+", r"blocks\.\d+\..*\.lora_[AB]$"),
-        asks=(_has_more_than_a_head,),
+        asks=(_has_more_than_a_head, _has_no_configuration),
     ),
     names="loralib",
     holds=Holds(

@@ -190,6 +190,24 @@ def test_a_module_that_transformers_renames_and_splits(
     assert f"{members[0]} weight" not in sites_of(tmp_path / "other", {"model_type": "bert"}, **names)
 
 
+def test_packed_experts_that_the_family_calls_otherwise(tmp_path: Path) -> None:
+    """Granite stores them as the weight of a module, of which transformers makes a parameter."""
+    names = {"m__block_sparse_moe__input_linear__weight": (2, 6, 4)}
+    found = sites_of(tmp_path / "x", {"model_type": "granitemoe"}, **names)
+    parts = [site.part for site in found["m.block_sparse_moe.experts.1.gate_up_proj weight"] if site.part]
+    assert parts[0] == Part((12, 4), (6, 12, 1), (0, 4, 1))
+    assert "m.block_sparse_moe.experts.1.gate_up_proj weight" not in sites_of(tmp_path / "y", {}, **names)
+
+
+def test_a_module_that_was_stored_in_its_wrapper(tmp_path: Path) -> None:
+    """Phi-4-multimodal has its two adapters in the checkpoint, and the base of each module beside them."""
+    shapes = {"a__qkv_proj__base_layer__weight": (6, 4), "a__qkv_proj__lora_A__vision__weight": (2, 4)}
+    found = sites_of(tmp_path / "x", {}, **shapes)
+    assert [site.id for site in found["a.qkv_proj weight"]] == ["a.qkv_proj.base_layer.weight"]
+    found = sites_of(tmp_path / "both", {}, **shapes, a__qkv_proj__weight=(6, 4))
+    assert [site.id for site in found["a.qkv_proj weight"]] == ["a.qkv_proj.weight"]
+
+
 def test_members_of_one_weight_may_all_be_replaced(tmp_path: Path) -> None:
     """Biases of q, k and v that were trained apart, onto one bias of all."""
     state = {"m.qkv_proj.weight": np.ones((24, 12), np.float32), "m.qkv_proj.bias": np.zeros(24, np.float32)}

@@ -88,6 +88,7 @@ def test_another_name_has_no_configuration(tmp_path: Path) -> None:
     """Beside any other file the configuration may be that of a neighbour."""
     folder = write_peft(tmp_path / "a", FACTORS)
     (folder / FILE).rename(folder / "epoch-2.safetensors")
+    (folder / "epoch-1.safetensors").write_bytes(b"")
     assert refusal(folder / "epoch-2.safetensors").code == "LF211"
     adapter = load_adapter(folder / "epoch-2.safetensors", stated=StatedScale(alpha=4.0))
     assert {target.scale for target in adapter.targets} == {2.0}
@@ -152,7 +153,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 def test_an_empty_folder(tmp_path: Path) -> None:
     problem = refusal(tmp_path)
     assert problem.code == "LF121"
-    assert "nothing" in problem.found
+    assert "an empty folder" in problem.found
     assert FILE in problem.expected
 
 
@@ -419,3 +420,19 @@ def test_a_file_of_that_name_beside_something_else_is_not_read(folder: Path) -> 
 def test_a_head_for_rewards_is_said(folder: Path) -> None:
     (folder / "value_head.bin").write_bytes(b"")
     assert [problem.code for problem in load_adapter(folder).problems] == ["LF239"]
+
+
+def test_one_file_of_any_name_beside_the_configuration(folder: Path) -> None:
+    """As RL trainers and servers keep them: `pytorch_model.bin`, `lora.safetensors`."""
+    path = (folder / FILE).rename(folder / "policy_lora.safetensors")
+    (folder / "optimizer.pt").write_bytes(b"")
+    assert [len(load_adapter(each).targets) for each in (folder, path)] == [2, 2]
+    (folder / "other.safetensors").write_bytes(path.read_bytes())
+    assert refusal(folder).code == "LF121"
+    assert refusal(path).code == "LF211"
+
+
+def test_a_folder_of_checkpoints_says_which_to_name(folder: Path) -> None:
+    problem = refusal(folder.parent)
+    assert problem.code == "LF121"
+    assert str(folder) in problem.advice

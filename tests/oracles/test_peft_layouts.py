@@ -97,6 +97,26 @@ def test_packed_factors(tmp_path: Path, form: str, family: str, names: list[str]
     assert_near(found, trained.merged, state_of(packed), form=form)
 
 
+@pytest.mark.parametrize("family", ["granitemoe", "nemotron_h", "aria_text", "qwen3_next"])
+def test_packed_factors_of_families_that_are_stored_otherwise(tmp_path: Path, family: str) -> None:
+    """Experts in a tensor of another name (Granite, Aria), without a gate (Nemotron-H), beside linear attention."""
+    sizes: dict[str, Any] = SIZES | {"num_experts": EXPERTS, "num_local_experts": EXPERTS, "n_routed_experts": EXPERTS}
+    sizes |= {"moe_num_experts": EXPERTS, "moe_topk": 2, "moe_num_shared_experts": 1, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": 20, "shared_expert_intermediate_size": 28, "pad_token_id": 0}
+    if family == "qwen3_next":
+        sizes |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+        sizes |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    model = randomised(transformers.AutoModelForCausalLM.from_config(config).float())
+    names = {".".join(name.split(".")[-2:]) for name, each in model.named_parameters() if each.dim() == 3}
+    packed = sorted(name for name in names if name.startswith("experts."))
+    assert len(packed) == 2
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], target_parameters=packed, lora_dropout=0.0)
+    trained = train(model, config, tmp_path)
+    merge(trained, tmp_path / "merged")
+    assert_near(reload(tmp_path / "merged"), trained.merged, reload(trained.base))
+
+
 def test_all_linear_of_a_mixture(tmp_path: Path) -> None:
     """PEFT 0.21 targets the router by its owner's name beside the bare names of the experts' parameters."""
     trained = train(mixture("mixtral"), peft.LoraConfig(r=2, lora_alpha=6, target_modules="all-linear"), tmp_path)

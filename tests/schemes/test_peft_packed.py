@@ -69,6 +69,14 @@ def write_own(shapes: Mapping[str, Any], fields: Mapping[str, Any], **changes: A
     return SCHEME.write(replace(adapter, provenance={"peft": raw}), NO_FACTS)
 
 
+def test_experts_without_a_gate_nest_in_the_order_of_their_model() -> None:
+    """Nemotron-H defines up before down, whatever the configuration's order."""
+    names = ["experts.down_proj", "experts.up_proj"]
+    adapter = read({X: OTHER, f"{X}.base_layer": PACKED}, target_parameters=names)
+    found = {target.name: target.factors["lora_B.weight"].shape for target in adapter.targets}
+    assert (found[f"{X}.0.up_proj"], found[f"{X}.0.down_proj"]) == ((OUT, R), (IN, R))
+
+
 def test_blocks_that_are_none_any_more_are_written_in_full() -> None:
     shapes = {"m.q_proj": {"lora_A.weight": (4, 6), "lora_B.weight": (8, 4)}}
     written = write_own(shapes, {"r": 4}, use_bdlora=BLOCKS)
