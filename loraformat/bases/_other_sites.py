@@ -144,7 +144,8 @@ def _list_fused(sites: Sequence[Site]) -> Iterator[Site]:
 def _list_experts(sites: Iterable[Site], config: Mapping[str, JsonValue]) -> Iterator[Site]:
     for site in sites:
         if len(site.stored_shape()) == 3 and site.parameter not in _PARAMETERS and site.weight is not None:
-            for module, part, orientation in list_experts(site.weight.tensor, _family_of(config)):
+            coded = site.weight.coding is not None
+            for module, part, orientation in list_experts(site.weight.tensor, _family_of(config), is_coded=coded):
                 yield replace(
                     site,
                     module=module,
