@@ -112,7 +112,9 @@ def list_companions(
 
 def make_float(weight: PlannedWeight, base: BaseModel, problems: list[Problem]) -> PlannedWeight:
     """Return the plan of a quantised weight that stands in floats in the output; what speaks against it is kept."""
-    found: FloatForm | Problem = Problem("LF619", weight.name, f"a base of the format {base.format!r}", "an ONNX model")
+    found: FloatForm | Problem = Problem(
+        "LF619", weight.name, f"a base of the format {base.format!r}", "an ONNX model, or a checkpoint"
+    )
     readers = weight.new.readers if weight.new is not None else ()
     if isinstance(base, DequantisingBase):
         found = base.find_float_form(WeightFloats(weight.name, weight.key, readers))

@@ -171,7 +171,7 @@ def test_what_is_not_understood_is_refused_by_name(case: str, way: str | None, t
 
 def test_packed_experts_are_turned_one_by_one(tmp_path: Path) -> None:
     """In panels that end within an expert."""
-    experts, out, inner, stem = 3, 2000, 1056, "model.layers.0.mlp.experts.down_proj"
+    experts, out, inner, stem = 2, 1100, 1056, "model.layers.0.mlp.experts.down_proj"
     rng = np.random.default_rng(8)
     blocks = rng.integers(0, 256, (experts, out, inner // 32, 16)).astype(np.uint8)
     scales = rng.integers(120, 130, blocks.shape[:3]).astype(np.uint8)
@@ -187,4 +187,4 @@ def test_packed_experts_are_turned_one_by_one(tmp_path: Path) -> None:
     found = read_state(tmp_path / "merged" / "model.safetensors")[stem]
     assert found.shape == (experts, inner, out)
     np.testing.assert_array_equal(found[1].T, values[1] + product(factors).astype(np.float32))
-    np.testing.assert_array_equal(found[[0, 2]].swapaxes(1, 2), values[[0, 2]])
+    np.testing.assert_array_equal(found[0].T, values[0])
