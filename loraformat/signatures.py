@@ -36,7 +36,7 @@ _SIGNATURES: Final = (
     Signature(b"\x80\x03", "a Python pickle", _CONVERT),
     Signature(b"\x80\x04", "a Python pickle", _CONVERT),
     Signature(b"\x80\x05", "a Python pickle", _CONVERT),
-    Signature(b"GGUF", "a GGUF file", "GGUF is read as an adapter; as a base, give the model that it was made of."),
+    Signature(b"GGUF", "a GGUF file", "It holds an adapter: give it as one, and as the base a model."),
     Signature(b"<!DOCTYPE", "an HTML page", "The download gave an error page: fetch the file again."),
     Signature(b"<!doctype", "an HTML page", "The download gave an error page: fetch the file again."),
     Signature(b"<html", "an HTML page", "The download gave an error page: fetch the file again."),

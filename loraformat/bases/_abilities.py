@@ -87,12 +87,14 @@ class WeightFloats:
     """A quantised weight that becomes a tensor of floats.
 
     Attributes:
-        name: of the new tensor.
+        name: of the new tensor, or of the copy that it is of.
         key: of the weight.
+        readers: ids of the sites that get it; none for all that read the codes.
     """
 
     name: str
     key: str
+    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ class DequantisingBase(BaseModel, Protocol):
     Or a checkpoint: then its output is written anew, and all its quantised weights stand in floats.
     """
 
-    def find_float_form(self, key: str) -> FloatForm | Problem:
+    def find_float_form(self, wanted: WeightFloats) -> FloatForm | Problem:
         """Return how a quantised weight would stand in floats, or why it cannot (LF619)."""
         ...
 

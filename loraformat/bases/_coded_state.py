@@ -4,6 +4,7 @@ Quantisers give a weight up to eight tensors, with names of their own. A `Recipe
 `_recipes_*` have them. What is recognised has a `Coding`; what is not, or not sound, says so where it is adapted.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -150,12 +151,13 @@ class CodedState:
         return None
 
 
-def reform(tensor: StoredTensor, shape: tuple[int, int], bits: int) -> StoredTensor | None:
+def reform(tensor: StoredTensor, shape: tuple[int, ...], bits: int) -> StoredTensor | None:
     """Return codes as a tensor of the shape that they stand for; None where they are not so many."""
     if min(shape) <= 0 or not tensor.is_contiguous:
         return None
     form = BY_NAME[f"uint{bits}"]
-    if shape[0] * shape[1] * bits % 8 or form.count_bytes(shape[0] * shape[1]) != tensor.span.length:
+    count = math.prod(shape)
+    if count * bits % 8 or form.count_bytes(count) != tensor.span.length:
         return None
     return replace(tensor, dtype=form, shape=shape)
 

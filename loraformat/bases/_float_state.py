@@ -31,13 +31,14 @@ class FloatingState:
     def list_tensors(self) -> Sequence[StoredTensor]:
         """Return every stored tensor."""
 
-    def find_float_form(self, key: str) -> FloatForm | Problem:
+    def find_float_form(self, wanted: WeightFloats) -> FloatForm | Problem:
         """Return how a quantised weight would stand in floats."""
         state = self._codes
-        coded = state.found[key]
+        coded = state.found[wanted.key]
         assert isinstance(coded, CodedTensor), "only what can be read has a weight"
         turned = coded.turned != is_conv1d(coded.name.rpartition(".")[0], self._config)
-        shape = coded.tensor.shape[::-1] if turned else coded.tensor.shape
+        *several, rows, columns = coded.tensor.shape
+        shape = (*several, columns, rows) if turned else coded.tensor.shape
         return FloatForm(coded.name, state.float_form(), shape, turned, 0)
 
     def list_joint_floats(self) -> Sequence[Weight | Problem]:

@@ -44,40 +44,67 @@ _Plan: TypeAlias = "tuple[list[NodeEdit], list[Visit]] | None"
 _Reader: TypeAlias = "Callable[[Visit, str], _Plan]"
 
 
-def plan_surgery(found: Sequence[RawSite], weight: Weight, names: set[str]) -> Surgery | Problem:
+def plan_surgery(found: RawSite, weight: Weight, names: set[str]) -> Surgery | Problem:
     """Return what must change for a quantised weight to stand in floats, or why it cannot.
 
     Args:
-        found: the sites of the weight.
+        found: a site of the weight.
         weight: the weight.
         names: all names of values in the model.
     """
-    trace, coding = found[0].trace, weight.coding
-    assert coding is not None, "only quantised weights are asked for"
-    readers = list(trace.scope.readers.get(trace.name, ()))
-    form = _describe(readers[0][0], weight, names) if readers else None
+    trace = found.trace
+    readers = [visit for visit, _ in trace.scope.readers.get(trace.name, ())]
+    if not readers or trace.name in trace.scope.outputs:
+        return Problem("LF619", weight.name, "codes that leave the graph", "codes that nodes read")
+    return _plan(readers, _describe(readers[0], weight, names, weight.name), weight)
+
+
+def plan_copy(found: Sequence[RawSite], weight: Weight, names: set[str], name: str) -> Surgery | Problem:
+    """Return what must change for some readers of codes to have floats of their own, or why it cannot.
+
+    Args:
+        found: the sites that get them.
+        weight: the weight, whose codes stay for others.
+        names: all names of values in the model.
+        name: of a copy of the codes, or of the floats.
+    """
+    between = next((step for raw in found for step in raw.trace.steps if step.op == _DEQUANTISE), None)
+    if between is not None:
+        where = f"{weight.name} at {between.op} {between.node.name!r}"
+        return Problem(
+            "LF619", where, "codes that it dequantises for others too", "a node beside which there are floats"
+        )
+    readers = list({raw.visit.node.output[0]: raw.visit for raw in found}.values())
+    form = _describe(readers[0], weight, names, name)
+    if any(raw.trace.flipped for raw in found):
+        form = replace(form, turned=not form.turned, shape=form.shape[::-1])
+    planned = _plan(readers, form, weight)
+    if isinstance(planned, Problem):
+        return planned
+    return replace(planned, doomed=(*planned.doomed, *(step for raw in found for step in raw.trace.steps)))
+
+
+def _plan(readers: Sequence[Visit], form: FloatForm, weight: Weight) -> Surgery | Problem:
     edits: list[NodeEdit] = []
     doomed: list[Visit] = []
-    for visit, _ in readers:
-        made = _REPLACED[visit.op](visit, form.name) if form and visit.op in _REPLACED else None
-        if made is None or visit.scope.path != () or visit.op != readers[0][0].op:
+    for visit in readers:
+        made = _REPLACED[visit.op](visit, form.name) if visit.op in _REPLACED else None
+        if made is None or visit.scope.path != () or visit.op != readers[0].op:
             where = f"{weight.name} at {visit.op} {visit.node.name!r}"
             return Problem("LF619", where, "codes that this node needs", "a node beside which there are floats")
         edits += made[0]
         doomed += made[1]
-    if form is None or trace.name in trace.scope.outputs:
-        return Problem("LF619", weight.name, "codes that leave the graph", "codes that nodes read")
     return Surgery(form, weight.tensor.span.path, tuple(edits), tuple(doomed))
 
 
-def _describe(visit: Visit, weight: Weight, names: set[str]) -> FloatForm:
+def _describe(visit: Visit, weight: Weight, names: set[str], codes: str) -> FloatForm:
     """Return how a weight stands in floats, for the operator that reads its codes."""
     coding = weight.coding
     assert coding is not None, "only quantised weights are asked for"
     rows, columns = coding.matrix[0], coding.matrix[1] - coding.padding
     turned = visit.op in (_NBITS, _BNB4)
     shape = (columns, rows) if turned else (rows, columns) if visit.op == _GATHER else weight.tensor.shape
-    name = visit.node.output[0] if visit.op == _DEQUANTISE else _choose_name(weight.name, names)
+    name = visit.node.output[0] if visit.op == _DEQUANTISE else _choose_name(codes, names)
     return FloatForm(name, coding.companions["scales"].dtype, shape, turned, coding.padding)
 
 

@@ -122,11 +122,16 @@ class Member:
         """Return the graph with those of the weights in floats that are its own."""
         keys = {site.weight.key for site in self.graph.sites if site.weight is not None}
         own = [
-            WeightFloats(self.unmark(each.name), self.own_key(each.key))
+            self.own_floats(each)
             for each in floats
             if self.unmark(each.name) != each.name and self.own_key(each.key) in keys
         ]
         return replace(self, graph=self.graph.with_floats(own)) if own else self
+
+    def own_floats(self, wanted: WeightFloats) -> WeightFloats:
+        """Return weights in floats by the names that the graph has."""
+        readers = tuple(map(self.unmark, wanted.readers))
+        return WeightFloats(self.unmark(wanted.name), self.own_key(wanted.key), readers)
 
     def describe_images(self, folder: Path, fresh: str) -> list[FileImage]:
         """Return the graph's files in an output folder, under the names that they have.

@@ -163,7 +163,9 @@ def _list_fused(sites: Sequence[Site]) -> Iterator[Site]:
 def _list_experts(sites: Iterable[Site], config: Mapping[str, JsonValue]) -> Iterator[Site]:
     for site in sites:
         if len(site.stored_shape()) == 3 and site.parameter not in _PARAMETERS and site.weight is not None:
-            packed = list_experts(site.weight.tensor, site.module, site.parameter, _family_of(config))
+            coded = site.weight.coding is not None
+            family = _family_of(config)
+            packed = list_experts(site.weight.tensor, site.module, site.parameter, family, is_coded=coded)
             for module, part, orientation in packed:
                 yield replace(
                     site,

@@ -28,7 +28,7 @@ _MEMBERS: Final = ("gate_proj", "up_proj")
 
 
 def list_experts(
-    tensor: StoredTensor, module: str, parameter: str, model_type: object
+    tensor: StoredTensor, module: str, parameter: str, model_type: object, *, is_coded: bool = False
 ) -> Iterator[tuple[str, Part, Orientation]]:
     """Yield the modules in a tensor of packed experts: name, the part that it is, and how that lies.
 
@@ -37,6 +37,7 @@ def list_experts(
         module: that of the experts.
         parameter: which of its parameters the tensor is.
         model_type: that of `config.json`, None where there is none.
+        is_coded: whether they are quantised: then each is `(out, in)`, whatever the family.
     """
     experts, rows, columns = tensor.shape
     if experts > MAX_EXPERTS:
@@ -44,7 +45,7 @@ def list_experts(
     for expert in range(experts):
         whole = (expert * rows, (expert + 1) * rows, 1)
         part = Part((experts * rows, columns), whole, (0, columns, 1))
-        for orientation in _orient(rows, columns, model_type):
+        for orientation in [_AS_STORED] if is_coded else _orient(rows, columns, model_type):
             yield f"{module}.{expert}.{parameter}", part, orientation
             if parameter == _GATE_UP and isinstance(model_type, str):
                 for name, half in zip(_MEMBERS, _halve(part, orientation, model_type), strict=True):

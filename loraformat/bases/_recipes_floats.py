@@ -1,6 +1,7 @@
 """Recipes of weights whose codes are floats of 8 or 4 bits, or whole numbers of 8 bits, with a scale for each part."""
 
 import math
+from dataclasses import replace
 from typing import Final
 
 from loraformat.bases._coded_state import CodedTensor, Outcome, Parts, Recipe, describe, reform
@@ -98,7 +99,21 @@ def _read_float4(parts: Parts) -> Outcome | None:
     return CodedTensor(f"{parts.stem}.weight", held, Coding("float4_scaled", matrix, (1, block), companions))
 
 
+def _read_experts(parts: Parts) -> Outcome | None:
+    """Read the packed experts of gpt-oss: MXFP4 of the transpose of what the model has in floats, expert by expert."""
+    codes, scales = parts.codes, parts.beside["_scales"]
+    if codes.dtype.name != "uint8" or len(codes.shape) != 4 or codes.shape[3] * 2 != _MX_BLOCK:
+        return None
+    experts, rows, blocks, _ = codes.shape
+    held = reform(codes, (experts, rows, blocks * _MX_BLOCK), 4)
+    if held is None or scales.dtype.name != "uint8" or scales.shape != codes.shape[:3]:
+        return describe({"blocks": codes, **parts.beside})
+    coding = Coding("float4_scaled", (experts * rows, blocks * _MX_BLOCK), (1, _MX_BLOCK), parts.companions(_ROLES))
+    return CodedTensor(parts.stem, replace(held, name=parts.stem), coding, turned=True)
+
+
 RECIPES: Final = (
+    Recipe("packed MXFP4", "_blocks", ("_scales",), (), _read_experts),
     Recipe("bitsandbytes int8", ".weight", (".SCB",), (".weight_format",), _read_bnb8),
     Recipe("8-bit floats", ".weight", (".weight_scale_inv",), _INPUTS, _read_scaled),
     Recipe("8-bit floats", ".weight", (".scale_weight",), _INPUTS, _read_scaled),

@@ -140,16 +140,17 @@ def _make_coded_site(name: str, coded: CodedTensor | Problem, weight: Weight | N
     if isinstance(coded, Problem):
         module = name.rpartition(".")[0]
         return Site(name, module, TENSOR_NAME, _MATRIX, None, obstacle=replace(coded, where=module))
-    module, bias = coded.name.rpartition(".")[0], f"{coded.name.rpartition('.')[0]}.{_BIAS}"
+    module, _, parameter = coded.name.rpartition(".")
     assert weight is not None, "it has numbers"
+    bias, turned = f"{module}.{_BIAS}", _CONV1D if coded.turned else _MATRIX
     return Site(
         id=name,
         module=module,
         evidence=TENSOR_NAME,
-        transposed=_CONV1D if coded.turned else _MATRIX,
+        transposed=turned if parameter == _WEIGHT else _VECTOR,
+        parameter=parameter,
         weight=replace(weight, tensor=coded.tensor, coding=coded.coding),
-        grows=False,
-        free_bias=bias if bias not in names else "",
+        free_bias=bias if parameter == _WEIGHT and bias not in names else "",
     )
 
 

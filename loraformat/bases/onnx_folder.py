@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from loraformat.bases import BaseModel, FloatForm, Site, View, WeightCopy, WeightFloats
+from loraformat.bases import BaseModel, FloatForm, Site, View, Weight, WeightCopy, WeightFloats
 from loraformat.bases._onnx_members import Member, find_shared
 from loraformat.bases._receipts import RECEIPT_NAME, describe_receipt_file, read_receipt_file
 from loraformat.bases._travelling import find_travelling
@@ -26,6 +26,7 @@ from loraformat.limits import MAX_FOLDER_DEPTH, MAX_GRAPHS
 from loraformat.outputs import FOLDER_UNDO, is_unfinished
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.strict_json import JsonValue
 
 _SUFFIX: Final = ".onnx"
 _PIPELINE: Final = "model_index.json"
@@ -95,19 +96,27 @@ class OnnxFolder:
         """Return the folder, with initializers more in some graphs."""
         return self._with(member.with_copies(copies) for member in self._members)
 
-    def find_float_form(self, key: str) -> FloatForm | Problem:
+    def find_float_form(self, wanted: WeightFloats) -> FloatForm | Problem:
         """Return how a quantised weight would stand in floats, or why it cannot."""
-        site = next(site for site in self.sites if site.weight is not None and site.weight.key == key)
+        site = next(site for site in self.sites if site.weight is not None and site.weight.key == wanted.key)
         assert site.weight is not None, "chosen so"
         if site.weight.tensor.span.path in self._shared.paths:
             return Problem("LF619", site.weight.name, "codes in a data file of several graphs", "a file of its own")
         member = next(member for member in self._members if member.name == site.graph)
-        found = member.graph.find_float_form(member.own_key(key))
+        found = member.graph.find_float_form(member.own_floats(wanted))
         return found if isinstance(found, Problem) else replace(found, name=member.mark(found.name))
 
     def with_floats(self, floats: Sequence[WeightFloats]) -> "OnnxFolder":
         """Return the folder, with floats in the place of codes in some graphs."""
         return self._with(member.with_floats(floats) for member in self._members)
+
+    def list_joint_floats(self) -> Sequence[Weight | Problem]:
+        """Return nothing: the others stay as they are."""
+        return ()
+
+    def tell_floats(self) -> Mapping[str, JsonValue]:
+        """Return nothing: what is beside graphs does not say how they are quantised."""
+        return {}
 
     def _with(self, members: Iterator[Member]) -> "OnnxFolder":
         changed = object.__new__(OnnxFolder)

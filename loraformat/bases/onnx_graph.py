@@ -140,23 +140,28 @@ class OnnxGraph:
         apply_edits(graph, ((each, trace.name) for each, trace in self._copies if trace.scope.path == ()))
         open_codes(graph, tensors)
 
-    def find_float_form(self, key: str) -> FloatForm | Problem:
+    def find_float_form(self, wanted: WeightFloats) -> FloatForm | Problem:
         """Return how a quantised weight would stand in floats, or why it cannot."""
-        found = self._plan_surgery(key)
+        found = self._plan_surgery(wanted)
         return found if isinstance(found, Problem) else found.form
 
-    def _plan_surgery(self, key: str) -> "Surgery | Problem":
-        from loraformat.bases._onnx_floats import plan_surgery
+    def _plan_surgery(self, wanted: WeightFloats) -> "Surgery | Problem":
+        from loraformat.bases._onnx_floats import plan_copy, plan_surgery
 
-        weight, found = next(
+        chosen = [
             (site.weight, raw)
             for raw, site in zip(self._found, self.sites, strict=True)
-            if site.weight is not None and site.weight.key == key
-        )
+            if site.weight is not None
+            and site.weight.key == wanted.key
+            and (not wanted.readers or site.id in wanted.readers)
+        ]
+        weight = chosen[0][0]
         if self._is_old:
             version = f"a model of version {self._opened.model.ir_version} of the IR"
             return Problem("LF619", weight.name, version, f"version {_FREE_INITIALIZERS} or later")
-        return plan_surgery([found], weight, self._index.names)
+        if wanted.readers:
+            return plan_copy([raw for _, raw in chosen], weight, self._index.names, wanted.name)
+        return plan_surgery(chosen[0][1], weight, self._index.names)
 
     def list_joint_floats(self) -> Sequence[Weight | Problem]:
         """Return nothing: the others stay as they are."""
@@ -171,7 +176,7 @@ class OnnxGraph:
         from loraformat.bases._onnx_floats import Surgery, join_surgeries
 
         graph = copy.copy(self)
-        surgeries = [found for each in floats if isinstance(found := self._plan_surgery(each.key), Surgery)]
+        surgeries = [found for each in floats if isinstance(found := self._plan_surgery(each), Surgery)]
         inputs = {each.name for each in self._opened.model.graph.input}
         graph._change = join_surgeries(surgeries, self._index.visits, inputs, self._change)
         return graph

@@ -62,7 +62,8 @@ class CodedWork(WeightWork):
 
     def _choose_forms(self) -> None:
         """Set how numbers are stored and worked with."""
-        self.stored_form = self.written_form = np.dtype(np.uint8)
+        wide = self.weight.nbytes > self.weight.matrix[0] * self.weight.matrix[1]  # Scales lie between the codes.
+        self.stored_form = self.written_form = np.dtype(np.uint16 if wide else np.uint8)
         self.work_form = np.dtype(np.float32)
         if self.weight.new is not None and self.weight.is_dequantised:
             self.written_encoding = find_encoding(self.weight.new.encoding)
@@ -106,7 +107,7 @@ class CodedWork(WeightWork):
     def read_codes(self, rows: range, room: NDArray[Any]) -> NDArray[Any]:
         """Return the codes of rows as they are stored, in `room`."""
         assert self.tensor is not None, "the plan says so"
-        codes = room.reshape(-1)[: len(rows) * self.row_bytes].reshape(len(rows), self.row_bytes)
+        codes = room.reshape(-1).view(np.uint8)[: len(rows) * self.row_bytes].reshape(len(rows), self.row_bytes)
         self.tensor.file.read_into(as_bytes(codes), self.tensor.span.offset + rows.start * self.row_bytes)
         return codes
 
@@ -210,4 +211,4 @@ def _encode_tile(
 def _room(work: CodedWork, buffers: TileBuffers, rows: range) -> NDArray[Any]:
     """Return where the codes of a tile lie: what it was read into."""
     whole = buffers.take("stored", (len(rows), work.weight.matrix[1]), work.stored_form)
-    return whole.reshape(-1)[: len(rows) * work.row_bytes].reshape(len(rows), work.row_bytes)
+    return whole.reshape(-1).view(np.uint8)[: len(rows) * work.row_bytes].reshape(len(rows), work.row_bytes)

@@ -67,9 +67,18 @@ def _write_rows(work: CodedWork, panel: NDArray[Any], rows: range, place: Place)
 
 
 def _write_turned(work: CodedWork, panel: NDArray[Any], rows: range, place: Place) -> None:
-    turned, height = np.ascontiguousarray(panel.T), work.weight.matrix[0]
-    if len(rows) == height:
-        place.sink.write(as_bytes(turned).data, place.offset)
-        return
-    for column, line in enumerate(turned):
-        place.sink.write(as_bytes(line).data, place.offset + (column * height + rows.start) * turned.itemsize)
+    """Write rows of a matrix, or of several one under the other, as columns of each."""
+    assert work.weight.new is not None, "the plan says so"
+    height, columns = work.weight.new.shape[-1], panel.shape[1]
+    start = rows.start
+    while start < rows.stop:
+        number, own = divmod(start, height)
+        stop = min(rows.stop, (number + 1) * height)
+        turned = np.ascontiguousarray(panel[start - rows.start : stop - rows.start].T)
+        offset = place.offset + number * height * columns * turned.itemsize
+        if stop - start == height:
+            place.sink.write(as_bytes(turned).data, offset)
+        else:
+            for column, line in enumerate(turned):
+                place.sink.write(as_bytes(line).data, offset + (column * height + own) * turned.itemsize)
+        start = stop

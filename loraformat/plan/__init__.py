@@ -85,13 +85,14 @@ class Plan:
         return [
             WeightCopy(weight.new.name, weight.key, weight.new.readers, weight.copied_roles)
             for weight in self.weights
-            if weight.new is not None and weight.new.readers
+            if weight.new is not None and weight.new.readers and not weight.is_dequantised
         ]
 
     @property
     def floats(self) -> list[WeightFloats]:
         """Weights that the base has in codes and the output in floats."""
-        return [WeightFloats(w.new.name, w.key) for w in self.weights if w.new is not None and w.is_dequantised]
+        found = ((w.new, w.key) for w in self.weights if w.new is not None and w.is_dequantised)
+        return [WeightFloats(new.name, key, new.readers) for new, key in found]
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:

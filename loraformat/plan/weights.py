@@ -117,7 +117,7 @@ class PlannedWeight:
     @property
     def is_coded(self) -> bool:
         """Whether it is quantised in the base."""
-        return bool(self.companions)
+        return self.block != (0, 0)
 
     @property
     def is_dequantised(self) -> bool:

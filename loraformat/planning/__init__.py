@@ -101,7 +101,13 @@ class _Found:
         planned = [
             plan_weight(table, group[0].weight, self.problems, keep_scales=keep_scales)
             for group in self.changes.values()
-            for table in part_tables(group[0].weight, group, self._sites, self.problems)
+            for table in part_tables(
+                group[0].weight,
+                group,
+                self._sites,
+                self.problems,
+                keep_whole=dequantise and group[0].weight.coding is not None,
+            )
         ]
         if dequantise:
             planned = [

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from loraformat.bases import BaseModel, DequantisingBase, FloatForm, Weight, name_companion
+from loraformat.bases import BaseModel, DequantisingBase, FloatForm, Weight, WeightFloats, name_companion
 from loraformat.encodings import CODED, CodedEncoding, choose_encoding
 from loraformat.matching import Match
 from loraformat.plan.changes import PlannedChange, PlannedReference
@@ -112,17 +112,27 @@ def list_companions(
 
 def make_float(weight: PlannedWeight, base: BaseModel, problems: list[Problem]) -> PlannedWeight:
     """Return the plan of a quantised weight that stands in floats in the output; what speaks against it is kept."""
-    found: FloatForm | Problem = Problem("LF619", weight.name, f"a base of the format {base.format!r}", "an ONNX model")
-    if weight.is_copy:
-        found = Problem("LF619", weight.name, f"codes of {weight.copied_from!r}, which others read", "codes of its own")
-    elif isinstance(base, DequantisingBase):
-        found = base.find_float_form(weight.key)
+    found: FloatForm | Problem = Problem(
+        "LF619", weight.name, f"a base of the format {base.format!r}", "an ONNX model, or a checkpoint"
+    )
+    readers = weight.new.readers if weight.new is not None else ()
+    if isinstance(base, DequantisingBase):
+        found = base.find_float_form(WeightFloats(weight.name, weight.key, readers))
     if isinstance(found, Problem):
         problems.append(found)
         return weight
     encoding = choose_encoding(found.dtype)
     assert encoding is not None, "a form of floats has one"
-    new = NewForm(found.name, found.dtype.name, found.shape, encoding, turned=found.turned, padding=found.padding)
+    new = NewForm(
+        found.name,
+        found.dtype.name,
+        found.shape,
+        encoding,
+        copied_from=weight.copied_from,
+        readers=readers,
+        turned=found.turned,
+        padding=found.padding,
+    )
     return replace(weight, new=new)
 
 

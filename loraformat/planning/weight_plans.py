@@ -44,7 +44,12 @@ class Table(NamedTuple):
 
 
 def part_tables(
-    weight: Weight, group: Sequence[WeightChange], sites: Sequence[Site], problems: list[Problem]
+    weight: Weight,
+    group: Sequence[WeightChange],
+    sites: Sequence[Site],
+    problems: list[Problem],
+    *,
+    keep_whole: bool = False,
 ) -> Iterator[Table]:
     """Yield the tensors that one becomes in the output: one, those of tied tables, or copies for some readers.
 
@@ -53,13 +58,14 @@ def part_tables(
         group: all changes of it.
         sites: the base's.
         problems: takes what was found.
+        keep_whole: leave the weight itself to no set of readers, but give each a copy.
     """
     if not any(entry.match.apart for entry in group):
         yield Table(weight.key, group)
         return
     tied = [site for site in sites if site.tied and site.weight is not None and site.weight.key == weight.key]
     if not tied:
-        yield from _part_readers(weight, group, problems)
+        yield from _part_readers(weight, group, problems, keep_whole=keep_whole)
         return
     for name in dict.fromkeys(site.tied for site in tied):
         own = [entry for entry in group if entry.match.apart in ("", name)]
@@ -67,10 +73,12 @@ def part_tables(
             yield Table(name, own)
 
 
-def _part_readers(weight: Weight, group: Sequence[WeightChange], problems: list[Problem]) -> Iterator[Table]:
+def _part_readers(
+    weight: Weight, group: Sequence[WeightChange], problems: list[Problem], *, keep_whole: bool
+) -> Iterator[Table]:
     """Yield a copy for each set of sites that some changes are for; changes for all readers are in each of them.
 
-    Where no reader would be left to the weight itself, the first set keeps it.
+    Where no reader would be left to the weight itself, the first set keeps it, unless it is to be kept whole.
     """
     parts: dict[frozenset[str], str] = {}
     for entry in group:
@@ -82,12 +90,13 @@ def _part_readers(weight: Weight, group: Sequence[WeightChange], problems: list[
     if shared:
         found = f"{weight.name!r} is changed for {shared[0]} in company of different others"
         problems.append(Problem("LF402", group[0].match.want.name, found, "changes for the same readers"))
-    kept = next(iter(parts), frozenset()) if weight.consumers <= frozenset().union(*parts) else None
+    is_left = not weight.consumers <= frozenset().union(*parts)
+    kept = None if is_left or keep_whole else next(iter(parts), frozenset())
     for readers, name in parts.items():
         own = [entry for entry in group if _is_for(entry, weight, readers)]
         yield Table(weight.key, own) if readers == kept else Table(name, own, tuple(sorted(readers)))
     whole = [entry for entry in group if weight.consumers <= {site.id for site in entry.match.sites}]
-    if whole and kept is None:
+    if whole and kept is None and is_left:
         yield Table(weight.key, whole)
 
 

@@ -239,6 +239,6 @@ def _list_written(
 
 def _measure(weight: PlannedWeight) -> int:
     """Return the bytes of a weight in the output; -1 where nothing else can follow it."""
-    if weight.new is None or weight.is_copy:
-        return weight.nbytes
-    return BY_NAME[weight.new.dtype].count_bytes(math.prod(weight.new.shape)) if weight.is_dequantised else -1
+    if weight.new is not None and weight.is_dequantised:
+        return BY_NAME[weight.new.dtype].count_bytes(math.prod(weight.new.shape))
+    return weight.nbytes if weight.new is None or weight.is_copy else -1

@@ -167,3 +167,24 @@ def test_what_is_not_understood_is_refused_by_name(case: str, way: str | None, t
     assert {problem.code for problem in caught.value.problems} == {"LF470"}
     assert Q in caught.value.problems[0].where
     assert not (tmp_path / "merged").exists()
+
+
+def test_packed_experts_are_turned_one_by_one(tmp_path: Path) -> None:
+    """In panels that end within an expert."""
+    experts, out, inner, stem = 2, 1100, 1056, "model.layers.0.mlp.experts.down_proj"
+    rng = np.random.default_rng(8)
+    blocks = rng.integers(0, 256, (experts, out, inner // 32, 16)).astype(np.uint8)
+    scales = rng.integers(120, 130, blocks.shape[:3]).astype(np.uint8)
+    codes = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(experts, out, inner)
+    powers = np.ldexp(np.float32(1), scales.astype(np.int32) - 127).repeat(32, axis=2)
+    values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32) * powers
+    arrays = {f"{stem}_blocks": blocks, f"{stem}_scales": scales}
+    config = {"quantization_config": {"quant_method": "mxfp4"}, "dtype": "float32"}
+    base = write_model_folder(tmp_path / "base", arrays, "model.safetensors", 0, write_state, **config)
+    factors = dyadic_factors(rng, out, inner, 1)
+    adapter = write_peft(tmp_path / "adapter", {f"{stem.replace('experts', 'experts.1')}": factors}, alpha=1.0)
+    loraformat.merge(base, [adapter], tmp_path / "merged", on_quantized="dequantize")
+    found = read_state(tmp_path / "merged" / "model.safetensors")[stem]
+    assert found.shape == (experts, inner, out)
+    np.testing.assert_array_equal(found[1].T, values[1] + product(factors).astype(np.float32))
+    np.testing.assert_array_equal(found[0].T, values[0])

@@ -272,9 +272,43 @@ def test_a_tied_table_of_4_bits_needs_its_float_numbers(tmp_path: Path) -> None:
     with pytest.raises(loraformat.LoraformatError) as caught:
         loraformat.merge(base, [adapter], tmp_path / "merged.onnx")
     assert caught.value.codes == ("LF440",)
-    with pytest.raises(loraformat.LoraformatError) as caught:
-        loraformat.merge(base, [adapter], tmp_path / "merged.onnx", on_quantized="dequantize")
-    assert caught.value.codes == ("LF619",)
+
+
+@pytest.mark.parametrize("ends", [(HEAD,), (TABLE,), (HEAD, TABLE)])
+def test_an_end_of_a_tied_table_of_4_bits_stands_in_floats(tmp_path: Path, ends: tuple[str, ...]) -> None:
+    """The other end reads the codes as before; codes that nobody reads any more go."""
+    base, merged = make_tied(tmp_path / "base"), tmp_path / "merged.onnx"
+    factors = {end: tied_factors(len(end)) for end in ends}
+    adapter = adapt_ends(tmp_path / "adapter", factors)
+    loraformat.merge(base, [adapter], merged, on_quantized="dequantize")
+    feeds = {"x": X[:, :WIDTH], "ids": IDS}
+    before, after = run(base, feeds), run(merged, feeds)
+    change = {end: up @ down for end, (down, up) in factors.items()}
+    looked_up = before[0] + (change[TABLE][IDS].reshape(before[0].shape) if TABLE in ends else 0)
+    product = before[1] + (X[:, :WIDTH] @ change[HEAD].T if HEAD in ends else 0)
+    np.testing.assert_allclose(after[0], looked_up, atol=1e-4)
+    np.testing.assert_allclose(after[1], product, atol=1e-4)
+    kinds = {each.op_type for each in onnx.load(merged).graph.node}
+    assert ("MatMulNBits" in kinds, "GatherBlockQuantized" in kinds) == (HEAD not in ends, TABLE not in ends)
+    sizes = {name: values.nbytes for name, values in stored_weights(merged).items()}
+    assert any("Q4" in name for name in sizes) == (len(ends) == 1)
+    assert loraformat.verify(merged, base, [adapter]).holds
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_adapted_reader_alone_stands_in_floats(tmp_path: Path, form: str) -> None:
+    base, merged = make(tmp_path, form), tmp_path / "merged.onnx"
+    adapter = adapt(tmp_path, ONE)
+    if "dequantising" in form:
+        with pytest.raises(loraformat.LoraformatError) as caught:
+            loraformat.merge(base, [adapter], merged, on_quantized="dequantize")
+        assert caught.value.codes == ("LF619",)
+        return
+    loraformat.merge(base, [adapter], merged, on_quantized="dequantize")
+    before, after = run(base, INPUTS), run(merged, INPUTS)
+    np.testing.assert_array_equal(before[1], after[1])
+    assert moved(before[0], after[0]) < (0.1 if form == "products_of_codes" else 1e-4)
+    assert loraformat.verify(merged, base, [adapter]).holds
 
 
 def test_a_model_of_an_old_version_says_what_would_help(tmp_path: Path) -> None:

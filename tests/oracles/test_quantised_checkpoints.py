@@ -316,3 +316,38 @@ def decode_few(found: Mapping[str, Any]) -> Any:
     for axis, size in enumerate((OUT, INNER)) if scales.ndim == 2 else ():
         scales = scales.repeat_interleave(-(-size // scales.shape[axis]), axis).narrow(axis, 0, size)
     return own["weight"].float() * scales
+
+
+def test_experts_of_gpt_oss_are_decoded_as_transformers_does(tmp_path: Path) -> None:
+    """Merged into codes in floats, it is what merging into transformers' own decoding gives."""
+    pytest.importorskip("transformers", reason="needs transformers")
+    from safetensors.torch import load_file
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    rng, stem = torch.Generator().manual_seed(5), "model.layers.0.mlp.experts"
+    sizes = {"gate_up_proj": (80, 64), "down_proj": (64, 96)}
+    coded, plain = {}, {}
+    for name, (out, inner) in sizes.items():
+        blocks = torch.randint(0, 256, (3, out, inner // 32, 16), generator=rng, dtype=torch.uint8)
+        scales = torch.randint(118, 124, (3, out, inner // 32), generator=rng, dtype=torch.uint8)
+        coded |= {f"{stem}.{name}_blocks": blocks, f"{stem}.{name}_scales": scales}
+        plain[f"{stem}.{name}"] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+    for folder, tensors in (("coded", coded), ("plain", plain)):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors", {"format": "pt"})
+        settings = {"quantization_config": {"quant_method": "mxfp4"}} if folder == "coded" else {}
+        config = {"model_type": "gpt_oss", "dtype": "float32", **settings}
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    draw = np.random.default_rng(6)
+    modules = {f"{stem}.1.gate_up_proj": (80, 64), f"{stem}.2.down_proj": (64, 96), f"{stem}.0.down_proj": (64, 96)}
+    factors = {module: dyadic_factors(draw, *shape, 2) for module, shape in modules.items()}
+    adapter = write_peft(tmp_path / "adapter", factors, alpha=2.0)
+    with pytest.raises(loraformat.LoraformatError, match="LF471"):
+        loraformat.merge(tmp_path / "coded", [adapter], tmp_path / "one")
+    loraformat.merge(tmp_path / "coded", [adapter], tmp_path / "one", on_quantized="dequantize")
+    loraformat.merge(tmp_path / "plain", [adapter], tmp_path / "other")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
+    assert one.keys() == other.keys() == plain.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+        assert not torch.equal(one[name], plain[name]), name

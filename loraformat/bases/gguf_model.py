@@ -1,0 +1,191 @@
+"""A GGUF model of llama.cpp as a base: weights of float32, float16, bfloat16 and Q8_0 are merged in place.
+
+Modules are known by llama.cpp's names and, by the tables of `spec/names/`, by transformers'. Where the architecture has
+interleaved rotary rows, q and k of a PEFT adapter are applied to the rows that they are of. The output is the same file
+with spans rewritten, and the receipt in a file beside it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from loraformat.adapter import SlotKind
+from loraformat.bases import TENSOR_NAME, BaseModel, Rewriter, Site, Weight
+from loraformat.bases._receipts import describe_receipt_file, name_receipt, read_receipt_file
+from loraformat.bases._state_dict import digest_structure
+from loraformat.containers import TensorFile
+from loraformat.containers.gguf import CONTAINER
+from loraformat.dtypes import BlockDtype
+from loraformat.encodings import Coding
+from loraformat.images import Copy, FileImage, NewOutput
+from loraformat.limits import MAX_EXPERTS
+from loraformat.problems import Problem
+from loraformat.row_orders import Permute
+from loraformat.spans import InputFile, Part, Span, StoredTensor
+from loraformat.spellings import Order, Place, SpellingTable, all_tables
+
+_ARCHITECTURE: Final = "general.architecture"
+_SPELLINGS: Final = ("transformers", "transformers-5")
+_OWN: Final = "gguf"
+_INTERLEAVED: Final = "rotary-interleaved"
+_HEADS: Final = {"heads": "attention.head_count", "kv_heads": "attention.head_count_kv"}
+_MATRIX: Final = {SlotKind.LINEAR: False, SlotKind.LINEAR_TRANSPOSED: False, SlotKind.EMBEDDING: True}
+_EXPERTS_DIMS: Final = 3
+_MEND: Final = "Merge into the model that it was quantised from (F16, BF16 or Q8_0), and quantise the merged one."
+
+
+class GgufModel:
+    """An opened model; the attributes are those of `BaseModel`."""
+
+    format = "gguf"
+    suffix = ".gguf"
+    folder_mark = ""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._opened: TensorFile = CONTAINER.open(path)
+        self.files: Sequence[InputFile] = [self._opened.file]
+        self.sites: Sequence[Site] = list(_list_sites(self._opened))
+        self.structure_sha256 = digest_structure(self._opened.tensors.values(), self._opened.metadata)
+        self.parent_receipt: Mapping[str, Any] | None
+        self.problems: Sequence[Problem]
+        self.parent_receipt, self.problems = read_receipt_file(name_receipt(path))
+
+    @property
+    def rewriter(self) -> Rewriter | None:
+        """Nothing: only copies are written."""
+        return None
+
+    def list_tensors(self) -> Sequence[StoredTensor]:
+        """Return every stored tensor."""
+        return list(self._opened.tensors.values())
+
+    def describe_images(self, output: NewOutput) -> list[FileImage]:
+        """Return a copy of the file, and last the receipt beside it."""
+        file = self._opened.file
+        copy = FileImage(output.path, [Copy(file, 0, file.size_bytes)])
+        return [copy, describe_receipt_file(name_receipt(output.path), output.blank_bytes)]
+
+    def compute_checksums(
+        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
+    ) -> Mapping[int, bytes]:
+        """Return nothing: there are no checksums."""
+        return {}
+
+    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
+        """Do nothing: GGUF has no checksums."""
+
+    def encode_receipt(self, text: str) -> bytes:
+        """Return the text as the receipt's file holds it."""
+        return text.encode("utf-8")
+
+    def list_stale(self, output: Path) -> list[Path]:
+        """Return nothing: the receipt has the same name again."""
+        return []
+
+
+def _list_sites(opened: TensorFile) -> Iterator[Site]:
+    """Yield a site for each name of each matrix, and of each expert of a stack."""
+    architecture = _read(opened.metadata, _ARCHITECTURE)
+    tables = [table for table in all_tables() if architecture in table.architectures.values()]
+    counts = {name: _read(opened.metadata, f"{architecture}.{key}") for name, key in _HEADS.items()}
+    for tensor in opened.tensors.values():
+        module, _, parameter = tensor.name.rpartition(".")
+        if parameter != "weight" or len(tensor.shape) not in (2, _EXPERTS_DIMS) or not tensor.elements:
+            continue
+        for name, part in _list_parts(tensor, module):
+            site = _make_site(tensor, name, part)
+            yield site
+            for table in tables:
+                yield from _name_again(site, table, counts)
+
+
+def _list_parts(tensor: StoredTensor, module: str) -> Iterator[tuple[str, Part | None]]:
+    if len(tensor.shape) != _EXPERTS_DIMS:
+        yield module, None
+        return
+    experts, rows, columns = tensor.shape
+    for expert in range(min(experts, MAX_EXPERTS)):
+        lines = (expert * rows, (expert + 1) * rows, 1)
+        yield f"{module}.{expert}", Part((experts * rows, columns), lines, (0, columns, 1))
+
+
+def _make_site(tensor: StoredTensor, name: str, part: Part | None) -> Site:
+    """Return the site under llama.cpp's own name."""
+    obstacle, coding = None, None
+    if isinstance(tensor.dtype, BlockDtype):
+        coding = _find_coding(tensor)
+        if coding is None:
+            found = f"numbers stored as {tensor.dtype.name}"
+            obstacle = Problem("LF403", name, found, "float32, float16, bfloat16 or q8_0", _MEND)
+    weight = Weight(tensor.name, tensor.name, tensor, frozenset({tensor.name}), coding)
+    held = None if obstacle is not None else weight
+    return Site(tensor.name, name, TENSOR_NAME, _MATRIX, held, obstacle=obstacle, part=part)
+
+
+def _find_coding(tensor: StoredTensor) -> Coding | None:
+    """Return how a quantised tensor is read; None for a form that is not."""
+    if tensor.dtype.name != "q8_0":
+        return None
+    columns = tensor.shape[-1]
+    return Coding("ggml_q8_0", (tensor.elements // columns, columns), (1, 32), {})
+
+
+def _name_again(site: Site, table: SpellingTable, counts: Mapping[str, Any]) -> Iterator[Site]:
+    """Yield the site under the names that transformers has for it, its rows in their order."""
+    for place in table.find(site.module, _OWN):
+        for spelling in _SPELLINGS:
+            module = _spell(place, spelling)
+            if module is not None and module != site.module:
+                order = place.row.order(_OWN, place.part)
+                yield _order(replace(site, module=module), order, counts)
+
+
+def _spell(place: Place, spelling: str) -> str | None:
+    """Return the module's path in another spelling; None where that has it fused, or in parts."""
+    if len(place.row.paths.get(spelling, ())) != len(place.row.paths[_OWN]):
+        return None
+    return place.write(spelling)[place.part]
+
+
+def _order(site: Site, order: Order | None, counts: Mapping[str, Any]) -> Site:
+    if order is None or site.weight is None:
+        return site
+    rows, heads = site.stored_shape()[0], counts.get(order.heads)
+    heads = counts.get("heads") if heads is None else heads  # Without a count of its own, all heads have keys.
+    if order.rule != _INTERLEAVED or not isinstance(heads, int) or heads <= 0 or rows % (2 * heads):
+        found = f"rows in the order {order.rule!r}, {heads!r} heads"
+        return replace(site, weight=None, obstacle=Problem("LF403", site.module, found, "heads that divide the rows"))
+    places = Permute((heads, 2, rows // heads // 2), (0, 2, 1), 0).apply([np.arange(rows)])
+    return replace(site, row_order=tuple(places.tolist()))
+
+
+def _read(metadata: Mapping[str, str], key: str) -> Any:
+    return json.loads(metadata[key]) if key in metadata else None
+
+
+def _is_adapter(opened: TensorFile) -> bool:
+    named = opened.metadata.get("general.type") == '"adapter"'
+    return named or any(name.endswith(".lora_a") for name in opened.tensors)
+
+
+class GgufFormat:
+    """The base format `gguf`."""
+
+    name = "gguf"
+    suffixes = (".gguf",)
+
+    def accepts(self, path: Path, head: bytes, size_bytes: int) -> bool:
+        """Recognise a GGUF file that does not say that it is an adapter."""
+        return CONTAINER.sniff(head, size_bytes) and not _is_adapter(CONTAINER.open(path))
+
+    def open(self, path: Path) -> BaseModel:
+        """Index the model."""
+        return GgufModel(path)
+
+
+BASE: Final = GgufFormat()
