@@ -107,10 +107,9 @@ def test_text_models(tmp_path: Path, name: str) -> None:
 def test_convolutions(tmp_path: Path, normed: bool) -> None:
     """tf2onnx folds BatchNorm: then the kernel is no longer the layer's, and refused."""
     import tensorflow as tf
+    from tensorflow import keras
 
     import loraformat
-
-    from tensorflow import keras
 
     layers = keras.layers
     given = layers.Input((9, 9, 3))
