@@ -142,9 +142,9 @@ class OnnxFolder:
 
 
 def _choose_entry(folder: Path) -> Path:
-    """Return a file of the folder by which one in a hub cache is known: there it is a link to where the files are."""
+    """Return a file that tells where the folder's files may be: in a cache of the hub all of them are links."""
     files = [item for item in sorted(folder.iterdir()) if item.is_file()]
-    return next((item for item in files if item.is_symlink()), files[0] if files else folder / _PIPELINE)
+    return next((item for item in files if not item.is_symlink()), files[0] if files else folder / _PIPELINE)
 
 
 def _find_half(name: str) -> str:
