@@ -1,13 +1,13 @@
 """Which names of an ONNX graph change when some readers of a tensor get one of their own."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loraformat.bases._abilities import name_companion
 from loraformat.bases._onnx_operands import CODE_SUFFIXES, Operand, find_operands
 from loraformat.bases._onnx_scopes import Scope, Visit
 from loraformat.bases._onnx_sites import RawSite
-from loraformat.bases._onnx_traces import Trace
+from loraformat.bases._onnx_traces import Trace, hands_on, reshapes
 from loraformat.bases._onnx_views import list_readers
 from loraformat.containers.onnx_file import InputEdit, TensorCopy
 
@@ -54,10 +54,57 @@ def _list_names(name: str, roles: Iterable[str]) -> list[str]:
 
 
 def can_part(raw: RawSite) -> bool:
-    """Say whether names between the tensor and the node can change: a function's are those of all its callers."""
+    """Say whether names between the tensor and the node can change: a function's are those of all its callers.
+
+    What a call hands to a function can change for this call, where the function makes nothing else of it.
+    """
     operands = find_operands(raw).values()
+    if not operands and raw.visit.scope.path is None:
+        return _find_call(raw) is not None
     visits = (raw.visit, *raw.trace.steps, *(reader for each in operands for reader in each.readers))
     return all(visit.scope.path is not None for visit in visits) and all(each.is_own for each in operands)
+
+
+def _find_call(raw: RawSite) -> tuple[Visit, int, Sequence[Visit]] | None:
+    """Return the call in a graph whose function has the node, which input hands it the value, and the steps before."""
+    call = raw.visit.call
+    while call is not None and call.scope.path is None:
+        call = call.call
+    outer = [step for step in raw.trace.steps if step.scope.path is not None]
+    if call is None or raw.trace.scope.path is None:
+        return None
+    scope, value = outer[0].scope.find(outer[0].node.output[0]) if outer else (raw.trace.scope, raw.trace.name)
+    positions = [
+        place for place, name in enumerate(call.node.input) if name and call.scope.find(name) == (scope, value)
+    ]
+    inside = set(_list_inside(call, scope, value))
+    if len(positions) != 1 or inside != {raw.visit.describe(raw.position)}:
+        return None
+    return call, positions[0], outer
+
+
+def _list_inside(call: Visit, scope: Scope, value: str) -> Iterator[str]:
+    """Yield words for what reads a value inside a call; for a result of the function, words that no node has."""
+    pending, seen = [(scope, value)], set()
+    while pending:
+        owner, name = pending.pop()
+        if (id(owner), name) in seen:
+            continue
+        seen.add((id(owner), name))
+        if name in owner.outputs:
+            yield f"output {name!r}"
+        for visit, position in owner.readers.get(name, ()):
+            if _is_inside(visit, call) and position == 0 and (hands_on(visit) or reshapes(visit)):
+                pending += [visit.scope.find(output) for output in visit.node.output]
+            elif _is_inside(visit, call):
+                yield visit.describe(position)
+
+
+def _is_inside(visit: Visit, call: Visit) -> bool:
+    around = visit.call
+    while around is not None and around is not call:
+        around = around.call
+    return around is call
 
 
 def list_edits(found: Sequence[RawSite], names: Mapping[str, str]) -> Mapping[str, list[InputEdit]]:
@@ -88,13 +135,15 @@ def _find_place(raw: RawSite, own: set[str]) -> tuple[Visit, int, Sequence[Visit
 
     What that input feeds must feed the sites in `own` and nothing else.
     """
-    steps = raw.trace.steps
+    steps, place, position = raw.trace.steps, raw.visit, raw.position
+    if (found := _find_call(raw) if place.scope.path is None else None) is not None:
+        place, position, steps = found[0], found[1], tuple(found[2])
     for index in range(len(steps) - 1, -1, -1):
         outputs = [steps[index].scope.find(output) for output in steps[index].node.output]
         readers = {reader for scope, value in outputs for reader in list_readers(_start_at(raw.trace, scope, value))}
         if readers <= own:
             return steps[index], 0, steps[index + 1 :]
-    return raw.visit, raw.position, steps
+    return place, position, steps
 
 
 def _start_at(trace: Trace, scope: Scope, name: str) -> Trace:

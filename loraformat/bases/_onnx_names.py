@@ -55,6 +55,10 @@ _UNCALLED: Final = "out_proj"
 _QUANTISED: Final = "_quantized"
 _REPEATED: Final = re.compile(r"\.\d")
 _NUMBER: Final = re.compile(r"_\d+$")
+_NUMBERED: Final = re.compile(r"^(?:(.+)_\._|(layer)_)(\d+)$")
+_OF_KERAS: Final = frozenset({"MatMul", "Tensordot", "Conv1D", "Conv2D", "Conv3D", "BiasAdd"})
+"""What TensorFlow calls operations on a layer's kernel."""
+_KERAS_BIAS: Final = "/BiasAdd/ReadVariableOp"
 
 
 def find_folding(visit: Visit, trace: Trace) -> str:
@@ -76,10 +80,12 @@ def _find_folded_conv(visit: Visit, trace: Trace) -> str:
     weight, bias or output after it.
     """
     inputs, (weight, place) = visit.node.input, _CONVS[visit.op]
-    read = (inputs[weight], *(step.node.input[0] for step in trace.steps), trace.name)
-    weights = [name.removesuffix(_QUANTISED) for name in read]
+    weights = [name.removesuffix(_QUANTISED) for name in _list_names(visit, weight, trace)]
     bias, output = next(iter(inputs[place : place + 1]), ""), next(iter(visit.node.output), "")
     bias = bias.removesuffix(_QUANTISED)
+    if _read_keras_path(visit, weights):
+        is_own = not bias or _KERAS_BIAS in bias
+        return "" if is_own else f"BatchNorm was folded into it (it was given the bias {bias})"
     if not any(name.endswith(".weight") for name in weights):
         if _is_anonymous(visit) or any(_is_parameter(name, visit) for name in weights):
             return ""
@@ -115,6 +121,8 @@ def module_of_node(visit: Visit, position: int, trace: Trace, parameter: str = "
             path = read_node_path(candidate.node.name)
             if path:
                 return _refine(path, visit, position, trace, parameter)
+        if around is visit and (path := _read_keras_path(visit, _list_names(visit, position, trace))):
+            return path, NODE_NAME
         around = around.call
     return "", ""
 
@@ -236,6 +244,29 @@ def read_node_path(name: str) -> str:
     parts = name[1:].split("/")[:-1]
     kept = [part for part, after in zip(parts, [*parts[1:], ""], strict=False) if not _is_repeated(part, after)]
     return ".".join(kept)
+
+
+def _read_keras_path(visit: Visit, read: Iterable[str]) -> str:
+    """Return the path of layers in the name of an operation of TensorFlow, or nothing.
+
+    `tf_bert_model/bert/encoder/layer_._0/attention/self/query/Tensordot/MatMul` is the module
+    `bert.encoder.layer.0.attention.self.query` of a `tf_bert_model`; Google's own BERT has `layer_0`. What the node
+    reads must be called after the same layer: tf2onnx stores equal tensors once, and folds others.
+    """
+    *parts, operation = visit.node.name.split("/")
+    if not parts or operation not in _OF_KERAS:
+        return ""
+    while parts and parts[-1] in _OF_KERAS:
+        parts.pop()
+    layer = "/".join(parts)
+    if not layer or not any(name.startswith(f"{layer}/") for name in read):
+        return ""
+    return ".".join(_NUMBERED.sub(lambda found: f"{found[1] or found[2]}.{found[3]}", part) for part in parts)
+
+
+def _list_names(visit: Visit, position: int, trace: Trace) -> list[str]:
+    """Return the names by which a node reads its weight, from its input to the tensor."""
+    return [visit.node.input[position], *(step.node.input[0] for step in trace.steps), trace.name]
 
 
 def _is_repeated(part: str, after: str) -> bool:

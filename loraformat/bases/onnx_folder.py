@@ -21,6 +21,7 @@ from loraformat.bases.checkpoint_folder import BASE as SAFETENSORS_FOLDER
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.bases.torch_folder import BASE as TORCH_FOLDER
 from loraformat.errors import refuse
+from loraformat.files import resolve_inside
 from loraformat.images import Copy, FileImage, NewOutput
 from loraformat.limits import MAX_FOLDER_DEPTH, MAX_GRAPHS
 from loraformat.outputs import FOLDER_UNDO, is_unfinished
@@ -46,14 +47,14 @@ class OnnxFolder:
         names = [found.relative_to(self.path).as_posix() for found in _list_graphs(self.path)]
         if len(names) > MAX_GRAPHS:
             raise refuse("LF110", path, f"{len(names)} ONNX models in one folder", f"at most {MAX_GRAPHS}")
-        self._members: Sequence[Member] = [Member(name, OnnxGraph(self.path / name)) for name in names]
+        entry = _choose_entry(self.path)
+        self._members: Sequence[Member] = [Member(name, OnnxGraph(resolve_inside(entry, name))) for name in names]
         self._shared = find_shared(self._members)
         self.sites: Sequence[Site] = [site for member in self._members for site in member.list_sites(self._shared)]
         digests = "".join(f"{member.name}\0{member.graph.structure_sha256}\n" for member in self._members)
         self.structure_sha256 = hashlib.sha256(digests.encode()).hexdigest()
         own = {name for member in self._members for name in map(member.name_file, member.graph.files)}
-        entry = next((item for item in sorted(self.path.iterdir()) if item.is_file()), self.path / names[0])
-        self._travelling, left_out = find_travelling(self.path / entry.name, own | {RECEIPT_NAME, FOLDER_UNDO})
+        self._travelling, left_out = find_travelling(entry, own | {RECEIPT_NAME, FOLDER_UNDO})
         self.parent_receipt: Mapping[str, Any] | None
         self.parent_receipt, unread = read_receipt_file(self.path / RECEIPT_NAME)
         odd = [
@@ -147,6 +148,12 @@ class OnnxFolder:
     def list_stale(self, output: Path) -> list[Path]:
         """Return nothing: the whole folder is replaced."""
         return []
+
+
+def _choose_entry(folder: Path) -> Path:
+    """Return a file that tells where the folder's files may be: in a cache of the hub all of them are links."""
+    files = [item for item in sorted(folder.iterdir()) if item.is_file()]
+    return next((item for item in files if not item.is_symlink()), files[0] if files else folder / _PIPELINE)
 
 
 def _find_half(name: str) -> str:

@@ -229,3 +229,34 @@ def test_one_half_alone_says_what_stands_beside_it(tmp_path: Path) -> None:
     (note,) = [problem for problem in receipt.problems if problem.code == "LF462"]
     assert "decoder_with_past_model.onnx" in note.found
     assert not any(problem.code == "LF462" for problem in open_base(base).problems)
+
+
+def test_in_a_cache_of_the_hub_files_are_links(tmp_path: Path) -> None:
+    base, blobs = write_halves(tmp_path / "base"), tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(base.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(f"../blobs/{number}")
+    adapter = write_peft(tmp_path / "adapter", FACTORS, alpha=8.0)
+    assert len(loraformat.merge(base, [adapter], tmp_path / "out").weights) == 4
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_what_is_no_graph_of_the_folder(tmp_path: Path) -> None:
+    base, adapter = write_halves(tmp_path / "base"), write_peft(tmp_path / "adapter", FACTORS)
+    (base / "folder.onnx").mkdir()
+    (base / "nowhere.onnx").symlink_to("missing")
+    (base / "around").symlink_to("..")
+    receipt = loraformat.merge(base, [adapter], tmp_path / "out")
+    assert {p.where for p in receipt.problems if p.code == "LF609"} == {"around", "nowhere.onnx"}
+    assert len(receipt.weights) == 4
+    stranger = write_model(tmp_path / "stranger.onnx", linear_net({Q: WEIGHTS[Q]}).model())
+    (base / "link.onnx").symlink_to(stranger)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        open_base(base)
+    assert caught.value.codes == ("LF903",)
+    (base / "link.onnx").unlink()
+    (base / "broken.onnx").write_bytes(b"")
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        open_base(base)
+    assert caught.value.codes == ("LF118",)

@@ -655,13 +655,50 @@ def test_a_function_that_is_handed_its_weights_serves_each_module_alone(
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named calls", "unnamed calls"])
-def test_a_weight_handed_to_two_calls_is_shared(tmp_path: Path, weight: Array, factors: Factors, named: bool) -> None:
-    net = Net(functions=[handed()])
+@pytest.mark.parametrize("way", ["", "Identity", "Cast", "Outer"])
+def test_a_weight_handed_to_two_calls_is_copied_for_one(
+    tmp_path: Path, weight: Array, factors: Factors, named: bool, way: str
+) -> None:
+    """Handed as it is, through a node that both calls read, or through a function around."""
+    outer = function("Outer", ["p", "q"], ["r"], [helper.make_node("Handed", ["p", "q"], ["r"], domain="own")])
+    net = Net(functions=[handed(), outer])
     net.feed("x")
-    net.weight("w", weight)
+    value = net.weight("w", weight)
+    if way in ("Identity", "Cast"):
+        value = net.op(way, [value], "between", **({"to": TensorProto.FLOAT} if way == "Cast" else {}))
     for module, result in (("a", "y"), ("b", "z")):
         name = torchscript_name(module, "Handed") if named else ""
-        net.op("Handed", ["x", "w"], net.result(result), name, dynamo_scopes(module), domain="own")
+        called = "Outer" if way == "Outer" else "Handed"
+        net.op(called, ["x", value], net.result(result), name, dynamo_scopes(module), domain="own")
+    assert_copied(tmp_path, net.model(), factors, "MatMul")
+
+
+SUM = [
+    helper.make_node("MatMul", ["a", "w"], ["m"]),
+    helper.make_node("ReduceSum", ["w"], ["s"], keepdims=0),
+    helper.make_node("Add", ["m", "s"], ["b"]),
+]
+HANDED = {
+    "twice": (["x", "w", "w"], ["b"], [helper.make_node("MatMul", ["a", "v"], ["b"])]),
+    "handed back": (["x", "w", "v"], ["b", "w"], [helper.make_node("MatMul", ["a", "w"], ["b"])]),
+    "to another node too": (["x", "w", "v"], ["b"], SUM),
+}
+"""What a call hands to a function, what this returns, and its nodes."""
+
+
+@pytest.mark.parametrize("case", HANDED)
+def test_what_a_function_makes_more_of_is_not_copied(
+    tmp_path: Path, weight: Array, factors: Factors, case: str
+) -> None:
+    given, returned, nodes = HANDED[case]
+    net = Net(functions=[function("Own", ["a", "w", "v"], returned, nodes)])
+    for name, array in (("w", weight.T), ("v", np.zeros_like(weight.T))):
+        net.weight(name, array)
+    results = ["y", "back"][: len(returned)]
+    node = helper.make_node("Own", given, results, torchscript_name("a", "Own"), domain="own")
+    net.nodes.append(node)
+    net.op("MatMul", [net.feed("x"), "w"], net.result("z"), torchscript_name("b", "MatMul"))
+    net.result("y")
     assert_shared(tmp_path, net.model(), {"a": factors}, "MatMul")
 
 

@@ -477,6 +477,41 @@ def test_paths_in_node_names(name: str, module: str) -> None:
     assert read_node_path(name) == module
 
 
+@pytest.mark.parametrize(
+    ("node", "tensor", "module"),
+    [
+        (
+            "tf_bert/encoder/layer_._0/query/Tensordot/MatMul",
+            "Tensordot/ReadVariableOp:0",
+            "tf_bert.encoder.layer.0.query",
+        ),
+        ("bert/encoder/layer_11/query/MatMul", "kernel/read__7:0", "bert.encoder.layer.11.query"),
+        ("net/dense_1/MatMul", "MatMul/ReadVariableOp:0", "net.dense_1"),
+        ("net/dense/Gelu", "MatMul/ReadVariableOp:0", ""),
+        ("MatMul", "ReadVariableOp:0", ""),
+    ],
+)
+def test_layers_of_tensorflow(tmp_path: Path, node: str, tensor: str, module: str) -> None:
+    """Both names must say the layer: tf2onnx stores equal tensors under the name of one, and folds others."""
+    weight = dyadic(np.random.default_rng(16), 7, 5)
+    layer = node.rpartition("/")[0].removesuffix("/Tensordot")
+    for name, found in ((f"{layer}/{tensor}", module), (f"other/{tensor}", ""), ("const_fold_opt__9", "")):
+        net = Net()
+        net.op("MatMul", [net.feed("x"), net.weight(name, weight)], net.result("y"), node)
+        (site,) = sites_of(tmp_path, net)
+        assert (site.module, site.evidence) == (found, "node name" if found else "")
+
+
+@pytest.mark.parametrize(("bias", "code"), [("", ""), ("net/stem/BiasAdd/ReadVariableOp:0", ""), ("fused_bn", "LF407")])
+def test_convolutions_of_tensorflow(tmp_path: Path, bias: str, code: str) -> None:
+    net = Net()
+    kernel = net.weight("net/stem/Conv2D/ReadVariableOp:0", dyadic(np.random.default_rng(16), 5, 3, 2, 2))
+    biases = [net.weight(bias, np.zeros(5, np.float32))] if bias else []
+    net.op("Conv", [net.feed("x", rank=4), kernel, *biases], net.result("y", rank=4), "net/stem/Conv2D")
+    (site,) = [site for site in sites_of(tmp_path, net) if site.module == "net.stem"]
+    assert (site.obstacle.code if site.obstacle else "") == code
+
+
 def test_scopes_at_the_node_beat_the_name_of_the_tensor(tmp_path: Path) -> None:
     """torch's exporter keeps one of two equal tensors, under the name of either owner; here the names are swapped."""
     rng = np.random.default_rng(16)
