@@ -131,7 +131,7 @@ def test_with_kept_scales_only_the_codes_are_copied(tmp_path: Path) -> None:
     adapter = adapt(tmp_path, ONE)
     loraformat.merge(base, [adapter], merged, keep_scales=True, min_retained=0.0)
     assert stored_weights(merged).keys() - stored_weights(base).keys() == {f"{ONE}.weight_Q8"}
-    assert loraformat.verify(merged, base, [adapter], keep_scales=True, min_retained=0.0).holds
+    assert loraformat.verify(merged, base, [adapter]).holds
 
 
 def test_a_merge_is_taken_back_by_subtraction(tmp_path: Path) -> None:
