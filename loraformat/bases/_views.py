@@ -1,9 +1,10 @@
 """A base that is several graphs: each has its own sites, and a target may have a weight in any number of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from loraformat.bases._abilities import RunnableBase
 from loraformat.bases._model import BaseModel, Site
 from loraformat.bases._roles import Anchors, Roles
 
@@ -36,4 +37,8 @@ class ViewedBase(BaseModel, Protocol):
     @property
     def views(self) -> Sequence[View]:
         """Its graphs, in the order of their files."""
+        ...
+
+    def list_runnable(self) -> Mapping[str, RunnableBase]:
+        """Return the graphs by their files, each by itself, for whoever runs them; LF446 where they share numbers."""
         ...

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from loraformat.bases import BaseModel, FloatForm, Site, View, Weight, WeightCopy, WeightFloats
+from loraformat.bases import BaseModel, FloatForm, RunnableBase, Site, View, Weight, WeightCopy, WeightFloats
 from loraformat.bases._onnx_members import Member, find_shared
 from loraformat.bases._receipts import RECEIPT_NAME, describe_receipt_file, read_receipt_file
 from loraformat.bases._travelling import find_travelling
@@ -82,6 +82,13 @@ class OnnxFolder:
             )
             for member in self._members
         ]
+
+    def list_runnable(self) -> Mapping[str, RunnableBase]:
+        """Return the graphs by their files, each by itself."""
+        if self._shared.paths:
+            found = "graphs that have their numbers in one data file"
+            raise refuse("LF446", self.path, found, "graphs with data files of their own")
+        return {member.name: member.graph for member in self._members}
 
     @property
     def files(self) -> Sequence[InputFile]:

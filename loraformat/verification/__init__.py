@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loraformat.apply.side_receipt import find_receipt, name_side_receipt
-from loraformat.bases import BaseModel, RunnableBase, Weight
+from loraformat.bases import BaseModel, CopyingBase, RunnableBase, ViewedBase, Weight
 from loraformat.dtypes import BY_NAME
 from loraformat.engine import Effort, carry_out
 from loraformat.engine.jobs import Assignment
@@ -118,11 +118,26 @@ def add_runs(
     Raises:
         RefusedError: LF446 no ONNX model, no onnxruntime, or a model that it cannot run.
     """
-    copied = add_copies(order.plan, base) if isinstance(base, RunnableBase) else None
-    if not isinstance(copied, RunnableBase):
-        raise refuse("LF446", base.path, f"a base of the format {base.format!r}", "one ONNX model")
-    runs, problems = compare_runs(copied, merged.path, list_changes(order, base), sizes)
+    changes = list_changes(order, base)
+    runs: list[RunResult] = []
+    problems: list[Problem] = []
+    for mark, graph, path in _list_graphs(order.plan, base, merged.path):
+        own = [replace(each, tensor=each.tensor.removeprefix(mark)) for each in changes if each.tensor.startswith(mark)]
+        if own or not mark:
+            results, odd = compare_runs(graph, path, own, sizes)
+            runs += [replace(each, output=f"{mark}{each.output}") for each in results]
+            problems += [replace(each, where=f"{mark}{each.where}") for each in odd]
     return replace(found, runs=tuple(runs), problems=(*found.problems, *problems))
+
+
+def _list_graphs(plan: Plan, base: BaseModel, merged: Path) -> list[tuple[str, RunnableBase, Path]]:
+    """Return each graph of a base with the copies of a plan: the mark of its names, itself, its merged file."""
+    copied: BaseModel = add_copies(plan, base) if isinstance(base, CopyingBase) else base
+    if isinstance(copied, ViewedBase):
+        return [(f"{name}:", graph, merged / name) for name, graph in copied.list_runnable().items()]
+    if isinstance(copied, RunnableBase):
+        return [("", copied, merged)]
+    raise refuse("LF446", base.path, f"a base of the format {base.format!r}", "an ONNX model")
 
 
 def _describe(merged: BaseModel, base: BaseModel, order: Order, room_bytes: int) -> list[FileImage]:

@@ -22,6 +22,7 @@ K = "decoder.layers.0.encoder_attn.k_proj"
 E = "encoder.layers.0.self_attn.q_proj"
 WEIGHTS: Mapping[str, Array] = {name: dyadic(RNG, 12, 8) for name in (Q, K, E)}
 FACTORS: Mapping[str, Factors] = {name: dyadic_factors(RNG, 12, 8, 2) for name in (Q, K, E)}
+SIZES = {f"in.{name}_1": 8 for name in (Q, "other")}
 FEED = dyadic(RNG, 3, 8)
 
 
@@ -191,7 +192,10 @@ def test_a_copy_for_one_reader_in_each_graph(tmp_path: Path) -> None:
         weight = WEIGHTS[Q] * (position + 1)
         assert np.array_equal(first, FEED @ (weight + product(FACTORS[Q], 4.0)).T.astype(np.float32))
         assert np.array_equal(other, FEED @ weight.T)
-    assert loraformat.verify(tmp_path / "out", tmp_path / "base", [adapter]).holds
+    proof = loraformat.verify(tmp_path / "out", tmp_path / "base", [adapter], run=True, sizes=SIZES)
+    assert proof.holds
+    assert {each.output for each in proof.runs} == {f"{name}.onnx:out.{m}" for name in nets for m in (Q, "other")}
+    assert all((each.effect > 0.1) == (Q in each.output) for each in proof.runs)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
