@@ -30,7 +30,7 @@ class Replace:
 
     def check(self, target: Target) -> list[Problem]:
         """Return problems of slot, roles, rank, scaling, number forms and shapes."""
-        named = tuple(role for role in target.factors if role.isidentifier())
+        named = tuple(role for role in target.factors if role.isascii() and role.isidentifier())
         role_sets = [replace(each, optional=(*each.optional, *named)) for each in self.role_sets]
         problems = [*refuse_options(target), *check_roles(target, role_sets)]
         if not target.factors:
