@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Final, TypeAlias, TypedDict, Unpack
+from typing import Final, TypeAlias, TypedDict
 
 from loraformat.adapter import Adapter
 from loraformat.base_spelling import spell_for_base
@@ -236,7 +236,7 @@ def read_hints(options: HintOptions) -> Hints:
     return Hints(mapped, opened, structure=way == STRUCTURE)
 
 
-def make_effort(**options: Unpack[EffortOptions]) -> Effort:
+def read_effort(options: EffortOptions) -> Effort:
     """Return how much of the machine to take."""
     memory = options.get("max_memory_bytes", DEFAULT_MEMORY_BYTES)
     return Effort(count_workers(options.get("jobs")), memory, options.get("progress"))

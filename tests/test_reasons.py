@@ -1,3 +1,4 @@
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -20,6 +21,13 @@ def test_every_code_in_the_sources_is_listed() -> None:
     used = {code: source.name for source in SOURCES for code in codes_in(source)}
     assert len(used) > 20
     assert not used.keys() - all_reasons().keys(), used
+
+
+def test_every_listed_code_is_raised_somewhere() -> None:
+    """It stands in the code, by itself in a string, and not only where code is described."""
+    constants = (node for source in SOURCES for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))))
+    used = {node.value for node in constants if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert all_reasons().keys() - used == set()
 
 
 def test_the_list_is_complete_sorted_and_of_one_shape() -> None:

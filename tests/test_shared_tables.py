@@ -145,6 +145,7 @@ def test_untied_each_takes_its_own(tmp_path: Path, stored: tuple[str, ...]) -> N
         assert new == NewForm(f"{HEAD}.weight", "float32", (V, D), "plain", has_base=True)
         assert by_name(found)[f"{HEAD}.weight"].key == f"{EMBED}.weight"
     assert found.config_changes["tie_word_embeddings"] is False
+    assert [(problem.code, problem.severity) for problem in found.problems] == [("LF412", "note")]
 
 
 @pytest.mark.parametrize("name", [EMBED, HEAD])

@@ -23,6 +23,7 @@ from loraformat.bases._abilities import (
     WeightFloats,
     name_companion,
 )
+from loraformat.bases._finishing import Checksums
 from loraformat.bases._model import OF_TENSORS, TENSOR_NAME, BaseModel, NewContents, Rewriter, Site, Weight
 from loraformat.bases._roles import Anchor, AnchoredBase, Anchors, Role, Roles, StructuredBase
 from loraformat.bases._travelling import list_tokenizer_files
@@ -39,6 +40,7 @@ __all__ = [
     "BaseFormat",
     "BaseModel",
     "CalibratedBase",
+    "Checksums",
     "CopyingBase",
     "DequantisingBase",
     "FloatForm",

@@ -1,6 +1,5 @@
 """The checksums of a zip archive in which spans were rewritten in place."""
 
-import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -37,9 +36,3 @@ def compute_checksums(
         if place is not None:
             changed[Span(image.path, place, member.length)] = [at for at in places if at is not None]
     return compute_crcs(descriptor, {member: places for member, places in changed.items() if places}, jobs)
-
-
-def write_checksums(descriptor: int, checksums: Mapping[int, bytes]) -> None:
-    """Write checksums to their offsets."""
-    for offset, checksum in checksums.items():
-        os.pwrite(descriptor, checksum, offset)

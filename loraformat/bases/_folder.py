@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.bases import BaseModel, Rewriter, Site
-from loraformat.bases._checksums import compute_checksums, write_checksums
+from loraformat.bases._checksums import compute_checksums
+from loraformat.bases._finishing import Checksums
 from loraformat.bases._float_state import FILES_OF_CODES, FloatingState
 from loraformat.bases._receipts import RECEIPT_NAME, describe_receipt_file, read_receipt_file
 from loraformat.bases._shards import INDEX_SUFFIX, open_shards
@@ -23,7 +24,7 @@ from loraformat.problems import Problem
 from loraformat.spans import InputFile, Span, StoredTensor
 
 
-class StateDictFolder(FloatingState):
+class StateDictFolder(Checksums, FloatingState):
     """An opened model folder; the attributes are those of `BaseModel`."""
 
     suffix = ""
@@ -76,10 +77,6 @@ class StateDictFolder(FloatingState):
         fields = (self._form.list_crc_fields(shard) for shard in shards)
         found = (compute_checksums(held, image, descriptor, touched, jobs) for held in fields)
         return {offset: checksum for each in found for offset, checksum in each.items()}
-
-    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
-        """Mend the checksums that the shards' container has."""
-        write_checksums(descriptor, self.compute_checksums(image, descriptor, touched, jobs))
 
     def encode_receipt(self, text: str) -> bytes:
         """Return the text as the receipt's file holds it."""

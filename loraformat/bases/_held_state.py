@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from loraformat.arrays import ArrayFile, HeldArray, hold_arrays
 from loraformat.bases import NewContents, Rewriter, Site
+from loraformat.bases._finishing import Checksums
 from loraformat.bases._float_state import FloatingState
 from loraformat.bases._rewriting import list_output
 from loraformat.bases._state_dict import digest_structure, list_sites
@@ -20,7 +21,7 @@ PLACE: Final = Path("state dict")
 """What it is called in messages, for it has no path."""
 
 
-class HeldState(FloatingState):
+class HeldState(Checksums, FloatingState):
     """A state dict; the attributes are those of `BaseModel`.
 
     Args:
@@ -64,15 +65,6 @@ class HeldState(FloatingState):
     def describe_images(self, output: NewOutput) -> list[FileImage]:
         """Return nothing: it is no file, and no file is made of it."""
         return []
-
-    def compute_checksums(
-        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
-    ) -> Mapping[int, bytes]:
-        """Return nothing: there are no checksums."""
-        return {}
-
-    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
-        """Do nothing."""
 
     def encode_receipt(self, text: str) -> bytes:
         """Return the text as it is."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from loraformat.bases import BaseModel, Rewriter, Site
-from loraformat.bases._checksums import compute_checksums, write_checksums
+from loraformat.bases._checksums import compute_checksums
+from loraformat.bases._finishing import Checksums
 from loraformat.bases._float_state import FloatingState
 from loraformat.bases._receipts import describe_receipt_file, name_receipt, read_receipt_file
 from loraformat.bases._rewriting import note_values
@@ -20,7 +21,7 @@ from loraformat.problems import Problem
 from loraformat.spans import InputFile, Span, StoredTensor
 
 
-class ZipStateDict(FloatingState):
+class ZipStateDict(Checksums, FloatingState):
     """An opened archive; the attributes are those of `BaseModel`."""
 
     folder_mark = ""
@@ -64,10 +65,6 @@ class ZipStateDict(FloatingState):
         """Return the CRC-32 of the members that hold touched spans."""
         fields = self._form.list_crc_fields(self._opened) if touched else {}
         return compute_checksums(fields, image, descriptor, touched, jobs)
-
-    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
-        """Mend the CRC-32 of the members that hold touched spans."""
-        write_checksums(descriptor, self.compute_checksums(image, descriptor, touched, jobs))
 
     def encode_receipt(self, text: str) -> bytes:
         """Return the text as the receipt's file holds it."""

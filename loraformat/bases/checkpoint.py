@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loraformat.bases import BaseModel, Rewriter, Site
+from loraformat.bases._finishing import Checksums
 from loraformat.bases._float_state import FloatingState
 from loraformat.bases._receipts import read_receipt_text
 from loraformat.bases._state_dict import digest_structure, list_sites, read_model_config
@@ -14,10 +15,10 @@ from loraformat.containers.safetensors import CONTAINER
 from loraformat.images import FileImage, NewOutput
 from loraformat.problems import Problem
 from loraformat.receipt import RECEIPT_KEY
-from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.spans import InputFile, StoredTensor
 
 
-class Checkpoint(FloatingState):
+class Checkpoint(Checksums, FloatingState):
     """An opened state dict; the attributes are those of `BaseModel`."""
 
     format = "safetensors"
@@ -51,15 +52,6 @@ class Checkpoint(FloatingState):
     def describe_images(self, output: NewOutput) -> list[FileImage]:
         """Return the one output file: another header, the same data area."""
         return describe_images(self._opened, output.path, RECEIPT_KEY, output.blank_bytes)
-
-    def compute_checksums(
-        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
-    ) -> Mapping[int, bytes]:
-        """Return nothing: there are no checksums."""
-        return {}
-
-    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
-        """Do nothing: safetensors has no checksums."""
 
     def encode_receipt(self, text: str) -> bytes:
         """Return `text` as it stands inside a JSON string of the header."""

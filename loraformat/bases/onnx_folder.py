@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from loraformat.bases import BaseModel, FloatForm, RunnableBase, Site, View, Weight, WeightCopy, WeightFloats
+from loraformat.bases._finishing import Checksums
 from loraformat.bases._onnx_members import Member, find_shared
 from loraformat.bases._receipts import RECEIPT_NAME, describe_receipt_file, read_receipt_file
 from loraformat.bases._travelling import find_travelling
@@ -26,7 +27,7 @@ from loraformat.images import Copy, FileImage, NewOutput
 from loraformat.limits import MAX_FOLDER_DEPTH, MAX_GRAPHS
 from loraformat.outputs import FOLDER_UNDO, is_unfinished
 from loraformat.problems import Problem
-from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.spans import InputFile, StoredTensor
 from loraformat.strict_json import JsonValue
 
 _SUFFIX: Final = ".onnx"
@@ -34,7 +35,7 @@ _PIPELINE: Final = "model_index.json"
 _HALF: Final = re.compile(r"(?:.*-)?(encoder|decoder)(?![a-z])")
 
 
-class OnnxFolder:
+class OnnxFolder(Checksums):
     """An opened folder of ONNX models; the attributes are those of `BaseModel`."""
 
     format = "onnx folder"
@@ -138,15 +139,6 @@ class OnnxFolder:
         images = {image.path: image for image in graphs}
         beside = [FileImage(folder / name, [Copy(file, 0, file.size_bytes)]) for name, file in self._travelling.items()]
         return [*images.values(), *beside, describe_receipt_file(folder / RECEIPT_NAME, output.blank_bytes)]
-
-    def compute_checksums(
-        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
-    ) -> Mapping[int, bytes]:
-        """Return nothing: there are no checksums."""
-        return {}
-
-    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
-        """Do nothing: protobuf has no checksums."""
 
     def encode_receipt(self, text: str) -> bytes:
         """Return the text as the receipt's file holds it."""

@@ -23,6 +23,7 @@ from loraformat.bases import (
     WeightFloats,
     name_companion,
 )
+from loraformat.bases._finishing import Checksums
 from loraformat.bases._onnx_coded import find_ranges
 from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
 from loraformat.bases._onnx_experts import find_experts
@@ -60,7 +61,7 @@ _LISTED: Final = 8
 _BRANCHES: Final = frozenset({"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 
 
-class OnnxGraph:
+class OnnxGraph(Checksums):
     """An opened ONNX model; the attributes are those of `BaseModel`."""
 
     format = "onnx"
@@ -254,15 +255,6 @@ class OnnxGraph:
     def list_shared(self) -> Mapping[str, InputFile]:
         """Return the data files that a model beside this one may refer to, by their paths from its folder."""
         return self._opened.shared_files()
-
-    def compute_checksums(
-        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
-    ) -> Mapping[int, bytes]:
-        """Return nothing: there are no checksums."""
-        return {}
-
-    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
-        """Do nothing: protobuf has no checksums."""
 
     def as_branchable(self) -> "BranchableGraph":
         """Return the graph as one that run-time branches are put beside."""

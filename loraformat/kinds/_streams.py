@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loraformat.adapter import PartialFactor
+from loraformat.adapter import PartialFactor, ScalingRule, Target
 from loraformat.kinds import Delta
 from loraformat.kinds._matrices import Values
 from loraformat.limits import STREAM_BYTES
+from loraformat.problems import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +83,14 @@ def make_values(factor: NDArray[Any] | PartialFactor, scale: float = 1.0) -> Del
         return Stream(factor, range(rows), range(elements // max(1, rows)), scale)
     matrix = np.ascontiguousarray(factor.reshape(factor.shape[0], -1))
     return Values(matrix if scale == 1 else (matrix.astype(np.float64) * scale).astype(matrix.dtype))
+
+
+def check_multiplier(target: Target) -> list[Problem]:
+    """Return problems of a target of values, which have no rank: one that is stated, or a rule that divides by it."""
+    problems = []
+    if target.rank:
+        problems.append(Problem("LF205", target.name, f"rank {target.rank} stated", "rank 0: values have none"))
+    if target.scaling.rule is not ScalingRule.MULTIPLIER:
+        found = f"the rule {target.scaling.rule.value!r}, which divides by a rank"
+        problems.append(Problem("LF122", target.name, found, f"the rule {ScalingRule.MULTIPLIER.value!r}"))
+    return problems

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from loraformat.adapter import Factor, ScalingRule, SlotKind, Target
+from loraformat.adapter import Factor, SlotKind, Target
 from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles, refuse_options
-from loraformat.kinds._streams import make_values
+from loraformat.kinds._streams import check_multiplier, make_values
 from loraformat.problems import Problem
 
 _PARAMETER_OF: Final = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
@@ -42,11 +42,7 @@ class Diff:
         problems = [*refuse_options(target), *check_roles(target, self.role_sets)]
         if not target.factors:
             problems.append(Problem("LF201", target.name, "no tensors", "a difference of a weight, a bias, or both"))
-        if target.rank:
-            problems.append(Problem("LF205", target.name, f"rank {target.rank} stated", "rank 0: there is none"))
-        if target.scaling.rule is not ScalingRule.MULTIPLIER:
-            found = f"the rule {target.scaling.rule.value!r}, which divides by a rank"
-            problems.append(Problem("LF122", target.name, found, f"the rule {ScalingRule.MULTIPLIER.value!r}"))
+        problems += check_multiplier(target)
         if problems:
             return problems
         for role, factor in target.factors.items():

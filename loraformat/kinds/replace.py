@@ -11,9 +11,9 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
-from loraformat.adapter import Factor, ScalingRule, SlotKind, Target
+from loraformat.adapter import Factor, SlotKind, Target
 from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles, refuse_options
-from loraformat.kinds._streams import make_values
+from loraformat.kinds._streams import check_multiplier, make_values
 from loraformat.problems import Problem
 
 _AXES: Final = 8
@@ -30,16 +30,12 @@ class Replace:
 
     def check(self, target: Target) -> list[Problem]:
         """Return problems of slot, roles, rank, scaling, number forms and shapes."""
-        named = tuple(role for role in target.factors if role.isidentifier())
+        named = tuple(role for role in target.factors if role.isascii() and role.isidentifier())
         role_sets = [replace(each, optional=(*each.optional, *named)) for each in self.role_sets]
         problems = [*refuse_options(target), *check_roles(target, role_sets)]
         if not target.factors:
             problems.append(Problem("LF201", target.name, "no tensors", "a weight, a bias, or both"))
-        if target.rank:
-            problems.append(Problem("LF205", target.name, f"rank {target.rank} stated", "rank 0: values have none"))
-        if target.scaling.rule is not ScalingRule.MULTIPLIER:
-            found = f"the rule {target.scaling.rule.value!r}, which divides by a rank"
-            problems.append(Problem("LF122", target.name, found, f"the rule {ScalingRule.MULTIPLIER.value!r}"))
+        problems += check_multiplier(target)
         for role, factor in target.factors.items():
             where = f"{target.name}: {role}"
             if factor.dtype.name not in FLOATS:

@@ -4,20 +4,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Unpack, cast
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from loraformat.apply import apply_order, apply_plans
 from loraformat.apply.side_receipt import find_receipt
 from loraformat.arguments import (
     AdapterArgument,
     AdapterArguments,
-    HintOptions,
     MergeOptions,
     ResolveOptions,
     StrPath,
     VerifyOptions,
     check_options,
     list_adapters,
+    read_effort,
     read_hints,
     weigh_adapters,
 )
@@ -31,7 +31,6 @@ from loraformat.merging.orders import (
     form_suffix,
     make_order,
     open_sound,
-    read_effort,
     read_work,
 )
 from loraformat.output_forms import Order
@@ -173,7 +172,7 @@ def resolve_targets(base: StrPath, adapter: AdapterArgument, **options: Unpack[R
     opened = open_sound(base)
     (item,) = weigh_adapters([adapter], options, opened)
     given: dict[str, Any] = {name: options[name] for name in _RESOLVING if name in options}
-    return resolve_one(opened, item, read_hints(cast(HintOptions, options)), given)
+    return resolve_one(opened, item, read_hints(options), given)
 
 
 def verify(
@@ -200,7 +199,7 @@ def verify(
     record = find_receipt(proof)
     statement = read_statement(record, proof.path) if record is not None else None
     weighted = weigh_adapters(_take_weights(adapters, statement), options, opened)
-    hints = read_hints(cast(HintOptions, options))
+    hints = read_hints(options)
     plan = build_plan(opened, weighted, proof.path, hints=hints, **(statement.options if statement else {}))
     order = Order(plan, weighted, hints.checkpoint)
     found = verify_merge(proof, opened, order, read_effort(options))

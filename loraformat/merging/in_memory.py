@@ -10,11 +10,9 @@ from numpy.typing import NDArray
 from loraformat.apply.accounting import finish_receipt
 from loraformat.arguments import (
     AdapterArguments,
-    EffortOptions,
-    HintOptions,
     StateOptions,
     check_options,
-    make_effort,
+    read_effort,
     read_hints,
     weigh_adapters,
 )
@@ -76,11 +74,10 @@ def merge_state_dict(
     check_options("merge_state_dict", options, StateOptions)
     base = HeldState(state_dict, read_config(options.get("config")))
     weighted = weigh_adapters(adapters, options, base)
-    hints = read_hints(cast(HintOptions, options))
+    hints = read_hints(options)
     wishes = {name: value for name, value in options.items() if name in SettledWishes.__annotations__}
     plan = build_plan(base, weighted, PLACE, hints=hints, **cast(SettledWishes, wishes))
-    effort = {name: value for name, value in options.items() if name in EffortOptions.__annotations__}
-    found = compute_weights(Order(plan, weighted, hints.checkpoint), base, make_effort(**cast(EffortOptions, effort)))
+    found = compute_weights(Order(plan, weighted, hints.checkpoint), base, read_effort(options))
     least = options.get("min_retained", RETAINED_REFUSE), options.get("warn_retained", RETAINED_WARN)
     receipt = finish_receipt(plan, base, [weight.sums for weight in found], *least, room_bytes=0)
     return MergedState(_put_together(state_dict, base, plan, found), receipt, plan.config_changes)

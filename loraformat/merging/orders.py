@@ -3,22 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from loraformat.apply import Work
 from loraformat.apply.accounting import check_untouched
 from loraformat.apply.in_place import check_no_journal
 from loraformat.arguments import (
     AdapterOptions,
-    EffortOptions,
     HintOptions,
     MergeOptions,
     PlanOptions,
     StrPath,
-    VerifyOptions,
     WorkOptions,
     check_sharing,
-    make_effort,
+    read_effort,
     read_hints,
     wants_anew,
 )
@@ -44,22 +42,18 @@ def open_sound(base: StrPath) -> BaseModel:
     return open_base(Path(base))
 
 
-def make_order(
-    base: BaseModel, weighted: Sequence[WeightedAdapter], output: Path, options: PlanOptions | MergeOptions
-) -> Order:
+def make_order(base: BaseModel, weighted: Sequence[WeightedAdapter], output: Path, options: MergeOptions) -> Order:
     """Plan a merge; what the options do not say is as `build_plan` has it."""
     others = AdapterOptions.__annotations__.keys() | HintOptions.__annotations__.keys() | {"to"}
     own = PlanOptions.__annotations__.keys() - others
     given: dict[str, Any] = {name: value for name, value in options.items() if name in own}
-    hints = read_hints(cast(HintOptions, options))
+    hints = read_hints(options)
     given = {name: value for name, value in given.items() if _USUAL.get(name) != value}
     data = given.pop("calibration", None)
     if data is None and given.get("calibration_method") is not None:
         raise refuse("LF628", "--calibration-method", "no data to measure ranges on", "--calibration too")
     if data is not None:
-        given |= _calibrate(
-            base, weighted, output, Path(data), (hints, given, read_effort(cast(MergeOptions, options)))
-        )
+        given |= _calibrate(base, weighted, output, Path(data), (hints, given, read_effort(options)))
     plan = build_plan(base, weighted, output, anew=wants_anew(options.get("to")), hints=hints, **given)
     check_sharing(plan, base, options)
     check_untouched(plan, base)
@@ -85,13 +79,13 @@ def _calibrate(
 
 
 def choose_output(
-    base: BaseModel, weighted: Sequence[WeightedAdapter], output: StrPath | None, options: PlanOptions | MergeOptions
+    base: BaseModel, weighted: Sequence[WeightedAdapter], output: StrPath | None, options: MergeOptions
 ) -> Path:
     """Return where the merged model goes."""
     return Path(output) if output is not None else default_output(base.path, form_suffix(base, options), weighted)
 
 
-def form_suffix(base: BaseModel, options: PlanOptions | MergeOptions) -> str:
+def form_suffix(base: BaseModel, options: MergeOptions) -> str:
     """Return the file name ending of the output."""
     return require_rewriter(base).suffix if wants_anew(options.get("to")) else base.suffix
 
@@ -104,13 +98,7 @@ def check_order_apart(order: Order) -> None:
         check_apart(order.plan.output, [file.path for file in order.checkpoint.files])
 
 
-def read_effort(options: EffortOptions | VerifyOptions | WorkOptions | MergeOptions) -> Effort:
-    """Return how much of the machine options ask for."""
-    own = {name: value for name, value in options.items() if name in EffortOptions.__annotations__}
-    return make_effort(**cast(EffortOptions, own))
-
-
-def read_work(options: WorkOptions | MergeOptions) -> Work:
+def read_work(options: WorkOptions) -> Work:
     """Return how options want the output written, and what they demand of it."""
     return Work(
         read_effort(options),

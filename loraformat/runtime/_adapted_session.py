@@ -10,14 +10,14 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from loraformat.apply.accounting import check_untouched, finish_receipt
-from loraformat.arguments import AdapterArguments, EffortOptions, HintOptions, make_effort, read_hints, weigh_adapters
+from loraformat.arguments import AdapterArguments, read_effort, read_hints, weigh_adapters
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.dtypes import BY_ONNX
 from loraformat.errors import refuse
@@ -80,8 +80,8 @@ class ServedBase:
         self._base = base
         self._settings = onnxruntime.SessionOptions if settings is None else settings
         self._options = options
-        self._effort = make_effort(**cast(EffortOptions, _pick(options, tuple(EffortOptions.__annotations__))))
-        self._hints = read_hints(cast(HintOptions, options))
+        self._effort = read_effort(options)
+        self._hints = read_hints(options)
         self._graph = ServedGraph(base.opened)
         self._shelf = WeightShelf()
 
@@ -90,7 +90,9 @@ class ServedBase:
         weighted = weigh_adapters(adapters, self._options, self._base)
         if not weighted:
             return None
-        given = _pick(self._options, tuple(NumberWishes.__annotations__))
+        given: dict[str, Any] = {
+            name: own for name, own in self._options.items() if name in NumberWishes.__annotations__
+        }
         plan = build_plan(self._base, weighted, self._base.path, hints=self._hints, **given)
         check_untouched(plan, self._base)
         return Order(plan, weighted, self._hints.checkpoint)
@@ -183,10 +185,6 @@ class AdaptedSession(onnxruntime.InferenceSession):  # type: ignore[misc]
             adapters: as in `merge`; of those that come and go, give `loraformat.load`ed ones rather than paths.
         """
         return AdaptedSession(self._served_base, adapters)
-
-
-def _pick(options: RuntimeOptions, names: Sequence[str]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name in names}
 
 
 def _wrap(form: TensorForm, buffer: NDArray[np.uint8]) -> onnxruntime.OrtValue:

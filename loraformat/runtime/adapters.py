@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Unpack, cast
+from typing import Any, Final, Unpack
 
 from loraformat.arguments import (
     AdapterArguments,
@@ -132,11 +132,10 @@ def _fill(model: StrPath, adapters: AdapterArguments, options: AdapterExportOpti
     weighted = weigh_adapters(adapters, options, opened)
     if inputs.batched and len(weighted) > inputs.batched:
         raise refuse("LF829", opened.path, f"{len(weighted)} adapters", f"at most {inputs.batched}, one for each slot")
-    hints = read_hints(cast(HintOptions, options))
-    own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
+    hints = read_hints(options)
     filling = _Filling(graph, inputs)
     sites = [*graph.sites, *restore_members(graph.sites, inputs)]
-    served = [serve(opened, sites, item, hints, own, filling.judge) for item in weighted]
+    served = [serve(opened, sites, item, hints, options, filling.judge) for item in weighted]
     return _Filled(opened, weighted, served, filling.pair(served))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Unpack, cast
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from loraformat.apply.placing import Place, check_places, open_place
 from loraformat.arguments import (
@@ -123,13 +123,12 @@ def export_runtime(
     opened = open_model(base)
     graph = opened.as_branchable()
     _check_base(opened, graph)
-    hints = read_hints(cast(HintOptions, options))
+    hints = read_hints(options)
     weighted = weigh_adapters(targets_of, options, opened)
     if not weighted:
         raise refuse("LF401", opened.path, "no adapter whose targets are to have inputs", "at least one")
-    own = cast(ServeOptions, {name: each for name, each in options.items() if name in ServeOptions.__annotations__})
     judge = Judge(graph, batched=bool(options.get("batched")))
-    served = [serve(opened, graph.sites, item, hints, own, judge.judge) for item in weighted]
+    served = [serve(opened, graph.sites, item, hints, options, judge.judge) for item in weighted]
     caveats = find_caveats(served, accepted=options.get("accept_ranges", False))
     if any(problem.severity == "error" for problem in caveats):
         raise error_for(caveats)

@@ -122,7 +122,10 @@ def serve(
     allowed = options.get("allow_unmatched", ())
     prefix = options.get("strip_prefix")
     clues = gather_clues(item.adapter, base, hints, strip_prefix=prefix)
-    found = resolve(item.adapter, sites, clues=clues, **options)
+    careless = options.get("ignore_fingerprints", False)
+    found = resolve(
+        item.adapter, sites, clues=clues, allow_unmatched=allowed, strip_prefix=prefix, ignore_fingerprints=careless
+    )
     problems += found.problems
     divisors = {site.id: site.divisor for site in sites}
     served: list[Served] = []

@@ -362,7 +362,7 @@ function checkReplace(target) {
   demand(rule === "multiplier", "LF122", `${name}: the rule ${rule}`);
   demand(factors.size > 0, "LF201", `${name} has no tensors`);
   for (const [role, { dtype, shape }] of factors) {
-    demand(["weight", "bias"].includes(role), "LF202", `${name}: the role ${role}`);
+    demand(/^[A-Za-z_][A-Za-z0-9_]*$/.test(role), "LF202", `${name}: the role ${role}`);
     demand(FACTOR_DTYPES.includes(dtype), "LF210", `${name}: ${dtype}`);
     demand(shape.length > 0 && !shape.includes(0), "LF203", `${name}: ${role} of shape ${shape}`);
   }

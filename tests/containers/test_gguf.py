@@ -4,6 +4,7 @@ import io
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from laws import container_laws
 from laws.container_laws import ContainerLaws, read_all, rewrite, same_bits
 from laws.writer_laws import WriterLaws
 from loraformat.containers import _gguf_values
@@ -65,10 +67,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.gguf"
 
 
-def open_bytes(path: Path, data: bytes) -> Any:
-    rewrite(path, data)
-    return CONTAINER.open(path)
-
+open_bytes = partial(container_laws.open_bytes, CONTAINER)
 
 METADATA = {
     "general.type": '"adapter"',

@@ -4,6 +4,7 @@ import io
 import os
 import struct
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from laws import container_laws
 from laws.container_laws import ContainerLaws, read_all, rewrite, same_bits
 from laws.writer_laws import WriterLaws
 from loraformat.containers import onnx_adapter
@@ -34,9 +36,7 @@ def write(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None
     return sink.getvalue()
 
 
-def open_bytes(path: Path, data: bytes) -> Any:
-    rewrite(path, data)
-    return CONTAINER.open(path)
+open_bytes = partial(container_laws.open_bytes, CONTAINER)
 
 
 @pytest.fixture

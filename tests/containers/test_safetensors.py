@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from laws import container_laws
 from laws.container_laws import ContainerLaws, read_all, rewrite, same_bits
 from loraformat import limits
 from loraformat.containers._safetensors_images import describe_images, escape_for_header
@@ -69,16 +71,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def open_bytes(path: Path, data: bytes) -> Any:
-    rewrite(path, data)
-    return CONTAINER.open(path)
-
-
-def refusal(path: Path, data: bytes) -> LoraformatError:
-    with pytest.raises(LoraformatError) as caught:
-        open_bytes(path, data)
-    assert str(path) in caught.value.problems[0].where
-    return caught.value
+open_bytes = partial(container_laws.open_bytes, CONTAINER)
+refusal = partial(container_laws.refuse_bytes, CONTAINER)
 
 
 class TestSafetensorsLaws(ContainerLaws):

@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from loraformat.containers import CONTAINERS, Container, TensorFile
+from loraformat.containers._strided import StridedTensor
 from loraformat.errors import LoraformatError
 
 STRANGERS = {
@@ -32,6 +33,21 @@ def rewrite(path: Path, data: bytes) -> None:
     """Make a new file of this name. Some file systems are ten times slower at emptying an old one."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
+
+
+def open_bytes(container: Container, path: Path, data: bytes) -> TensorFile:
+    """Return the index of a file of these bytes."""
+    rewrite(path, data)
+    return container.open(path)
+
+
+def refuse_bytes(container: Container, path: Path, data: bytes) -> LoraformatError:
+    """Return the error with which a file of these bytes, which it names, is refused."""
+    with pytest.raises(LoraformatError) as caught:
+        open_bytes(container, path, data)
+    assert str(path) in caught.value.problems[0].where
+    assert str(caught.value)
+    return caught.value
 
 
 def same_bits(one: NDArray[Any], other: NDArray[Any]) -> bool:
@@ -164,13 +180,15 @@ class ContainerLaws:
             self._open_or_refuse(example[0], bytes(damaged))
 
     def _open_or_refuse(self, path: Path, data: bytes) -> None:
+        """Read what there is; a changed order or stride may leave a sound tensor without a span."""
         rewrite(path, data)
         try:
             opened = self.container.open(path)
         except LoraformatError:
             return
         for tensor in opened.tensors.values():
-            assert tensor.span.end <= tensor.file.size_bytes
+            if not isinstance(tensor, StridedTensor):
+                assert tensor.span.end <= tensor.file.size_bytes
             if tensor.dtype.bits >= 8:
                 assert tensor.read().shape == tensor.shape
 

@@ -247,12 +247,12 @@ def test_files_of_other_names(tmp_path: Path, name: str, content: bytes, code: s
     assert caught.value.codes == (code,)
 
 
-def test_a_gguf_file_is_an_adapters_container_and_no_base(tmp_path: Path) -> None:
+def test_a_gguf_file_of_no_version_is_refused_as_an_adapter_and_as_a_base(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(60))
     assert refusal(tmp_path / "a.gguf").code == "LF131"
     with pytest.raises(LoraformatError) as caught:
         open_base(tmp_path / "a.gguf")
-    assert caught.value.codes == ("LF111",)
+    assert caught.value.codes == ("LF131",)
 
 
 # --- schemes ---------------------------------------------------------------------------------------------------------

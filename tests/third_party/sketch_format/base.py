@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from loraformat.adapter import SlotKind
-from loraformat.bases import TENSOR_NAME, BaseModel, Site, Weight
+from loraformat.bases import TENSOR_NAME, BaseModel, Checksums, Site, Weight
 from loraformat.encodings import Coding
 from loraformat.images import Blank, Copy, FileImage, Literal, NewOutput
 from loraformat.problems import Problem
-from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.spans import InputFile, StoredTensor
 from loraformat.strict_json import JsonValue, write_canonical
 from sketch_format.container import CONTAINER, MAGIC, read_index
 
 
-class SketchModel:
+class SketchModel(Checksums):
     """An opened model; the attributes are those of `BaseModel`."""
 
     format = "sketch"
@@ -55,15 +55,6 @@ class SketchModel:
         head = Literal(MAGIC + length.to_bytes(4, "little") + index)
         numbers = Copy(self._opened.file, self._start, self._opened.file.size_bytes - self._start)
         return [FileImage(output.path, [head, Blank(output.blank_bytes), Literal(b"}"), numbers])]
-
-    def compute_checksums(
-        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
-    ) -> Mapping[int, bytes]:
-        """Return nothing: there are no checksums."""
-        return {}
-
-    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
-        """Do nothing."""
 
     def encode_receipt(self, text: str) -> bytes:
         """Return the text: the blank is filled with spaces, which JSON has room for."""
