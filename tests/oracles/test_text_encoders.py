@@ -3,17 +3,11 @@
 from pathlib import Path
 
 import pytest
-
-for _package in ("torch", "peft", "transformers", "diffusers"):
-    pytest.importorskip(_package, reason="oracle: pip install torch==2.13.0, then '.[oracle]'")
-
-import peft
-import torch
-import transformers
-from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
+from checkpoints import peft, torch, transformers
 
 import loraformat
+
+diffusers = pytest.importorskip("diffusers", reason="oracle: pip install torch==2.13.0, then '.[oracle]'")
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore")]
 
@@ -26,11 +20,11 @@ def test_to_kohya_and_into_a_text_encoder(tmp_path: Path, inner: bool) -> None:
     model.save_pretrained(tmp_path / "base")
     config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=["q_proj", "fc1"], init_lora_weights=False)
     model.add_adapter(config)
-    layers = convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(model))
+    layers = diffusers.utils.convert_state_dict_to_diffusers(peft.get_peft_model_state_dict(model))
     if inner:
         layers = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in layers.items()}
     metadata = model.peft_config["default"].to_dict()
-    StableDiffusionPipeline.save_lora_weights(
+    diffusers.StableDiffusionPipeline.save_lora_weights(
         tmp_path / "lora", text_encoder_lora_layers=layers, text_encoder_lora_adapter_metadata=metadata
     )
     loraformat.convert(tmp_path / "lora", "kohya", tmp_path / "kohya.safetensors", verify=True)
