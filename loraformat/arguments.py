@@ -171,6 +171,12 @@ def check_options(function: str, options: Mapping[str, object], known: type) -> 
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
+def require_adapters(weighted: Sequence[WeightedAdapter], base: BaseModel) -> None:
+    """Refuse a merge of nothing (LF401): its output would be a copy that passes for a merged model."""
+    if not weighted:
+        raise refuse("LF401", str(base.path), "no adapter to merge", "at least one", "Name the adapters.")
+
+
 def weigh_adapter(
     argument: AdapterArgument, scheme: str | None, stated: StatedScale, base: BaseModel
 ) -> WeightedAdapter:

@@ -39,6 +39,7 @@ from loraformat.spans import InputFile, read_small
 from loraformat.strict_json import JsonValue, parse_json_object
 
 _BASE_CONFIG: Final = "config.json"
+_PIPELINE_INDEX: Final = "model_index.json"
 IN_MEMORY: Final = "adapter in memory"
 """What one is called in messages that was never in a file."""
 _NEED_BASE: Final = frozenset({"LF311", "LF314"})
@@ -182,11 +183,25 @@ def open_base(path: Path) -> BaseModel:
         if likely is not None and likely.accepts(path, head, size):
             return likely.open(path)
     if isdir(path):
-        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".safetensors", ".bin"})
-        found = f"a folder with {', '.join(inside[:4]) or 'no model'}"
-        raise refuse("LF121", path, found, "a model folder with safetensors, torch or ONNX weights, or one model file")
+        raise _refuse_folder(path)
     by_suffix = [base for _, base in BASES if path.suffix.lower() in base.suffixes]
     return _refuse_or_open(path, head, by_suffix)
+
+
+def _refuse_folder(path: Path) -> LoraformatError:
+    """Return the error for a folder that is no base: a pipeline of diffusers is a folder of several."""
+    mend = ""
+    if (path / _PIPELINE_INDEX).is_file():
+        parts = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and (entry / _BASE_CONFIG).is_file())
+        found = f"a pipeline of diffusers with {', '.join(parts) or 'no parts'}"
+        if parts:
+            whole = f"loraformat merge {path / parts[-1]} ADAPTER --allow-unmatched '{parts[0]}*'"
+            mend = f"Merge into its parts one by one, and leave out the targets of the others, as in: {whole}"
+    else:
+        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors", ".bin"})
+        found = f"a folder with {', '.join(inside[:4]) or 'no model'}"
+    expected = "a model folder with safetensors, torch or ONNX weights, or one model file"
+    return refuse("LF121", path, found, expected, mend)
 
 
 def _refuse_or_open(path: Path, head: bytes, by_suffix: list[BaseFormat]) -> BaseModel:

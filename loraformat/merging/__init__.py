@@ -19,6 +19,7 @@ from loraformat.arguments import (
     list_adapters,
     read_effort,
     read_hints,
+    require_adapters,
     weigh_adapters,
 )
 from loraformat.errors import refuse
@@ -57,6 +58,7 @@ def plan_merge(
     check_options("plan_merge", options, MergeOptions)
     opened = open_sound(base)
     weighted = weigh_adapters(adapters, options, opened)
+    require_adapters(weighted, opened)
     if options.get("calibration") is not None:  # It takes a merge to measure ranges.
         options = {**options, "calibration": None, "calibration_method": None, "accept_ranges": True}
     return make_order(opened, weighted, choose_output(opened, weighted, output, options), options).plan
@@ -86,6 +88,7 @@ def merge(
     check_options("merge", options, MergeOptions)
     opened = open_sound(base)
     weighted = weigh_adapters(adapters, options, opened)
+    require_adapters(weighted, opened)
     order = make_order(opened, weighted, choose_output(opened, weighted, output, options), options)
     check_order_apart(order)
     return apply_order(opened, order, read_work(options))
@@ -111,6 +114,7 @@ def merge_each(
     check_options("merge_each", options, MergeOptions)
     opened = open_sound(base)
     weighted = weigh_adapters(adapters, options, opened)
+    require_adapters(weighted, opened)
     suffix = form_suffix(opened, options)
     names = [f"{item.name}{suffix}" for item in weighted]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -152,6 +156,7 @@ def merge_into(base: StrPath, adapters: AdapterArguments, **options: Unpack[Merg
     check_options("merge_into", options, MergeOptions)
     opened = open_sound(base)
     weighted = weigh_adapters(adapters, options, opened)
+    require_adapters(weighted, opened)
     return merge_in_place(opened, make_order(opened, weighted, opened.path, options), read_work(options))
 
 

@@ -14,6 +14,7 @@ from loraformat.arguments import (
     check_options,
     read_effort,
     read_hints,
+    require_adapters,
     weigh_adapters,
 )
 from loraformat.arrays import read_config
@@ -74,6 +75,7 @@ def merge_state_dict(
     check_options("merge_state_dict", options, StateOptions)
     base = HeldState(state_dict, read_config(options.get("config")))
     weighted = weigh_adapters(adapters, options, base)
+    require_adapters(weighted, base)
     hints = read_hints(options)
     wishes = {name: value for name, value in options.items() if name in SettledWishes.__annotations__}
     plan = build_plan(base, weighted, PLACE, hints=hints, **cast(SettledWishes, wishes))

@@ -87,14 +87,11 @@ def unet(attended: list[bool], label: bool) -> list[Row]:
 
 CLIP_NAMES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"]
 CLIP_NAMES += ["layer_norm1", "mlp.fc1", "mlp.fc2", "layer_norm2"]
-CLIP = same(
-    ["transformers"],
-    *(f"text_model.encoder.layers.{{i}}.{name}" for name in CLIP_NAMES),
-    "text_model.embeddings.token_embedding",
-    "text_model.embeddings.position_embedding",
-    "text_model.final_layer_norm",
-    "text_projection",
-)
+CLIP_NAMES = [f"encoder.layers.{{i}}.{name}" for name in CLIP_NAMES]
+CLIP_NAMES += ["embeddings.token_embedding", "embeddings.position_embedding", "final_layer_norm"]
+# transformers 5 has a CLIPTextModel without the inner module, and saves it so.
+CLIP = pair("transformers", "transformers-5", *((f"text_model.{name}", name) for name in CLIP_NAMES))
+CLIP += same(["transformers", "transformers-5"], "text_projection")
 T5 = same(
     ["transformers"],
     *(f"encoder.block.{{i}}.layer.0.SelfAttention.{name}" for name in ("q", "k", "v", "o", "relative_attention_bias")),
@@ -438,7 +435,8 @@ def main() -> None:
     )
     encoders = ["text_encoder", "text_encoder_2", "text_encoder_3"]
     classes = ["CLIPTextModel", "CLIPTextModelWithProjection"]
-    table("clip-text-encoder", "the text encoder of CLIP", encoders, CLIP, classes=classes, schemes=TEXTS)
+    texts = TEXTS | {"diffusers": {"spelling": "transformers", "also": ["transformers-5"]}}
+    table("clip-text-encoder", "the text encoder of CLIP", encoders, CLIP, classes=classes, schemes=texts)
     table("t5-encoder", "the encoder of T5", encoders[1:], T5, classes=["T5EncoderModel"], schemes=TEXTS)
 
 

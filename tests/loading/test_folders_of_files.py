@@ -8,7 +8,7 @@ import pytest
 
 import loraformat
 from builders import lora_factors, write_peft, write_tensors
-from loraformat.loading import load_adapter
+from loraformat.loading import load_adapter, open_base
 
 FACTORS = {"layers.0.fc": lora_factors(np.random.default_rng(0), 7, 5, 2)}
 DIFFUSERS = {
@@ -52,3 +52,16 @@ def test_tensors_of_peft_without_their_configuration(tmp_path: Path) -> None:
     with pytest.raises(loraformat.InputError) as caught:
         load_adapter(path)
     assert "adapter_config.json" in caught.value.problems[0].advice
+
+
+def test_parts_of_a_pipeline_are_named(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    for part in ("unet", "text_encoder", "scheduler"):
+        (tmp_path / part).mkdir()
+    for part in ("unet", "text_encoder"):
+        (tmp_path / part / "config.json").write_text("{}")
+    with pytest.raises(loraformat.InputError) as caught:
+        open_base(tmp_path)
+    (problem,) = caught.value.problems
+    assert problem.found == "a pipeline of diffusers with text_encoder, unet"
+    assert f"merge {tmp_path / 'unet'} ADAPTER --allow-unmatched 'text_encoder*'" in problem.advice
