@@ -70,7 +70,9 @@ class PeftType:
         scaling: how its scale follows where neither field says it.
         obstacles: fields under which it cannot be merged.
         drawn: roles that all targets share, and that are drawn again from a seed where they were not saved.
-        is_sharing: whether its targets share factors, which PEFT stores once.
+        shared: roles that all targets share, which PEFT stores once.
+        is_sharing: whether targets share factors that are stored in another way: of a name for each group, or again at
+            every target.
         arrange: gives targets what they share in groups, each under a name of its own.
         complete: adds to a configuration made for targets what a type with rank and alpha has besides, and returns what
             PEFT cannot hold; None for a type that is only written with the configuration it came with.
@@ -88,6 +90,7 @@ class PeftType:
     scaling: Callable[[PeftConfig, Factors], float] = field(default=lambda config, factors: 1.0)
     obstacles: Sequence["Barrier"] = ()
     drawn: Sequence[str] = ()
+    shared: Sequence[str] = ()
     is_sharing: bool = False
     arrange: Callable[[Factors, PeftConfig], Factors | Problem] = field(default=lambda tensors, config: tensors)
     complete: Complete | None = None

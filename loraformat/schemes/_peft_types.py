@@ -75,7 +75,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         _same("vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B"),
         rank=(("vera_lambda_d", 0),),
         drawn=("vera_A", "vera_B"),
-        is_sharing=True,
+        shared=("vera_A", "vera_B"),
     ),
     "PVERA": PeftType(
         "pvera",
@@ -83,7 +83,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         rank=(("pvera_B", 1),),
         adjust=halve_rank,
         drawn=("pvera_A", "pvera_B"),
-        is_sharing=True,
+        shared=("pvera_A", "pvera_B"),
     ),
     "ADALORA": PeftType(
         "adalora",
@@ -123,7 +123,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         ),
         rank=(("vblora_logits_A", 0), ("vblora_logits_A_topk_indices", 0)),
         options={"topk": 2},
-        is_sharing=True,
+        shared=("vblora_vector_bank",),
     ),
     "MISS": PeftType(
         "miss", _same("miss_block"), rank=(("miss_block", 0),), more=read_miss_variant, adjust=choose_miss
@@ -176,7 +176,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         _same("unilora_theta_d", *(f"unilora_{what}_{side}" for what in ("indices", "scales") for side in "AB")),
         rank=(("unilora_indices_A", 0),),
         obstacles=(Barrier("save_indices", lambda saved: saved is not True, _PLACES, False, "LF232"),),
-        is_sharing=True,
+        shared=("unilora_theta_d",),
     ),
     "FROD": PeftType(
         "frod",

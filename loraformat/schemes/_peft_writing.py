@@ -6,7 +6,7 @@ fields that hold ranks, scales and names are made anew, and the rest stays.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
@@ -48,11 +48,13 @@ class Folder:
         tensors: key, without the prefix that all have, to tensor.
         config: the configuration.
         problems: what stands against it.
+        shared: whole key to tensor of what all targets share.
     """
 
     tensors: Mapping[str, Factor]
     config: Mapping[str, JsonValue]
     problems: list[Problem]
+    shared: Mapping[str, Factor] = field(default_factory=dict)
 
 
 def write_folder(adapter: Adapter, fill: Callable[[Adapter, Targets], Folder], against: list[Problem]) -> WrittenBundle:
@@ -72,7 +74,7 @@ def write_folder(adapter: Adapter, fill: Callable[[Adapter, Targets], Folder], a
     if len(left_out) == 1:
         carried[COMPONENT_KEY] = left_out.pop()
     return WrittenBundle(
-        tensors={f"{_PREFIX}{key}": factor for key, factor in folder.tensors.items()},
+        tensors={f"{_PREFIX}{key}": factor for key, factor in folder.tensors.items()} | dict(folder.shared),
         metadata={"format": "pt"} | annotate(carried),
         config=folder.config,
         file_name=FACTORS_FILE,

@@ -237,3 +237,27 @@ def test_in_a_graph(lab: "Lab", tmp_path: Path, model: str, kind: str, exporter:
     found = zoo.run_onnx(tmp_path / "merged.onnx", left.feeds, specimen.outputs)
     note(f"kind in graph {model} {kind} {exporter}", apart=difference(found, left.unmerged), effect=left.effect)
     assert difference(found, left.unmerged) <= ABSOLUTE_TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("specimen", ["vera", "vera turned", "vera drawn", "pvera", "vblora", "unilora"])
+def test_what_all_targets_share_is_written_as_peft_reads_it(
+    trained: "Callable[[str], Trained]", tmp_path: Path, specimen: str
+) -> None:
+    """By way of our own file, which stores it once as well."""
+    import peft
+    import torch
+    from kind_zoo import SPECIMENS, Parts, make_inputs, run
+    from safetensors.torch import load_file
+
+    left, form = trained(specimen), SPECIMENS[specimen].form
+    own = loraformat.save(loraformat.load(left.folder), tmp_path / "adapter.safetensors")
+    loraformat.convert(own, "peft", tmp_path / "again")
+    model = Parts().to(form).eval()
+    model.load_state_dict(load_file(left.base))
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "again", autocast_adapter_dtype=False).to(form).eval()
+    with torch.no_grad():
+        inputs = {name: value for name, value in make_inputs(form).items() if name in SPECIMENS[specimen].targets}
+        found = run(adapted, inputs)
+    for name, expected in left.unmerged.items():
+        np.testing.assert_array_equal(found[name], expected)

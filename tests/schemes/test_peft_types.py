@@ -129,6 +129,20 @@ def test_factors_that_all_share() -> None:
     assert set(errors(make_bundle("VERA", lambdas))) == {"LF230"}
 
 
+def test_what_all_targets_share_is_written_once() -> None:
+    lambdas = {f"m.{name}.vera_lambda_{side}": (size,) for name in "qv" for side, size in (("b", 6), ("d", 2))}
+    bundle = make_bundle("VERA", {**lambdas, "base_model.vera_A": (2, 9), "base_model.vera_B": (7, 2)})
+    adapter = read(bundle)
+    written = SCHEME.write(adapter, NO_FACTS)
+    assert not written.problems
+    assert set(written.tensors) == set(bundle.tensors)
+    other = replace(
+        adapter.targets[1], factors={**adapter.targets[1].factors, "vera_A": adapter.targets[1].factors["vera_B"]}
+    )
+    torn = SCHEME.write(replace(adapter, targets=(adapter.targets[0], other)), NO_FACTS)
+    assert "LF312" in {problem.code for problem in torn.problems}
+
+
 def test_a_target_s_own_copy_comes_first() -> None:
     own = {"m.q.randlora_A": (2, 1, 9), "m.q.randlora_B": (9, 2, 2)}
     shapes = {**own, "m.q.randlora_lambda": (2, 2), "m.q.randlora_gamma": (2, 4), "base_model.randlora_A": (2, 1, 5)}
