@@ -45,9 +45,10 @@ FORMS = {
 }
 MERGE = """
 import re, sys, time
-import loraformat.api, onnx
+import onnx
+from loraformat import merge
 start = time.perf_counter()
-loraformat.merge(sys.argv[1], [sys.argv[2]], sys.argv[3], jobs={jobs}, external_data={data!r})
+merge(sys.argv[1], [sys.argv[2]], sys.argv[3], jobs={jobs}, external_data={data!r})
 seconds = time.perf_counter() - start
 print(seconds, re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """

@@ -1,6 +1,8 @@
 import json
 import math
 import struct
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from loraformat.errors import InputError
 from loraformat.limits import MAX_JSON_DEPTH, MAX_JSON_INTEGER_DIGITS
-from loraformat.strict_json import JsonValue, parse_json, parse_json_object, write_canonical
+from loraformat.strict_json import JsonValue, as_object, parse_json, parse_json_object, write_canonical
 
 TEXTS = st.text(st.characters(codec="utf-8"))
 NUMBERS = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
@@ -209,3 +211,32 @@ def test_what_json_cannot_say_is_not_written(value: Any) -> None:
 def test_what_is_no_json_value_is_not_written() -> None:
     with pytest.raises(TypeError):
         write_canonical(cast(JsonValue, [object()]))
+
+
+class Word(StrEnum):
+    ONE = "one"
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    number: float
+    word: Word = Word.ONE
+
+
+@dataclass(frozen=True)
+class Tree:
+    leaves: tuple[Leaf, ...]
+    lists: list[Any]
+    table: dict[str, Any]
+    leaf: Leaf | None = None
+
+
+@given(NUMBERS, VALUES)
+def test_records_become_what_the_library_makes_of_them(number: float, value: Any) -> None:
+    leaf = Leaf(number)
+    for tree in (Tree((leaf, leaf), [leaf, value], {"a": value}), Tree((), [], {}, leaf)):
+        record = as_object(tree)
+        assert record == asdict(tree)
+        assert write_canonical(record) == write_canonical(asdict(tree))
+        assert record["lists"] is not tree.lists
+        assert record["table"] is not tree.table

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -97,26 +96,27 @@ def count_broken(base: NDArray[Any], finite: NDArray[np.bool_]) -> TileSums:
 def is_in_range(merged: NDArray[Any], written: NDArray[Any]) -> bool:
     """Say whether all numbers are surely finite in the form of `written`; False may be said too often.
 
-    A sum of squares, however it is rounded on the way, is never below the largest of them: one pass that tells of
-    nearly all tiles.
-
     Args:
         merged: W + Δ before it was rounded.
         written: the same in the output's form.
     """
-    flat, largest = merged.reshape(-1), _largest_of(written.dtype)
-    if np.dot(flat, flat) < largest * largest / 2:
+    if written.dtype.itemsize > 1 and _are_below_two(written):
         return True
     if written.dtype.itemsize == _NARROW_BYTES:  # Read off the narrow form, which is half the memory.
         return is_all_finite(written)
-    return _largest(flat) <= largest
-
-
-@cache
-def _largest_of(form: np.dtype[Any]) -> float:
+    flat = merged.reshape(-1)
+    if written.dtype.itemsize >= flat.dtype.itemsize:
+        return math.isfinite(np.dot(flat, flat))
     import ml_dtypes
 
-    return float(ml_dtypes.finfo(form).max)  # type: ignore[no-untyped-call]
+    return _largest(flat) <= float(ml_dtypes.finfo(written.dtype).max)  # type: ignore[no-untyped-call]
+
+
+def _are_below_two(values: NDArray[Any]) -> bool:
+    """Say whether no number has the exponent's highest bit, as nearly no weight does: one pass over the patterns."""
+    bits = 8 * values.dtype.itemsize
+    seen = int(np.bitwise_or.reduce(values.reshape(-1).view(f"u{values.dtype.itemsize}")))
+    return not seen & 1 << bits - 2
 
 
 def _largest(values: NDArray[Any]) -> float:
