@@ -523,12 +523,12 @@ def main() -> None:
         "Ideogram 4",
         fused_aspect(ideogram4(), [3, 1]),
         "Ideogram4Transformer2DModel",
-        schemes("native", "diffusers"),
+        schemes("native"),
     )
-    write("ltx-transformer", "LTX-Video", ltx(), "LTXVideoTransformer3DModel", schemes("native", "diffusers"))
-    write("ltx2-transformer", "LTX-2", ltx2(), "LTX2VideoTransformer3DModel", schemes("native", "diffusers"))
+    write("ltx-transformer", "LTX-Video", ltx(), "LTXVideoTransformer3DModel", schemes("native"))
+    write("ltx2-transformer", "LTX-2", ltx2(), "LTX2VideoTransformer3DModel", schemes("native"))
     write("mochi-transformer", "Mochi", mochi(), "MochiTransformer3DModel", schemes("native"))
-    write("auraflow-transformer", "AuraFlow", auraflow(), "AuraFlowTransformer2DModel", schemes("native", "diffusers"))
+    write("auraflow-transformer", "AuraFlow", auraflow(), "AuraFlowTransformer2DModel", schemes("native"))
     write("cosmos-transformer", "Cosmos-Predict2, Anima", cosmos(), "CosmosTransformer3DModel", schemes("native"))
     write("krea2-transformer", "Krea 2", krea2(), "Krea2Transformer2DModel", schemes("native"))
     write("minimax-h3-transformer", "MiniMax-H3", minimax_h3(), "MiniMaxH3Transformer3DModel", schemes("native"))
@@ -545,11 +545,16 @@ def main() -> None:
     table("anima-text-conditioner", "Anima's text conditioner", ["text_conditioner"], anima_conditioner(), **fields)
 
 
+WIDTHS = {"Lumina 2": [2304, 9216], "Z-Image": [3840, 10240], "Ideogram 4": [4608, 12288]}
+"""Sizes of the published models, of those that share names of single-stream blocks."""
+
+
 def write(
     name: str, title: str, modules: list[Row], model: str, named: dict[str, Any], depths: dict[str, int] | None = None
 ) -> None:
     """Write one table of a transformer."""
-    fields = {"depths": depths} if depths else {}
+    fields: dict[str, Any] = {"widths": WIDTHS[title]} if title in WIDTHS else {}
+    fields |= {"depths": depths} if depths else {}
     table(name, title, ["transformer"], modules, **fields, classes=[model], schemes=named)
 
 

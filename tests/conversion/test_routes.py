@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from loraformat.adapter import Adapter
@@ -55,6 +56,22 @@ def test_tables_that_agree_need_not_be_told_apart() -> None:
         *(f"transformer_blocks.0.attn.to_{name}" for name in "qkv"),
         "transformer_blocks.1.attn.to_add_out",
     }
+
+
+def test_the_fused_projections_of_hunyuans_refiner_share_one_a() -> None:
+    block = "txt_in.individual_token_refiner.blocks.0.self_attn_qkv"
+    tensors = m.lora({f"diffusion_model.{block}": (3 * H, H + 1)}, A, B)
+    adapter = DOTTED.read(Bundle(Path("a.safetensors"), tensors), NOT_STATED)
+    respelled, problems = respell(adapter, "diffusers", NO_FACTS)
+    assert not problems
+    refiner = "transformer.context_embedder.token_refiner.refiner_blocks.0.attn"
+    assert [target.name for target in respelled.targets] == [f"{refiner}.to_{name}" for name in "kqv"]
+    down = tensors[f"diffusion_model.{block}.{A}"].read()
+    for part, name in enumerate("qkv"):
+        (target,) = (each for each in respelled.targets if each.name.endswith(name))
+        np.testing.assert_array_equal(target.factors[A].read(), down)
+        rows = tensors[f"diffusion_model.{block}.{B}"].read()[part * H : (part + 1) * H]
+        np.testing.assert_array_equal(target.factors[B].read(), rows)
 
 
 def test_what_nothing_tells_is_asked() -> None:

@@ -152,6 +152,7 @@ def hunyuan_video(h: int = 3072) -> Shapes:
         **{f"vector_in.{part}_layer": (H, W) for part in ("in", "out")},
         "txt_in.input_embedder": (H, W),
         "final_layer.linear": (64, h),
+        "final_layer.adaLN_modulation.1": (2 * h, h),
     }
 
 
@@ -299,19 +300,20 @@ MIXTURE: Shapes = {
     **dict.fromkeys(("context_embedder", "x_embedder", "proj_out", "norm_out.linear"), (H, W)),
     "time_text_embed.guidance_embedder.linear_1": (H, W),
 }
+NORM_OUT = frozenset({"transformer.norm_out.linear"})
 COMFY, KOHYA = behind("diffusion_model."), flat("lora_unet_")
 DOTTED_KOHYA: Mapping[str, Any] = {"down": DOWN, "up": UP, "alpha": 2.0}
 
 LAYOUTS: Mapping[str, Layout] = {
-    "flux2_ai_toolkit": Layout(
-        "Flux2", {**flux2(), **FLUX2_MORE}, COMFY, wrong=frozenset({"transformer.norm_out.linear"})
-    ),
+    "flux2_ai_toolkit": Layout("Flux2", {**flux2(), **FLUX2_MORE}, COMFY, wrong=NORM_OUT),
     "flux2_kohya": Layout("Flux2", flux2(), KOHYA, **DOTTED_KOHYA),
     "flux2_peft": Layout("Flux2", flux2(), behind("base_model.model.")),
     "flux3": Layout("Flux3", FLUX3, COMFY),
-    "hunyuan_video": Layout("HunyuanVideo", hunyuan_video(), str, rank=2),
-    "hunyuan_video_prefixed": Layout("HunyuanVideo", hunyuan_video(), behind("transformer."), rank=2, via="dotted"),
-    "hunyuan_video_of_comfy_prefix": Layout("HunyuanVideo", hunyuan_video(), COMFY, rank=2),
+    "hunyuan_video": Layout("HunyuanVideo", hunyuan_video(), str, rank=2, wrong=NORM_OUT),
+    "hunyuan_video_prefixed": Layout(
+        "HunyuanVideo", hunyuan_video(), behind("transformer."), rank=2, via="dotted", wrong=NORM_OUT
+    ),
+    "hunyuan_video_of_comfy_prefix": Layout("HunyuanVideo", hunyuan_video(), COMFY, rank=2, wrong=NORM_OUT),
     "wan_comfy": Layout("Wan", WAN_ENDS, COMFY),
     "wan_comfy_alphas": Layout("Wan", WAN_I2V, COMFY, **DOTTED_KOHYA),
     "wan_musubi": Layout("Wan", WAN_I2V, KOHYA, **DOTTED_KOHYA),

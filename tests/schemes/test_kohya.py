@@ -75,7 +75,11 @@ class TestKohya(SchemeLaws):
             "OFT of sd-scripts": bundle_of(payload("oft_unet_" + TO_Q.removeprefix("lora_unet_"), oft)),
             "OFT of sd-scripts, FLUX": bundle_of(payload("oft_unet_double_blocks_0_img_attn_proj", parts)),
             "Z-Image, dots": bundle_of(
-                m.lora({"lora_unet_layers_0_attention_to_q": (6, 5)}, "lora.down.weight", "lora.up.weight")
+                m.lora(
+                    {f"lora_unet_layers_0_{name}": (6, 5) for name in ("attention_to_q", "adaLN_modulation_0")},
+                    "lora.down.weight",
+                    "lora.up.weight",
+                )
             ),
             "HunyuanVideo of musubi": bundle_of(
                 m.lora(
