@@ -1,9 +1,11 @@
 """The record that a merged model carries."""
 
+import hashlib
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +30,7 @@ RECEIPT = Receipt(
 def test_the_embedded_text_is_canonical_json_without_place_or_problems() -> None:
     record = json.loads(RECEIPT.embedded_text())
     assert record == {
+        "sha256": hashlib.sha256(_write({name: item for name, item in record.items() if name != "sha256"})).hexdigest(),
         "version": RECEIPT_VERSION,
         "base": {"name": "base.onnx", "structure_sha256": "ab", "files": [{"name": "base.onnx", "bytes": 7}]},
         "plan_sha256": "cd",
@@ -39,7 +42,11 @@ def test_the_embedded_text_is_canonical_json_without_place_or_problems() -> None
         "room_bytes": 0,
         "options": {},
     }
-    assert RECEIPT.embedded_text() == json.dumps(record, sort_keys=True, separators=(",", ":"))
+    assert RECEIPT.embedded_text() == _write(record).decode()
+
+
+def _write(record: Any) -> bytes:
+    return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
 
 
 def test_the_printed_record_has_both() -> None:
