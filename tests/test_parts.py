@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from loraformat.errors import LoraformatError
 from loraformat.apply.job_log import FileJobLog
 from loraformat.apply.output_folders import PendingFolder
+from loraformat.errors import LoraformatError
 from loraformat.outputs import PendingOutput, name_log, name_part, remove_stale_parts
 
 TOKEN = "0123456789abcdef"
