@@ -9,8 +9,13 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from loraformat.errors import refuse
+
+_HERE: Final = -100
+_EXCHANGE: Final = 2
+"""`AT_FDCWD` and `RENAME_EXCHANGE` of Linux."""
 
 
 def open_part(path: Path, *, taken_up: bool, mode: int = 0o666) -> int:
@@ -76,3 +81,13 @@ def check_alone(final: Path, own: frozenset[Path]) -> None:
         is_part = entry.name.startswith(f".{final.name}.loraformat-") and entry.name.endswith(".part")
         if is_part and entry not in own and is_held(entry):
             raise refuse("LF606", final, f"a run that is writing {entry.name}", "one run at a time")
+
+
+def swap_names(one: Path, other: Path) -> bool:
+    """Let two names change places in one step; False where system or file system cannot (Linux can, `renameat2`)."""
+    import ctypes
+
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    if exchange is None:
+        return False
+    return bool(exchange(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0)

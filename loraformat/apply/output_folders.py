@@ -17,7 +17,7 @@ from loraformat.outputs import (
     remove_stale_parts,
     sync_folder,
 )
-from loraformat.parts import check_alone, open_part, open_part_folder
+from loraformat.parts import check_alone, open_part, open_part_folder, swap_names
 
 _NO_LINKS: Final[Mapping[Path, Path]] = MappingProxyType({})
 
@@ -99,7 +99,7 @@ class PendingFolder:
         self.descriptors.append(-1)
 
     def commit(self) -> None:
-        """Move the folder into place; an earlier one is moved aside first and removed last."""
+        """Move the folder into place; an earlier one is removed last."""
         with output_errors(self._final):
             if self._durable:
                 for descriptor in self.descriptors:
@@ -116,13 +116,18 @@ class PendingFolder:
                 sync_folder(self._final.parent)
 
     def _exchange(self) -> None:
-        aside = name_part(self._final)
-        os.rename(self._final, aside)
-        try:
-            os.rename(self._part, self._final)
-        except OSError:
-            os.rename(aside, self._final)
-            raise
+        """Put the part in the place of the earlier folder, in one step where the system can: a kill leaves either."""
+        resumed, self._part = self._part, name_part(self._final)
+        os.rename(resumed, self._part)  # No later run may take up what is the earlier folder by then.
+        aside = self._part
+        if not swap_names(self._part, self._final):
+            aside = name_part(self._final)
+            os.rename(self._final, aside)
+            try:
+                os.rename(self._part, self._final)
+            except OSError:
+                os.rename(aside, self._final)
+                raise
         remove(aside)
 
     def _discard(self, *, keep: bool = False) -> None:
