@@ -15,6 +15,7 @@ from graphs import dyadic_factors, linear_net, write_model
 from loraformat.planning.wishes import SettledWishes
 from loraformat.problems import Problem
 from loraformat.receipt import _OPTIONS, RECEIPT_VERSION, AppliedAdapter, MergedWeight, Receipt
+from models import write_adapter, write_base
 
 RECEIPT = Receipt(
     output="/somewhere/out.onnx",
@@ -112,3 +113,14 @@ def test_what_a_merge_returns_is_what_it_did(tmp_path: Path) -> None:
     assert len(receipt.adapters[0].sha256) == 64
     assert sorted(w.targets[0] for w in receipt.weights) == list(arrays)[:2]
     assert {w.scales for w in receipt.weights} == {(1.0,)}
+
+
+def test_a_parent_with_a_number_that_cannot_be_written_again_is_none(tmp_path: Path) -> None:
+    """A merge into a merged model copies its receipt."""
+    base, adapter = write_base(tmp_path / "in", "folder"), write_adapter(tmp_path / "style")
+    loraformat.merge(base, [adapter], tmp_path / "one")
+    receipt = tmp_path / "one" / "merge_receipt.json"
+    receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {"room_bytes": 2**53 + 1}))
+    found = loraformat.merge(tmp_path / "one", [adapter], tmp_path / "two")
+    assert found.parent is None
+    assert "LF104" in [problem.code for problem in found.problems]
