@@ -115,12 +115,12 @@ def test_what_a_merge_returns_is_what_it_did(tmp_path: Path) -> None:
     assert {w.scales for w in receipt.weights} == {(1.0,)}
 
 
-def test_a_parent_with_a_number_that_cannot_be_written_again_is_none(tmp_path: Path) -> None:
+def test_a_parent_with_a_number_that_cannot_be_written_again_is_told(tmp_path: Path) -> None:
     """A merge into a merged model copies its receipt."""
     base, adapter = write_base(tmp_path / "in", "folder"), write_adapter(tmp_path / "style")
     loraformat.merge(base, [adapter], tmp_path / "one")
     receipt = tmp_path / "one" / "merge_receipt.json"
     receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {"room_bytes": 2**53 + 1}))
-    found = loraformat.merge(tmp_path / "one", [adapter], tmp_path / "two")
-    assert found.parent is None
-    assert "LF104" in [problem.code for problem in found.problems]
+    with pytest.raises(loraformat.LoraformatError, match="LF104"):
+        loraformat.merge(tmp_path / "one", [adapter], tmp_path / "two")
+    assert not (tmp_path / "two").exists()
