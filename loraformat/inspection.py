@@ -160,8 +160,8 @@ def _summarise(target: Target) -> tuple[TargetSummary, list[Problem]]:
     if kind.nature is not Nature.ADDITIVE:
         return _describe_target(target, None, None), problems
     additive = cast(AdditiveKind, kind)
-    factors = _take_factors(kind, target)
     with np.errstate(all="ignore"):  # What is not finite is for the plan to refuse.
+        factors = _take_factors(kind, target)
         norm = additive.norm(target, factors)
     return _describe_target(target, _weight_shape(kind, target), norm if math.isfinite(norm) else None), problems
 

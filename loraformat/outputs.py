@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from loraformat.errors import LoraformatError, OutputError, refuse
+from loraformat.parts import check_alone, is_held, open_part
 
 FOLDER_UNDO: Final = "merge.undo"
 """What a merge into a folder overwrites, kept to be undone, is in this file of it."""
@@ -98,6 +99,8 @@ class PendingOutput:
             for final in self._finals:
                 remove_stale_parts(final, self._resume)
                 self._open_part(final)
+            for final in self._finals:
+                check_alone(final, frozenset(self._parts))
         except BaseException:
             self._discard()
             raise
@@ -110,13 +113,14 @@ class PendingOutput:
 
     def _open_part(self, final: Path) -> None:
         part = name_part(final, self._resume)
-        fresh = 0 if self._resume else os.O_EXCL
         with output_errors(final):
-            # Mode 0666 lets the user's umask decide, as any other new file.
-            self.descriptors.append(os.open(part, os.O_RDWR | os.O_CREAT | fresh, 0o666))
+            existing = stat.S_IMODE(final.stat().st_mode) if final.exists() else None
+            # Mode 0666 lets the user's umask decide, as any other new file; what replaces a closed one is never open.
+            mode = 0o666 if existing is None else 0o600
+            self.descriptors.append(open_part(part, taken_up=self._resume is not None, mode=mode))
             self._parts.append(part)
-            if final.exists():
-                os.chmod(part, stat.S_IMODE(final.stat().st_mode))
+            if existing is not None:
+                os.fchmod(self.descriptors[-1], existing)
 
     @property
     def parts(self) -> Sequence[Path]:
@@ -224,13 +228,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_stale_parts(final: Path, resume: str | None = None) -> None:
-    """Remove parts that runs of ours left beside `final` when they were killed, but for those of the token `resume`."""
+    """Remove parts that runs of ours left beside `final` when they were killed, but for those of the token `resume`.
+
+    What a run holds stays: its process may be another machine's, or another container's.
+    """
     resumable = f".{final.name}.loraformat-resume-"
     for entry in final.parent.iterdir():
         match = _PART.match(entry.name)
         dead = match is not None and not _is_alive(int(match["pid"]))
         foreign = entry.name.startswith(resumable) and not entry.name.startswith(f"{resumable}{resume}.")
-        if dead or foreign:
+        if (dead or foreign) and not is_held(entry):
             remove(entry)
 
 

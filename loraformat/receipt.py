@@ -1,5 +1,6 @@
 """What a merge did, as data: kept inside the merged model and printed."""
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,12 @@ RUNTIME_KEY: Final = "loraformat.runtime"
 """The metadata key under which a model says which of its inputs adapters go into."""
 
 RECEIPT_VERSION = "1.0"
+
+_DIGEST: Final = "sha256"
+"""The field of a receipt that says whether the others are as they were written."""
+_WRITTEN: Final = frozenset(
+    {"version", "base", "plan_sha256", "adapters", "weights", "unmatched", "room_bytes", "options", "parent"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +123,24 @@ class Receipt:
             "room_bytes": self.room_bytes,
             "options": dict(self.options),
         }
-        return record | ({"parent": dict(self.parent)} if self.parent is not None else {})
+        record |= {"parent": dict(self.parent)} if self.parent is not None else {}
+        return record | {_DIGEST: _digest_record(record)}
+
+
+def _digest_record(record: Mapping[str, Any]) -> str:
+    """Return the digest of a receipt without its own digest."""
+    rest = {name: value for name, value in record.items() if name != _DIGEST}
+    return hashlib.sha256(write_canonical(rest)).hexdigest()
+
+
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    """Say whether a receipt is as it was written, as far as it tells."""
+    if _DIGEST not in record:  # An earlier version wrote none; one that was renamed by a flipped bit is no such.
+        return record.keys() <= _WRITTEN
+    try:
+        return bool(record[_DIGEST] == _digest_record(record))
+    except ValueError:  # A number that no receipt has.
+        return False
 
 
 def _weight_as_json(weight: MergedWeight) -> dict[str, Any]:
@@ -138,6 +162,7 @@ class Statement:
         weights: name of each merged weight, and the rest of its record.
         room_bytes: the room that the model has for the receipt.
         options: `SettledWishes`.
+        is_whole: whether its digest is that of the rest.
     """
 
     base: Mapping[str, Any]
@@ -146,6 +171,7 @@ class Statement:
     weights: Mapping[str, Mapping[str, Any]]
     room_bytes: int
     options: Mapping[str, Any]
+    is_whole: bool = True
 
 
 def read_statement(record: Mapping[str, Any], where: object) -> Statement:
@@ -159,10 +185,16 @@ def read_statement(record: Mapping[str, Any], where: object) -> Statement:
             found = f"{record.get(field_name)!r:.80}"
             raise refuse("LF803", f"{where}: receipt: {field_name}", found, expected)
     adapters = tuple((each["name"], each["sha256"], float(each["weight"])) for each in record["adapters"])
-    weights = {each["name"]: each for each in record["weights"]}
-    return Statement(
-        record["base"], record["plan_sha256"], adapters, weights, record["room_bytes"], record.get("options") or {}
-    )
+    weights, options = {each["name"]: each for each in record["weights"]}, record.get("options") or {}
+    plan_sha256, room_bytes = record["plan_sha256"], record["room_bytes"]
+    return Statement(record["base"], plan_sha256, adapters, weights, room_bytes, options, _is_whole(record))
+
+
+def check_whole(statement: Statement | None, where: object) -> list[Problem]:
+    """Return the problem of a receipt that is not as it was written."""
+    if statement is None or statement.is_whole:
+        return []
+    return [Problem("LF803", f"{where}: receipt: sha256", "another digest", "that of the receipt's other fields")]
 
 
 def _is_number(value: object) -> bool:

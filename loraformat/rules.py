@@ -95,7 +95,8 @@ def _survey(factor: Factor) -> tuple[int, tuple[int, ...], bool]:
             places = np.flatnonzero(~finite)
             first = first if broken else tuple(map(int, np.unravel_index(passed + places[0], factor.shape)))
             broken += len(places)
-        used = used or bool(values.any())
+        with np.errstate(invalid="ignore"):
+            used = used or bool(values.any())
         passed += values.size
     return broken, first, used
 

@@ -68,6 +68,16 @@ def parse_json_object(data: bytes, where: object) -> Mapping[str, JsonValue]:
     return value
 
 
+def parse_lasting_object(data: bytes, where: object) -> Mapping[str, JsonValue]:
+    """Parse an object that is to be written again as it is; LF104 too for a number that `write_canonical` refuses."""
+    value = parse_json_object(data, where)
+    try:
+        write_canonical(value)
+    except ValueError as error:
+        raise refuse("LF104", where, str(error), "numbers that JSON readers hold") from error
+    return value
+
+
 def write_canonical(value: JsonValue) -> bytes:
     """Return the one canonical text of `value`, UTF-8: the JSON Canonicalization Scheme (RFC 8785).
 

@@ -32,6 +32,13 @@ def dense_norm(factors: tuple[Any, Any], scale: float) -> float:
     return float(np.linalg.norm(scale * (up @ down)))
 
 
+def test_a_signalling_nan_is_no_warning(tmp_path: Path) -> None:
+    down, up = FACTORS["model.q"][0].copy(), FACTORS["model.q"][1]
+    down.view(np.uint32)[:] = 0x7F800001
+    (target,) = look(write_peft(tmp_path / "a", {"model.q": (down, up)}, alpha=8)).targets
+    assert target.norm is None
+
+
 def test_an_adapter(tmp_path: Path) -> None:
     folder = write_peft(tmp_path / "a", FACTORS, alpha=8)
     inspection = look(folder)

@@ -1,9 +1,11 @@
 """The record that a merged model carries."""
 
+import hashlib
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,7 @@ from graphs import dyadic_factors, linear_net, write_model
 from loraformat.planning.wishes import SettledWishes
 from loraformat.problems import Problem
 from loraformat.receipt import _OPTIONS, RECEIPT_VERSION, AppliedAdapter, MergedWeight, Receipt
+from models import write_adapter, write_base
 
 RECEIPT = Receipt(
     output="/somewhere/out.onnx",
@@ -28,6 +31,7 @@ RECEIPT = Receipt(
 def test_the_embedded_text_is_canonical_json_without_place_or_problems() -> None:
     record = json.loads(RECEIPT.embedded_text())
     assert record == {
+        "sha256": hashlib.sha256(_write({name: item for name, item in record.items() if name != "sha256"})).hexdigest(),
         "version": RECEIPT_VERSION,
         "base": {"name": "base.onnx", "structure_sha256": "ab", "files": [{"name": "base.onnx", "bytes": 7}]},
         "plan_sha256": "cd",
@@ -39,7 +43,11 @@ def test_the_embedded_text_is_canonical_json_without_place_or_problems() -> None
         "room_bytes": 0,
         "options": {},
     }
-    assert RECEIPT.embedded_text() == json.dumps(record, sort_keys=True, separators=(",", ":"))
+    assert RECEIPT.embedded_text() == _write(record).decode()
+
+
+def _write(record: Any) -> bytes:
+    return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
 
 
 def test_the_printed_record_has_both() -> None:
@@ -105,3 +113,14 @@ def test_what_a_merge_returns_is_what_it_did(tmp_path: Path) -> None:
     assert len(receipt.adapters[0].sha256) == 64
     assert sorted(w.targets[0] for w in receipt.weights) == list(arrays)[:2]
     assert {w.scales for w in receipt.weights} == {(1.0,)}
+
+
+def test_a_parent_with_a_number_that_cannot_be_written_again_is_told(tmp_path: Path) -> None:
+    """A merge into a merged model copies its receipt."""
+    base, adapter = write_base(tmp_path / "in", "folder"), write_adapter(tmp_path / "style")
+    loraformat.merge(base, [adapter], tmp_path / "one")
+    receipt = tmp_path / "one" / "merge_receipt.json"
+    receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {"room_bytes": 2**53 + 1}))
+    with pytest.raises(loraformat.LoraformatError, match="LF104"):
+        loraformat.merge(tmp_path / "one", [adapter], tmp_path / "two")
+    assert not (tmp_path / "two").exists()

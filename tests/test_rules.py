@@ -67,6 +67,12 @@ def test_numbers_are_finite(value: float, dtype: np.typing.DTypeLike) -> None:
     assert problems[0].found == "2 of 30 numbers, the first at (2, 7)"
 
 
+def test_signalling_nan_is_told_without_a_warning() -> None:
+    down, up = factors()
+    down.view(np.uint32)[:] = 0x7F800001
+    assert codes(make_target("m.q", (down, up))) == [("LF501", "error")]
+
+
 def test_what_float32_cannot_hold_is_not_finite() -> None:
     down, up = factors(np.float64)
     down[0, 0] = 1e300

@@ -71,6 +71,8 @@ def merge_in_place(base: BaseModel, order: Order, work: Work) -> Receipt:
     with _open_for_patches(images, touched) as sinks:
         _write_journal(base, order, images)
         try:
+            for file in base.files:  # From here on no other merge in place begins, but one may have ended meanwhile.
+                file.check_unchanged()
             receipt = _rewrite(base, order, images, sinks, work)
         except BaseException:
             roll_back(base.path, name_files(base))

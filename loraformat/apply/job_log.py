@@ -16,6 +16,7 @@ from loraformat.engine.tile_sums import TileSums
 from loraformat.errors import LoraformatError
 from loraformat.files import write_at
 from loraformat.outputs import may_resume, output_errors, remove
+from loraformat.parts import open_part
 from loraformat.plan import Plan
 from loraformat.spans import InputFile
 from loraformat.strict_json import JsonValue, parse_json, write_canonical
@@ -41,7 +42,8 @@ class FileJobLog:
         self._lock = threading.Lock()
         lines = (head, *(_write_sums(key, sums) for key, sums in self._done.items()))
         with output_errors(path):
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            self._descriptor = open_part(path, taken_up=True)
+            os.ftruncate(self._descriptor, 0)
         self._end = 0
         self._write(b"".join(write_canonical(line) + b"\n" for line in lines))
 

@@ -17,6 +17,7 @@ from loraformat.outputs import (
     remove_stale_parts,
     sync_folder,
 )
+from loraformat.parts import check_alone, open_part, open_part_folder, swap_names
 
 _NO_LINKS: Final[Mapping[Path, Path]] = MappingProxyType({})
 
@@ -53,6 +54,7 @@ class PendingFolder:
         self._resume = resume
         self._links = links
         self._part = name_part(self._final, resume)
+        self._held = -1
         self.descriptors: list[int] = []
 
     def __enter__(self) -> Self:
@@ -60,6 +62,8 @@ class PendingFolder:
             remove_stale_parts(self._final, self._resume)
             with output_errors(self._final):
                 self._part.mkdir(exist_ok=self._resume is not None)
+                self._held = open_part_folder(self._part)
+            check_alone(self._final, frozenset({self._part}))
             self._remove_strays()
             for name in self._names:
                 with output_errors(self._final / name):
@@ -82,9 +86,8 @@ class PendingFolder:
 
     def _open_part(self, path: Path, source: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = 0 if self._resume else os.O_EXCL
         if source is None:
-            self.descriptors.append(os.open(path, os.O_RDWR | os.O_CREAT | fresh, 0o666))
+            self.descriptors.append(open_part(path, taken_up=self._resume is not None))
             return
         if self._resume:
             remove(path)
@@ -96,7 +99,7 @@ class PendingFolder:
         self.descriptors.append(-1)
 
     def commit(self) -> None:
-        """Move the folder into place; an earlier one is moved aside first and removed last."""
+        """Move the folder into place; an earlier one is removed last."""
         with output_errors(self._final):
             if self._durable:
                 for descriptor in self.descriptors:
@@ -113,13 +116,18 @@ class PendingFolder:
                 sync_folder(self._final.parent)
 
     def _exchange(self) -> None:
-        aside = name_part(self._final)
-        os.rename(self._final, aside)
-        try:
-            os.rename(self._part, self._final)
-        except OSError:
-            os.rename(aside, self._final)
-            raise
+        """Put the part in the place of the earlier folder, in one step where the system can: a kill leaves either."""
+        resumed, self._part = self._part, name_part(self._final)
+        os.rename(resumed, self._part)  # No later run may take up what is the earlier folder by then.
+        aside = self._part
+        if not swap_names(self._part, self._final):
+            aside = name_part(self._final)
+            os.rename(self._final, aside)
+            try:
+                os.rename(self._part, self._final)
+            except OSError:
+                os.rename(aside, self._final)
+                raise
         remove(aside)
 
     def _discard(self, *, keep: bool = False) -> None:
@@ -127,8 +135,12 @@ class PendingFolder:
             descriptor = self.descriptors.pop()
             if descriptor >= 0:
                 os.close(descriptor)
+        if self._held < 0:  # It is not ours.
+            return
         if not keep:
             remove(self._part)
+        os.close(self._held)
+        self._held = -1
 
 
 def check_output_folder(folder: Path, source: Path, mark: str, *, force: bool) -> None:

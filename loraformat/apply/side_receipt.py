@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from loraformat.bases import BaseModel
 from loraformat.spans import read_small
-from loraformat.strict_json import parse_json_object
+from loraformat.strict_json import parse_lasting_object
 
 _RECEIPT_SUFFIX: Final = ".merge_receipt.json"
 _FOLDER_RECEIPT: Final = "merge_receipt.json"
@@ -20,7 +20,7 @@ def name_side_receipt(model: Path) -> Path:
 def read_side_receipt(model: Path) -> Mapping[str, Any] | None:
     """Return the receipt of a model that was merged in place, None where there is none."""
     path = name_side_receipt(model)
-    return parse_json_object(read_small(path), path) if path.is_file() else None
+    return parse_lasting_object(read_small(path), path) if path.is_file() else None
 
 
 def find_receipt(model: BaseModel) -> Mapping[str, Any] | None:

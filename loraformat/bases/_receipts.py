@@ -8,7 +8,7 @@ from loraformat.errors import LoraformatError
 from loraformat.images import Blank, FileImage, Literal
 from loraformat.problems import Problem
 from loraformat.spans import read_small
-from loraformat.strict_json import parse_json_object
+from loraformat.strict_json import parse_lasting_object
 
 RECEIPT_NAME: Final = "merge_receipt.json"
 """The receipt's file in a folder, and the end of its name beside a single file."""
@@ -22,7 +22,7 @@ def read_receipt_text(text: str | None, where: object) -> Reading:
     if text is None:
         return None, []
     try:
-        return parse_json_object(text.encode("utf-8"), where), []
+        return parse_lasting_object(text.encode("utf-8"), where), []
     except LoraformatError as error:
         return None, [_note(error, where)]
 
@@ -32,7 +32,7 @@ def read_receipt_file(path: Path) -> Reading:
     if not path.is_file():
         return None, []
     try:
-        return parse_json_object(read_small(path), path), []
+        return parse_lasting_object(read_small(path), path), []
     except LoraformatError as error:
         return None, [_note(error, path)]
 

@@ -85,7 +85,8 @@ def read_codes(tensors: Iterable[StoredTensor], config: Mapping[str, JsonValue])
 
 def is_conv1d(module: str, config: Mapping[str, JsonValue]) -> bool:
     """Say whether a module's weight is `(in, out)` in floats."""
-    return config.get("model_type") in _CONV1D_FAMILIES and module.rsplit(".", 1)[-1] in _CONV1D_MODULES
+    family = config.get("model_type")
+    return isinstance(family, str) and family in _CONV1D_FAMILIES and module.rsplit(".", 1)[-1] in _CONV1D_MODULES
 
 
 def is_tied(config: Mapping[str, JsonValue]) -> bool:

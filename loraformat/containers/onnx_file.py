@@ -15,7 +15,8 @@ from loraformat.containers._onnx_opened import OnnxFile, open_onnx
 from loraformat.containers._protobuf import decode_varint
 from loraformat.errors import LoraformatError, refuse
 from loraformat.problems import Problem
-from loraformat.spans import StoredTensor
+from loraformat.signatures import HEAD_BYTES, describe_head
+from loraformat.spans import InputFile, StoredTensor
 
 __all__ = [
     "CONTAINER",
@@ -61,7 +62,12 @@ class Onnx:
         return index <= size_bytes and fields > 0
 
     def open(self, path: Path) -> TensorFile:
-        """Return the main graph's initializers that are a run of bytes; raises as `OnnxFile` does, LF116 included."""
+        """Return the main graph's initializers that are a run of bytes.
+
+        Raises:
+            InputError: LF111 another file of this name; as `OnnxFile`, LF116 included.
+        """
+        _refuse_impostor(path)
         opened = open_onnx(path)
         try:
             tensors = _list_initializers(opened)
@@ -70,6 +76,16 @@ class Onnx:
             raise
         metadata = {entry.key: entry.value for entry in opened.model.metadata_props}
         return TensorFile(opened.file, tensors, metadata)
+
+
+def _refuse_impostor(path: Path) -> None:
+    """Refuse a page or pointer under a model's name (LF111); what the walk says of it would help nobody."""
+    file = InputFile(path)
+    head = file.read(0, min(HEAD_BYTES, file.size_bytes))
+    file.close()
+    described = None if CONTAINER.sniff(head, file.size_bytes) else describe_head(head)
+    if described is not None:
+        raise refuse("LF111", path, described.what, "an ONNX model", described.mend)
 
 
 def _list_initializers(opened: OnnxFile) -> dict[str, StoredTensor]:

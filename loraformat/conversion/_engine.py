@@ -15,6 +15,7 @@ from loraformat.errors import error_for, refuse
 from loraformat.loading import list_files, open_bundle, read_bundle
 from loraformat.loading.readers import choose_scheme
 from loraformat.problems import Problem, count_problems
+from loraformat.rules import check_shapes
 from loraformat.schemes import (
     SCHEMES,
     Bundle,
@@ -175,6 +176,10 @@ def find_writer(name: str) -> WritingScheme:
 def convert_source(source: Source, scheme: WritingScheme, facts: BaseFacts, rounding: Rounding) -> Converted:
     """Convert in memory; what stands against it is among the problems."""
     adapter, found = source.adapter, list[Problem]()
+    unfit = [problem for problem in check_shapes(adapter) if problem.severity == "error"]
+    if unfit:  # Operations are over tensors of the shapes that their roles have.
+        result = account(source.bundle.tensors, adapter, ())
+        return Converted(source, scheme, adapter, WrittenBundle({}), (*adapter.problems, *unfit), (), result)
     if adapter.scheme != scheme.name:  # In its own scheme it keeps its spelling.
         adapter, found = respell(adapter, scheme.names or scheme.name, facts)
     written = scheme.write(adapter, facts)

@@ -22,7 +22,7 @@ from loraformat.arguments import (
     require_adapters,
     weigh_adapters,
 )
-from loraformat.errors import refuse
+from loraformat.errors import error_for, refuse
 from loraformat.kinds import Nature
 from loraformat.loading import open_base
 from loraformat.merging.calibrating import MINMAX, check_measured
@@ -38,7 +38,7 @@ from loraformat.output_forms import Order
 from loraformat.outputs import output_errors
 from loraformat.plan import Plan, WeightedAdapter
 from loraformat.planning import build_plan
-from loraformat.receipt import Receipt, Statement, read_statement
+from loraformat.receipt import Receipt, Statement, check_whole, read_statement
 
 if TYPE_CHECKING:
     from loraformat.merging.unmerging import Undone
@@ -273,7 +273,9 @@ def unmerge(
 
 
 def _check_stated(statement: Statement, weighted: Sequence[WeightedAdapter], model: Path) -> None:
-    """Refuse to subtract what the model's last merge has not added (LF803)."""
+    """Refuse to subtract what the model's last merge has not added, or may not have (LF803)."""
+    if broken := check_whole(statement, model):
+        raise error_for(broken)
     stated = {(sha256, weight) for _, sha256, weight in statement.adapters}
     for item in weighted:
         if (item.adapter.sha256, item.weight) not in stated:

@@ -7,7 +7,7 @@ It says how things were called and stored. No number of the adapter depends on i
 from collections.abc import Mapping
 from typing import Any, Final
 
-from loraformat.errors import LoraformatError
+from loraformat.errors import LoraformatError, refuse
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 
 PROVENANCE_KEY: Final = "loraformat.provenance"
@@ -45,5 +45,12 @@ def find_texts(memory: Mapping[str, JsonValue], field: str) -> dict[str, str]:
 
 
 def annotate(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """Return the annotation that carries `provenance`, none where it is empty."""
-    return {PROVENANCE_KEY: write_canonical(provenance).decode("utf-8")} if provenance else {}
+    """Return the annotation that carries `provenance`, none where it is empty.
+
+    Raises:
+        InputError: LF104 a number that not every reader of JSON holds.
+    """
+    try:
+        return {PROVENANCE_KEY: write_canonical(provenance).decode("utf-8")} if provenance else {}
+    except ValueError as error:
+        raise refuse("LF104", PROVENANCE_KEY, str(error), "numbers that JSON readers hold") from error

@@ -33,7 +33,7 @@ from loraformat.output_forms import (
 from loraformat.plan import Plan
 from loraformat.plan.weights import PlannedWeight
 from loraformat.problems import Problem, count_problems
-from loraformat.receipt import read_statement
+from loraformat.receipt import check_whole, read_statement
 from loraformat.spans import InputFile, StoredTensor
 from loraformat.verification.receipts import check_receipt
 from loraformat.verification.running import RunResult, compare_runs, list_changes
@@ -105,7 +105,8 @@ def verify_merge(merged: BaseModel, base: BaseModel, order: Order, effort: Effor
         (sums,) = carry_out([assignment], effort)
         for image, sink in present:
             problems += _judge(image, sink, order.plan, base)
-    problems = [*check_receipt(statement, order.plan, sums), *problems]
+    found = [*check_receipt(statement, order.plan, sums)] or check_whole(statement, merged.path)
+    problems = [*found, *problems]
     compared = sum(image.size_bytes for image, _ in present)
     return Verification(order.plan.output, sum(bool(w.changes) for w in order.plan.weights), compared, tuple(problems))
 

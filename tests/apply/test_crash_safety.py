@@ -204,7 +204,7 @@ def _number(start: int = 1) -> Iterator[int]:
     ids=["torch-replacing", "npz-new", "folder-replacing", "torch folder-new"],
 )
 def test_state_dicts_killed_at_every_step(tmp_path: Path, forker: Forker, form: str, old: bool) -> None:
-    """As above; the receipt beside an archive comes after it, and a folder that is replaced is away for a moment."""
+    """As above; the receipt beside an archive comes after it."""
     base, adapter = models.write_base(tmp_path / "in", form), models.write_adapter(tmp_path / "style")
     start, expected = tmp_path / "start", tmp_path / f"expected{base.suffix}"
     start.mkdir()
@@ -218,6 +218,7 @@ def test_state_dicts_killed_at_every_step(tmp_path: Path, forker: Forker, form: 
         before = models.read_model(output) if old else None
         status = forker.attempt(number, base, adapter, output, force=old)
         assert models.files_below(tmp_path / "in") == inputs
+        assert output.exists() or not (old and sys.platform == "linux")
         if output.exists():
             assert models.read_model(output) in (before, wanted)
         if not status:

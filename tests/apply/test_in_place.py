@@ -10,6 +10,7 @@ import pytest
 
 import loraformat
 from builders import write_peft
+from loraformat.apply import in_place
 from loraformat.apply.undo import name_journal, name_undo
 from models import (
     FORMS,
@@ -207,6 +208,26 @@ def test_a_closed_file_is_refused_and_nothing_is_left(
     monkeypatch.setattr(os, "open", deny)
     assert refused(loraformat.merge_into, base, [adapter]) == ("LF605",)
     assert files_below(base.parent) == before
+
+
+def test_a_merge_that_ended_meanwhile_is_not_merged_over(
+    tmp_path: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan was made of what the model was: fingerprints, receipts and parents would be of another base."""
+    other = write_adapter(tmp_path / "other", 2)
+    merged: dict[str, bytes] = {}
+
+    def overtake(model: Path) -> None:
+        if not merged:
+            merged.update({"": b""})
+            loraformat.merge_into(base, [other])
+            merged.update(files_below(base.parent))
+        check(model)
+
+    check = in_place.check_no_journal
+    monkeypatch.setattr(in_place, "check_no_journal", overtake)
+    assert refused(loraformat.merge_into, base, [adapter]) == ("LF906",)
+    assert files_below(base.parent) == {name: data for name, data in merged.items() if name}
 
 
 def test_a_full_disk_is_told_before_the_journal(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ def written(tmp_path: Path, plan: Any, inputs: list[InputFile]) -> Path:
     log = FileJobLog(path, describe_work(plan, inputs), {})
     for key, sums in SUMS.items():
         log.note(key, sums)
+    os.close(log._descriptor)
     return path
 
 

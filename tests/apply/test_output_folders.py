@@ -1,6 +1,7 @@
 """Output folders: filled aside, moved into place whole; what stood there is back when that fails."""
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import pytest
 
 import loraformat
+from loraformat.apply import output_folders
 from loraformat.apply.output_folders import PendingFolder, check_output_folder
 from loraformat.files import write_at
+from loraformat.outputs import name_part
 from models import files_below
 
 NAMES = [Path("a.bin"), Path("sub/deep/b.json")]
@@ -92,6 +95,7 @@ def test_an_earlier_folder_is_replaced_with_all_that_was_in_it(tmp_path: Path, o
 def test_an_earlier_folder_is_back_when_the_new_one_cannot_be_moved(
     tmp_path: Path, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(output_folders, "swap_names", lambda one, other: False)
     before, real = files_below(tmp_path), os.rename
 
     def rename(source: Path, target: Path) -> None:
@@ -104,6 +108,33 @@ def test_an_earlier_folder_is_back_when_the_new_one_cannot_be_moved(
         fill(pending)
         assert codes(pending.commit) == ("LF605",)
     assert files_below(tmp_path) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are swapped on Linux")
+@pytest.mark.parametrize("resume", [None, "0123456789abcdef"])
+def test_an_earlier_folder_is_never_away(
+    tmp_path: Path, old: Path, monkeypatch: pytest.MonkeyPatch, resume: str | None
+) -> None:
+    """A kill between two steps would leave no model, and the next run would take the earlier one for a stale part."""
+    steps: list[bool] = []
+
+    def watch(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def watched(*arguments: Any) -> Any:
+            outcome = real(*arguments)
+            steps.append(old.is_dir() and not name_part(old, resume or "none").exists())
+            return outcome
+
+        monkeypatch.setattr(module, name, watched)
+
+    with PendingFolder(old, NAMES, force=True, resume=resume) as pending:
+        fill(pending)
+        watch(os, "rename")
+        watch(output_folders, "swap_names")
+        pending.commit()
+    assert steps == [True, True]
+    assert files_below(tmp_path) == {"out/a.bin": b"new", "out/sub/deep/b.json": b"new"}
 
 
 def test_links_are_the_files_themselves(tmp_path: Path) -> None:

@@ -70,6 +70,12 @@ def adapter(tmp_path: Path) -> Path:
     return write_peft(tmp_path / "task", {Q: lora_factors(rng, 12, 8, 3), K: lora_factors(rng, 6, 8, 3)}, alpha=6)
 
 
+@pytest.mark.parametrize("value", [[], {}, ["gpt2"], {"gpt2": 1}, 3, True, None, 1.5, ""])
+def test_a_model_type_that_is_no_text_is_none(tmp_path: Path, value: Any) -> None:
+    base = open_base(write_folder(tmp_path / "base", make_arrays(), model_type=value))
+    assert {site.module for site in base.sites} >= {Q, K}
+
+
 def read_folder(folder: Path) -> Arrays:
     return {name: array for path in sorted(folder.glob("*.safetensors")) for name, array in load_file(path).items()}
 

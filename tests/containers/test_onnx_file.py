@@ -301,6 +301,17 @@ def external(name, shape, location, offset=None, length=None, **more):
     return tensor
 
 
+@pytest.mark.parametrize(
+    "text", [b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:a\n"]
+)
+def test_a_page_or_pointer_under_a_models_name_is_told(tmp_path, text):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(text)
+    with pytest.raises(LoraformatError) as caught:
+        CONTAINER.open(path)
+    assert caught.value.codes == ("LF111",)
+
+
 def test_the_container_lists_the_main_graphs_initializers(tmp_path):
     model = make_model()
     model.metadata_props.add(key="author", value="nobody")

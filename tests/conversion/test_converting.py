@@ -217,6 +217,22 @@ def test_a_tensor_that_nothing_knows_stops_it(flux: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("to", ["mlx", "kohya", "peft", "dotted", "native", "gguf"])
+def test_factors_of_other_shapes_than_their_roles_stop_it(tmp_path: Path, to: str) -> None:
+    down, up = np.ones(20, np.float32), np.ones((12, 2), np.float32)
+    source = write_peft(tmp_path / "in", {"model.layers.0.self_attn.q_proj": (down, up)}, r=2)
+    assert codes(lambda: loraformat.convert(source, to, tmp_path / "out.safetensors")) == ("LF203",)
+    assert [each.code for each in loraformat.plan_conversion(source, to).problems] == ["LF203"]
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_number_beyond_what_readers_of_json_hold_stops_it(tmp_path: Path) -> None:
+    """A configuration that is carried along for the way back may state anything."""
+    factors = {"model.layers.0.self_attn.q_proj": (np.ones((2, 10), np.float32), np.ones((12, 2), np.float32))}
+    source = write_peft(tmp_path / "in", factors, layer_replication=2**64 - 1)
+    assert codes(lambda: loraformat.convert(source, "kohya", tmp_path / "out.safetensors")) == ("LF104",)
+
+
 def _array(path: Path, name: str) -> Any:
     from safetensors.numpy import load_file
 
