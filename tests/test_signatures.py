@@ -25,7 +25,7 @@ def zip_head() -> bytes:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git-LFS pointer", "git lfs pull"),
         (zip_head(), "torch checkpoint", "safetensors"),
         *[(pickle.dumps({"a": 1}, protocol), "pickle", "safetensors") for protocol in (2, 3, 4, 5)],
-        (b"GGUF\x03\x00\x00\x00", "GGUF", "GGUF"),
+        (b"GGUF\x03\x00\x00\x00", "GGUF", "adapter"),
         (b"<!DOCTYPE html><html>", "HTML page", "again"),
         (b"<!doctype html>", "HTML page", "again"),
         (b"\n  <html lang='en'>", "HTML page", "again"),

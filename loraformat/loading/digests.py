@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from loraformat.spans import InputFile
 
-_STEP_BYTES: Final = 16 << 20
+_STEP_BYTES: Final = 4 << 20
 """Few steps: before each, the thread waits until the interpreter is free."""
 
 
