@@ -14,8 +14,8 @@ from onnx import numpy_helper
 
 import loraformat
 from builders import write_peft, write_tensors
-from loraformat import plan
 from loraformat.errors import LoraformatError
+from loraformat.plan import weights
 
 pytestmark = pytest.mark.oracle
 quantization = pytest.importorskip("onnxruntime.quantization")
@@ -56,7 +56,7 @@ def test_codes_are_those_of_the_quantiser_that_saw_the_merged_weights(
     case: Case, tmp_path: Path, name: str, tile_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one tile, or in several that are done each by itself."""
-    monkeypatch.setattr(plan, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(weights, "TILE_BYTES", tile_bytes)
     base, merged = quantise(case, name, case.float_base), tmp_path / "merged.onnx"
     receipt = loraformat.merge(base, [case.adapter], merged, base_checkpoint=case.checkpoint)
     assert len(receipt.weights) == 3
@@ -261,7 +261,7 @@ def tokenizers_of(size: int) -> Any:
 
 
 def test_a_models_own_files_are_rewritten_or_stay(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "TILE_BYTES", 4096)
+    monkeypatch.setattr(weights, "TILE_BYTES", 4096)
     source, options = quantise(case, "asymmetric", case.float_base), {"base_checkpoint": case.checkpoint}
     own, merged = tmp_path / "own.onnx", tmp_path / "merged.onnx"
     own.write_bytes(source.read_bytes())
