@@ -8,6 +8,7 @@ from loraformat.adapter import Adapter
 from loraformat.bases import BaseModel
 from loraformat.loading import find_facts
 from loraformat.problems import Problem
+from loraformat.schemes._by_heads import find_fused
 from loraformat.schemes._naming import DENOISERS, split_component
 from loraformat.spellings import Reading, read_names
 
@@ -26,7 +27,7 @@ def spell_for_base(adapter: Adapter, base: BaseModel) -> Adapter:
         return adapter
     facts = find_facts(base)
     if facts.modules.issuperset(paths):
-        return adapter
+        return _warn_of_order(adapter)
     routes = {
         names: (reading, spelling)
         for reading in read_names(paths)
@@ -50,6 +51,16 @@ def spell_for_base(adapter: Adapter, base: BaseModel) -> Adapter:
     if any(problem.severity == "error" for problem in problems):
         return adapter
     return replace(spelled, problems=(*adapter.problems, _report(paths, spelled)))
+
+
+def _warn_of_order(adapter: Adapter) -> Adapter:
+    """Say where rows of the base may stand in another order than the adapter's."""
+    fused = find_fused(adapter)
+    if not fused:
+        return adapter
+    found = f"{len(fused)} modules such as {min(fused)}"
+    warning = Problem("LF329", adapter.source, found, "q, k and v one below the other", severity="warning")
+    return replace(adapter, problems=(*adapter.problems, warning))
 
 
 def _list_paths(adapter: Adapter) -> Iterator[str]:

@@ -8,9 +8,11 @@ folder with PEFT's configuration beside it: the keys decide. Source: comfyanonym
 import re
 from typing import Final
 
-from loraformat.adapter import SlotKind
+from loraformat.adapter import Adapter, SlotKind
+from loraformat.base_facts import BaseFacts
 from loraformat.manifest import MANIFEST_KEY
-from loraformat.schemes import LORA_SLOTS, PIPELINES, Bundle, Holds
+from loraformat.schemes import LORA_SLOTS, PIPELINES, Bundle, Holds, StatedScale, WrittenBundle
+from loraformat.schemes._by_heads import are_by_heads, find_fused, interleave_heads, stack_heads
 from loraformat.schemes._header_scales import ADAPTER_METADATA
 from loraformat.schemes._known_names import find_model
 from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS, LycorisScheme
@@ -47,6 +49,17 @@ class _Dotted(LycorisScheme):
             return marked
         known = find_model(bundle)
         return str(known) if known else None
+
+    def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
+        """Return the adapter, rows of fused q, k and v as other files have them."""
+        adapter = super().read(bundle, stated)
+        return stack_heads(adapter) if are_by_heads(bundle.tensors) else adapter
+
+    def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
+        """Return the tensors; rows of fused q, k and v stand by heads where the names say so."""
+        written = super().write(adapter, facts)
+        by_heads = are_by_heads(written.tensors) and find_fused(adapter)
+        return super().write(interleave_heads(adapter), facts) if by_heads else written
 
 
 SCHEME: Final = _Dotted(

@@ -274,6 +274,9 @@ MINIMAX: Shapes = {
     **dict.fromkeys(("video_patch_proj", "audio_patch_proj", "condition_proj", "final_layer.video_out"), (H, W)),
     **dict.fromkeys(("time_embedder.proj_in", "time_embedder.proj_out", "final_layer.adaln_proj.linear"), (H, W)),
 }
+MINIMAX_HEADS: Shapes = {
+    name: (3 * 5 * 128, W) if name.endswith("qkv_proj") else shape for name, shape in MINIMAX.items()
+}
 ACE_STEP: Shapes = shaped(
     blocks(*(f"layers.{{i}}.{each}_attn.{name}_proj" for each in ("self", "cross") for name in "qkvo"))
 )
@@ -340,6 +343,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "minimax_h3_comfy": Layout("MiniMaxH3", MINIMAX, COMFY),
     "minimax_h3_bare": Layout("MiniMaxH3", MINIMAX, str, **DOTTED_KOHYA),
     "minimax_h3_musubi": Layout("MiniMaxH3", MINIMAX, KOHYA, **DOTTED_KOHYA),
+    "minimax_h3_diffsynth": Layout("MiniMaxH3", MINIMAX_HEADS, str, "lora_A.default.weight", "lora_B.default.weight"),
     "ace_step": Layout("AceStep", ACE_STEP, behind("base_model.model."), options={"scale": 1.0}),
     "hidream": Layout("HiDreamImage", HIDREAM, COMFY),
     "ernie": Layout("ErnieImage", shaped(blocks("layers.{i}.self_attention.to_q", "layers.{i}.mlp.gate_proj")), COMFY),
