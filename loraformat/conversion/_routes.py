@@ -29,13 +29,15 @@ def choose_route(
     remembered: JsonValue,
 ) -> tuple[Route | None, Problem | None]:
     """Return the route for the names of one component, or why none can be chosen."""
-    readings = [
+    known = [
         reading
         for reading in read_names(split_component(target.name)[1] for target in targets)
-        if not reading.missed and _may_be(reading, component)
+        if _may_be(reading, component)
     ]
-    spelled = [(reading, speller(reading)) for reading in readings]
+    spelled = [(reading, speller(reading)) for reading in known if not reading.missed]
     routes = [Route(reading.table, reading.spelling, new) for reading, new in spelled if new is not None]
+    if not routes:
+        return None, _find_doubled([each for each in known if speller(each) is not None], targets)
     unchanged = [route for route in routes if route.old == route.new]
     settled = {route.table.name for route in unchanged}  # The names agree in the other spellings of these tables.
     routes = [route for route in routes if route in unchanged or route.table.name not in settled]
@@ -49,6 +51,20 @@ def choose_route(
         found = " or ".join(sorted(route.table.title for route in routes))
         return None, Problem("LF316", component or "the names", found, "names of one model")
     return (routes[0] if routes else None), None
+
+
+def _find_doubled(readings: Sequence[Reading], targets: Sequence[Target]) -> Problem | None:
+    """Return what stands against names in two spellings of one table where they are about one weight, such as q."""
+    seen: dict[tuple[int, tuple[tuple[str, str], ...]], tuple[str, tuple[str, ...]]] = {}
+    for reading in readings:
+        for target in targets:
+            for place in reading.table.find(split_component(target.name)[1], reading.spelling):
+                names = place.write(reading.spelling)
+                other, others = seen.setdefault((id(place.row), place.numbers), (target.name, names))
+                if others != names:
+                    mend = "Keep the fused module or its parts, or add the parts' change to the fused one."
+                    return Problem("LF302", target.name, f"a weight that {other} changes too", "one of the two", mend)
+    return None
 
 
 def _agree(routes: Sequence[Route], targets: Sequence[Target]) -> bool:

@@ -1,4 +1,4 @@
-"""MiniMax-H3's fused q, k and v: by heads in the model's own shards and DiffSynth-Studio's files, else one below the other.
+"""MiniMax-H3's fused q, k and v: by heads in its own shards and DiffSynth-Studio's files, else one below the other.
 
 Names and shapes are the same in both orders. What tells the files apart is the name of PEFT's adapter in their keys,
 which no other tool writes beside these names; adapters are held with q, k and v one below the other, as all others have

@@ -16,6 +16,7 @@ from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, Holds, StatedScale, WrittenBundle
 from loraformat.schemes._beside import Module
+from loraformat.schemes._foreign import refuse_tensor
 from loraformat.schemes._groups import name_kind, rank_of, slot_of
 from loraformat.schemes._marks import NOISE, Alias, Marks
 from loraformat.schemes._memory import PROVENANCE_KEY, annotate, find_memory, find_texts, recall
@@ -113,8 +114,7 @@ class TableReader:
         for key, tensor in sorted(bundle.tensors.items()):
             name = self.rows.read(self._normalise(key), tensor)
             if name is None:
-                known = "a name that the scheme has"
-                problems.append(Problem("LF202", key, f"a tensor of shape {tensor.shape}", known))
+                problems.append(refuse_tensor(key, tensor))
                 continue
             group = groups.setdefault(name.target, _Group())
             room = group.factors if name.row.kind else group.sidecars

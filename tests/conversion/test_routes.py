@@ -104,3 +104,13 @@ def test_a_spelling_that_lacks_a_module() -> None:
 
     _, problems = respell_by(adapter, spell, NO_FACTS)
     assert [problem.code for problem in problems] == ["LF310"]
+
+
+@pytest.mark.parametrize("stem", ["layers.0.attention", "context_refiner.1.attention"])
+def test_a_fused_weight_beside_its_parts_is_refused(stem: str) -> None:
+    """Z-Image's `qkv` and `to_q`: no one spelling has both, and either alone would lose a change."""
+    names = {f"{stem}.qkv": (3 * H, H), f"{stem}.to_q": (H, H), "layers.0.attention.out": (H, H)}
+    (problem,) = written(names)[1]
+    assert problem.code == "LF302"
+    assert all(f"{stem}.{each}" in f"{problem.where} {problem.found}" for each in ("qkv", "to_q"))
+    assert "Keep the fused module or its parts" in problem.advice

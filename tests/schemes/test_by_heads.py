@@ -1,4 +1,4 @@
-"""MiniMax-H3's q, k and v by heads, as DiffSynth-Studio writes them: read one below the other, written back as found."""
+"""MiniMax-H3's q, k and v by heads, as DiffSynth-Studio writes them: read one below the other, written as found."""
 
 from pathlib import Path
 
