@@ -36,7 +36,7 @@ def spell_for_base(adapter: Adapter, base: BaseModel) -> Adapter:
         if (names := _write(paths, reading, spelling)) is not None and names <= facts.modules
     }
     if len(routes) != 1:
-        return adapter
+        return _warn_of_order(adapter)
     from loraformat.conversion import (
         respell_by,  # here: most adapters are of language models, and need no room of names
     )

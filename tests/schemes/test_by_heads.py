@@ -83,9 +83,10 @@ def test_rows_of_no_heads_are_refused() -> None:
     assert (problem.code, problem.where) == ("LF315", f"transformer.{QKV}")
 
 
-def test_a_base_of_the_same_names_may_have_them_in_another_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_base_of_the_same_names_may_have_them_in_another_order(tmp_path: Path, prefix: str) -> None:
     weight = np.zeros((3 * HEADS * SIZE, INNER), np.float32)
-    base = write_tensors(tmp_path / "base.safetensors", {f"{QKV}.weight": weight})
+    base = write_tensors(tmp_path / "base.safetensors", {f"{prefix}{QKV}.weight": weight})
     factors = {f"{QKV}.lora_A.weight": weight[:2], f"{QKV}.lora_B.weight": weight[:, :2]}
     adapter = write_tensors(tmp_path / "adapter.safetensors", factors)
     receipt = loraformat.merge(base, adapter, tmp_path / "merged.safetensors", scale=1.0)
