@@ -74,10 +74,11 @@ class CopyingBase(BaseModel, Protocol):
 class RunnableBase(CopyingBase, Protocol):
     """A base that onnxruntime can run with changes beside its weights: one ONNX graph."""
 
-    def rewire(self, graph: Any, tensors: Set[str]) -> None:
+    def rewire(self, graph: Any, tensors: Set[str]) -> Mapping[str, str]:
         """Have the main graph of the parsed base read the copies, each an Identity of its source; to run it.
 
-        Operators on codes that read `tensors` compute in floats, and round as they did.
+        Operators on codes that read `tensors` compute in floats, and round as they did. Returns the values with the
+        floats of codes that nothing reads any more but what makes these, by the codes' names.
         """
         ...
 

@@ -52,7 +52,7 @@ OPERANDS: Final[Mapping[str, Operands]] = {
     GATHER: Operands(2, 3),
     ATTENTION: Operands(4, 7),
 }
-_EXPERTS: Final[Mapping[int, Operands]] = {2: Operands(3, 11), 5: Operands(6, 12), 8: Operands(9, 13)}
+EXPERT_OPERANDS: Final[Mapping[int, Operands]] = {2: Operands(3, 11), 5: Operands(6, 12), 8: Operands(9, 13)}
 """The same for QMoE, by the input with the codes: fc1, fc2, fc3."""
 
 
@@ -87,7 +87,7 @@ def find_operands(raw: RawSite) -> Mapping[str, Operand]:
     count, holder = find_holder(raw)
     if not count and holder is not raw.visit:
         return find_lookup_operands(raw.visit)
-    operands = _EXPERTS.get(raw.position) if holder.op == QMOE else OPERANDS.get(holder.op)
+    operands = EXPERT_OPERANDS.get(raw.position) if holder.op == QMOE else OPERANDS.get(holder.op)
     scales = _open_operand(holder, operands.scales) if operands else _find_product_scales(holder)
     zeros = _open_operand(holder, operands.zeros if operands else 3)
     return {role: each for role, each in (("scales", scales), ("zero_points", zeros)) if each is not None}

@@ -134,12 +134,14 @@ class OnnxGraph(Checksums):
             )
             yield made, traces[role]
 
-    def rewire(self, graph: "onnx.GraphProto", tensors: Set[str]) -> None:
+    def rewire(self, graph: "onnx.GraphProto", tensors: Set[str]) -> Mapping[str, str]:
         """Have a main graph, that of the base, read the copies, and compute in floats what reads codes of `tensors`."""
         from loraformat.bases._onnx_opened_codes import open_codes
+        from loraformat.bases._onnx_opened_experts import open_experts
 
         apply_edits(graph, ((each, trace.name) for each, trace in self._copies if trace.scope.path == ()))
         open_codes(graph, tensors)
+        return open_experts(graph, tensors)
 
     def find_float_form(self, wanted: WeightFloats) -> FloatForm | Problem:
         """Return how a quantised weight would stand in floats, or why it cannot."""

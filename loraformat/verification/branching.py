@@ -1,11 +1,12 @@
 """The change of a weight computed beside it, in a parsed ONNX graph.
 
 Every node that reads a changed weight gets a second node beside it, the same with the change in the place of the
-weight, and the two results are added.
+weight, and the two results are added. An operator that is not linear in its weights reads the sum of both.
 """
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -31,8 +32,11 @@ _LINEAR: Final = {
     _INTEGER: (1,),
 }
 """Operators whose result is linear in a weight, and the inputs where it can be; their other inputs but X are added."""
+_MIXTURE: Final = {"MoE": (2, 4, 6)}
+"""Operators that are not linear in their weights, and the inputs where these are."""
 FLOAT: Final = 1
 """float32, as onnx numbers it."""
+_NONE: Final[Mapping[str, str]] = MappingProxyType({})
 MARK: Final = "#change"
 """What the names of new inputs end with, and a number."""
 
@@ -60,25 +64,36 @@ class _Reader:
 
     Attributes:
         total: the node to whose output the change is added: itself, or what makes a float of its whole numbers.
-        beside: the same operation on the change, which it reads as `MARK`; without an output yet.
+        beside: the same operation on the change, which it reads as `MARK`; without an output yet. None where the
+            change is added to what the node reads.
         flipped: whether the change is to be transposed.
         form: number form in which it is read.
+        place: the input with the weight, where there is nothing beside the node.
     """
 
     total: "onnx.NodeProto"
-    beside: "onnx.NodeProto"
+    beside: "onnx.NodeProto | None"
     flipped: bool
     form: int
+    place: int = 0
 
 
-def add_branches(model: "onnx.ModelProto", changes: Sequence[Change]) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Add to a model what computes changes apart; yield the new inputs and their values."""
+def add_branches(
+    model: "onnx.ModelProto", changes: Sequence[Change], floats: Mapping[str, str] = _NONE
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Add to a model what computes changes apart; yield the new inputs and their values.
+
+    Args:
+        model: the model.
+        changes: what changes.
+        floats: values that stand for tensors, by the tensors' names; others stand for themselves.
+    """
     from onnx import helper
 
     graph = model.graph
     nodes, known = list(graph.node), {change.tensor for change in changes}
     for change in changes:
-        for count, reader in enumerate(list(_find_readers(nodes, change, known))):
+        for count, reader in enumerate(list(_find_readers(nodes, change, known, floats))):
             name = f"{change.tensor}{MARK}{count}"
             values = change.delta.reshape(change.shape)
             values = np.ascontiguousarray(values.T if reader.flipped else values)
@@ -90,9 +105,11 @@ def add_branches(model: "onnx.ModelProto", changes: Sequence[Change]) -> Iterato
     graph.node.extend(nodes)
 
 
-def _find_readers(nodes: "Sequence[onnx.NodeProto]", change: Change, known: Set[str]) -> Iterator[_Reader]:
+def _find_readers(
+    nodes: "Sequence[onnx.NodeProto]", change: Change, known: Set[str], floats: Mapping[str, str]
+) -> Iterator[_Reader]:
     """Yield the nodes that apply a tensor, directly or through what only hands it on; copies change by themselves."""
-    values = {change.tensor: (False, change.form)}
+    values = {floats.get(change.tensor, change.tensor): (False, change.form)}
     for node in nodes:
         if node.op_type in _PASSING and node.input and node.input[0] in values and known.isdisjoint(node.output):
             flipped, form = values[node.input[0]]
@@ -104,6 +121,9 @@ def _find_readers(nodes: "Sequence[onnx.NodeProto]", change: Change, known: Set[
                 reader = _read(nodes, node, position, *values[node.input[position]])
                 if reader is not None:
                     yield reader
+        for position in _MIXTURE.get(node.op_type, ()):
+            if position < len(node.input) and node.input[position] in values:
+                yield _Reader(node, None, *values[node.input[position]], position)
 
 
 def _read(
@@ -145,15 +165,32 @@ def _branch(reader: _Reader, name: str) -> "list[onnx.NodeProto]":
     """Return the node, what it makes of the change, and the sum of both under the name of the node's output."""
     from onnx import NodeProto, helper
 
-    own, beside = NodeProto(), NodeProto()
+    own = NodeProto()
     own.CopyFrom(reader.total)
+    read = name if reader.form == FLOAT else f"{name}#{reader.form}"
+    cast = [] if read == name else [helper.make_node("Cast", [name], [read], read, to=reader.form)]
+    if reader.beside is None:
+        return [*cast, *_add_before(own, reader.place, read)]
+    beside = NodeProto()
     beside.CopyFrom(reader.beside)
     output = own.output[0]
     own.output[0] = f"{output}{name}#base"
-    read = name if reader.form == FLOAT else f"{name}#{reader.form}"
-    cast = [] if read == name else [helper.make_node("Cast", [name], [read], read, to=reader.form)]
     beside.input[list(beside.input).index(MARK)] = read
     beside.name = f"{own.name}{name}"
     beside.output.append(f"{output}{name}")
     total = helper.make_node("Add", [own.output[0], beside.output[0]], [output], f"{beside.name}#sum")
     return [own, *cast, beside, total]
+
+
+def _add_before(own: "onnx.NodeProto", place: int, change: str) -> "list[onnx.NodeProto]":
+    """Return what adds a change to the weight at an input of a node, and the node, which then reads the sum."""
+    from onnx import helper
+
+    weight, shape, shaped, total = own.input[place], f"{change}#shape", f"{change}#shaped", f"{change}#sum"
+    own.input[place] = total
+    return [
+        helper.make_node("Shape", [weight], [shape], shape),
+        helper.make_node("Reshape", [change, shape], [shaped], shaped),
+        helper.make_node("Add", [weight, shaped], [total], total),
+        own,
+    ]

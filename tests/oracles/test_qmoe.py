@@ -138,6 +138,14 @@ def _apart(one: Array, other: Array) -> float:
     return float(np.linalg.norm(one - other) / np.linalg.norm(other))
 
 
+def _check_run(found: Any) -> None:
+    """QMoE rounds its factors; MoE, which is run apart, has the floats of the same codes."""
+    assert found.holds
+    (run,) = found.runs
+    assert run.effect > 0.1
+    assert abs(run.kept - 1) < 0.05
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"weights_prepacked": 0}, {"symmetric": False}, {"whole": True}, {"whole": True, "symmetric": False}],
@@ -161,7 +169,7 @@ def test_experts_of_8_bits(tmp_path: Path, weights: tuple[Array, Array], adapted
             np.testing.assert_array_equal(before[key][expert], after[key][expert])
     own = after[f"{BUILT}.gate_up_proj.qweight"][2]
     np.testing.assert_array_equal(own[::2], before[f"{BUILT}.gate_up_proj.qweight"][2][::2])  # Gate is not adapted.
-    assert loraformat.verify(tmp_path / "merged.onnx", base, [adapter]).holds
+    _check_run(loraformat.verify(tmp_path / "merged.onnx", base, [adapter], run=True))
 
 
 @pytest.mark.parametrize("form", ["packed", "apart"])
@@ -184,7 +192,7 @@ def test_experts_of_4_bits_from_the_checkpoint(
         else:
             np.testing.assert_allclose(found[name], array, rtol=1e-6)
     assert _apart(_run(tmp_path / "merged.onnx"), _run(afresh)) < 1e-2
-    assert loraformat.verify(tmp_path / "merged.onnx", base, [adapter], base_checkpoint=checkpoint).holds
+    _check_run(loraformat.verify(tmp_path / "merged.onnx", base, [adapter], base_checkpoint=checkpoint, run=True))
 
 
 @pytest.mark.parametrize("prepacked", [-1, 1])

@@ -38,9 +38,6 @@ def write_base(folder: Path, tensors: Mapping[str, Any], settings: Mapping[str, 
     return folder
 
 
-READ_ME = 0
-
-
 def merge(folder: Path, made: Made, **options: Any) -> tuple[Any, Any, Path]:
     """Return the merged weight, what it should be in float64, and the output."""
     tensors, decoded, settings = made
