@@ -186,8 +186,8 @@ def _match_views(
         matches += found
         met |= set(search.wants) - set(missing)
         said |= dict.fromkeys(odd)
-    looked_for = {want for search in searches for want in search.wants}
-    missing = [want for want in lookup.wants if want in looked_for and want not in met]
+    ambiguous = {problem.where for problem in problems}
+    missing = [want for want in lookup.wants if want.name not in ambiguous and want not in met]
     return matches, missing, [*said, *report_absent(searches, matches, allowed)]
 
 

@@ -10,18 +10,20 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Final
 
-from loraformat.bases import Site, View
+from loraformat.bases import TENSOR_NAME, Site, View
 from loraformat.evidence import MappedWeight
 from loraformat.matching import Match, Want
 from loraformat.matching.mismatches import LISTED, list_nameless
 from loraformat.matching.site_index import RENAMED, SiteIndex
 from loraformat.problems import Problem
+from loraformat.schemes._naming import COMPONENTS, split_component
 
 _EXACT: Final = 0
 _RENAMED: Final = 1
 _NESTED: Final = 2
 _NOTHING: Final = 3
 _HALVES: Final = ("encoder", "decoder")
+_PARTS: Final = frozenset(COMPONENTS) - {"diffusion_model"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def plan_searches(
         meant = {view.component for view, (_, rank) in zip(views, found, strict=True) if rank == best < _NOTHING}
         if len(meant) > 1:
             listed = ", ".join(sorted(meant))
-            mend = "Put the part's name before the targets', or merge into its graph alone."
+            mend = "Put the part's name before the targets', or merge into that part alone."
             problems.append(Problem("LF404", want.name, f"a module in each of {listed}", "a module in one", mend))
             continue
         for search, (name, rank) in zip(searches, found, strict=True):
@@ -82,6 +84,8 @@ def _choose_name(name: str, view: View, components: Iterable[str], index: SiteIn
         if first != view.component:
             return None, _NOTHING
         name = rest
+    elif view.component and split_component(name)[0] in _PARTS:  # Of a part that this pipeline lacks.
+        return None, _NOTHING
     rank = _rank(index, name)
     if rank == _NOTHING and view.half in name.split("."):
         alone = name.split(f"{view.half}.", 1)[-1]
@@ -120,12 +124,16 @@ def report_absent(searches: Sequence[Search], matches: Sequence[Match], allowed:
     """
     problems: list[Problem] = []
     found = {(match.sites[0].graph, match.target.name) for match in matches}
-    somewhere = {match.target.name: match.want for match in matches}
+    somewhere = {match.target.name: match for match in matches}
     for search in searches:
         graph, looked_for = search.view.graph, {want.target.name for want in search.wants}
-        absent = [want for name, want in somewhere.items() if name in looked_for and (graph, name) not in found]
+        absent = [match.want for name, match in somewhere.items() if name in looked_for and (graph, name) not in found]
         absent = [want for want in absent if not _is_of_other_half(want, search.view)]
         if not absent:
+            continue
+        if all(site.evidence == TENSOR_NAME for site in search.view.sites):  # It has no other weights than it names.
+            lost = [want for want in absent if not _is_allowed(want, allowed)]
+            problems += [_report_lack(want, somewhere[want.target.name], graph) for want in lost[:LISTED]]
             continue
         claimed = {site.id for match in matches for site in match.sites}
         free = [site for site in search.view.sites if site.id not in claimed]
@@ -144,6 +152,11 @@ def _is_of_other_half(want: Want, view: View) -> bool:
 
 def _is_allowed(want: Want, allowed: Sequence[str]) -> bool:
     return any(fnmatchcase(want.target.name, glob) for glob in allowed)
+
+
+def _report_lack(want: Want, other: Match, graph: str) -> Problem:
+    """Return the error for a component's form that lacks what another has: one would be adapted, and the other not."""
+    return Problem("LF833", want.name, f"in {other.sites[0].graph} and not in {graph}", "in all forms of a component")
 
 
 def _report_doubt(want: Want, graph: str, free: Sequence[Site]) -> Problem:

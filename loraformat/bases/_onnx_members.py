@@ -11,6 +11,7 @@ from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.containers._onnx_tensors import SharedBytes
 from loraformat.containers.onnx_file import GraphChange
 from loraformat.images import Copy, FileImage, Fresh, NewOutput, Piece
+from loraformat.problems import Problem
 from loraformat.spans import InputFile, Span, StoredTensor
 
 _SHARED: Final = (
@@ -49,9 +50,20 @@ class Member:
         parent = str(PurePosixPath(self.name).parent)
         return "" if parent == "." else f"{parent}/"
 
-    def name_file(self, file: InputFile) -> str:
-        """Return the path from the folder of one of the graph's files."""
-        return self._folder + file.path.relative_to(self.graph.path.parent).as_posix()
+    @property
+    def structure_sha256(self) -> str:
+        """Digest of everything but the weights' payloads."""
+        return self.graph.structure_sha256
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """What is odd about the graph, by names as the folder has them."""
+        return [replace(problem, where=self.mark(problem.where)) for problem in self.graph.problems]
+
+    def name_files(self) -> Mapping[str, InputFile]:
+        """Return the graph's files by their paths from the folder."""
+        parent = self.graph.path.parent
+        return {self._folder + file.path.relative_to(parent).as_posix(): file for file in self.graph.files}
 
     def mark(self, text: str) -> str:
         """Return an id or name of the graph as the folder has it."""
@@ -139,8 +151,8 @@ class Member:
         A graph that has other nodes or tensors is written without the receipt that it may have had.
         """
         if self.graph.changes == ((), GraphChange()):
-            files = self.graph.files
-            return [FileImage(folder / self.name_file(file), [Copy(file, 0, file.size_bytes)]) for file in files]
+            files = self.name_files().items()
+            return [FileImage(folder / name, [Copy(file, 0, file.size_bytes)]) for name, file in files]
         output = NewOutput(folder / self.name, 0, fresh, lambda path: False)
         images = self.graph.describe_images(output)
         return [FileImage(image.path, [self._mark_piece(piece) for piece in image.pieces]) for image in images]

@@ -1,5 +1,6 @@
 """The weight files of a model folder, and the index that says which tensor is in which."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from loraformat.spans import InputFile, StoredTensor, read_small
 from loraformat.strict_json import JsonValue, parse_json_object
 
 INDEX_SUFFIX: Final = ".index.json"
+_INDEX: Final = re.compile(r"\.index(?:\.[^.]+)?\.json$")
+"""The ending of an index, also of one of several that a folder has: `.index.fp16.json`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ def open_shards(entry: Path, container: Container) -> Shards:
         InputError: LF115 files and index disagree; what `container` raises.
         RefusedError: LF903 a file outside the folder.
     """
-    if not entry.name.endswith(INDEX_SUFFIX):
+    if _INDEX.search(entry.name) is None:
         files = {entry.name: container.open(entry)}
         tensors = files[entry.name].tensors
         return Shards(files, tensors, dict.fromkeys(tensors, entry.name), None, {})

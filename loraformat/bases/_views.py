@@ -1,4 +1,4 @@
-"""A base that is several graphs: each has its own sites, and a target may have a weight in any number of them."""
+"""A base that is several models: each has its own sites, and a target may have a weight in any number of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from loraformat.bases._roles import Anchors, Roles
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One graph of a base of several.
+    """One graph or state dict of a base of several; "graph" stands for both.
 
     Attributes:
         graph: its file, from the base's folder.
         component: which part of a pipeline it is, `unet` or `text_encoder`; empty where all graphs are of one model.
         half: `encoder` or `decoder`, where its file's name says that it is one: exporters leave that out of names.
         sites: of this graph alone.
-        find_anchors: as `AnchoredBase` has it.
-        find_roles: as `StructuredBase` has it.
+        find_anchors: as `AnchoredBase` has it; None for a state dict.
+        find_roles: as `StructuredBase` has it; None for a state dict.
     """
 
     graph: str
     component: str
     half: str
     sites: Sequence[Site]
-    find_anchors: Callable[[], Anchors]
-    find_roles: Callable[[], Roles]
+    find_anchors: Callable[[], Anchors] | None = None
+    find_roles: Callable[[], Roles] | None = None
 
 
 @runtime_checkable
@@ -40,5 +40,5 @@ class ViewedBase(BaseModel, Protocol):
         ...
 
     def list_runnable(self) -> Mapping[str, RunnableBase]:
-        """Return the graphs by their files, each by itself, for whoever runs them; LF446 where they share numbers."""
+        """Return the graphs by their files, each by itself, for whoever runs them; LF446 where nobody can."""
         ...

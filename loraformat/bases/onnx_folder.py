@@ -4,66 +4,48 @@ The output is a folder: every graph with its adapted weights rewritten, every ot
 `merge_receipt.json`.
 """
 
-import hashlib
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Final
 
 from loraformat.bases import BaseModel, FloatForm, RunnableBase, Site, View, Weight, WeightCopy, WeightFloats
-from loraformat.bases._finishing import Checksums
+from loraformat.bases._joined_folder import PIPELINE, JoinedFolder
 from loraformat.bases._onnx_members import Member, find_shared
-from loraformat.bases._receipts import RECEIPT_NAME, describe_receipt_file, read_receipt_file
-from loraformat.bases._travelling import find_travelling
 from loraformat.bases.checkpoint_folder import BASE as SAFETENSORS_FOLDER
 from loraformat.bases.onnx_graph import OnnxGraph
+from loraformat.bases.pipeline_folder import has_components
 from loraformat.bases.torch_folder import BASE as TORCH_FOLDER
 from loraformat.errors import refuse
 from loraformat.files import resolve_inside
-from loraformat.images import Copy, FileImage, NewOutput
+from loraformat.images import FileImage, NewOutput
 from loraformat.limits import MAX_FOLDER_DEPTH, MAX_GRAPHS
-from loraformat.outputs import FOLDER_UNDO, is_unfinished
+from loraformat.outputs import is_unfinished
 from loraformat.problems import Problem
-from loraformat.spans import InputFile, StoredTensor
 from loraformat.strict_json import JsonValue
 
 _SUFFIX: Final = ".onnx"
-_PIPELINE: Final = "model_index.json"
 _HALF: Final = re.compile(r"(?:.*-)?(encoder|decoder)(?![a-z])")
 
 
-class OnnxFolder(Checksums):
+class OnnxFolder(JoinedFolder):
     """An opened folder of ONNX models; the attributes are those of `BaseModel`."""
 
     format = "onnx folder"
-    suffix = ""
-    folder_mark = RECEIPT_NAME
-    rewriter = None
+    _members: Sequence[Member]
 
     def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
-        names = [found.relative_to(self.path).as_posix() for found in _list_graphs(self.path)]
+        names = [found.relative_to(path).as_posix() for found in _list_graphs(path)]
         if len(names) > MAX_GRAPHS:
             raise refuse("LF110", path, f"{len(names)} ONNX models in one folder", f"at most {MAX_GRAPHS}")
-        entry = _choose_entry(self.path)
-        self._members: Sequence[Member] = [Member(name, OnnxGraph(resolve_inside(entry, name))) for name in names]
+        entry = _choose_entry(path.absolute())
+        self._members = [Member(name, OnnxGraph(resolve_inside(entry, name))) for name in names]
         self._shared = find_shared(self._members)
         self.sites: Sequence[Site] = [site for member in self._members for site in member.list_sites(self._shared)]
-        digests = "".join(f"{member.name}\0{member.graph.structure_sha256}\n" for member in self._members)
-        self.structure_sha256 = hashlib.sha256(digests.encode()).hexdigest()
-        own = {name for member in self._members for name in map(member.name_file, member.graph.files)}
-        self._travelling, left_out = find_travelling(entry, own | {RECEIPT_NAME, FOLDER_UNDO})
-        self.parent_receipt: Mapping[str, Any] | None
-        self.parent_receipt, unread = read_receipt_file(self.path / RECEIPT_NAME)
-        odd = [
-            replace(problem, where=member.mark(problem.where))
-            for member in self._members
-            for problem in member.graph.problems
-        ]
-        self.problems: Sequence[Problem] = [*odd, *left_out, *unread]
+        super().__init__(path.absolute(), entry, self._members)
 
     @cached_property
     def views(self) -> Sequence[View]:
@@ -71,7 +53,7 @@ class OnnxFolder(Checksums):
         by_graph: dict[str, list[Site]] = {member.name: [] for member in self._members}
         for site in self.sites:
             by_graph[site.graph].append(site)
-        is_pipeline = (self.path / _PIPELINE).is_file()
+        is_pipeline = (self.path / PIPELINE).is_file()
         return [
             View(
                 member.name,
@@ -90,16 +72,6 @@ class OnnxFolder(Checksums):
             found = "graphs that have their numbers in one data file"
             raise refuse("LF446", self.path, found, "graphs with data files of their own")
         return {member.name: member.graph for member in self._members}
-
-    @property
-    def files(self) -> Sequence[InputFile]:
-        """The models' files, their data files, and all that travels."""
-        found = [*(file for member in self._members for file in member.graph.files), *self._travelling.values()]
-        return list({file.path: file for file in found}.values())
-
-    def list_tensors(self) -> Sequence[StoredTensor]:
-        """Return every stored tensor, graph after graph."""
-        return [tensor for member in self._members for tensor in member.list_tensors()]
 
     def with_copies(self, copies: Sequence[WeightCopy]) -> "OnnxFolder":
         """Return the folder, with initializers more in some graphs."""
@@ -134,25 +106,15 @@ class OnnxFolder(Checksums):
 
     def describe_images(self, output: NewOutput) -> list[FileImage]:
         """Return the graphs with their data files, the other files, and last the receipt."""
-        folder = output.path
-        graphs = (image for member in self._members for image in member.describe_images(folder, output.fresh))
+        graphs = (image for member in self._members for image in member.describe_images(output.path, output.fresh))
         images = {image.path: image for image in graphs}
-        beside = [FileImage(folder / name, [Copy(file, 0, file.size_bytes)]) for name, file in self._travelling.items()]
-        return [*images.values(), *beside, describe_receipt_file(folder / RECEIPT_NAME, output.blank_bytes)]
-
-    def encode_receipt(self, text: str) -> bytes:
-        """Return the text as the receipt's file holds it."""
-        return text.encode("utf-8")
-
-    def list_stale(self, output: Path) -> list[Path]:
-        """Return nothing: the whole folder is replaced."""
-        return []
+        return [*images.values(), *self.describe_beside(output)]
 
 
 def _choose_entry(folder: Path) -> Path:
     """Return a file that tells where the folder's files may be: in a cache of the hub all of them are links."""
     files = [item for item in sorted(folder.iterdir()) if item.is_file()]
-    return next((item for item in files if not item.is_symlink()), files[0] if files else folder / _PIPELINE)
+    return next((item for item in files if not item.is_symlink()), files[0] if files else folder / PIPELINE)
 
 
 def _find_half(name: str) -> str:
@@ -182,10 +144,10 @@ class OnnxFolderFormat:
     suffixes = ()
 
     def accepts(self, path: Path, head: bytes, size_bytes: int) -> bool:
-        """Recognise a folder with ONNX models in it and no weights of transformers at its top."""
+        """Recognise a folder with ONNX models in it and no weights of transformers or diffusers."""
         if not path.is_dir() or any(form.find_entry(path) is not None for form in (SAFETENSORS_FOLDER, TORCH_FOLDER)):
             return False
-        return bool(_list_graphs(path))
+        return not has_components(path) and bool(_list_graphs(path))
 
     def open(self, path: Path) -> BaseModel:
         """Index the graphs."""

@@ -1,0 +1,96 @@
+"""A folder of several models: what belongs to all of them, and what travels along."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from loraformat.bases._finishing import Checksums
+from loraformat.bases._receipts import RECEIPT_NAME, describe_receipt_file, read_receipt_file
+from loraformat.bases._travelling import find_travelling
+from loraformat.images import Copy, FileImage, NewOutput
+from loraformat.outputs import FOLDER_UNDO
+from loraformat.problems import Problem
+from loraformat.spans import InputFile, StoredTensor
+
+PIPELINE: Final = "model_index.json"
+"""By this file a folder is a pipeline of diffusers, whose sub-folders are its components."""
+
+
+class FolderMember(Protocol):
+    """A model of a folder of several."""
+
+    @property
+    def name(self) -> str:
+        """Its file, from the folder."""
+        ...
+
+    @property
+    def structure_sha256(self) -> str:
+        """Digest of everything but the weights' payloads."""
+        ...
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """What is odd about it, by names that no other member has."""
+        ...
+
+    def name_files(self) -> Mapping[str, InputFile]:
+        """Return its files by their paths from the folder."""
+        ...
+
+    def list_tensors(self) -> list[StoredTensor]:
+        """Return its tensors, by names that no other member has."""
+        ...
+
+
+class JoinedFolder(Checksums):
+    """An opened folder of several models; the attributes are those of `BaseModel`.
+
+    Args:
+        path: the folder.
+        entry: a file of it, which tells where the others may be.
+        members: the models.
+    """
+
+    suffix = ""
+    folder_mark = RECEIPT_NAME
+    rewriter = None
+    _members: Sequence[FolderMember]
+
+    def __init__(self, path: Path, entry: Path, members: Sequence[FolderMember]) -> None:
+        self.path = path
+        self._members = members
+        digests = "".join(f"{member.name}\0{member.structure_sha256}\n" for member in members)
+        self.structure_sha256 = hashlib.sha256(digests.encode()).hexdigest()
+        own = {name for member in members for name in member.name_files()}
+        self._travelling, left_out = find_travelling(entry, own | {RECEIPT_NAME, FOLDER_UNDO})
+        self.parent_receipt: Mapping[str, Any] | None
+        self.parent_receipt, unread = read_receipt_file(path / RECEIPT_NAME)
+        odd = [problem for member in members for problem in member.problems]
+        self.problems: Sequence[Problem] = [*odd, *left_out, *unread]
+
+    @property
+    def files(self) -> Sequence[InputFile]:
+        """The models' files, and all that travels."""
+        own = (file for member in self._members for file in member.name_files().values())
+        return list({file.path: file for file in (*own, *self._travelling.values())}.values())
+
+    def list_tensors(self) -> Sequence[StoredTensor]:
+        """Return every stored tensor, model after model."""
+        return [tensor for member in self._members for tensor in member.list_tensors()]
+
+    def describe_beside(self, output: NewOutput) -> Iterator[FileImage]:
+        """Yield the images of the files that travel, and last of the receipt."""
+        folder = output.path
+        for name, file in self._travelling.items():
+            yield FileImage(folder / name, [Copy(file, 0, file.size_bytes)])
+        yield describe_receipt_file(folder / RECEIPT_NAME, output.blank_bytes)
+
+    def encode_receipt(self, text: str) -> bytes:
+        """Return the text as the receipt's file holds it."""
+        return text.encode("utf-8")
+
+    def list_stale(self, output: Path) -> list[Path]:
+        """Return nothing: the whole folder is replaced."""
+        return []
