@@ -10,7 +10,7 @@ from loraformat.apply.disk_space import check_space, count_held_bytes
 from loraformat.apply.output_folders import PendingFolder, check_output_folder
 from loraformat.apply.side_receipt import name_side_receipt
 from loraformat.apply.undo import name_undo
-from loraformat.bases import BaseModel
+from loraformat.bases import BaseModel, CopyingBase
 from loraformat.errors import refuse
 from loraformat.images import FileImage
 from loraformat.outputs import PendingOutput, check_output, name_part, output_errors, remove
@@ -156,7 +156,7 @@ def list_links(base: BaseModel, output: Path, images: Sequence[FileImage], touch
     Raises:
         RefusedError: LF624 a base that is no folder, or one of ONNX models: onnx reads no data with several names.
     """
-    if not base.folder_mark or base.rewriter is None:
+    if not base.folder_mark or isinstance(base, CopyingBase):
         raise refuse("LF624", base.path, f"a base of the format {base.format!r}", "a folder of a checkpoint")
     whole = ((image, image.whole_copy()) for image in images)
     return {

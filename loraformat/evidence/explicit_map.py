@@ -1,5 +1,6 @@
 """What the user says: `--map FILE`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -100,9 +101,9 @@ def read_map(path: Path) -> Mapping[tuple[str, str], Sequence[MappedWeight]]:
 
 
 def _name_graph(mapped: MappedWeight) -> str:
-    """Return the file of the graph that a weight of a folder of graphs is in."""
-    graph, found, _ = mapped.weight.partition(_IN_GRAPH)
-    return graph if found else ""
+    """Return the file that a weight of a folder of several models is in; nothing for another base's."""
+    found = _IN_GRAPH.search(mapped.weight)
+    return mapped.weight[: found.end()] if found else ""
 
 
 def _read_entry(entry: JsonValue, where: str) -> tuple[tuple[str, str], MappedWeight]:
@@ -148,5 +149,5 @@ def _read_run(entry: Mapping[str, JsonValue], key: str, where: str, lengths: Seq
 
 
 _RUN: Final = (2, 3)
-_IN_GRAPH: Final = ".onnx:"
+_IN_GRAPH: Final = re.compile(r"\.(?:onnx|safetensors|bin):")
 STRATEGY: Final = ExplicitMap()

@@ -200,7 +200,7 @@ def _refuse_folder(path: Path) -> LoraformatError:
     else:
         inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors", ".bin"})
         found = f"a folder with {', '.join(inside[:4]) or 'no model'}"
-    expected = "a model folder with safetensors, torch or ONNX weights, or one model file"
+    expected = "a model folder with safetensors, torch or ONNX weights, a pipeline of such, or one model file"
     return refuse("LF121", path, found, expected, mend)
 
 

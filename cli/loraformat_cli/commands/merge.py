@@ -118,9 +118,9 @@ def command(
 ) -> None:
     r"""Merge adapters into a base model, each with its weight (1 if not given).
 
-    BASE is an ONNX model, a checkpoint file or a model folder, ADAPTER a file or a folder. What names an existing path
-    is a path, colons and all; otherwise the number after the last colon is the weight. The path of the merged model is
-    all that stdout gets.
+    BASE is an ONNX model, a checkpoint file, a model folder or a whole pipeline of diffusers, ADAPTER a file or a
+    folder. What names an existing path is a path, colons and all; otherwise the number after the last colon is the
+    weight. The path of the merged model is all that stdout gets.
 
     \b
     Examples:
@@ -128,6 +128,7 @@ def command(
       loraformat merge model.safetensors style.safetensors:0.8 subject.safetensors:0.5
       loraformat merge model.onnx adapter/ --dry-run
       loraformat merge ./Llama-3.2-1B ./adapter -o ./merged
+      loraformat merge ./stable-diffusion-v1-5 style.safetensors -o merged/
       loraformat merge model.safetensors --each adapters/*.safetensors -o merged/
     """
     import loraformat
