@@ -18,7 +18,7 @@ from loraformat.containers.npz import CONTAINER as NPZ
 from loraformat.engine import Progress
 from loraformat.errors import error_for
 from loraformat.files import write_at
-from loraformat.loading import load_adapter, open_base
+from loraformat.loading import load_adapter, open_base, open_model
 from loraformat.loading.adapter_folders import FACTORS_NAMES
 from loraformat.outputs import PendingOutput, check_output
 from loraformat.pages import write_analysis
@@ -74,8 +74,8 @@ def extract(
     )
     limits = Limits(rank, max_error or 0.0 if energy is None else math.sqrt(1 - energy))
     return extract_adapter(
-        open_base(Path(tuned)),
-        open_base(Path(base)),
+        open_model(Path(tuned)),
+        open_model(Path(base)),
         limits,
         targets=targets,
         replace=replace,
@@ -178,7 +178,7 @@ def init(
     structure = Structure(smoothness, sparsity)
     statistics = Statistics(NPZ.open(Path(stats))) if stats is not None else None
     recipe = Recipe(rank, Method(method), alpha, seed, structure, statistics)
-    return initialise_adapter(open_base(Path(base)), targets, recipe)
+    return initialise_adapter(open_model(Path(base)), targets, recipe)
 
 
 def _check_settings(*rows: tuple[str, object, str, bool]) -> None:

@@ -15,7 +15,7 @@ from loraformat.errors import refuse
 from loraformat.evidence import Hints
 from loraformat.evidence.explicit_map import read_map
 from loraformat.limits import DEFAULT_MEMORY_BYTES
-from loraformat.loading import load_for_base, open_base
+from loraformat.loading import load_for_base, open_model
 from loraformat.loading.adapter_folders import FACTORS_NAMES
 from loraformat.output_forms import require_shared
 from loraformat.plan import SHARE, Plan, WeightedAdapter
@@ -238,7 +238,7 @@ def read_hints(options: HintOptions) -> Hints:
     if way not in (None, STRUCTURE):
         raise refuse("LF425", "--resolve", str(way), STRUCTURE)
     mapped = read_map(Path(path)) if path is not None else {}
-    opened = open_base(Path(checkpoint)) if checkpoint is not None else None
+    opened = open_model(Path(checkpoint)) if checkpoint is not None else None
     return Hints(mapped, opened, structure=way == STRUCTURE)
 
 

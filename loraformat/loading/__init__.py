@@ -9,7 +9,7 @@ from typing import Any, Final
 from loraformat.adapter import Adapter, Factor, SlotKind
 from loraformat.arrays import as_numpy, hold_arrays, read_config
 from loraformat.base_facts import NO_FACTS, BaseFacts, read_facts
-from loraformat.bases import BASES, BaseFormat, BaseModel, ToldBase
+from loraformat.bases import BASES, BaseFormat, BaseModel, ToldBase, ViewedBase
 from loraformat.derived import NewFactor, find_origins
 from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.loading.adapter_folders import (
@@ -186,6 +186,14 @@ def open_base(path: Path) -> BaseModel:
         raise _refuse_folder(path)
     by_suffix = [base for _, base in BASES if path.suffix.lower() in base.suffixes]
     return _refuse_or_open(path, head, by_suffix)
+
+
+def open_model(path: Path) -> BaseModel:
+    """Index the model at `path` as `open_base` does; LF834 for a folder of several, whose modules may share names."""
+    base = open_base(path)
+    if isinstance(base, ViewedBase):
+        raise refuse("LF834", path, f"a base of the format {base.format!r}", "one model")
+    return base
 
 
 def _refuse_folder(path: Path) -> LoraformatError:

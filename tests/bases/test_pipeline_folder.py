@@ -1,6 +1,7 @@
 """Pipelines of diffusers: every component that has a target is merged into, and everything else travels along."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,28 @@ def test_a_second_index_of_shards(tmp_path: Path) -> None:
 def test_what_needs_new_files_is_refused_by_name(tmp_path: Path) -> None:
     base, adapter = write_pipeline(tmp_path / "base"), write_adapter(tmp_path / "a", f"unet.{UNET}")
     assert find_codes(base, adapter, dtype="bfloat16") == ("LF620",)
+
+
+def test_what_takes_one_model_refuses_several(tmp_path: Path) -> None:
+    base, adapter = write_pipeline(tmp_path / "base"), write_adapter(tmp_path / "a", f"unet.{UNET}")
+    assert find_codes(base, adapter, base_checkpoint=base) == ("LF834",)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.extract(base, base)
+    assert caught.value.codes == ("LF834",)
+
+
+def test_a_pipeline_in_a_cache_of_links(tmp_path: Path) -> None:
+    """A cache of the hub has every file as a link into one folder of blobs."""
+    base, adapter = write_pipeline(tmp_path / "base"), write_adapter(tmp_path / "a", *TARGETS)
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    for number, name in enumerate(files_below(base)):
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).rename(blobs / str(number))
+        (snapshot / name).symlink_to(os.path.relpath(blobs / str(number), (snapshot / name).parent))
+    loraformat.merge(snapshot, [adapter], tmp_path / "out")
+    assert set(files_below(tmp_path / "out")) - set(files_below(snapshot)) == {"merge_receipt.json"}
+    assert loraformat.verify(tmp_path / "out", snapshot, [adapter]).holds
 
 
 def test_links_of_what_stays(tmp_path: Path) -> None:
