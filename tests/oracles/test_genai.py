@@ -142,20 +142,20 @@ def test_a_tied_table_in_codes_of_4_bits(lab: "Lab", tmp_path: Path, ends: list[
     assert np.linalg.norm(run_cached(merged, first) - exact) < np.linalg.norm(run_cached(base, first) - exact)
 
 
-@pytest.mark.parametrize("extra", [(), ("is_symmetric=false", "block_size=128")], ids=str)
-def test_a_decoder_in_codes_of_4_bits(lab: "Lab", tmp_path: Path, extra: tuple[str, ...]) -> None:
-    """Refused by itself, however weights are found; quantised afresh or in floats with the options that the mend has."""
+def test_a_decoder_in_codes_of_4_bits(lab: "Lab", tmp_path: Path) -> None:
+    """Refused by itself, however weights are found; quantised afresh or in floats by the mend's options."""
     import zoo_built  # noqa: F401 - more models
     from builders_of_graphs import build_genai, run_cached
 
     import loraformat
 
     trained = lab.trained("built_qwen3")
-    folder = lab.root / "-".join(["genai-few", *extra])
-    base = build_genai(trained.specimen, folder, "int4", *extra)
-    for ways in ({}, {"resolve": "structure"}):
+    folder = lab.root / "genai-few"
+    base = build_genai(trained.specimen, folder, "int4")
+    refused: list[dict[str, Any]] = [{}, {"resolve": "structure"}]
+    for options in refused:
         with pytest.raises(loraformat.LoraformatError) as caught:
-            loraformat.merge(base, [trained.folder], tmp_path / "no.onnx", **ways)
+            loraformat.merge(base, [trained.folder], tmp_path / "no.onnx", **options)
         assert {problem.code for problem in caught.value.problems} == {"LF440"}
     first = {name: values[:1] for name, values in trained.feeds.items()}
 
@@ -163,10 +163,9 @@ def test_a_decoder_in_codes_of_4_bits(lab: "Lab", tmp_path: Path, extra: tuple[s
         return float(np.linalg.norm(run_cached(path, first) - trained.unmerged["logits"][:1]))
 
     checkpoint, sizes = folder / "torch", {"head_size": 16}
-    ways = {
+    ways: dict[str, dict[str, Any]] = {
         "afresh": {"base_checkpoint": checkpoint},
         "floats": {"on_quantized": "dequantize"},
-        "exact": {"base_checkpoint": checkpoint, "on_quantized": "dequantize"},
     }
     apart = {}
     for name, options in ways.items():
@@ -178,7 +177,7 @@ def test_a_decoder_in_codes_of_4_bits(lab: "Lab", tmp_path: Path, extra: tuple[s
         assert found.holds
         assert all(run.effect > 0.1 and abs(run.kept - 1) < 1e-2 for run in found.runs)
         apart[name] = measure(merged)
-    assert apart["exact"] < min(apart["afresh"], apart["floats"]) < max(apart.values()) < 0.7 * measure(base)
+    assert max(apart.values()) < 0.7 * measure(base)
 
 
 def test_experts_in_codes_of_4_bits(lab: "Lab", tmp_path: Path) -> None:
