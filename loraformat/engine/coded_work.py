@@ -1,6 +1,6 @@
 """A quantised weight in progress: its codes are decoded with their scales, and encoded again with new ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -142,11 +142,7 @@ def requantise(work: CodedWork, buffers: TileBuffers, places: Mapping[str, Place
 def _requantise_whole(work: CodedWork, buffers: TileBuffers, places: Mapping[str, Place]) -> TileSums:
     coder, _ = work.coder_at(range(work.weight.matrix[0]))
     if len(places) > 1:
-        fit = _start_fit(work, coder)
-        for rows in list_tiles(work.weight):
-            _, merged, delta = change_tile(work, buffers, rows)
-            fit.see(_room(work, buffers, rows), rows, merged, delta)
-        coder = fit.finish()
+        coder = _fit_whole(work, coder, buffers)
     sums = TileSums()
     for rows in list_tiles(work.weight):
         sums += _encode_tile(work, coder, buffers, (rows, rows), places[""], *change_tile(work, buffers, rows))
@@ -160,12 +156,47 @@ def _requantise_tiles(work: CodedWork, buffers: TileBuffers, places: Mapping[str
         coder, own = work.coder_at(rows)
         changed = change_tile(work, buffers, rows)
         if len(places) > 1:
-            fit = _start_fit(work, coder)
-            fit.see(_room(work, buffers, rows), own, *changed[1:])
-            coder = fit.finish()
+            coder = _fit_tile(work, coder, _room(work, buffers, rows), own, *changed[1:])
         sums += _encode_tile(work, coder, buffers, (rows, own), places[""], *changed)
         _write_companions(work, coder, rows, places)
     return sums
+
+
+def list_recoded(work: CodedWork, buffers: TileBuffers) -> Iterator[NDArray[np.float32]]:
+    """Yield, tile by tile, what stands in the output less what the base's codes stand for: `(rows, columns)`.
+
+    Where float numbers are at hand, the codes that come of them differ from the base's by more than is added.
+    """
+    fits = any(each.is_written for each in work.weight.companions) and not work.weight.is_dequantised
+    first, _ = work.coder_at(range(work.weight.matrix[0]))
+    whole = _fit_whole(work, first, buffers) if fits and not work.is_cut else first
+    for rows in list_tiles(work.weight):
+        coder, own = work.coder_at(rows)
+        _, merged, delta = change_tile(work, buffers, rows)
+        codes, new = _room(work, buffers, rows), merged.copy()
+        before = np.empty_like(new)
+        coder.decode(codes, own, before)
+        if not work.weight.is_dequantised:
+            after = whole if not work.is_cut else _fit_tile(work, coder, codes, own, merged, delta) if fits else coder
+            after.encode(merged, own, codes)
+            after.decode(codes, own, new)
+        yield np.subtract(new, before, out=new).astype(np.float32)
+
+
+def _fit_whole(work: CodedWork, coder: Coder, buffers: TileBuffers) -> Coder:
+    fit = _start_fit(work, coder)
+    for rows in list_tiles(work.weight):
+        _, merged, delta = change_tile(work, buffers, rows)
+        fit.see(_room(work, buffers, rows), rows, merged, delta)
+    return fit.finish()
+
+
+def _fit_tile(
+    work: CodedWork, coder: Coder, codes: NDArray[Any], own: range, merged: NDArray[Any], delta: NDArray[Any]
+) -> Coder:
+    fit = _start_fit(work, coder)
+    fit.see(codes, own, merged, delta)
+    return fit.finish()
 
 
 def _start_fit(work: CodedWork, coder: Coder) -> Fit:

@@ -5,7 +5,7 @@ no merged number is used.
 """
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.bases import BaseModel, RunnableBase
-from loraformat.engine.coded_work import CodedWork, list_tiles
+from loraformat.engine.coded_work import CodedWork, list_recoded, list_tiles
 from loraformat.engine.jobs import index_targets, open_floats
 from loraformat.engine.tiles import TileBuffers, change_tile
 from loraformat.engine.weight_work import WeightWork
@@ -79,8 +79,7 @@ def list_changes(order: Order, base: BaseModel) -> list[Change]:
             work: WeightWork = CodedWork(weight, source, own, floats)
         else:
             work = WeightWork(weight, source.tensor, own, tensors)
-        tiles = [change_tile(work, buffers, rows)[2].astype(np.float32) for rows in list_tiles(weight)]
-        delta, shape, dtype = np.concatenate(tiles), weight.shape, source.tensor.dtype
+        delta, shape, dtype = np.concatenate(list(_list_tiles(work, buffers))), weight.shape, source.tensor.dtype
         if source.coding is not None:
             dtype = source.coding.companions["scales"].dtype
             delta = delta[:, : delta.shape[1] - source.coding.padding]
@@ -88,6 +87,15 @@ def list_changes(order: Order, base: BaseModel) -> list[Change]:
                 shape = delta.shape
         changes.append(Change(weight.name, shape, dtype.onnx or FLOAT, delta))
     return changes
+
+
+def _list_tiles(work: WeightWork, buffers: TileBuffers) -> Iterator[NDArray[np.float32]]:
+    """Yield the change of each tile; of few bits from float numbers, as it is once these have been rounded."""
+    if isinstance(work, CodedWork) and work.references:
+        yield from list_recoded(work, buffers)
+        return
+    for rows in list_tiles(work.weight):
+        yield change_tile(work, buffers, rows)[2].astype(np.float32)
 
 
 def compare_runs(

@@ -142,6 +142,44 @@ def test_a_tied_table_in_codes_of_4_bits(lab: "Lab", tmp_path: Path, ends: list[
     assert np.linalg.norm(run_cached(merged, first) - exact) < np.linalg.norm(run_cached(base, first) - exact)
 
 
+def test_a_decoder_in_codes_of_4_bits(lab: "Lab", tmp_path: Path) -> None:
+    """Refused by itself, however weights are found; quantised afresh or in floats by the mend's options."""
+    import zoo_built  # noqa: F401 - more models
+    from builders_of_graphs import build_genai, run_cached
+
+    import loraformat
+
+    trained = lab.trained("built_qwen3")
+    folder = lab.root / "genai-few"
+    base = build_genai(trained.specimen, folder, "int4")
+    refused: list[dict[str, Any]] = [{}, {"resolve": "structure"}]
+    for options in refused:
+        with pytest.raises(loraformat.LoraformatError) as caught:
+            loraformat.merge(base, [trained.folder], tmp_path / "no.onnx", **options)
+        assert {problem.code for problem in caught.value.problems} == {"LF440"}
+    first = {name: values[:1] for name, values in trained.feeds.items()}
+
+    def measure(path: Path) -> float:
+        return float(np.linalg.norm(run_cached(path, first) - trained.unmerged["logits"][:1]))
+
+    checkpoint, sizes = folder / "torch", {"head_size": 16}
+    ways: dict[str, dict[str, Any]] = {
+        "afresh": {"base_checkpoint": checkpoint},
+        "floats": {"on_quantized": "dequantize"},
+    }
+    apart = {}
+    for name, options in ways.items():
+        merged = tmp_path / f"{name}.onnx"
+        receipt = loraformat.merge(base, [trained.folder], merged, **options)
+        assert {target for weight in receipt.weights for target in weight.targets} == set(trained.deltas)
+        known = {key: value for key, value in options.items() if key == "base_checkpoint"}
+        found = loraformat.verify(merged, base, [trained.folder], run=True, sizes=sizes, **known)
+        assert found.holds
+        assert all(run.effect > 0.1 and abs(run.kept - 1) < 1e-2 for run in found.runs)
+        apart[name] = measure(merged)
+    assert max(apart.values()) < 0.7 * measure(base)
+
+
 def test_experts_in_codes_of_4_bits(lab: "Lab", tmp_path: Path) -> None:
     """LFM2's experts in a QMoE, down with rows of 20 numbers, less than a block; what changes is quantised once."""
     import onnx

@@ -192,7 +192,9 @@ def test_experts_of_4_bits_from_the_checkpoint(
         else:
             np.testing.assert_allclose(found[name], array, rtol=1e-6)
     assert _apart(_run(tmp_path / "merged.onnx"), _run(afresh)) < 1e-2
-    _check_run(loraformat.verify(tmp_path / "merged.onnx", base, [adapter], base_checkpoint=checkpoint, run=True))
+    found = loraformat.verify(tmp_path / "merged.onnx", base, [adapter], base_checkpoint=checkpoint, run=True)
+    _check_run(found)
+    assert found.runs[0].difference < 1e-5  # The noise of rounding is computed apart as well.
 
 
 @pytest.mark.parametrize("prepacked", [-1, 1])
