@@ -4,8 +4,8 @@ import errno
 import json
 import os
 import shutil
-import sys
 import stat
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
