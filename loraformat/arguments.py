@@ -20,6 +20,7 @@ from loraformat.loading.adapter_folders import FACTORS_NAMES
 from loraformat.output_forms import require_shared
 from loraformat.plan import SHARE, Plan, WeightedAdapter
 from loraformat.planning.wishes import NumberWishes, Wishes
+from loraformat.problems import escape_surrogates
 from loraformat.schemes import StatedScale
 
 StrPath: TypeAlias = str | os.PathLike[str]
@@ -204,8 +205,8 @@ def name_adapter(path: Path) -> str:
     """Return the adapter's own name: the folder's where the file has the name that all PEFT files have."""
     path = path.absolute()
     if path.name in FACTORS_NAMES:
-        return path.parent.name
-    return path.stem if path.suffix in _ADAPTER_SUFFIXES else path.name
+        return escape_surrogates(path.parent.name)
+    return escape_surrogates(path.stem if path.suffix in _ADAPTER_SUFFIXES else path.name)
 
 
 def wants_anew(to: str | None) -> bool:

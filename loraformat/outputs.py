@@ -66,7 +66,7 @@ def _check_existing(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
 
 def check_apart(output: Path, inputs: Iterable[Path]) -> None:
     """Refuse an output, file or folder, that is one of the inputs or a folder around one (LF602)."""
-    if not output.exists():
+    if not os.path.exists(output):  # a name that cannot be is none: `check_output` says so
         return
     for source in inputs:
         if source.exists() and any(os.path.samefile(output, place) for place in (source, *source.absolute().parents)):
@@ -110,6 +110,7 @@ class PendingOutput:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._discard(keep=self._resume is not None and may_resume(error))
+        refuse_no_space(self._finals[0], error)
 
     def _open_part(self, final: Path) -> None:
         part = name_part(final, self._resume)
@@ -187,6 +188,12 @@ def output_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         code = "LF604" if error.errno in _NO_SPACE else "LF605"
         raise refuse(code, path, error.strerror or str(error)) from error
+
+
+def refuse_no_space(path: Path, error: BaseException | None) -> None:
+    """Raise LF604 for an error that only a write to a full disk gives; containers write through plain files."""
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        raise refuse("LF604", path, error.strerror or str(error)) from error
 
 
 def _place(part: Path, final: Path, *, force: bool) -> None:

@@ -88,5 +88,10 @@ def escape_controls(text: str) -> str:
     return "".join(c if c == "\n" or (c.isprintable() and c not in _BIDI_MARKS) else _escape(c) for c in text)
 
 
+def escape_surrogates(text: str) -> str:
+    r"""Return `text` as UTF-8 can hold it: bytes of a file's name that are no text are written as `\udcff`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _escape(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")

@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 from loraformat.adapter import Adapter
 from loraformat.bases import WeightCopy, WeightFloats
 from loraformat.plan.weights import PlannedWeight
-from loraformat.problems import Problem, count_problems
+from loraformat.problems import Problem, count_problems, escape_surrogates
 from loraformat.strict_json import JsonValue, as_object, write_canonical
 
 SHARE: Final = "share"
@@ -140,4 +140,5 @@ def _describe_work(weight: PlannedWeight) -> dict[str, Any]:
     """Return what is done to a weight: a map, a checkpoint and a name that find the same give the same bytes."""
     record = as_object(weight)
     del record["evidence"]
+    record["file"] = escape_surrogates(weight.file)
     return record

@@ -27,7 +27,7 @@ from loraformat.planning.new_sizes import follow_weights
 from loraformat.planning.rewriting import plan_rewriting
 from loraformat.planning.weight_plans import WeightChange, part_tables, plan_bias, plan_weight
 from loraformat.planning.wishes import SettledWishes, list_unusual
-from loraformat.problems import Problem, Severity
+from loraformat.problems import Problem, Severity, escape_surrogates
 from loraformat.resolve import Resolution, gather_clues, resolve
 from loraformat.rules import check_adapter
 
@@ -224,9 +224,9 @@ def describe_base(base: BaseModel) -> dict[str, Any]:
     root = base.path if base.folder_mark else base.path.parent
     files = sorted((os.path.relpath(file.path, root), file.size_bytes) for file in base.files)
     return {
-        "name": base.path.name,
+        "name": escape_surrogates(base.path.name),
         "structure_sha256": base.structure_sha256,
-        "files": [{"name": name, "bytes": size} for name, size in files],
+        "files": [{"name": escape_surrogates(name), "bytes": size} for name, size in files],
     }
 
 

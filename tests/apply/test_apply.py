@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -393,7 +394,16 @@ def test_a_closed_folder_is_an_error(tmp_path: Path, base: Path, adapter: Path) 
 
 
 def test_a_name_too_long_is_an_error(tmp_path: Path, base: Path, adapter: Path) -> None:
-    assert refused(base, [adapter], tmp_path / ("x" * 230 + base.suffix)).codes == ("LF608",)
+    for length in (230, 300):  # the second is one that the system does not even look for
+        assert refused(base, [adapter], tmp_path / ("x" * length + base.suffix)).codes == ("LF608",)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_an_adapter_whose_name_is_no_text(tmp_path: Path, base: Path, adapter: Path) -> None:
+    odd = adapter.rename(adapter.with_name(os.fsdecode(b"style\xfe") + adapter.suffix))
+    output = tmp_path / f"out{base.suffix}"
+    assert loraformat.merge(base, [odd], output).adapters[0].name == r"style\udcfe"
+    assert loraformat.verify(output, base=base, adapters=[odd]).problems == ()
 
 
 def test_mode_bits_of_a_replaced_file_are_kept(tmp_path: Path, base: Path, adapter: Path) -> None:

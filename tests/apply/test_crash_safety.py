@@ -438,3 +438,27 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, form: str, old: 
     assert done.returncode == 5, done.stderr
     assert "LF604" in done.stderr
     assert files_below(out) == before
+
+
+MADE = {
+    "convert": ["--to", "native", "-o", "out.safetensors"],
+    "convert to a folder": ["--to", "peft", "-o", "out"],
+    "convert to a torch file": ["--to", "peft", "-o", "adapter_model.bin"],
+    "compose": ["-o", "out.safetensors"],
+}
+
+
+@pytest.mark.parametrize("command", MADE)
+def test_a_full_disk_under_an_adapter_is_told_and_leaves_nothing(tmp_path: Path, command: str) -> None:
+    """Containers write through plain files: their errors are the output's, not those of stdout."""
+    _, adapter = make_inputs(tmp_path / "in", also("safetensors"))
+    before = files_below(tmp_path)
+    *options, name = MADE[command]
+    arguments = [command.split()[0], str(adapter), *options, str(tmp_path / name)]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, "100", *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 5, done.stderr
+    assert "LF604" in done.stderr
+    assert files_below(tmp_path) == before
+    assert not (tmp_path / "out").exists()

@@ -292,6 +292,16 @@ def test_messages_say_file_tensor_and_numbers(path: Path) -> None:
     assert "24" in size.expected
 
 
+def test_far_too_many_tensors_are_refused_unparsed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {name: entry("U8", [0], [0, 0]) for name in "abcd"} | {"data_offsets": entry("U8", [0], [0, 0])}
+    header = json.dumps({"__metadata__": {"data_offsets": '"data_offsets":'}} | tensors).encode()
+    monkeypatch.setattr("loraformat.containers.safetensors.MAX_TENSORS", 5)
+    assert len(open_bytes(path, frame(header)).tensors) == 5
+    monkeypatch.setattr("loraformat.containers.safetensors.MAX_TENSORS", 4)
+    monkeypatch.setattr("loraformat.containers.safetensors.parse_json_object", None)
+    assert refusal(path, frame(header[:-1] + b',"e":{"data_offsets":[0')).codes == ("LF110",)
+
+
 def test_caps_hold_at_their_edges(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = "loraformat.containers.safetensors"
     tensors = {name: entry("U8", [1], [index, index + 1]) for index, name in enumerate("abc")}
