@@ -145,7 +145,7 @@ def test_a_tied_table_in_codes_of_4_bits(lab: "Lab", tmp_path: Path, ends: list[
 def test_a_decoder_in_codes_of_4_bits(lab: "Lab", tmp_path: Path) -> None:
     """Refused by itself, however weights are found; quantised afresh or in floats by the mend's options."""
     import zoo_built  # noqa: F401 - more models
-    from builders_of_graphs import build_genai, run_cached
+    from builders_of_graphs import HEAD_DIM, build_genai, run_cached
 
     import loraformat
 
@@ -162,7 +162,7 @@ def test_a_decoder_in_codes_of_4_bits(lab: "Lab", tmp_path: Path) -> None:
     def measure(path: Path) -> float:
         return float(np.linalg.norm(run_cached(path, first) - trained.unmerged["logits"][:1]))
 
-    checkpoint, sizes = folder / "torch", {"head_size": 16}
+    checkpoint, sizes = folder / "torch", {"kv_cache_dim": HEAD_DIM}
     ways: dict[str, dict[str, Any]] = {
         "afresh": {"base_checkpoint": checkpoint},
         "floats": {"on_quantized": "dequantize"},
