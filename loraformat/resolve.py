@@ -11,7 +11,6 @@ near.
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Final
 
 from loraformat.adapter import Adapter
@@ -41,7 +40,7 @@ from loraformat.matching.mismatches import (
 from loraformat.matching.sharing import settle_sharing
 from loraformat.matching.site_index import Candidate
 from loraformat.problems import Problem
-from loraformat.viewing import choose_mapped, plan_searches, report_absent
+from loraformat.viewing import choose_mapped, is_allowed, plan_searches, report_absent
 
 _NO_CLUES: Final = Clues()
 _OF_STRATEGIES: Final = frozenset({"LF425", "LF450"})
@@ -104,7 +103,7 @@ def resolve(
     missing += displaced
     lacking = _find_lacking_biases(missing, matches)
     made = {each.want for each in lacking} if new_biases else set()
-    allowed = [want for want in missing if any(fnmatchcase(want.target.name, glob) for glob in allow_unmatched)]
+    allowed = [want for want in missing if is_allowed(want, allow_unmatched)]
     allowed = [want for want in allowed if want not in made]
     spoken = {each.want for each in lacking} | set(allowed)
     unspoken = [want for want in missing if want not in spoken]
@@ -112,7 +111,7 @@ def resolve(
     lacking = [each for each in lacking if each.want not in allowed]
     if unspoken:  # Then what the strategy has to say for itself is why.
         problems = [replace(each, severity="error") if each.code in _OF_STRATEGIES else each for each in problems]
-    problems += report_missing(lost, sites) + shared + report_collisions(matches)
+    problems += report_missing(lost, sites, matches) + shared + report_collisions(matches)
     problems += report_dropped(matches) + report_renamed(matches) + _report_biases(lacking, wanted=new_biases)
     left_out = tuple(want.name for want in allowed)
     return Resolution(tuple(matches), left_out, tuple(problems), tuple(lacking if new_biases else ()))

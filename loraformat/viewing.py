@@ -132,12 +132,12 @@ def report_absent(searches: Sequence[Search], matches: Sequence[Match], allowed:
         if not absent:
             continue
         if all(site.evidence == TENSOR_NAME for site in search.view.sites):  # It has no other weights than it names.
-            lost = [want for want in absent if not _is_allowed(want, allowed)]
+            lost = [want for want in absent if not is_allowed(want, allowed)]
             problems += [_report_lack(want, somewhere[want.target.name], graph) for want in lost[:LISTED]]
             continue
         claimed = {site.id for match in matches for site in match.sites}
         free = [site for site in search.view.sites if site.id not in claimed]
-        doubtful = [want for want in absent if list_nameless(want, free) and not _is_allowed(want, allowed)]
+        doubtful = [want for want in absent if list_nameless(want, free) and not is_allowed(want, allowed)]
         problems += [_report_doubt(want, graph, free) for want in doubtful[:LISTED]]
         if not doubtful:
             said = ", ".join(want.name for want in absent[:LISTED]) + (" ..." if len(absent) > LISTED else "")
@@ -150,8 +150,9 @@ def _is_of_other_half(want: Want, view: View) -> bool:
     return bool(view.half) and view.half not in parts and any(half in parts for half in _HALVES)
 
 
-def _is_allowed(want: Want, allowed: Sequence[str]) -> bool:
-    return any(fnmatchcase(want.target.name, glob) for glob in allowed)
+def is_allowed(want: Want, allowed: Sequence[str]) -> bool:
+    """Say whether a pattern names a target that may be left out, or its parameter."""
+    return any(fnmatchcase(name, glob) for name in (want.target.name, want.name) for glob in allowed)
 
 
 def _report_lack(want: Want, other: Match, graph: str) -> Problem:

@@ -640,3 +640,21 @@ def test_lora_and_a_saved_head_in_one_graph(tmp_path: Path) -> None:
     feeds = rng.standard_normal((3, 4)).astype(np.float32)
     (y,) = run(tmp_path / "out.onnx", {"x": feeds})
     np.testing.assert_allclose(y, feeds @ (body + product(factors, 2.0)).T @ weight.T + bias, rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_that_an_exporter_left_a_bias_out_of(tmp_path: Path) -> None:
+    """torch's newer exporter drops biases of zeros, as those of a new head: said, with the way to keep them."""
+    rng, net, module = np.random.default_rng(3), Net(), "model.head"
+    net.op("Gemm", [net.feed("x"), net.weight(f"{module}.weight", dyadic(rng, 5, 6))], net.result("y"), transB=1)
+    base = write_model(tmp_path / "base.onnx", net.model())
+    adapter = write_peft(tmp_path / "a", {}, r=4, modules_to_save=["head"])
+    saved = {f"base_model.model.{module}.weight": dyadic(rng, 5, 6), f"base_model.model.{module}.bias": dyadic(rng, 5)}
+    write_tensors(adapter / "adapter_model.safetensors", saved)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge(base, [adapter], tmp_path / "merged.onnx")
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.where) == ("LF401", "model.head.bias")
+    assert problem.found == "the graph computes 'model.head' without a bias"
+    assert "optimize=False" in problem.mend
+    receipt = loraformat.merge(base, [adapter], tmp_path / "merged.onnx", allow_unmatched=["model.head.bias"])
+    assert [weight.name for weight in receipt.weights] == ["model.head.weight"]

@@ -92,8 +92,15 @@ def add_branches(
 
     graph = model.graph
     nodes, known = list(graph.node), {change.tensor for change in changes}
+    forms = _list_forms(graph)
     for change in changes:
-        for count, reader in enumerate(list(_find_readers(nodes, change, known, floats))):
+        readers = list(_find_readers(nodes, change, known, floats))
+        if not readers and forms.get(change.tensor) == change.form:
+            name = f"{change.tensor}{MARK}0"
+            if _add_at_source(nodes, change, name, known):
+                graph.input.append(helper.make_tensor_value_info(name, FLOAT, change.shape))
+                yield name, change.delta.reshape(change.shape)
+        for count, reader in enumerate(readers):
             name = f"{change.tensor}{MARK}{count}"
             values = change.delta.reshape(change.shape)
             values = np.ascontiguousarray(values.T if reader.flipped else values)
@@ -103,6 +110,39 @@ def add_branches(
             yield name, values
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _list_forms(graph: "onnx.GraphProto") -> dict[str, int]:
+    """Return the number forms of the main graph's tensors, of its Constants and of copies."""
+    forms = {each.name: each.data_type for each in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            forms[node.output[0]] = next((each.t.data_type for each in node.attribute), 0)
+        elif node.op_type == "Identity" and node.input[0] in forms:
+            forms[node.output[0]] = forms[node.input[0]]
+    return forms
+
+
+def _add_at_source(nodes: "list[onnx.NodeProto]", change: Change, name: str, known: Set[str]) -> bool:
+    """Have all nodes that read a tensor, but for its copies, read its sum with the change; say if there are any."""
+    from onnx import helper
+
+    total, wide = f"{name}#sum", change.tensor
+    readers = [node for node in nodes if known.isdisjoint(node.output)]
+    places = [(node, at) for node in readers for at, read in enumerate(node.input) if read == change.tensor]
+    for node, at in places:
+        node.input[at] = total
+    made = [helper.make_node("Add", [wide, name], [total], total)]
+    if change.form != FLOAT:
+        wide = f"{name}#wide"
+        made = [
+            helper.make_node("Cast", [change.tensor], [wide], wide, to=FLOAT),
+            helper.make_node("Add", [wide, name], [f"{name}#exact"], f"{name}#exact"),
+            helper.make_node("Cast", [f"{name}#exact"], [total], total, to=change.form),
+        ]
+    start = next((index + 1 for index, node in enumerate(nodes) if change.tensor in node.output), 0)
+    nodes[start:start] = made
+    return bool(places)
 
 
 def _find_readers(

@@ -119,9 +119,7 @@ def compare_runs(
     feeds_apart = dict(add_branches(model, changes, floats))
     reached = {name.rpartition(MARK)[0] for name in feeds_apart}
     problems = [
-        Problem(
-            "LF446", each.tensor, "nothing reads it that can be computed apart", "MatMul, Gemm, Conv, Gather or MoE"
-        )
+        Problem("LF446", each.tensor, "nothing reads it that can be computed apart", "a reader in the main graph")
         for each in changes
         if each.tensor not in reached
     ]
@@ -167,7 +165,13 @@ def _run_all(sessions: Sequence[Any], apart: Mapping[str, NDArray[Any]], sizes: 
             errors.append(error)
     if isinstance(errors[0], LoraformatError):
         raise errors[0]
-    raise refuse("LF446", "onnxruntime", _first_line(errors[0]), "models that run on random inputs", _SAY_SIZES)
+    mend = _say_sizes(sessions[0].get_inputs())
+    raise refuse("LF446", "onnxruntime", _first_line(errors[0]), "models that run on random inputs", mend)
+
+
+def _say_sizes(inputs: Sequence[Any]) -> str:
+    names = dict.fromkeys(each for described in inputs for each in described.shape if isinstance(each, str))
+    return _SAY_SIZES + (f" The dimensions are: {', '.join(names)}." if names else "")
 
 
 def make_inputs(

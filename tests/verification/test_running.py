@@ -11,12 +11,15 @@ import pytest
 from onnx import TensorProto
 
 import loraformat
-from builders import write_peft
+from builders import write_peft, write_tensors
 from graphs import Net, dyadic, linear_net, torchscript_name, write_model
 
 MODULE = "model.layers.1.fc"
 NAME = torchscript_name(MODULE, "MatMul")
 SIZES = {"in.model.a_1": 16, "in.model.b_1": 32, f"in.{MODULE}_1": 16}
+
+HEAD: tuple[tuple[str, *tuple[int, ...]], ...] = (("weight", 7, 8), ("bias", 7))
+"""Parameters of a head and their shapes."""
 
 
 def factors(rng: np.random.Generator, out: int, inner: int) -> Any:
@@ -120,6 +123,37 @@ def test_what_cannot_be_computed_apart_is_named(tmp_path: Path) -> None:
     assert {(problem.code, problem.where) for problem in found.problems} == {("LF446", "w_then")}
 
 
+@pytest.mark.parametrize("form", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_saved_parameters_that_no_product_reads(tmp_path: Path, form: Any) -> None:
+    """A new head: its weight and its bias, which one Add reads, take the place of the base's."""
+    rng, net = np.random.default_rng(6), Net()
+    product = net.op("MatMul", [net.feed("x"), net.weight("w", dyadic(rng, 8, 7).astype(np.float32))], "product", NAME)
+    bias = net.weight(f"{MODULE}.bias", dyadic(rng, 7).astype(form))
+    wide = bias if form is np.float32 else net.op("Cast", [bias], "wide", to=TensorProto.FLOAT)
+    net.op("Add", [wide, product], net.result("y"), torchscript_name(MODULE, "Add"))
+    base = write_model(tmp_path / "base.onnx", net.model())
+    adapter = write_peft(tmp_path / "adapter", {}, modules_to_save=["fc"], r=4)
+    saved = {f"base_model.model.{MODULE}.{name}": dyadic(rng, *shape) for name, *shape in HEAD}
+    write_tensors(adapter / "adapter_model.safetensors", saved)
+    loraformat.merge(base, [adapter], tmp_path / "merged.onnx")
+    found = loraformat.verify(tmp_path / "merged.onnx", base, [adapter], run=True)
+    assert not found.problems
+    assert found.runs[0].kept == pytest.approx(1, abs=1e-5)
+    assert found.runs[0].effect > 0.1
+
+
+def test_a_bias_that_differs_is_found(tmp_path: Path) -> None:
+    """Which shows that the other side is computed from the adapter, not from the merged model."""
+    test_saved_parameters_that_no_product_reads(tmp_path, np.float32)
+    path = tmp_path / "merged.onnx"
+    model = onnx.load(path)
+    bias = next(each for each in model.graph.initializer if each.name == f"{MODULE}.bias")
+    bias.raw_data = (onnx.numpy_helper.to_array(bias) * 3).tobytes()
+    onnx.save(model, path)
+    found = loraformat.verify(path, tmp_path / "base.onnx", [tmp_path / "adapter"], run=True)
+    assert "LF445" in {problem.code for problem in found.problems}
+
+
 def _pictures(tmp_path: Path, kernel: int) -> Any:
     """A convolution that needs pictures of more than 8 by 8, whose sizes no name tells."""
     rng, net = np.random.default_rng(8), Net()
@@ -152,6 +186,7 @@ def test_what_runs_on_no_size_tells_how_to_give_one(tmp_path: Path, capfd: pytes
         _pictures(tmp_path, 230)
     assert caught.value.codes == ("LF446",)
     assert "--size" in str(caught.value)
+    assert "The dimensions are: x_0, x_1, x_2, x_3." in str(caught.value)
     assert capfd.readouterr().err == ""
 
 
