@@ -110,7 +110,8 @@ class PendingOutput:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._discard(keep=self._resume is not None and may_resume(error))
-        refuse_no_space(self._finals[0], error)
+        for final in self._finals[:1]:
+            refuse_no_space(final, error)
 
     def _open_part(self, final: Path) -> None:
         part = name_part(final, self._resume)

@@ -4,10 +4,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import loraformat
-
-PACKAGE = Path(loraformat.__file__).parent
-DESIGN = PACKAGE.parent / "docs" / "design.md"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "loraformat"
+DESIGN = ROOT / "docs" / "design.md"
 
 
 def test_each_module_and_room_stands_in_the_table_once() -> None:
@@ -22,5 +21,5 @@ def test_each_module_and_room_stands_in_the_table_once() -> None:
 def test_files_that_the_text_names_exist() -> None:
     """A file is named by its name where that says where it lies, else by its path."""
     named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", DESIGN.read_text(encoding="utf-8")))
-    files = [path.as_posix() for folder in ("loraformat", "bench") for path in PACKAGE.parent.glob(f"{folder}/**/*.py")]
+    files = [path.as_posix() for folder in ("loraformat", "bench") for path in ROOT.glob(f"{folder}/**/*.py")]
     assert {name for name in named if not any(file.endswith(f"/{name}") for file in files)} == set()

@@ -22,7 +22,8 @@ from loraformat.schemes import SCHEMES
 
 PACKAGE = Path(__file__).parent / "third_party"
 HOUSE = Path(loraformat.__file__).parents[1]
-PAGE = (HOUSE / "docs" / "extending.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "extending.md").read_text(encoding="utf-8")
 
 MERGE = """
 import sys
@@ -101,4 +102,4 @@ def test_the_page_names_the_groups_and_what_a_member_is_called() -> None:
 def test_files_that_the_page_names_exist() -> None:
     linked = re.findall(r"\]\(([^)#]+)", PAGE)
     assert len(linked) > 5
-    assert [link for link in linked if not (HOUSE / "docs" / link).exists()] == []
+    assert [link for link in linked if not (DOCS / link).exists()] == []
