@@ -119,7 +119,7 @@ class PendingOutput:
             existing = stat.S_IMODE(final.stat().st_mode) if final.exists() else None
             # Mode 0666 lets the user's umask decide, as any other new file; what replaces a closed one is never open.
             mode = 0o666 if existing is None else 0o600
-            self.descriptors.append(open_part(part, taken_up=self._resume is not None, mode=mode))
+            self.descriptors.append(open_part(part, taken_up=self._resume is not None, mode=mode, final=final))
             self._parts.append(part)
             if existing is not None:
                 os.fchmod(self.descriptors[-1], existing)

@@ -18,26 +18,33 @@ _EXCHANGE: Final = 2
 """`AT_FDCWD` and `RENAME_EXCHANGE` of Linux."""
 
 
-def open_part(path: Path, *, taken_up: bool, mode: int = 0o666) -> int:
+def open_part(path: Path, *, taken_up: bool, mode: int = 0o666, final: Path | None = None) -> int:
     """Create a part and return its descriptor, for reading and writing, locked.
 
     Args:
         path: the part.
         taken_up: whether it may be there already, left by a killed run.
         mode: its mode where it is new, less the user's umask.
+        final: where it is to stand; a run killed while it placed the part has left the file under both names.
 
     Raises:
-        RefusedError: LF603 something else than a file of one name, LF606 another run is writing it.
+        RefusedError: LF603 something else than a file of that name alone, LF606 another run is writing it.
         OSError: what the system says, and of a link that it is one.
     """
     fresh = 0 if taken_up else os.O_EXCL
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | fresh, mode)
     state = os.fstat(descriptor)
-    if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
+    if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1 + _stands_at(state, final):
         os.close(descriptor)
         raise refuse("LF603", path, "what no run of ours has left", "nothing, or a file of one name")
     _hold(descriptor, path)
     return descriptor
+
+
+def _stands_at(state: os.stat_result, final: Path | None) -> bool:
+    with suppress(OSError):
+        return final is not None and os.path.samestat(state, final.lstat())
+    return False
 
 
 def open_part_folder(path: Path) -> int:

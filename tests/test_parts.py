@@ -12,6 +12,7 @@ from loraformat.apply.job_log import FileJobLog
 from loraformat.apply.output_folders import PendingFolder
 from loraformat.errors import LoraformatError
 from loraformat.outputs import PendingOutput, name_log, name_part, remove_stale_parts
+from loraformat.parts import open_part
 
 TOKEN = "0123456789abcdef"
 HOLDER = """
@@ -137,3 +138,14 @@ def test_what_replaces_a_closed_file_is_closed_from_the_first_byte(tmp_path: Pat
     finally:
         os.umask(old)
     assert final.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_stands_in_place_already_is_taken_up_and_another_name_is_not(tmp_path: Path) -> None:
+    """A run that is killed while it places its part leaves the file under both names."""
+    part, final, other = (tmp_path / name for name in ("part", "final", "other"))
+    part.write_bytes(b"whole")
+    final.hardlink_to(part)
+    os.close(open_part(part, taken_up=True, final=final))
+    assert codes(lambda: open_part(part, taken_up=True, final=other)) == ("LF603",)
+    other.hardlink_to(part)
+    assert codes(lambda: open_part(part, taken_up=True, final=final)) == ("LF603",)
