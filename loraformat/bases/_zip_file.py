@@ -6,39 +6,28 @@ The output is the same archive with spans and checksums rewritten, and the recei
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from loraformat.bases import BaseModel, Rewriter, Site
 from loraformat.bases._checksums import compute_checksums
-from loraformat.bases._finishing import Checksums
 from loraformat.bases._float_state import FloatingState
-from loraformat.bases._receipts import describe_receipt_file, name_receipt, read_receipt_file
 from loraformat.bases._rewriting import note_values
-from loraformat.bases._state_dict import digest_structure, list_sites, read_model_config
+from loraformat.bases._single_file import SingleFile
+from loraformat.bases._state_dict import list_sites, read_model_config
 from loraformat.containers import Container, TensorFile
-from loraformat.images import Copy, FileImage, NewOutput
-from loraformat.problems import Problem
-from loraformat.spans import InputFile, Span, StoredTensor
+from loraformat.images import FileImage
+from loraformat.spans import Span
 
 
-class ZipStateDict(Checksums, FloatingState):
+class ZipStateDict(SingleFile, FloatingState):
     """An opened archive; the attributes are those of `BaseModel`."""
 
-    folder_mark = ""
-
     def __init__(self, path: Path, form: "ZipFormat") -> None:
-        self.path = path
+        super().__init__(path, form.container.open(path))
         self.format = form.name
         self.suffix = path.suffix
         self._form = form
-        self._opened: TensorFile = form.container.open(path)
-        self.files: Sequence[InputFile] = [self._opened.file]
         self._config = read_model_config(path.parent)
         self.sites: Sequence[Site] = list_sites(self.list_tensors(), self._config)
-        self.structure_sha256 = digest_structure(self._opened.tensors.values(), self._opened.metadata)
-        self.parent_receipt: Mapping[str, Any] | None
-        self.problems: Sequence[Problem]
-        self.parent_receipt, self.problems = read_receipt_file(name_receipt(path))
 
     @property
     def rewriter(self) -> Rewriter:
@@ -49,30 +38,12 @@ class ZipStateDict(Checksums, FloatingState):
         metadata = self._form.rewritten_metadata
         return FileRewriter(self.path, self.list_tensors(), metadata, self._config, notes, self._gone)
 
-    def list_tensors(self) -> Sequence[StoredTensor]:
-        """Return every stored tensor."""
-        return list(self._opened.tensors.values())
-
-    def describe_images(self, output: NewOutput) -> list[FileImage]:
-        """Return a copy of the archive, and last the receipt beside it."""
-        file = self._opened.file
-        copy = FileImage(output.path, [Copy(file, 0, file.size_bytes)])
-        return [copy, describe_receipt_file(name_receipt(output.path), output.blank_bytes)]
-
     def compute_checksums(
         self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
     ) -> Mapping[int, bytes]:
         """Return the CRC-32 of the members that hold touched spans."""
         fields = self._form.list_crc_fields(self._opened) if touched else {}
         return compute_checksums(fields, image, descriptor, touched, jobs)
-
-    def encode_receipt(self, text: str) -> bytes:
-        """Return the text as the receipt's file holds it."""
-        return text.encode("utf-8")
-
-    def list_stale(self, output: Path) -> list[Path]:
-        """Return nothing: the receipt has the same name again."""
-        return []
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,17 +15,15 @@ import numpy as np
 
 from loraformat.adapter import SlotKind
 from loraformat.bases import TENSOR_NAME, BaseModel, Rewriter, Site, Weight
-from loraformat.bases._receipts import describe_receipt_file, name_receipt, read_receipt_file
-from loraformat.bases._state_dict import digest_structure
+from loraformat.bases._single_file import SingleFile
 from loraformat.containers import TensorFile
 from loraformat.containers.gguf import CONTAINER
 from loraformat.dtypes import BlockDtype
 from loraformat.encodings import Coding
-from loraformat.images import Copy, FileImage, NewOutput
 from loraformat.limits import MAX_EXPERTS
 from loraformat.problems import Problem
 from loraformat.row_orders import Permute
-from loraformat.spans import InputFile, Part, Span, StoredTensor
+from loraformat.spans import Part, StoredTensor
 from loraformat.spellings import Order, Place, SpellingTable, all_tables
 
 _ARCHITECTURE: Final = "general.architecture"
@@ -38,54 +36,20 @@ _EXPERTS_DIMS: Final = 3
 _MEND: Final = "Merge into the model that it was quantised from (F16, BF16 or Q8_0), and quantise the merged one."
 
 
-class GgufModel:
+class GgufModel(SingleFile):
     """An opened model; the attributes are those of `BaseModel`."""
 
     format = "gguf"
     suffix = ".gguf"
-    folder_mark = ""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._opened: TensorFile = CONTAINER.open(path)
-        self.files: Sequence[InputFile] = [self._opened.file]
+        super().__init__(path, CONTAINER.open(path))
         self.sites: Sequence[Site] = list(_list_sites(self._opened))
-        self.structure_sha256 = digest_structure(self._opened.tensors.values(), self._opened.metadata)
-        self.parent_receipt: Mapping[str, Any] | None
-        self.problems: Sequence[Problem]
-        self.parent_receipt, self.problems = read_receipt_file(name_receipt(path))
 
     @property
     def rewriter(self) -> Rewriter | None:
         """Nothing: only copies are written."""
         return None
-
-    def list_tensors(self) -> Sequence[StoredTensor]:
-        """Return every stored tensor."""
-        return list(self._opened.tensors.values())
-
-    def describe_images(self, output: NewOutput) -> list[FileImage]:
-        """Return a copy of the file, and last the receipt beside it."""
-        file = self._opened.file
-        copy = FileImage(output.path, [Copy(file, 0, file.size_bytes)])
-        return [copy, describe_receipt_file(name_receipt(output.path), output.blank_bytes)]
-
-    def compute_checksums(
-        self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1
-    ) -> Mapping[int, bytes]:
-        """Return nothing: there are no checksums."""
-        return {}
-
-    def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
-        """Do nothing: GGUF has no checksums."""
-
-    def encode_receipt(self, text: str) -> bytes:
-        """Return the text as the receipt's file holds it."""
-        return text.encode("utf-8")
-
-    def list_stale(self, output: Path) -> list[Path]:
-        """Return nothing: the receipt has the same name again."""
-        return []
 
 
 def _list_sites(opened: TensorFile) -> Iterator[Site]:

@@ -13,6 +13,14 @@ Tiles = Iterable[tuple[int, NDArray[Any]]]
 """First row and rows of the base, as `WeightMap.prepare` takes them."""
 
 
+def add_rows(added: Delta | None, start: int, stop: int, out: NDArray[Any]) -> None:
+    """Add rows `start:stop` of a change, if there is one, to `out`."""
+    if added is not None:
+        room = np.empty_like(out)
+        added.write_rows(start, stop, room)
+        np.add(out, room, out=out)
+
+
 @dataclass(frozen=True, slots=True)
 class ElementwiseMap:
     """W∘(1 + F) + D, number by number.
@@ -48,10 +56,7 @@ class ElementwiseMap:
         self.factor.write_rows(start, stop, out)
         np.add(out, 1, out=out)
         np.multiply(out, base, out=out)
-        if self.added is not None:
-            room = np.empty_like(out)
-            self.added.write_rows(start, stop, room)
-            np.add(out, room, out=out)
+        add_rows(self.added, start, stop, out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.kinds import Delta
-from loraformat.kinds._maps import Tiles
+from loraformat.kinds._maps import Tiles, add_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +125,7 @@ class ProjectionMap:
             projected = base @ self.left
             np.matmul(self.between(projected) if self.between is not None else projected, self.right, out=out)
         np.add(out, base, out=out)
-        if self.added is not None:
-            room = np.empty_like(out)
-            self.added.write_rows(start, stop, room)
-            np.add(out, room, out=out)
+        add_rows(self.added, start, stop, out)
 
 
 @dataclass(frozen=True, slots=True)

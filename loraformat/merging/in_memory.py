@@ -91,19 +91,21 @@ def _put_together(given: Mapping[str, Any], base: HeldState, plan: Plan, found: 
     kept = {tensor.name for tensor in after.rewriter.output_tensors()} | (given.keys() - base.arrays.keys())
     buffers = {place: buffer for weight in found for place, buffer in weight.buffers.items()}
     forms = {weight.new.name: weight.new for weight in plan.weights if weight.new is not None}
-    made = {place: _make_array(place, data, forms, base) for place, data in buffers.items()}
     spans = {tensor.name: tensor.span for tensor in base.list_tensors() if tensor.is_contiguous}
+    names = {span: name for name, span in reversed(spans.items())}  # Of tied tensors the first.
+    made = {place: _make_array(place, data, forms, base, names) for place, data in buffers.items()}
     stands = {name: made.get(name, made.get(spans.get(name, ""), value)) for name, value in given.items()}
     return {name: value for name, value in stands.items() if name in kept or name in made} | {
         name: made[name] for name in forms if name not in given
     }
 
 
-def _make_array(place: Place, data: NDArray[np.uint8], forms: Mapping[str, NewForm], base: HeldState) -> Any:
+def _make_array(
+    place: Place, data: NDArray[np.uint8], forms: Mapping[str, NewForm], base: HeldState, names: Mapping[Span, str]
+) -> Any:
     """Return what has been computed as an array like the one in whose place it stands, or the first beside it."""
     if isinstance(place, Span):
-        name = next(each.name for each in base.list_tensors() if each.is_contiguous and each.span == place)
-        held = base.arrays[name]
+        held = base.arrays[names[place]]
         return held.make_like(data, held.dtype, held.shape)
     beside = place.rpartition(".")[0]
     near = (held for name, held in base.arrays.items() if name == place or name.rpartition(".")[0] == beside)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from loraformat.adapter import Factor
 from loraformat.problems import Problem
 from loraformat.schemes._peft_config import PeftConfig
+from loraformat.schemes._peft_keys import PREFIX
 
 _VECTOR: Final = "base_model.tinylora_v."
 _RANDOM: Final = ".tinylora_P"
@@ -90,7 +91,7 @@ def draw_normal(seed: int, count: int) -> NDArray[np.float64]:
 
 
 _SHARED: Final = "base_model."
-_PREFIX: Final = "base_model.model."
+
 _BY_CATEGORY: Final = ("frod_V", "frod_s_indices", "frod_s_size")
 _DIAGONAL: Final = ".frod_lambda_l"
 
@@ -104,7 +105,7 @@ def give_factors(tensors: Mapping[str, Factor], config: PeftConfig) -> Mapping[s
     for key in [key for key in own if key.endswith(_DIAGONAL)]:
         module = key.removesuffix(_DIAGONAL)
         for role in _BY_CATEGORY:
-            name = f"{_SHARED}{role}.{name_category(module.removeprefix(_PREFIX))}"
+            name = f"{_SHARED}{role}.{name_category(module.removeprefix(PREFIX))}"
             if name in shared:
                 own[f"{module}.{role}"] = shared[name]
                 used.add(name)

@@ -20,6 +20,7 @@ from loraformat.schemes._memory import COMPONENT_KEY, annotate
 from loraformat.schemes._naming import find_denoiser, split_component
 from loraformat.schemes._peft_config import PeftConfig
 from loraformat.schemes._peft_groups import REPLACE
+from loraformat.schemes._peft_keys import PREFIX
 from loraformat.schemes._peft_packed import list_parameters
 from loraformat.schemes._peft_packing import Packed, compress_blocks, pack_experts
 from loraformat.schemes._peft_patterns import fits_whole
@@ -27,7 +28,7 @@ from loraformat.strict_json import JsonValue
 
 FACTORS_FILE: Final = "adapter_model.safetensors"
 CONFIG_FILE: Final = "adapter_config.json"
-_PREFIX: Final = "base_model.model."
+
 _WHERE: Final = "the provenance"
 _SLICES: Final = "enable_lora"
 _SURE_OF_SIDES: Final = "0.19.1"
@@ -74,7 +75,7 @@ def write_folder(adapter: Adapter, fill: Callable[[Adapter, Targets], Folder], a
     if len(left_out) == 1:
         carried[COMPONENT_KEY] = left_out.pop()
     return WrittenBundle(
-        tensors={f"{_PREFIX}{key}": factor for key, factor in folder.tensors.items()} | dict(folder.shared),
+        tensors={f"{PREFIX}{key}": factor for key, factor in folder.tensors.items()} | dict(folder.shared),
         metadata={"format": "pt"} | annotate(carried),
         config=folder.config,
         file_name=FACTORS_FILE,
