@@ -1,15 +1,17 @@
 """Seconds and memory of a merge into an ONNX model, beside what it replaces: merge in torch and export again.
 
     python bench/export_again.py                    # 4 layers of 256
-    python bench/export_again.py --hidden 2048 --layers 22 --tokens 32000     # 1.1 billion parameters
+    python bench/export_again.py --hidden 2048 --layers 22 --tokens 32000 --form float16     # 1.1 billion parameters
 
 Needs torch, transformers and peft. The model is Llama's architecture with random weights, the adapter has rank 16 on
 all linear layers. Both ways start from what a user has: the one from the torch model and the adapter, the other from
-the exported model and the adapter. Each runs in a process of its own; printed are its whole time and its peak memory.
+the exported model and the adapter. Each runs in a process of its own; printed are its whole time and its peak memory,
+and the time of `cp` of the exported files.
 """
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,19 +23,20 @@ import sys, torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 folder, hidden, layers, tokens = sys.argv[1], *map(int, sys.argv[2:5])
+torch.set_default_dtype(getattr(torch, sys.argv[5]))
 torch.manual_seed(0)
 config = LlamaConfig(hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
                      vocab_size=tokens, num_attention_heads=max(1, hidden // 64),
                      num_key_value_heads=max(1, hidden // 256))
 LlamaForCausalLM(config).save_pretrained(f"{folder}/torch")
-model = get_peft_model(LlamaForCausalLM.from_pretrained(f"{folder}/torch"),
+model = get_peft_model(LlamaForCausalLM.from_pretrained(f"{folder}/torch", dtype="auto"),
                        LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False))
 model.save_pretrained(f"{folder}/adapter")
 """
 EXPORT = """
 import sys, torch
 from transformers import LlamaForCausalLM
-model = LlamaForCausalLM.from_pretrained(sys.argv[1]).eval()
+model = LlamaForCausalLM.from_pretrained(sys.argv[1], dtype="auto").eval()
 if len(sys.argv) > 3:
     from peft import PeftModel
     model = PeftModel.from_pretrained(model, sys.argv[3]).merge_and_unload()
@@ -65,22 +68,36 @@ def run(script: str, *arguments: object) -> tuple[float, int]:
     return time.perf_counter() - start, int(found[1]) * 1024
 
 
+def time_cp(folder: Path) -> float:
+    """Return the seconds that `cp` takes for the exported files, into new ones."""
+    target = folder / "copy"
+    target.mkdir()
+    start = time.perf_counter()
+    subprocess.run(["cp", *map(str, folder.glob("base.onnx*")), str(target)], check=True)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
+
+
 def main() -> None:
     """Prepare, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--form", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--folder", type=Path, default=None, help="where to work (default: the system's)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        run(PREPARE, folder, arguments.hidden, arguments.layers, arguments.tokens)
+        run(PREPARE, folder, arguments.hidden, arguments.layers, arguments.tokens, arguments.form)
         run(EXPORT, folder / "torch", folder / "base.onnx")
         again = run(EXPORT, folder / "torch", folder / "again.onnx", folder / "adapter")
         ours = run(MERGE, folder / "base.onnx", folder / "adapter", folder / "merged.onnx")
         size = sum(path.stat().st_size for path in folder.glob("base.onnx*"))
-    print(f"model                     {size / 1e6:.0f} MB of float32")
+        copied = time_cp(folder)
+    print(f"model                     {size / 1e6:.0f} MB of {arguments.form}")
+    print(f"cp                        {copied:.2f} s")
     for label, (seconds, peak) in (("merge in torch and export", again), ("loraformat merge", ours)):
         print(f"{label:25} {seconds:.2f} s, {peak / 1e6:.0f} MB")
     print(f"ratio                     {again[0] / ours[0]:.1f}")

@@ -3,7 +3,7 @@
     python bench/merge_onnx.py            # 1 GB
     python bench/merge_onnx.py --gb 4
     python bench/merge_onnx.py --inline   # weights inside the .onnx file
-    python bench/merge_onnx.py --export   # also PEFT merge and torch export again, on a smaller model; needs torch
+    python bench/merge_onnx.py --export   # also PEFT merge and torch export again (export_again.py); needs torch
 
 The model is Llama-shaped: an embedding of 32,000 tokens, layers (MatMul only) as the size asks for, and a head, of
 random numbers. The adapter has rank 16 on every matrix of the layers. Files lie in the page cache. `cp` and the merge
