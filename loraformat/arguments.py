@@ -14,6 +14,7 @@ from loraformat.engine import Effort, Progress, count_workers
 from loraformat.errors import refuse
 from loraformat.evidence import Hints
 from loraformat.evidence.explicit_map import read_map
+from loraformat.files import name_in_hub
 from loraformat.limits import DEFAULT_MEMORY_BYTES
 from loraformat.loading import load_for_base, open_model
 from loraformat.loading.adapter_folders import FACTORS_NAMES
@@ -202,11 +203,11 @@ def weigh_adapters(adapters: AdapterArguments, options: AdapterOptions, base: Ba
 
 
 def name_adapter(path: Path) -> str:
-    """Return the adapter's own name: the folder's where the file has the name that all PEFT files have."""
+    """Return the adapter's own name: the folder's where the file is called as PEFT's all are, or its name in a hub."""
     path = path.absolute()
-    if path.name in FACTORS_NAMES:
-        return escape_surrogates(path.parent.name)
-    return escape_surrogates(path.stem if path.suffix in _ADAPTER_SUFFIXES else path.name)
+    own = path.parent if path.name in FACTORS_NAMES else path
+    usual = own.stem if own is path and own.suffix in _ADAPTER_SUFFIXES else own.name
+    return escape_surrogates(name_in_hub(own) or usual)
 
 
 def wants_anew(to: str | None) -> bool:

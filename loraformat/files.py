@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -14,8 +15,21 @@ _CANNOT_CLONE: Final = frozenset(
     if hasattr(errno, name)
 )
 
+_HUB_FOLDER: Final = "models--"
+"""What a hub's cache puts before `owner--name`, the folder of a repository."""
+_REVISION_BYTES: Final = 200
+
 _WRITE_BYTES: Final = 256 << 10
 """Written at once: of more, Linux wants memory in larger pieces, which took three times as long at 2 MB."""
+
+_NEAR: Final = 3
+_NOT_FETCHED: Final = "Nothing is fetched from a hub here. If this is a repository, run"
+_MISSPELT: Final = (
+    (r"^\w+:/", "Nothing is fetched here: download it first, and give the file or the folder."),
+    (r"^~", "The shell replaces ~ only where a word starts with it and no quotes are around: write -o ~/NAME."),
+    (r"[*?]", "No file fits this pattern."),
+)
+"""What a path looks like that was meant otherwise, and what to say to it."""
 
 
 def resolve_inside(model: Path, location: str) -> Path:
@@ -39,6 +53,63 @@ def resolve_inside(model: Path, location: str) -> Path:
         found = f"the location {location!r}, which leads to {real}"
         raise refuse("LF903", model, found, "a file below the model's folder")
     return candidate
+
+
+def find_snapshot(path: Path) -> Path:
+    """Return where the files are of a repository in a hub's cache, for its folder; any other path as it is.
+
+    The cache keeps a folder of links for each revision in `snapshots/`; the one that `refs/main` names is meant.
+
+    Raises:
+        InputError: LF121 several revisions, and none of them is the main one.
+    """
+    folder, references = path / "snapshots", path / "refs"
+    if not (path.name.startswith(_HUB_FOLDER) and folder.is_dir()):
+        return path
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    main = references / "main"
+    with suppress(OSError, UnicodeError), main.open(encoding="ascii") as file:
+        revision = file.read(_REVISION_BYTES).strip()
+        names = [revision] if revision in names else names
+    if len(names) == 1:
+        return folder / names[0]
+    mend = f"Name the one that you mean: {', '.join(str(folder / name) for name in names)}." if names else ""
+    raise refuse("LF121", path, f"{len(names)} revisions in a hub's cache, none called main", "one", mend)
+
+
+def name_in_hub(path: Path) -> str | None:
+    """Return the name of the repository whose folder or revision in a hub's cache `path` is, else None."""
+    repository = path.parent.parent if path.parent.name == "snapshots" else path
+    return repository.name.rpartition("--")[2] if repository.name.startswith(_HUB_FOLDER) else None
+
+
+def advise_missing(path: Path) -> str:
+    """Say why there may be nothing at `path`, from what its words look like; empty where nothing tells."""
+    text = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    for pattern, advice in _MISSPELT:
+        if re.search(pattern, text):
+            return advice
+    repository = re.fullmatch(r"[\w.-]+/[\w.-]+", text)
+    if repository and not path.parent.exists():
+        return _advise_download(text)
+    folder = path.parent
+    if not folder.is_dir():
+        return f"There is no folder {folder} either."
+    from difflib import get_close_matches  # here: only a failing run needs it
+
+    near = get_close_matches(path.name, sorted(os.listdir(folder)), _NEAR)
+    return f"Near it: {', '.join(near)}." if near else ""
+
+
+def _advise_download(name: str) -> str:
+    """Say where the repository `name` of a hub is on this machine, or how it comes here."""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    cache = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")))
+    cached = cache / f"{_HUB_FOLDER}{name.replace('/', '--')}"
+    if cached.is_dir():
+        return f"A repository of this name is in the hub's cache: {cached}"
+    folder = name.rpartition("/")[2]
+    return f"{_NOT_FETCHED} `hf download {name} --local-dir {folder}` and give the folder {folder}."
 
 
 def reserve_bytes(descriptor: int, length: int) -> None:

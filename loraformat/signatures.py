@@ -1,9 +1,13 @@
 """What a file is by its first bytes, for messages: people hand us pointers, pages and pickles."""
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
 HEAD_BYTES: Final = 64
+_TEXT_BYTES: Final = 8
+_PRINTABLE: Final = re.compile(rb"[\t\n\r\x20-\x7e]+")
+_FETCH_AGAIN: Final = "If a download gave this in the place of the file, fetch it again."
 ZIP_MAGIC: Final = b"PK\x03\x04"
 
 
@@ -22,7 +26,7 @@ class Signature:
     mend: str = ""
 
 
-_SAVE_AGAIN: Final = "Save it as safetensors in the library that wrote it."
+_UNPACK: Final = "Unpack it, and give what is in it: the folder of the adapter or model, or its file."
 _CONVERT: Final = (
     "Pickles can run code and are not read. Save it as safetensors where it was made, or as torch's zip format: "
     "python -c \"import sys, torch; torch.save(torch.load(sys.argv[1], map_location='cpu', weights_only=True), "
@@ -31,7 +35,7 @@ _CONVERT: Final = (
 
 _SIGNATURES: Final = (
     Signature(b"version https://git-lfs", "a git-LFS pointer, not the file itself", "Fetch the file: git lfs pull"),
-    Signature(ZIP_MAGIC, "a zip archive: a torch checkpoint (.pt, .bin) or .npz", _SAVE_AGAIN),
+    Signature(ZIP_MAGIC, "a zip archive that neither torch nor numpy wrote", _UNPACK),
     Signature(b"\x80\x02", "a Python pickle", _CONVERT),
     Signature(b"\x80\x03", "a Python pickle", _CONVERT),
     Signature(b"\x80\x04", "a Python pickle", _CONVERT),
@@ -40,7 +44,7 @@ _SIGNATURES: Final = (
     Signature(b"<!DOCTYPE", "an HTML page", "The download gave an error page: fetch the file again."),
     Signature(b"<!doctype", "an HTML page", "The download gave an error page: fetch the file again."),
     Signature(b"<html", "an HTML page", "The download gave an error page: fetch the file again."),
-    Signature(b"\x1f\x8b", "a gzip archive", "Unpack it first."),
+    Signature(b"\x1f\x8b", "a gzip archive", _UNPACK),
     Signature(b"{", "JSON text", "Name the file with the tensors, or its folder."),
 )
 
@@ -49,3 +53,12 @@ def describe_head(head: bytes) -> Signature | None:
     """Return what a file that starts with `head` is, None when it is none of these."""
     text = head.lstrip()
     return next((known for known in _SIGNATURES if head.startswith(known.magic) or text.startswith(known.magic)), None)
+
+
+def describe_text(head: bytes) -> Signature | None:
+    """Return what `describe_head` does, and text where it is that: downloads that fail leave a line of it."""
+    known = describe_head(head)
+    if known is not None or len(head) < _TEXT_BYTES or not _PRINTABLE.fullmatch(head):
+        return known
+    line = head.decode("ascii").splitlines()[0]
+    return Signature(head, f"text, which begins with {line!r}", _FETCH_AGAIN)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from loraformat.dtypes import Dtype
 from loraformat.errors import refuse
+from loraformat.files import advise_missing
 from loraformat.limits import MAX_CONFIG_BYTES
 
 _COMPARE_BYTES: Final = 1 << 20
@@ -263,7 +264,7 @@ def _open_regular(path: Path) -> int:
             raise refuse("LF905", path, f"a {_name_of(mode)}", "a regular file")
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise refuse("LF100", path, "nothing at this path") from error
+        raise refuse("LF100", path, "nothing at this path", mend=advise_missing(path)) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise refuse("LF100", path, f"cannot be opened: {reason}", "a readable file") from error

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import loraformat
-from builders import MemoryFactor, lora_factors, read_onnx, write_onnx, write_peft
+from builders import MemoryFactor, lora_factors, read_onnx, write_onnx, write_peft, write_tensors
 from loraformat import runtime
 from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.errors import LoraformatError
@@ -395,6 +395,58 @@ def test_a_relative_folder_has_a_name(folder: Path, base: Path, monkeypatch: pyt
     monkeypatch.chdir(folder)
     assert loraformat.plan_merge(base, ["."]).output.name == "base-style.onnx"
     assert loraformat.plan_merge(base, ["adapter_model.safetensors"]).output.name == "base-style.onnx"
+
+
+def test_a_repository_in_a_hubs_cache_is_named_by_its_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is merged has the repository's name, not the revision's, and does not go into the cache."""
+    revision = "9f3b"
+    for owner in ("models--org--base", "models--org--lora"):
+        (tmp_path / owner / "snapshots" / revision).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    weights = {f"{name}.weight": weight for name, weight in WEIGHTS.items()}
+    write_tensors(tmp_path / "models--org--base/snapshots" / revision / "model.safetensors", weights)
+    folder.replace(tmp_path / "models--org--lora/snapshots" / revision)
+    model, lora = Path("models--org--base"), Path("models--org--lora")
+    for below in ("", f"snapshots/{revision}"):
+        plan = loraformat.plan_merge(model / below, lora / below)
+        assert (plan.output, plan.adapters[0].name) == (tmp_path / "base-lora", "lora")
+    assert loraformat.inspect(model).as_json()["kind"] == "base"
+    (model / "snapshots" / "0001").mkdir()
+    assert codes_of(lambda: loraformat.inspect(model)) == ("LF121",)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(revision)
+    assert loraformat.inspect(model).as_json()["kind"] == "base"
+
+
+def test_a_name_that_says_another_format(folder: Path, base: Path, tmp_path: Path) -> None:
+    for name in ("merged.safetensors", "merged.pt"):
+        assert codes_of(lambda name=name: loraformat.merge(base, folder, tmp_path / name)) == ("LF837",)
+        assert codes_of(lambda name=name: loraformat.plan_merge(base, folder, tmp_path / name)) == ("LF837",)
+        assert not (tmp_path / name).exists()
+    loraformat.merge(base, folder, tmp_path / "merged.v2")
+
+
+def test_one_adapter_twice_is_said(folder: Path, base: Path) -> None:
+    def repeated(*adapters: Any) -> list[str]:
+        return [problem.where for problem in loraformat.plan_merge(base, adapters).problems if problem.code == "LF838"]
+
+    assert repeated(folder, (folder / "adapter_model.safetensors", 0.5)) == ["style"]
+    assert repeated(folder) == []
+
+
+def test_a_model_and_an_adapter_in_each_others_place(folder: Path, base: Path, tmp_path: Path) -> None:
+    weights = {f"{name}.weight": weight for name, weight in WEIGHTS.items()}
+    tuned = write_tensors(tmp_path / "tuned.safetensors", weights)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    native = loraformat.save(loraformat.load(folder), tmp_path / "native.safetensors")
+    for model in (base, tuned, tmp_path / "model"):
+        assert codes_of(lambda model=model: loraformat.merge(base, model)) == ("LF835",)
+    (tmp_path / "some.onnx_adapter").write_bytes(bytes(64))
+    for adapter in (folder, folder / "adapter_model.safetensors", native, tmp_path / "some.onnx_adapter"):
+        assert codes_of(lambda adapter=adapter: loraformat.merge(adapter, folder)) == ("LF836",)
 
 
 def test_a_plan_writes_nothing(folder: Path, base: Path) -> None:

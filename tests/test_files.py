@@ -12,7 +12,7 @@ import pytest
 
 from loraformat import outputs
 from loraformat.errors import InputError, LoraformatError, OutputError, RefusedError
-from loraformat.files import copy_range, reserve_bytes, resolve_inside, write_at
+from loraformat.files import advise_missing, copy_range, reserve_bytes, resolve_inside, write_at
 from loraformat.outputs import PendingOutput, check_output, output_errors
 
 NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -31,6 +31,37 @@ def code_of(action: Callable[[], object]) -> str:
 
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("https://host/org/lora", "download it first"),
+        ("~/adapter", "The shell replaces ~"),
+        ("adapters/*.safetensors", "No file fits this pattern"),
+        ("org/lora", "hf download org/lora"),
+        ("org/lora/adapter.safetensors", "no folder"),
+        ("stile.safetensors", "Near it: style.safetensors."),
+        ("zzz", ""),
+    ],
+)
+def test_why_there_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "style.safetensors").touch()
+    for asked in (Path(path), Path(path).absolute()):
+        advice = advise_missing(asked)
+        assert said in advice
+        assert bool(said) == bool(advice)
+
+
+def test_what_a_hub_has_fetched_already_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    cached = tmp_path / "home" / "hub" / "models--org--lora"
+    cached.mkdir(parents=True)
+    assert str(cached) in advise_missing(Path("org/lora"))
 
 
 def run_child(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -32,6 +32,20 @@ class LazyGroup(click.Group):
         module = import_module(f"{commands.__name__}.{cmd_name.replace('-', '_')}")
         return cast(click.Command, module.command)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the first word names; of a misspelt one, say which it may be."""
+        name, known = args[0], self.list_commands(ctx)
+        if name not in known and not name.startswith("-") and not ctx.resilient_parsing:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, known)
+            ctx.fail(
+                f"No such command {name!r}; " + (f"near: {', '.join(near)}." if near else "see loraformat --help.")
+            )
+        return super().resolve_command(ctx, args)
+
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
@@ -76,6 +90,14 @@ def _reader_may_leave() -> Iterator[None]:
 @click.version_option(package_name="loraformat", message="%(prog)s %(version)s", allow_from_autoenv=False)
 def root() -> None:
     r"""Merge LoRA adapters into ONNX models and PyTorch checkpoints, without torch.
+
+    \b
+    To begin with:
+      loraformat demo                                     see a merge, on a small model that it makes
+      loraformat inspect FILE                             what an adapter or a model holds
+      loraformat merge model.onnx adapter/ --dry-run      what a merge would change
+      loraformat merge model.onnx adapter/ -o merged.onnx
+      loraformat validate adapters/                       what is wrong with adapters
 
     Results go to stdout, everything else to stderr. Every option has an environment variable:
     LORAFORMAT_MERGE_JOBS is `merge --jobs`.

@@ -70,12 +70,24 @@ class WeightedAdapter(click.ParamType[tuple[Path, float | None]]):
         if isinstance(value, tuple):  # click converts a converted value again
             return value
         path, colon, tail = str(value).rpartition(":")
-        if os.path.lexists(value) or not colon:
+        if os.path.lexists(value) or "://" in value:
+            return Path(value), None
+        if not colon:
+            self._refuse_loose_weight(value, param, ctx)
             return Path(value), None
         weight = finite(tail)
         if weight is None or not path:
             self.fail(f"{value!r} is neither an existing path nor ADAPTER:WEIGHT with a finite weight.", param, ctx)
         return Path(path), weight
+
+    def _refuse_loose_weight(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> None:
+        """Fail where a word is a weight that stands alone, or behind another sign than the colon."""
+        path, _, tail = value.rpartition("=")
+        if finite(tail) is not None and (not path or os.path.lexists(path)):
+            name = path or "ADAPTER"
+            self.fail(
+                f"{value!r} is no path. A weight stands behind its adapter and a colon: {name}:{tail}", param, ctx
+            )
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str

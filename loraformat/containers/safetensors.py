@@ -23,6 +23,7 @@ from loraformat.limits import (
     MAX_SAFETENSORS_HEADER_BYTES,
     MAX_TENSORS,
 )
+from loraformat.signatures import describe_text
 from loraformat.spans import InputFile, Span, StoredTensor
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 
@@ -37,7 +38,7 @@ _UNFIT_IN_NAMES: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028
 _IMPOSTORS: Final = (
     (rb"version https://git-lfs", "a git-LFS pointer, not the file itself", "git lfs pull"),
     (rb"(?i)\s*<(!doctype|html|\?xml|head|!--)", "an HTML or XML page", "Fetch the file itself, not a page."),
-    (rb"PK\x03\x04", "a zip archive, such as torch.save writes", "Give it its real name, .pt or .zip."),
+    (rb"PK\x03\x04", "a zip archive", "Unpack it; if torch.save wrote it, name it .pt."),
     (rb"GGUF", "a GGUF file", "Give it its real name, .gguf."),
     (rb"\x1f\x8b", "a gzip archive", "Unpack it."),
     (rb"\x80[\x02-\x05][\x8a\x95\]})(cNKX]", "a Python pickle", "It could run code: convert it where it was made."),
@@ -128,6 +129,9 @@ def _refuse_impostor(path: Path, head: bytes) -> None:
     for pattern, found, mend in _IMPOSTORS:
         if re.match(pattern, head):
             raise refuse("LF111", path, found, "a safetensors file", mend)
+    text = describe_text(head)
+    if text is not None:
+        raise refuse("LF111", path, text.what, "a safetensors file", text.mend)
 
 
 def _check_metadata(value: JsonValue, path: Path) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ from loraformat.base_facts import NO_FACTS, BaseFacts, read_facts
 from loraformat.bases import BASES, BaseFormat, BaseModel, ToldBase, ViewedBase
 from loraformat.derived import NewFactor, find_origins
 from loraformat.errors import LoraformatError, error_for, refuse
+from loraformat.files import find_snapshot
 from loraformat.loading.adapter_folders import (
     CONFIG_NAME,
     FACTORS_NAMES,
@@ -23,6 +24,7 @@ from loraformat.loading.digests import digest_aside, digest_files
 from loraformat.loading.known_scales import find_scale
 from loraformat.loading.readers import (
     choose_scheme,
+    is_factors,
     open_tensors,
     read_head,
     recognise_bundle,
@@ -34,7 +36,7 @@ from loraformat.receipt import RUNTIME_KEY
 from loraformat.recognition import recognise_config
 from loraformat.renames import DENOISER_IN_ONE_FILE
 from loraformat.schemes import NOT_STATED, SCHEMES, AmbiguousScheme, Bundle, Scheme, StatedScale
-from loraformat.signatures import describe_head
+from loraformat.signatures import describe_text
 from loraformat.spans import InputFile, read_small
 from loraformat.strict_json import JsonValue, parse_json_object
 
@@ -139,6 +141,7 @@ def _find_unused(adapter: Adapter, stated: StatedScale) -> list[Problem]:
 
 def open_bundle(path: Path) -> tuple[Bundle, InputFile]:
     """Return the named tensors at `path` with what lies beside them, and the file that holds them."""
+    path = find_snapshot(path)
     factors = find_factors(path) if isdir(path) else path
     try:
         opened = open_tensors(factors)
@@ -174,7 +177,19 @@ def list_files(adapter: Adapter) -> list[InputFile]:
 
 
 def open_base(path: Path) -> BaseModel:
-    """Index the model at `path`; raises LoraformatError."""
+    """Index the model at `path`.
+
+    Raises:
+        LoraformatError: LF836 it is an adapter; what the base's format refuses.
+    """
+    path = find_snapshot(path)
+    base = _open_any(path)
+    if is_factors([site.module for site in base.sites if site.module]):
+        raise refuse("LF836", path, f"factors of an adapter, {len(base.sites)} in all", "a model")
+    return base
+
+
+def _open_any(path: Path) -> BaseModel:
     head, size = (b"", 0) if isdir(path) else read_head(path)
     hint = path.suffix.lower().removeprefix(".") or "-"
     names = sorted(BASES.names(), key=lambda name: (isdir(path) != name.endswith("_folder"), not name.startswith(hint)))
@@ -198,6 +213,10 @@ def open_model(path: Path) -> BaseModel:
 
 def _refuse_folder(path: Path) -> LoraformatError:
     """Return the error for a folder that is no base: a pipeline of diffusers is a folder of several."""
+    expected = "a model folder with safetensors, torch or ONNX weights, a pipeline of such, or one model file"
+    own = next((name for name in (CONFIG_NAME, *FACTORS_NAMES) if (path / name).exists()), None)
+    if own is not None:
+        return refuse("LF836", path, f"an adapter's folder, with {own}", expected)
     mend = ""
     if (path / _PIPELINE_INDEX).is_file():
         parts = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and (entry / _BASE_CONFIG).is_file())
@@ -208,13 +227,14 @@ def _refuse_folder(path: Path) -> LoraformatError:
     else:
         inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in {".onnx", ".safetensors", ".bin"})
         found = f"a folder with {', '.join(inside[:4]) or 'no model'}"
-    expected = "a model folder with safetensors, torch or ONNX weights, a pipeline of such, or one model file"
     return refuse("LF121", path, found, expected, mend)
 
 
 def _refuse_or_open(path: Path, head: bytes, by_suffix: list[BaseFormat]) -> BaseModel:
     """Open a file whose name says what its content does not, for the error that this gives; else say what it is."""
-    described = describe_head(head)
+    described = describe_text(head)
+    if path.suffix.lower() == ".onnx_adapter":
+        raise refuse("LF836", path, "an adapter of ONNX Runtime", "a model")
     if described is None and by_suffix:
         return by_suffix[0].open(path)
     raise refuse_unreadable(path, head, "a model as .onnx, .safetensors, .bin, .pt or .npz")
@@ -242,6 +262,7 @@ def _name_alone(module: str) -> str:
 
 def is_base(path: Path) -> bool:
     """Say whether `path` is a model rather than an adapter, from its content: an adapter's tensors have a scheme."""
+    path = find_snapshot(path)
     if isdir(path):
         looks_so = any(base.accepts(path, b"", 0) for _, base in BASES)
         return looks_so and not any((path / name).exists() for name in (*FACTORS_NAMES, CONFIG_NAME))

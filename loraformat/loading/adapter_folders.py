@@ -26,6 +26,13 @@ _SAFE: Final = ".safetensors"
 _TENSORS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _OF_THE_RUN: Final = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "training_args.bin", "rng_state.pth", *_SAVED)
 """Files of tensors and states that transformers' Trainer and scripts leave beside an adapter."""
+_OF_MODELS: Final = ("config.json", "model_index.json", "*.index.json", "*.onnx")
+"""Names that folders of models have, and those of adapters have not."""
+_AN_ADAPTER: Final = "an adapter: a PEFT folder, or a file of factors"
+_INCOMPLETE: Final = (
+    "The configuration is here, the weights are not: fetch the file with the tensors too, and put it beside "
+    f"{CONFIG_NAME}."
+)
 _LISTED: Final = 6
 _YAML: Final = (".yaml", ".yml")
 
@@ -34,7 +41,7 @@ def find_factors(folder: Path) -> Path:
     """Return the file in a folder that holds the factors: one of a known name, or its only safetensors file.
 
     Raises:
-        LoraformatError: LF121 there is none, or more than one; LF209 for what cannot merge.
+        LoraformatError: LF121 there is none, or more than one; LF209 for what cannot merge; LF835 a model's folder.
     """
     others = (name for layout in _list_layouts() for name in layout.factors if "*" not in name)
     found = next((name for name in chain(FACTORS_NAMES, others) if (folder / name).exists()), None)
@@ -50,20 +57,30 @@ def find_factors(folder: Path) -> Path:
     alone = [name for name in names if name.lower().endswith(_SAFE) and (folder / name).is_file()]
     if len(alone) == 1:  # As diffusers, mlx-lm and the hub's users have it, under a name of their own.
         return folder / alone[0]
+    if _is_model(names) and not _list_below(folder):
+        raise refuse("LF835", folder, f"a model folder with {', '.join(names[:_LISTED])}", _AN_ADAPTER)
     inside = f"a folder with {', '.join(names[:_LISTED])}" if names else "an empty folder"
-    raise refuse(
-        "LF121", folder, inside, f"a folder with {FACTORS_NAME}, or with one safetensors file", _advise(folder, alone)
-    )
+    expected = f"a folder with {FACTORS_NAME}, or with one safetensors file"
+    raise refuse("LF121", folder, inside, expected, _advise(folder, alone))
 
 
 def _advise(folder: Path, files: Sequence[str]) -> str:
     """Say which of several files or folders below a folder to name; trainers save one below it for each checkpoint."""
-    below = sorted(entry.parent for name in FACTORS_NAMES for entry in folder.glob(f"*/{name}"))
-    choices = [folder / name for name in files] or list(dict.fromkeys(below))
+    choices = [folder / name for name in files] or _list_below(folder)
     if not choices:
-        return ""
+        return _INCOMPLETE if (folder / CONFIG_NAME).is_file() else ""
     more = f" and {len(choices) - _LISTED} more" if len(choices) > _LISTED else ""
     return f"Name the one that you mean: {', '.join(str(choice) for choice in choices[:_LISTED])}{more}."
+
+
+def _list_below(folder: Path) -> list[Path]:
+    """Return the folders of PEFT right below a folder."""
+    return sorted({entry.parent for name in FACTORS_NAMES for entry in folder.glob(f"*/{name}")})
+
+
+def _is_model(names: Sequence[str]) -> bool:
+    """Say whether a folder with these names holds a model."""
+    return CONFIG_NAME not in names and any(fnmatchcase(name, mark) for name in names for mark in _OF_MODELS)
 
 
 def _find_alone(folder: Path) -> Path | None:

@@ -1,5 +1,7 @@
 """Which reader a file is for: its container, by its first bytes, and its scheme, by its tensors."""
 
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -8,7 +10,7 @@ from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.recognition import PEFT_TYPE, Recognised, recognise_config, recognise_tensors
 from loraformat.schemes import SCHEMES, Bundle, CertainScheme, Scheme
-from loraformat.signatures import HEAD_BYTES, describe_head
+from loraformat.signatures import HEAD_BYTES, describe_text
 from loraformat.spans import InputFile
 
 _PEFT: Final = "base_model.model."
@@ -16,6 +18,10 @@ _PEFT_ALONE: Final = (
     "These names are PEFT's, and what kind of adapter they are stands in adapter_config.json: put it beside the file, "
     "and name the folder."
 )
+_WEIGHTS: Final = (".weight", ".bias")
+_OF_ADAPTERS: Final = re.compile(r"lora_|\blora\b|hada_w|lokr_|adapter|^base_model\.model\.")
+"""What names of adapters' tensors have, and those of models have not."""
+_FACTOR: Final = re.compile(r"lora_(?:A|B|down|up|magnitude)|hada_w|lokr_w")
 _KNOWN_ENDINGS: Final = (
     ("lora_down.weight", "kohya's scheme"),
     ("_lora.down.weight", "the oldest scheme of diffusers"),
@@ -40,7 +46,7 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
     """Return the scheme of `bundle` and the evidence for it.
 
     Raises:
-        InputError: LF121 no scheme knows these tensors.
+        InputError: LF121 no scheme knows these tensors, LF835 they are a model's.
         FindingError: LF209 an adapter that no weight can hold, LF303 several schemes know it, LF305 none is so called.
     """
     if name is not None:
@@ -60,6 +66,8 @@ def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
     if found:
         readings = "; ".join(f"{scheme.name} ({evidence})" for scheme, evidence in found)
         raise refuse("LF303", bundle.path, readings, "one reading")
+    if (what := _recognise_model(bundle)) is not None:
+        raise refuse("LF835", bundle.path, what, "an adapter: a PEFT folder, or a file of factors")
     mend = _PEFT_ALONE if _is_peft_alone(bundle) else ""
     raise refuse("LF121", bundle.path, _describe_names(bundle), f"a scheme among {', '.join(SCHEMES.names())}", mend)
 
@@ -74,6 +82,22 @@ def _find_named(bundle: Bundle) -> str | None:
 
 def _is_peft_alone(bundle: Bundle) -> bool:
     return bundle.config is None and bool(bundle.tensors) and all(key.startswith(_PEFT) for key in bundle.tensors)
+
+
+def _recognise_model(bundle: Bundle) -> str | None:
+    """Return what a bundle is that no scheme knows, where it is a model by its file or by the names of its tensors."""
+    names = sorted(bundle.tensors)
+    if bundle.path.suffix.lower() == ".onnx":
+        return f"an ONNX model with {len(names)} tensors"
+    weights = [name for name in names if name.endswith(_WEIGHTS)]
+    if 2 * len(weights) <= len(names) or any(_OF_ADAPTERS.search(name) for name in names):
+        return None
+    return f"{len(names)} tensors such as {', '.join(weights[:3])}, which are a model's"
+
+
+def is_factors(modules: Collection[str]) -> bool:
+    """Say whether everything of these names is a factor of an adapter."""
+    return bool(modules) and all(_FACTOR.search(module) for module in modules)
 
 
 def read_head(path: Path) -> tuple[bytes, int]:
@@ -103,7 +127,7 @@ def _choose_container(path: Path, head: bytes, size: int) -> Container:
 
 def refuse_unreadable(path: Path, head: bytes, expected: str) -> LoraformatError:
     """Return the error for a file that nothing reads: LF121, or LF111 where its first bytes say what it is."""
-    described = describe_head(head)
+    described = describe_text(head)
     if described is None:
         return refuse("LF121", path, "a file of no known format", expected)
     return refuse("LF111", path, described.what, expected, described.mend)

@@ -27,6 +27,7 @@ from loraformat.kinds import Nature
 from loraformat.loading import open_base
 from loraformat.merging.calibrating import MINMAX, check_measured
 from loraformat.merging.orders import (
+    check_name,
     check_order_apart,
     choose_output,
     form_suffix,
@@ -61,7 +62,9 @@ def plan_merge(
     require_adapters(weighted, opened)
     if options.get("calibration") is not None:  # It takes a merge to measure ranges.
         options = {**options, "calibration": None, "calibration_method": None, "accept_ranges": True}
-    return make_order(opened, weighted, choose_output(opened, weighted, output, options), options).plan
+    plan = make_order(opened, weighted, choose_output(opened, weighted, output, options), options).plan
+    check_name(plan.output, opened, options)
+    return plan
 
 
 def merge(
@@ -91,6 +94,7 @@ def merge(
     require_adapters(weighted, opened)
     order = make_order(opened, weighted, choose_output(opened, weighted, output, options), options)
     check_order_apart(order)
+    check_name(order.plan.output, opened, options)
     return apply_order(opened, order, read_work(options))
 
 
@@ -268,6 +272,7 @@ def unmerge(
         if any(change.nature is not Nature.ADDITIVE for change in weight.changes):
             raise refuse("LF622", weight.name, "values that were put in place of the base's", "what was added to them")
     check_order_apart(order)
+    check_name(order.plan.output, opened, options)
     receipt = apply_order(opened, order, read_work(options))
     return Undone(Path(receipt.output), exact=False, restored_bytes=sum(w.nbytes for w in order.plan.weights))
 

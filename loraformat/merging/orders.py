@@ -34,6 +34,10 @@ from loraformat.planning import build_plan, default_output
 
 _USUAL: Final = {"external_data": "copy", "on_quantized": "requantize", "calibration_method": MINMAX}
 """Names of what is done where nothing is asked for."""
+_FORMS: Final = {".onnx": "onnx", ".safetensors": "safetensors", ".gguf": "gguf", ".npz": "npz"} | dict.fromkeys(
+    (".bin", ".pt", ".pth", ".ckpt"), "torch"
+)
+"""What endings of names say, of models that a merge writes."""
 
 
 def open_sound(base: StrPath) -> BaseModel:
@@ -88,6 +92,15 @@ def choose_output(
 def form_suffix(base: BaseModel, options: MergeOptions) -> str:
     """Return the file name ending of the output."""
     return require_rewriter(base).suffix if wants_anew(options.get("to")) else base.suffix
+
+
+def check_name(output: Path, base: BaseModel, options: MergeOptions) -> None:
+    """Refuse an output whose name says another format than it will have (LF837)."""
+    suffix = form_suffix(base, options)
+    said, meant = output.suffix.lower(), suffix.lower()
+    if said in _FORMS and _FORMS[said] != _FORMS.get(meant, meant):
+        expected = f"a name that ends in {suffix}" if suffix else "the name of a folder"
+        raise refuse("LF837", output, f"the ending {said}, and a base of the format {base.format!r}", expected)
 
 
 def check_order_apart(order: Order) -> None:

@@ -6,7 +6,7 @@ factors.
 
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -16,6 +16,7 @@ from typing import Any, Final, Unpack
 from loraformat.bases import BaseModel, CalibratedBase, DequantisingBase
 from loraformat.errors import error_for
 from loraformat.evidence import Clues, Hints
+from loraformat.files import name_in_hub
 from loraformat.kinds import KINDS, Nature
 from loraformat.matching import Match, NewBias
 from loraformat.plan import Plan, PlannedAdapter, WeightedAdapter
@@ -139,6 +140,7 @@ def build_plan(
         LoraformatError: with every problem that was found, not only the first.
     """
     found = _Found(base)
+    found.problems += _find_repeated(adapters)
     for position, item in enumerate(adapters):
         _resolve_adapter(found, position, item, wishes, hints)
     found.check_sites(wishes)
@@ -230,6 +232,17 @@ def describe_base(base: BaseModel) -> dict[str, Any]:
     }
 
 
+def _find_repeated(adapters: Sequence[WeightedAdapter]) -> list[Problem]:
+    """Return warnings of adapters that are given more than once; those of no file have no digest."""
+    counts = Counter(item.adapter.sha256 for item in adapters if item.adapter.sha256)
+    first = {item.adapter.sha256: item.name for item in reversed(adapters)}
+    repeated = ((first[digest], count) for digest, count in counts.items() if count > 1)
+    return [
+        Problem("LF838", name, f"given {count} times, and added each time", "once", severity="warning")
+        for name, count in repeated
+    ]
+
+
 def _check_weight(item: WeightedAdapter, *, allow_zero: bool) -> list[Problem]:
     if not math.isfinite(item.weight):
         return [Problem("LF207", item.name, f"weight {item.weight}", "a finite number")]
@@ -271,7 +284,8 @@ def _check_scale(change: PlannedChange) -> list[Problem]:
 
 
 def default_output(base: Path, suffix: str, adapters: Sequence[WeightedAdapter]) -> Path:
-    """Return `<base>-<adapter>[@<weight>]...<suffix>` beside the base."""
-    parts = [base.name.removesuffix(suffix)]
+    """Return `<base>-<adapter>[@<weight>]...<suffix>` beside the base, or here where that is in a hub's cache."""
+    parts = [name_in_hub(base) or base.name.removesuffix(suffix)]
     parts += [item.name if item.weight == 1 else f"{item.name}@{item.weight:g}" for item in adapters]
-    return base.with_name("-".join(parts) + suffix)
+    folder = Path.cwd() if any(map(name_in_hub, base.parents)) else base.parent
+    return folder / ("-".join(parts) + suffix)

@@ -47,6 +47,13 @@ def test_group_help_lists_every_command(run) -> None:
     assert all(f"\n  {name} " in result.stdout for name in NAMES)
 
 
+@pytest.mark.parametrize(("word", "near"), [("merg", "merge"), ("analyze", "analyse"), ("xyz", "--help")])
+def test_a_misspelt_command(run, word, near) -> None:
+    result = run(word, "model.onnx")
+    assert result.exit_code == 2
+    assert near in result.stderr
+
+
 def test_version(run) -> None:
     from importlib.metadata import version
 

@@ -19,6 +19,23 @@ def test_stdout_is_the_path_alone(run, face, receipt) -> None:
     assert "warning: LF214" in result.stderr
 
 
+def test_a_folder_is_no_name_for_a_file(run, face, receipt, tmp_path) -> None:
+    """`-o merged/` beside a file would make a file called `merged`."""
+    face.answer("merge", receipt)
+    model = tmp_path / "model.onnx"
+    model.touch()
+    result = run("merge", model, "style", "-o", "merged/")
+    assert (result.exit_code, face.calls) == (2, [])
+    assert "-o merged/model.onnx" in result.stderr
+    assert run("merge", tmp_path, "style", "-o", "merged/").exit_code == 0
+
+
+def test_a_plan_in_place_names_the_base(run, face) -> None:
+    face.answer("plan_merge", refuse("LF401", "x", "nothing"))
+    run("merge", "base.onnx", "style", "--in-place", "--dry-run")
+    assert face.calls[0][1][2] == Path("base.onnx")
+
+
 def test_quiet_leaves_the_path(run, face, receipt) -> None:
     face.answer("merge", receipt)
     for words in (["-q", "merge", "base.onnx", "style"], ["merge", "base.onnx", "style", "-q"]):

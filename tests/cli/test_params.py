@@ -34,6 +34,17 @@ def test_refused_weights(run, word) -> None:
     assert repr(word) in " ".join(result.stderr.split())
 
 
+def test_a_weight_without_its_adapter(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a").touch()
+    for word, told in (("0.7", "ADAPTER:0.7"), ("a=0.7", "a:0.7")):
+        result = run("merge", "base.onnx", "a", word)
+        assert result.exit_code == 2
+        assert f"behind its adapter and a colon: {told}" in " ".join(result.stderr.split())
+    assert WeightedAdapter().convert("b=0.7", None, None) == (Path("b=0.7"), None)
+    assert WeightedAdapter().convert("https://host/a", None, None)[1] is None
+
+
 @pytest.mark.parametrize("name", ["adapter:0.5", "a:nan", "C:x", ":1"])
 def test_what_exists_is_a_path(tmp_path, monkeypatch, name) -> None:
     monkeypatch.chdir(tmp_path)

@@ -234,7 +234,9 @@ def test_factors_that_are_something_else(tmp_path: Path, content: bytes, code: s
         ("a.bin", LFS, "LF111"),
         ("a.html", b"<html>", "LF111"),
         ("adapter_config.json", b'{"peft_type": "LORA"}', "LF111"),
-        ("a.txt", b"Dear reader, these are words.", "LF121"),
+        ("a.txt", b"Dear reader, these are words.", "LF111"),
+        ("a.safetensors", b"Entry not found", "LF111"),
+        ("a.dat", b"\x00\x01 no text", "LF121"),
         ("a.pkl", b"\x80\x04\x95" + bytes(60), "LF111"),
         ("a", b"", "LF121"),
     ],
@@ -282,7 +284,7 @@ def test_tensors_of_no_known_scheme(tmp_path: Path) -> None:
 
 
 def test_a_model_is_no_adapter(tmp_path: Path) -> None:
-    assert refusal(write_onnx(tmp_path / "m.onnx", {"m.q": np.ones((3, 2), np.float32)})).code == "LF121"
+    assert refusal(write_onnx(tmp_path / "m.onnx", {"m.q": np.ones((3, 2), np.float32)})).code == "LF835"
 
 
 def test_a_scheme_by_name(tmp_path: Path) -> None:

@@ -22,11 +22,16 @@ _FILE: Final = click.Path(path_type=Path)
 @common_options
 @click.pass_obj
 def command(screen: Screen, /, first: Path, second: Path, **flags: Any) -> None:
-    """Show how SECOND differs from FIRST: two adapters by what they do, or two models weight by weight.
+    r"""Show how SECOND differs from FIRST: two adapters by what they do, or two models weight by weight.
 
     For each target: the norms of both changes, that of their difference relative to the first, and how much of the
     smaller of their singular subspaces lies in the other, on the side of the outputs and of the inputs. Of models only
     the weights that differ are listed. Ends with exit code 1 when they differ.
+
+    \b
+    Examples:
+      loraformat diff style.safetensors smaller.safetensors
+      loraformat diff base/ merged/
     """
     import loraformat
 

@@ -14,9 +14,14 @@ from loraformat_cli.screen import Screen
 @common_options
 @click.pass_obj
 def command(screen: Screen, /, code: str | None) -> None:
-    """Explain the reason CODE of a message, such as LF401: what it means, the exit code, how to mend it.
+    r"""Explain the reason CODE of a message, such as LF401: what it means, the exit code, how to mend it.
 
     Without CODE, all reason codes are listed.
+
+    \b
+    Examples:
+      loraformat explain LF401
+      loraformat explain | grep scale
     """
     from loraformat.reasons import all_reasons
 

@@ -33,9 +33,15 @@ _NUMBER: Final = re.compile(r"\d+")
 def command(
     screen: Screen, /, path: Path, scheme: str | None, alpha: float | None, scale: float | None, every: bool
 ) -> None:
-    """Show what PATH holds: an adapter's targets, ranks and scales, or the weights of a base that can be adapted.
+    r"""Show what PATH holds: an adapter's targets, ranks and scales, or the weights of a base that can be adapted.
 
     Numbers in names are grouped as `*`. Ends with exit code 1 when something is wrong with the file.
+
+    \b
+    Examples:
+      loraformat inspect adapter/
+      loraformat inspect model.onnx --all
+      loraformat inspect style.safetensors --json
     """
     import loraformat
 
@@ -77,7 +83,8 @@ def _summary(shown: Record, listed: str) -> Iterator[tuple[str, str]]:
             text = _merged_with(value)
         else:
             text = _count(value) if name == listed or isinstance(value, int) else _cell(value)
-        yield name.replace("_", " "), text
+        if text:
+            yield name.replace("_", " "), text
 
 
 def _count(value: Any) -> str:

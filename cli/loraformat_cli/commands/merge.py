@@ -1,5 +1,6 @@
 """`loraformat merge`."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -34,7 +35,7 @@ _ONLY_MERGING: Final = frozenset(
 @click.command(short_help="Merge adapters into a base model.")
 @click.argument("base", type=_FILE)
 @click.argument("adapters", type=WeightedAdapter(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
-@click.option("-o", "--output", type=_FILE, metavar="FILE", help="Where to write; beside the base if not given.")
+@click.option("-o", "--output", metavar="PATH", help="Where to write; beside the base if not given.")
 @force_option
 @click.option("--durable", is_flag=True, help="Wait for the disk before the output appears; a power cut loses nothing.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads no weights, writes nothing.")
@@ -110,7 +111,7 @@ def command(
     /,
     base: Path,
     adapters: tuple[tuple[Path, float | None], ...],
-    output: Path | None,
+    output: str | None,
     dry_run: bool,
     each: bool,
     in_place: bool,
@@ -134,25 +135,36 @@ def command(
     import loraformat
 
     check_stated(flags["alpha"], flags["scale"])
-    _check_manner(output, dry_run=dry_run, each=each, in_place=in_place)
+    place = _read_output(output, base, each=each)
+    _check_manner(place, dry_run=dry_run, each=each, in_place=in_place)
     asked = {name: value for name, value in flags.items() if value is not None}
     pairs = [path if weight is None else (path, weight) for path, weight in adapters]
     if dry_run:
         planning = {name: value for name, value in asked.items() if name not in _ONLY_MERGING}
-        _show_plan(screen, loraformat.plan_merge(base, pairs, output, **planning))
+        _show_plan(screen, loraformat.plan_merge(base, pairs, base if in_place else place, **planning))
         return
     with screen.progress("merging") as progress:
-        if each and output is not None:
-            receipts = loraformat.merge_each(base, pairs, output, progress=progress, **asked)
+        if each and place is not None:
+            receipts = loraformat.merge_each(base, pairs, place, progress=progress, **asked)
         elif in_place:
             receipts = [loraformat.merge_into(base, pairs, progress=progress, **asked)]
         else:
-            receipts = [loraformat.merge(base, pairs, output, progress=progress, **asked)]
+            receipts = [loraformat.merge(base, pairs, place, progress=progress, **asked)]
     if each and screen.json:
         screen.document({"receipts": [receipt.as_json() for receipt in receipts]})
         return
     for receipt in receipts:
         _show_receipt(screen, receipt)
+
+
+def _read_output(output: str | None, base: Path, *, each: bool) -> Path | None:
+    """Return the path of -o; what ends as a folder's name does is none of a file, though the system would take it."""
+    if output is None:
+        return None
+    if output.endswith(os.sep) and base.is_file() and not each:
+        told = f"{output!r} is a folder's name, and a merge into a file makes a file: -o {output}{base.name}"
+        raise click.UsageError(told, click.get_current_context())
+    return Path(output)
 
 
 def _check_manner(output: Path | None, *, dry_run: bool, each: bool, in_place: bool) -> None:
