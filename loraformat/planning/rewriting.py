@@ -86,7 +86,7 @@ def _find_form(name: str | None) -> Dtype | None:
     form = BY_NAME.get(name)
     if form is None or choose_encoding(form) is None:
         known = ", ".join(each.name for each in BY_NAME.values() if choose_encoding(each) is not None)
-        raise refuse("LF106", "--dtype", name, f"one of {known}")
+        raise refuse("LF106", "--dtype", name, f"one of {known}", "Name one of these forms.")
     return form
 
 

@@ -280,7 +280,11 @@ def _refuse_flat(module: str, path: str, options: set[str], readings: Sequence[R
 
 
 def _refuse_name(target: str, component: str, readings: Sequence[Reading]) -> Problem:
-    closest = f"; closest: {readings[0]}" if readings else ""
+    best = readings[0] if readings else None
+    if best is not None and not best.missed:
+        found = f"a name as {best.table.title} has it ({best.spelling}); the target's scheme has none for it"
+        return Problem("LF310", target, found, "a model that both have names for")
+    closest = f"; closest: {best}" if best is not None else ""
     found = f"{f'the component {component!r}' if component else 'no component'}, in no table{closest}"
     return Problem("LF310", target, found, "a model that a table of names knows")
 

@@ -72,3 +72,5 @@ def _show(screen: Screen, report: "DemoReport", keep: Path | None) -> None:
     if keep is not None:
         rows.append(("files", str(keep)))
     screen.table(("", ""), rows)
+    if report.passed:
+        screen.note("passed: the merged model computes what the base and the adapter beside it do")

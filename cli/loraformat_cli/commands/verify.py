@@ -77,6 +77,6 @@ def command(
     elif found.holds:
         for run in found.runs:
             screen.note(f"output {run.output}: {run.kept:.4%} of the change, off by {run.difference:.3g} of the output")
-        screen.note(f"{found.weights} weights computed once more, {found.compared_bytes} bytes equal")
+        screen.note(f"{found.weights} weights computed once more, {found.compared_bytes} bytes equal: it holds")
     if not found.holds:
         raise click.exceptions.Exit(1)
