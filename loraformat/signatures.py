@@ -35,7 +35,7 @@ _CONVERT: Final = (
 
 _SIGNATURES: Final = (
     Signature(b"version https://git-lfs", "a git-LFS pointer, not the file itself", "Fetch the file: git lfs pull"),
-    Signature(ZIP_MAGIC, "a zip archive that neither torch nor numpy wrote", _UNPACK),
+    Signature(ZIP_MAGIC, "a zip archive", f"If torch or numpy wrote it, name it .pt or .npz. Else: {_UNPACK}"),
     Signature(b"\x80\x02", "a Python pickle", _CONVERT),
     Signature(b"\x80\x03", "a Python pickle", _CONVERT),
     Signature(b"\x80\x04", "a Python pickle", _CONVERT),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from builders import write_onnx, write_tensors
-from loraformat.signatures import HEAD_BYTES, describe_head
+from loraformat.signatures import HEAD_BYTES, describe_head, describe_text
 
 
 def zip_head() -> bytes:
@@ -23,7 +23,7 @@ def zip_head() -> bytes:
     ("head", "words", "mend"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git-LFS pointer", "git lfs pull"),
-        (zip_head(), "torch checkpoint", "safetensors"),
+        (zip_head(), "zip archive", ".pt or .npz"),
         *[(pickle.dumps({"a": 1}, protocol), "pickle", "safetensors") for protocol in (2, 3, 4, 5)],
         (b"GGUF\x03\x00\x00\x00", "GGUF", "adapter"),
         (b"<!DOCTYPE html><html>", "HTML page", "again"),
@@ -54,3 +54,12 @@ def test_what_we_read_is_no_stranger(tmp_path: Path) -> None:
         write_onnx(tmp_path / "b.onnx", weights),
     ):
         assert describe_head(path.read_bytes()[:HEAD_BYTES]) is None
+
+
+def test_a_line_that_a_download_left() -> None:
+    described = describe_text(b"Entry not found")
+    assert described is not None
+    assert "'Entry not found'" in described.what
+    assert describe_text(b"\x08\x0aEntry not found") is None
+    assert describe_text(b"short") is None
+    assert describe_text(b"\x1f\x8b\x08\x00") == describe_head(b"\x1f\x8b\x08\x00")

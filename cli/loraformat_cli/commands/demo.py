@@ -69,8 +69,8 @@ def _show(screen: Screen, report: "DemoReport", keep: Path | None) -> None:
         ("latency, merged", f"{report.merged_ms:.3f} ms"),
         ("latency, base again", f"{report.base_again_ms:.3f} ms  the noise of this machine"),
     ]
+    if report.passed:
+        rows.append(("passed", "the merged model computes what the base with the adapter beside it does"))
     if keep is not None:
         rows.append(("files", str(keep)))
     screen.table(("", ""), rows)
-    if report.passed:
-        screen.note("passed: the merged model computes what the base and the adapter beside it do")
