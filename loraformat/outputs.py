@@ -44,9 +44,8 @@ def check_output(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
         if len(os.fsencode(path.name)) > 200 or "\0" in str(path):
             raise refuse("LF608", path, "a name too long or with a NUL", "at most 200 bytes")
         if not folder.is_dir():
-            raise refuse(
-                "LF605", path, f"no folder {folder}", "an existing folder", f"Make it first: mkdir -p {folder}"
-            )
+            mend = "" if "~" in folder.parts else f"Make it first: mkdir -p {folder}"
+            raise refuse("LF605", path, f"no folder {folder}", "an existing folder", mend)
         if not os.access(folder, os.W_OK):
             raise refuse("LF605", path, f"the folder {folder} is closed to writing", "a writable folder")
         if not os.path.lexists(path):

@@ -55,6 +55,13 @@ def test_why_there_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
         assert bool(said) == bool(advice)
 
 
+def test_a_missing_folder_for_the_output(tmp_path: Path) -> None:
+    for folder, made in ((tmp_path / "new", True), (tmp_path / "~", False)):
+        with pytest.raises(OutputError) as caught:
+            check_output(folder / "merged.onnx", [], force=False)
+        assert (f"mkdir -p {folder}" in caught.value.problems[0].advice) == made
+
+
 def test_what_a_hub_has_fetched_already_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
