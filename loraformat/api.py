@@ -12,7 +12,7 @@ from loraformat.containers.safetensors import write_safetensors
 from loraformat.errors import error_for, refuse
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
 from loraformat.loading import is_base, list_files, load_adapter, load_tensors, open_base
-from loraformat.outputs import PendingOutput, check_output
+from loraformat.outputs import PendingOutput, check_ending, check_output
 from loraformat.rules import check_shapes
 from loraformat.schemes import StatedScale
 from loraformat.schemes.native import write_tensors
@@ -65,6 +65,7 @@ def save(adapter: Adapter, path: StrPath, *, force: bool = False) -> Path:
     against = [problem for problem in found if problem.severity == "error"]
     if against:  # The file has no place for them: it would pass for an adapter that can be merged.
         raise error_for(against)
+    check_ending(output, ".safetensors", "an adapter in loraformat's own format")
     check_output(output, [file.path for file in list_files(adapter)], force=force)
     tensors, metadata = write_tensors(adapter)
     with PendingOutput([output], force=force) as pending:

@@ -29,6 +29,10 @@ JOURNAL: Final = ".loraformat-journal"
 
 _PART: Final = re.compile(r"^\..+\.loraformat-(?P<pid>\d+)-[0-9a-f]{8}\.part$")
 _LEFT: Final = re.compile(r"^\..+\.loraformat-[^/]+\.(?:part|log)$")
+_FORMATS: Final = {f".{name}": name for name in ("onnx", "onnx_adapter", "safetensors", "gguf", "npz")} | dict.fromkeys(
+    (".bin", ".pt", ".pth", ".ckpt"), "torch"
+)
+"""What the endings of names say."""
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -53,6 +57,20 @@ def check_output(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
         _check_existing(path, inputs, force=force)
     except OSError as error:
         raise refuse("LF605", path, str(error.strerror or error), "a path that can be written") from error
+
+
+def check_ending(path: Path, suffix: str, source: str) -> None:
+    """Refuse an output whose name says another format than it will have (LF837).
+
+    Args:
+        path: the output.
+        suffix: how names of its format end; empty for a folder.
+        source: what gives it this format, for the message.
+    """
+    said, meant = path.suffix.lower(), suffix.lower()
+    if said in _FORMATS and _FORMATS[said] != _FORMATS.get(meant, meant):
+        expected = f"a name that ends in {suffix}" if suffix else "the name of a folder"
+        raise refuse("LF837", path, f"the ending {said}, and {source}", expected)
 
 
 def _check_existing(path: Path, inputs: Iterable[Path], *, force: bool) -> None:

@@ -426,6 +426,7 @@ def test_a_name_that_says_another_format(folder: Path, base: Path, tmp_path: Pat
         assert codes_of(lambda name=name: loraformat.plan_merge(base, folder, tmp_path / name)) == ("LF837",)
         assert not (tmp_path / name).exists()
     loraformat.merge(base, folder, tmp_path / "merged.v2")
+    assert codes_of(lambda: loraformat.save(loraformat.load(folder), tmp_path / "style.onnx")) == ("LF837",)
 
 
 def test_one_adapter_twice_is_said(folder: Path, base: Path) -> None:

@@ -28,16 +28,12 @@ from loraformat.limits import RETAINED_REFUSE, RETAINED_WARN
 from loraformat.loading import list_files, open_base
 from loraformat.merging.calibrating import MINMAX, describe_data, make_room, measure_merged
 from loraformat.output_forms import Order, require_rewriter
-from loraformat.outputs import check_apart
+from loraformat.outputs import check_apart, check_ending
 from loraformat.plan import WeightedAdapter
 from loraformat.planning import build_plan, default_output
 
 _USUAL: Final = {"external_data": "copy", "on_quantized": "requantize", "calibration_method": MINMAX}
 """Names of what is done where nothing is asked for."""
-_FORMS: Final = {".onnx": "onnx", ".safetensors": "safetensors", ".gguf": "gguf", ".npz": "npz"} | dict.fromkeys(
-    (".bin", ".pt", ".pth", ".ckpt"), "torch"
-)
-"""What endings of names say, of models that a merge writes."""
 
 
 def open_sound(base: StrPath) -> BaseModel:
@@ -96,11 +92,7 @@ def form_suffix(base: BaseModel, options: MergeOptions) -> str:
 
 def check_name(output: Path, base: BaseModel, options: MergeOptions) -> None:
     """Refuse an output whose name says another format than it will have (LF837)."""
-    suffix = form_suffix(base, options)
-    said, meant = output.suffix.lower(), suffix.lower()
-    if said in _FORMS and _FORMS[said] != _FORMS.get(meant, meant):
-        expected = f"a name that ends in {suffix}" if suffix else "the name of a folder"
-        raise refuse("LF837", output, f"the ending {said}, and a base of the format {base.format!r}", expected)
+    check_ending(output, form_suffix(base, options), f"a base of the format {base.format!r}")
 
 
 def check_order_apart(order: Order) -> None:
