@@ -48,6 +48,13 @@ STORES: Final = (
         ("model.lora_weights.npy", "model.lora_config.npy"),
     ),
     Store(
+        "an adapter of PaddleNLP or PaddleFormers",
+        "Save it as PEFT's files: every lora_A and lora_B transposed, as base_model.model.NAME.lora_A.weight (rank, in) "
+        "and NAME.lora_B.weight (out, rank) in adapter_model.safetensors, and r and lora_alpha of lora_config.json in "
+        "adapter_config.json.",
+        ("lora_model_state*.pdparams", "peft_model*.safetensors.index.json"),
+    ),
+    Store(
         "an adapter of KerasHub, whose layers have numbers instead of names",
         "Load it in KerasHub (backbone.load_lora_weights), and save lora_kernel_a and lora_kernel_b of every layer by its "
         "name as safetensors.",
