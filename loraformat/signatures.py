@@ -30,8 +30,9 @@ _CONVERT: Final = (
 )
 
 _NAMED: Final = (
-    "Save its arrays by name as safetensors. An adapter of KerasHub (.lora.h5) has numbers of layers in place of names: "
-    "load it there (backbone.load_lora_weights), and save lora_kernel_a and lora_kernel_b of every layer by its name."
+    "Save its arrays by name as safetensors. An adapter of KerasHub (.lora.h5) has numbers of layers in place of "
+    "names: load it there (backbone.load_lora_weights), and save lora_kernel_a and lora_kernel_b of every layer by "
+    "its name."
 )
 
 _SIGNATURES: Final = (
@@ -47,7 +48,7 @@ _SIGNATURES: Final = (
     Signature(b"<html", "an HTML page", "The download gave an error page: fetch the file again."),
     Signature(b"\x1f\x8b", "a gzip archive", "Unpack it first."),
     Signature(b"\x89HDF\r\n\x1a\n", "an HDF5 file", _NAMED),
-    Signature(b"\x93NUMPY", "one array without a name", "Save the arrays by name: as safetensors, or with numpy.savez."),
+    Signature(b"\x93NUMPY", "one array without a name", "Save the arrays by name, as safetensors or .npz."),
     Signature(b"{", "JSON text", "Name the file with the tensors, or its folder."),
 )
 

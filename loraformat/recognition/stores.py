@@ -28,8 +28,8 @@ STORES: Final = (
         'python -c "import sys, jax, numpy, orbax.checkpoint as o, safetensors.numpy as s; '
         "t = o.PyTreeCheckpointer().restore(sys.argv[1]); "
         "s.save_file({'.'.join(str(getattr(k, 'key', getattr(k, 'idx', k))) for k in p): numpy.asarray(v) "
-        'for p, v in jax.tree_util.tree_flatten_with_path(t)[0]}, sys.argv[2])" FOLDER lora.safetensors, where FOLDER is '
-        "the absolute path of the item, such as model_params.",
+        'for p, v in jax.tree_util.tree_flatten_with_path(t)[0]}, sys.argv[2])" FOLDER lora.safetensors, where FOLDER '
+        "is the absolute path of the item, such as model_params.",
         ("manifest.ocdbt", "_CHECKPOINT_METADATA", "_METADATA"),
     ),
     Store(
@@ -44,20 +44,21 @@ STORES: Final = (
     ),
     Store(
         "an adapter that was converted for TensorRT-LLM",
-        "It has numbers for modules, and weights in rows of one length. Give the PEFT or NeMo adapter that it was made of.",
+        "It has numbers for modules, and weights in rows of one length. Give the PEFT or NeMo adapter that it was "
+        "made of.",
         ("model.lora_weights.npy", "model.lora_config.npy"),
     ),
     Store(
         "an adapter of PaddleNLP or PaddleFormers",
-        "Save it as PEFT's files: every lora_A and lora_B transposed, as base_model.model.NAME.lora_A.weight (rank, in) "
-        "and NAME.lora_B.weight (out, rank) in adapter_model.safetensors, and r and lora_alpha of lora_config.json in "
-        "adapter_config.json.",
+        "Save it as PEFT's files: every lora_A and lora_B transposed, as base_model.model.NAME.lora_A.weight "
+        "(rank, in) and base_model.model.NAME.lora_B.weight (out, rank) in adapter_model.safetensors, and r and "
+        "lora_alpha of lora_config.json in adapter_config.json.",
         ("lora_model_state*.pdparams", "peft_model*.safetensors.index.json"),
     ),
     Store(
         "an adapter of KerasHub, whose layers have numbers instead of names",
-        "Load it in KerasHub (backbone.load_lora_weights), and save lora_kernel_a and lora_kernel_b of every layer by its "
-        "name as safetensors.",
+        "Load it in KerasHub (backbone.load_lora_weights), and save lora_kernel_a and lora_kernel_b of every layer by "
+        "its name as safetensors.",
         ("*.lora.h5",),
     ),
 )

@@ -1,11 +1,11 @@
 """qwix, the LoRA of Tunix (JAX): `layers.0.attn.q_proj.w_lora_a`, with every axis of the weight that a module has.
 
-A is stored `(in..., rank)` and B `(rank, out...)`: heads and the sizes of heads are axes of their own. A weight of Gemma
-that is several in transformers has the parts on the first of its `out` axes. Files are trees of parameters flattened
-with dots or slashes; what Tunix saves by itself is an orbax checkpoint. Tunix's models are transformers' under slightly
-other names, which are read as transformers', as Tunix's own merge does. Scale: alpha / rank of the provider, which is
-not in these files. Source: google/qwix 0.1, providers/lora.py; google/tunix 0.1, models/safetensors_saver.py and
-models/gemma3/params.py.
+A is stored `(in..., rank)` and B `(rank, out...)`: heads and the sizes of heads are axes of their own. A weight of
+Gemma that is several in transformers has the parts on the first of its `out` axes. Files are trees of parameters
+flattened with dots or slashes; what Tunix saves by itself is an orbax checkpoint. Tunix's models are transformers'
+under slightly other names, which are read as transformers', as Tunix's own merge does. Scale: alpha / rank of the
+provider, which is not in these files. Source: google/qwix 0.1, providers/lora.py; google/tunix 0.1,
+models/safetensors_saver.py and models/gemma3/params.py.
 """
 
 import math
