@@ -62,6 +62,11 @@ _OPEN_CLIP: Final = (
     ("text_encoder", "conditioner.embedders.0"),
     ("text_encoder_2", "conditioner.embedders.1"),
 )
+_LANGUAGE_MODELS: Final = (
+    *("qwen3_06b", "qwen3_4b", "qwen3_8b", "qwen25_3b", "qwen25_7b"),
+    *("gemma2_2b", "gemma3_12b", "llama", "mistral3_24b"),
+)
+"""What ComfyUI calls text encoders that are language models without a head: Anima's, Lumina 2's and others."""
 _BODY: Final = ("layers", "embed_tokens", "norm")
 
 RENAMES: Final = (
@@ -85,7 +90,9 @@ RENAMES: Final = (
         "cond_stage_model.transformer",
         "conditioner.embedders.0.transformer",
         "text_encoders.clip_l.transformer",
+        *(f"text_encoders.{name}.transformer.model" for name in _LANGUAGE_MODELS),
     ),
+    Rename("one file", re.compile(r"^text_encoder(?=\.(?:layers\.\d|embed_tokens$))"), "model"),
     *_in_one_file("text_encoder_2", "text_encoders.clip_g.transformer", "text_encoders.t5xxl.transformer"),
     *_in_one_file("text_encoder_3", "text_encoders.t5xxl.transformer"),
     *(row for name in ("q_proj", "k_proj", "v_proj") for row in _of_open_clip(f"attn.{name}", f"self_attn.{name}")),

@@ -33,6 +33,12 @@ _CONVERT: Final = (
     'sys.argv[2])" OLD NEW'
 )
 
+_NAMED: Final = (
+    "Save its arrays by name as safetensors. An adapter of KerasHub (.lora.h5) has numbers of layers in place of "
+    "names: load it there (backbone.load_lora_weights), and save lora_kernel_a and lora_kernel_b of every layer by "
+    "its name."
+)
+
 _SIGNATURES: Final = (
     Signature(b"version https://git-lfs", "a git-LFS pointer, not the file itself", "Fetch the file: git lfs pull"),
     Signature(ZIP_MAGIC, "a zip archive", f"If torch or numpy wrote it, name it .pt or .npz. Else: {_UNPACK}"),
@@ -45,6 +51,8 @@ _SIGNATURES: Final = (
     Signature(b"<!doctype", "an HTML page", "The download gave an error page: fetch the file again."),
     Signature(b"<html", "an HTML page", "The download gave an error page: fetch the file again."),
     Signature(b"\x1f\x8b", "a gzip archive", _UNPACK),
+    Signature(b"\x89HDF\r\n\x1a\n", "an HDF5 file", _NAMED),
+    Signature(b"\x93NUMPY", "one array without a name", "Save the arrays by name, as safetensors or .npz."),
     Signature(b"{", "JSON text", "Name the file with the tensors, or its folder."),
 )
 

@@ -30,6 +30,8 @@ def zip_head() -> bytes:
         (b"<!doctype html>", "HTML page", "again"),
         (b"\n  <html lang='en'>", "HTML page", "again"),
         (b"\x1f\x8b\x08\x00", "gzip", "Unpack"),
+        (b"\x89HDF\r\n\x1a\n\x00", "HDF5", "KerasHub"),
+        (b"\x93NUMPY\x01\x00v\x00", "array", "npz"),
         (b'{"r": 8}', "JSON", "tensors"),
         (b'\n{\n "r": 8}', "JSON", "tensors"),
     ],

@@ -10,6 +10,7 @@ from typing import Final
 from loraformat.errors import error_for, refuse
 from loraformat.loading.flat_yaml import parse_flat_yaml
 from loraformat.recognition import recognise_config, recognise_files
+from loraformat.recognition.stores import recognise_store
 from loraformat.schemes import SCHEMES, FolderScheme, Layout
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import read_small
@@ -57,6 +58,9 @@ def find_factors(folder: Path) -> Path:
     alone = [name for name in names if name.lower().endswith(_SAFE) and (folder / name).is_file()]
     if len(alone) == 1:  # As diffusers, mlx-lm and the hub's users have it, under a name of their own.
         return folder / alone[0]
+    store = recognise_store(names)
+    if store is not None:
+        raise refuse("LF121", folder, store.what, "a file of named tensors", store.mend)
     if _is_model(names) and not _list_below(folder):
         raise refuse("LF835", folder, f"a model folder with {', '.join(names[:_LISTED])}", _AN_ADAPTER)
     inside = f"a folder with {', '.join(names[:_LISTED])}" if names else "an empty folder"

@@ -103,6 +103,14 @@ T5 = same(
     "shared",
 )
 
+DECODER = same(
+    ["transformers"],
+    *(f"layers.{{i}}.self_attn.{name}_proj" for name in "qkvo"),
+    *(f"layers.{{i}}.mlp.{name}_proj" for name in ("gate", "up", "down")),
+    "embed_tokens",
+)
+"""A language model that encodes texts, without a head: Qwen3 of Anima, Gemma 2 of Lumina."""
+
 # --- Flux.1 ----------------------------------------------------------------------------------------------------------
 
 DOUBLE, BLOCK = "double_blocks.{i}", "transformer_blocks.{i}"
@@ -438,6 +446,9 @@ def main() -> None:
     texts = TEXTS | {"diffusers": {"spelling": "transformers", "also": ["transformers-5"]}}
     table("clip-text-encoder", "the text encoder of CLIP", encoders, CLIP, classes=classes, schemes=texts)
     table("t5-encoder", "the encoder of T5", encoders[1:], T5, classes=["T5EncoderModel"], schemes=TEXTS)
+    decoders = ["Qwen3Model", "Gemma2Model"]
+    title = "a language model as text encoder (Qwen3, Gemma 2)"
+    table("decoder-text-encoder", title, encoders, DECODER, classes=decoders, schemes=TEXTS)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ CASES = {
         ),
     },
     "no table: HunyuanVideo": {"lora_unet_double_blocks_0_img_attn_qkv_x": f"{UNET}.double_blocks.0.img_attn_qkv.x"},
-    "no table: a text encoder": {
+    "a language model as text encoder": {
         "lora_unet_layers_0_attention_out": f"{UNET}.layers.0.attention.out",
         "lora_te_layers_0_self_attn_q_proj": "text_encoders.qwen3_06b.transformer.model.layers.0.self_attn.q_proj",
     },
@@ -95,13 +95,21 @@ def test_parts_of_open_clip_s_attention(tmp_path: Path) -> None:
 
 
 def test_flat_names_that_the_base_lacks_may_be_left_out(tmp_path: Path) -> None:
-    unet, other = "lora_unet_layers_0_attention_out", "lora_te_layers_0_self_attn_q_proj"
+    unet, other = "lora_unet_layers_0_attention_out", "lora_te_layers_0_self_attn_qkv_x"
     added = write_kohya(tmp_path / "lora.safetensors", dict.fromkeys((unet, other), (OUT, IN)))
     base = {f"{UNET}.layers.0.attention.out.weight": np.ones((OUT, IN), np.float32)}
     with pytest.raises(LoraformatError, match=f"LF314.*{other}(?s:.*)--allow-unmatched"):
         merge(tmp_path, base)
     merged = merge(tmp_path, base, allow_unmatched=["lora_te_*"])
     np.testing.assert_allclose(merged[f"{UNET}.layers.0.attention.out.weight"], 1 + added[unet], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("ahead", ["", "model.", "model.language_model.", "text_encoders.qwen3_4b.transformer.model."])
+def test_a_language_model_by_itself_is_the_text_encoder(ahead: str, tmp_path: Path) -> None:
+    added = write_kohya(tmp_path / "lora.safetensors", {"lora_te_layers_0_self_attn_q_proj": (OUT, IN)})
+    place = f"{ahead}layers.0.self_attn.q_proj.weight"
+    merged = merge(tmp_path, {place: np.ones((OUT, IN), np.float32)})[place]
+    np.testing.assert_allclose(merged, 1 + next(iter(added.values())), rtol=1e-6, atol=1e-6)
 
 
 SPELLINGS = {

@@ -420,12 +420,23 @@ def test_a_table_has_every_module_of_the_real_model(name: str) -> None:
 
 
 def test_text_encoders_are_in_their_tables() -> None:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        Gemma2Config,
+        Gemma2Model,
+        Qwen3Config,
+        Qwen3Model,
+        T5Config,
+        T5EncoderModel,
+    )
 
     with torch.device("meta"):
         clip = CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=2))
         t5 = T5EncoderModel(T5Config(num_layers=2, feed_forward_proj="gated-gelu"))
-    for name, model in (("clip-text-encoder", clip), ("t5-encoder", t5)):
+        qwen, gemma = Qwen3Model(Qwen3Config(num_hidden_layers=2)), Gemma2Model(Gemma2Config(num_hidden_layers=2))
+    decoders = (("decoder-text-encoder", qwen), ("decoder-text-encoder", gemma))
+    for name, model in (("clip-text-encoder", clip), ("t5-encoder", t5), *decoders):
         table = TABLES[name]
         linear = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         assert linear

@@ -1,0 +1,69 @@
+"""Checkpoints that no container of ours reads: what their folders are known by, and how their tensors get names."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """One way in which a framework keeps tensors.
+
+    Attributes:
+        what: what it is.
+        mend: how to make a file of named tensors of it.
+        files: names of files or folders of which one lies in it.
+    """
+
+    what: str
+    mend: str
+    files: tuple[str, ...]
+
+
+STORES: Final = (
+    Store(
+        "an orbax checkpoint (JAX: Tunix, qwix, MaxText)",
+        "Save its tensors by name, in the environment that wrote it: "
+        'python -c "import sys, jax, numpy, orbax.checkpoint as o, safetensors.numpy as s; '
+        "t = o.PyTreeCheckpointer().restore(sys.argv[1]); "
+        "s.save_file({'.'.join(str(getattr(k, 'key', getattr(k, 'idx', k))) for k in p): numpy.asarray(v) "
+        'for p, v in jax.tree_util.tree_flatten_with_path(t)[0]}, sys.argv[2])" FOLDER lora.safetensors, where FOLDER '
+        "is the absolute path of the item, such as model_params.",
+        ("manifest.ocdbt", "_CHECKPOINT_METADATA", "_METADATA"),
+    ),
+    Store(
+        "a distributed checkpoint of torch",
+        "Make one file of it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER adapter.pt",
+        ("*.distcp",),
+    ),
+    Store(
+        "a ZeRO checkpoint of DeepSpeed",
+        "Run the zero_to_fp32.py that lies in it: python zero_to_fp32.py FOLDER OUT",
+        ("zero_to_fp32.py", "zero_pp_rank_*", "*_zero_pp_rank_*", "mp_rank_*_model_states.pt"),
+    ),
+    Store(
+        "an adapter that was converted for TensorRT-LLM",
+        "It has numbers for modules, and weights in rows of one length. Give the PEFT or NeMo adapter that it was "
+        "made of.",
+        ("model.lora_weights.npy", "model.lora_config.npy"),
+    ),
+    Store(
+        "an adapter of PaddleNLP or PaddleFormers",
+        "Save it as PEFT's files: every lora_A and lora_B transposed, as base_model.model.NAME.lora_A.weight "
+        "(rank, in) and base_model.model.NAME.lora_B.weight (out, rank) in adapter_model.safetensors, and r and "
+        "lora_alpha of lora_config.json in adapter_config.json.",
+        ("lora_model_state*.pdparams", "peft_model*.safetensors.index.json"),
+    ),
+    Store(
+        "an adapter of KerasHub, whose layers have numbers instead of names",
+        "Load it in KerasHub (backbone.load_lora_weights), and save lora_kernel_a and lora_kernel_b of every layer by "
+        "its name as safetensors.",
+        ("*.lora.h5",),
+    ),
+)
+
+
+def recognise_store(names: Collection[str]) -> Store | None:
+    """Return what the names in a folder speak for."""
+    return next((row for row in STORES if any(fnmatchcase(name, glob) for name in names for glob in row.files)), None)
