@@ -17,6 +17,7 @@ from loraformat.adapter import Adapter
 from loraformat.bases import TENSOR_NAME, AnchoredBase, BaseModel, Site, StructuredBase, View, ViewedBase
 from loraformat.errors import refuse
 from loraformat.evidence import Clues, Hints, Lookup, find_candidates
+from loraformat.evidence._agreement import report_disagreement
 from loraformat.evidence.structure import list_lacking
 from loraformat.evidence.values import STRATEGY as VALUES
 from loraformat.evidence.values import verify_values
@@ -190,12 +191,15 @@ def _match_views(
         said |= dict.fromkeys(_mark_view(odd, search.view))
     ambiguous = {problem.where for problem in problems}
     missing = [want for want in lookup.wants if want.name not in ambiguous and want not in met]
-    return matches, missing, [*said, *report_absent(searches, matches, allowed)]
+    problems = [*said, *report_disagreement(matches), *report_absent(searches, matches, allowed)]
+    return matches, missing, problems
 
 
 def _mark_view(problems: Sequence[Problem], view: View) -> Sequence[Problem]:
     """Return problems, with the graph in what strategies say of themselves."""
-    return [replace(each, where=f"{view.graph}: {each.where}") if each.code in _OF_STRATEGIES else each for each in problems]
+    return [
+        replace(each, where=f"{view.graph}: {each.where}") if each.code in _OF_STRATEGIES else each for each in problems
+    ]
 
 
 def _match_verified(

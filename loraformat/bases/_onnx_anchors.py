@@ -12,10 +12,10 @@ from typing import Final
 
 from loraformat.bases import Anchor, Anchors, Role, Roles
 from loraformat.bases._onnx_attention import MEMBERS, Core, UnlikeError, list_cores
+from loraformat.bases._onnx_blocks import NORMS, PASSING, list_blocks
 from loraformat.bases._onnx_flow import Flow, Slice, find_rows, sizes, turns_neighbours
 from loraformat.bases._onnx_scopes import Visit
 from loraformat.bases._onnx_sites import RawSite
-from loraformat.bases._onnx_blocks import NORMS, PASSING, list_blocks
 from loraformat.bases._onnx_traces import trace_constant
 from loraformat.bases._onnx_views import list_readers
 

@@ -76,12 +76,17 @@ class Core:
         """Return what scores are multiplied by, for heads of a size."""
         return self.factor * (self.scale if self.scale is not None else head_size**-0.5)
 
+    def count_rows(self, flow: Flow, layer: Visit) -> int:
+        """Return how many rows of the layer that makes them are those of queries."""
+        whole = (0, sizes(flow.sites[layer])[0])
+        start, stop = self.rows.get("query") or find_rows(flow, layer, self.query) or whole
+        return stop - start
+
     def find_head_size(self, flow: Flow, layer: Visit) -> int:
         """Return the size of a head, or 0; where the graph does not cut queries into heads, there is one."""
         if self.head_size:
             return self.head_size
-        start, stop = find_rows(flow, layer, self.query) or (0, sizes(flow.sites[layer])[0])
-        rows = stop - start
+        rows = self.count_rows(flow, layer)
         cuts = {read_last_size(visit) for visit in self.query.visits if visit.op == "Reshape"} - {rows}
         return rows if not cuts else cuts.pop() if len(cuts) == 1 else 0
 
@@ -115,7 +120,9 @@ def _read_softmax(flow: Flow, visit: Visit) -> Iterator[Core]:
             for each, position in ((product, 0), (product, 1), (context, 1))
         )
         scale = multiply_scalars(dict.fromkeys((*q.visits, *k.visits, product, *between)))
-        yield Core(f"the attention at {product.node.name!r}", q, k, v, context, scale, _find_added(flow, product, between))
+        yield Core(
+            f"the attention at {product.node.name!r}", q, k, v, context, scale, _find_added(flow, product, between)
+        )
     elif scores or contexts:
         raise UnlikeError(f"the Softmax {visit.node.name!r} is not between two products")
 

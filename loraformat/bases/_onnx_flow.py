@@ -189,7 +189,9 @@ def _compute(scope: Scope, name: str, steps: int = 8) -> float | None:
     if isinstance(made_by, Visit) and made_by.op == "DequantizeLinear" and steps:
         return _decode(made_by, steps - 1)
     if isinstance(made_by, Visit) and made_by.op == "Constant":
-        written = [float(number) for a in made_by.node.attribute if a.name in _WRITTEN for number in _WRITTEN[a.name](a)]
+        written = [
+            float(number) for a in made_by.node.attribute if a.name in _WRITTEN for number in _WRITTEN[a.name](a)
+        ]
         return written[0] if len(written) == 1 else _read_number(scope, own)
     if not isinstance(made_by, Visit) or made_by.op not in _ARITHMETIC or not steps:
         return _read_number(scope, own)

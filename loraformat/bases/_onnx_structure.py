@@ -108,7 +108,7 @@ def _read_graph(flow: Flow, cores: Sequence[Core]) -> _Told:
     for name, stack in stacks.items():
         own = [
             {(f"cross {role}" if a.crosses else role): visit for a in layer for role, visit in a.layers.items()}
-            | pick_block(flow, blocks, stacks, name, number)
+            | dict(pick_block(flow, blocks, stacks, name, number))
             for number, layer in enumerate(stack)
         ]
         for number, layer in enumerate(own):
@@ -145,7 +145,9 @@ def _read_attention(flow: Flow, core: Core, cuts: Cuts) -> Attention:
     """
     slices = dict(zip(MEMBERS, (core.query, core.key, core.value), strict=True))
     behind = {reader for reader, _ in flow.list_readers(core.context, PASSING) if reader in flow.sites}
-    layers = {name: each.layer for name, each in slices.items()} | {"output": behind.pop() if len(behind) == 1 else None}
+    layers = {name: each.layer for name, each in slices.items()} | {
+        "output": behind.pop() if len(behind) == 1 else None
+    }
     known = {name: layer for name, layer in layers.items() if layer is not None}
     are_kept = layers["key"] is None and layers["value"] is None and is_kept(core.key) and is_kept(core.value)
     if len(known) != len(layers) - 2 * are_kept:
@@ -154,8 +156,8 @@ def _read_attention(flow: Flow, core: Core, cuts: Cuts) -> Attention:
         raise UnlikeError(f"{core.where} rotates neighbouring numbers: rows may have been moved for it")
     size = core.find_head_size(flow, known["query"])
     is_unscaled = _check_scale(flow, core, size, known)
-    rows = sizes(flow.sites[known["query"]])[0]
-    adds_table = size > 0 and any(looks_up(visit, rows // size) for visit in core.added.visits)
+    heads = core.count_rows(flow, known["query"]) // size
+    adds_table = any(looks_up(visit, heads) for visit in core.added.visits)
     source, crosses = _find_source(flow, known, core.where)
     if known["query"] is known.get("key") is known.get("value"):
         found = {name: find_rows(flow, known["query"], each) for name, each in slices.items()}

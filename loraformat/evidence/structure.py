@@ -100,7 +100,7 @@ class Structure:
 
 
 def find_sites(want: Want, sites: Sequence[Site], roles: Roles, role: Role) -> list[Site]:
-    """Return the sites that have a role, the rows of those that have it with others, or the sites that have it together.
+    """Return the sites that have a role, the rows of those that have it with others, or those that have it together.
 
     Several sites have one role where they are of branches of which one runs.
     """
@@ -190,7 +190,9 @@ def _object_to_names(roles: Roles, named: Mapping[str, _Named]) -> str:
         return f"targets of several stacks: {', '.join(sorted(begin for _, begin in begins))}"
     crossing = any(said.crosses for said in named.values())
     if "" in halves and "" not in roles.stacks and (len(roles.stacks) > 1 or not crossing):
-        return f"the graph's stacks are {' and '.join(sorted(roles.stacks))}, and the targets' names say nothing of these"
+        return (
+            f"the graph's stacks are {' and '.join(sorted(roles.stacks))}, and the targets' names say nothing of these"
+        )
     if "" in roles.stacks and "decoder" in halves and not crossing:
         return "one stack without cross-attention, and targets of a decoder: whether it is that decoder, nothing tells"
     other = next((name for name, said in named.items() if said.is_of_t5 != roles.is_unscaled), None)
