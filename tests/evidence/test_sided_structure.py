@@ -34,7 +34,8 @@ class Sides(Stack):
             states = self.norm(self.block(attended, attended))
         self.prefix = "decoder."
         y = self.net.feed("y") if self.alone != "encoder" else states
-        for self.number in (0, 1) if self.alone != "encoder" else ():
+        for number in (0, 1) if self.alone != "encoder" else ():
+            self.number = number
             y = self.cross(self.attend(y), states)
             y = self.block(y, y)
         self.net.op("Identity", [y], self.net.result("z"), "last")

@@ -103,7 +103,8 @@ def test_the_whole_folder(lab: "Lab", tmp_path: Path, model: str) -> None:
     """Encoder and three decoders at once: whichever a runtime takes, it has the adapter."""
     import loraformat
 
-    trained, base = lab.trained(model), export(lab, model)["encoder_model"].parent
+    base = export(lab, model)["encoder_model"].parent
+    trained = lab.trained(model)
     receipt = loraformat.merge(base, [trained.folder], tmp_path / "out")
     assert {target for weight in receipt.weights for target in weight.targets} == set(trained.deltas)
     assert receipt.adapters[0].targets == len(trained.deltas)
@@ -122,9 +123,9 @@ def test_the_whole_folder_without_names(lab: "Lab", tmp_path: Path, model: str) 
 
     import loraformat
 
-    trained, base = lab.trained(model), tmp_path / "base"
+    graphs, trained, base = export(lab, model), lab.trained(model), tmp_path / "base"
     base.mkdir()
-    for source in export(lab, model).values():
+    for source in graphs.values():
         forget_names(trained.specimen, source, base / source.name)
     receipt = loraformat.merge(base, [trained.folder], tmp_path / "out", resolve="structure")
     assert {target for weight in receipt.weights for target in weight.targets} == set(trained.deltas)
