@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loraformat.adapter import Adapter
-from loraformat.bases import TENSOR_NAME, AnchoredBase, BaseModel, Site, StructuredBase, ViewedBase
+from loraformat.bases import TENSOR_NAME, AnchoredBase, BaseModel, Site, StructuredBase, View, ViewedBase
 from loraformat.errors import refuse
 from loraformat.evidence import Clues, Hints, Lookup, find_candidates
+from loraformat.evidence._agreement import report_disagreement
+from loraformat.evidence.structure import list_lacking
 from loraformat.evidence.values import STRATEGY as VALUES
 from loraformat.evidence.values import verify_values
 from loraformat.matching import (
@@ -137,9 +139,9 @@ def gather_clues(adapter: Adapter, base: BaseModel, hints: Hints, *, strip_prefi
     """Return what there is to find the targets of an adapter in a base by, besides names; LF425 for no graph."""
     reference = locate_reference(adapter, hints.checkpoint, strip_prefix=strip_prefix) if hints.checkpoint else {}
     if isinstance(base, ViewedBase):
-        if hints.structure:
-            raise refuse("LF425", base.path, f"{len(base.views)} graphs", "one graph", "Merge into each by itself.")
-        return Clues(hints.mapped, reference, views=base.views)
+        if hints.structure and any(view.find_roles is None for view in base.views):
+            raise refuse("LF425", base.path, f"a base of the format {base.format!r}", "ONNX models")
+        return Clues(hints.mapped, reference, views=base.views, in_views=hints.structure)
     anchors = base.find_anchors if isinstance(base, AnchoredBase) else None
     if not hints.structure:
         return Clues(hints.mapped, reference, anchors=anchors)
@@ -179,15 +181,25 @@ def _match_views(
     said = dict.fromkeys(problems)
     for search in searches:
         mapped = choose_mapped(clues.mapped, search.view, clues.views)
-        own = Clues(mapped, clues.reference, anchors=search.view.find_anchors)
+        roles = search.view.find_roles() if clues.in_views and search.view.find_roles is not None else None
+        own = Clues(mapped, clues.reference, roles, search.view.find_anchors)
         inside = Lookup(search.view.sites, search.wants, search.names, own)
         found, missing, odd = _match_all(inside, ignore_fingerprints=ignore_fingerprints)
+        search.lacking.update(list_lacking(inside))
         matches += found
         met |= set(search.wants) - set(missing)
-        said |= dict.fromkeys(odd)
+        said |= dict.fromkeys(_mark_view(odd, search.view))
     ambiguous = {problem.where for problem in problems}
     missing = [want for want in lookup.wants if want.name not in ambiguous and want not in met]
-    return matches, missing, [*said, *report_absent(searches, matches, allowed)]
+    problems = [*said, *report_disagreement(matches), *report_absent(searches, matches, allowed)]
+    return matches, missing, problems
+
+
+def _mark_view(problems: Sequence[Problem], view: View) -> Sequence[Problem]:
+    """Return problems, with the graph in what strategies say of themselves."""
+    return [
+        replace(each, where=f"{view.graph}: {each.where}") if each.code in _OF_STRATEGIES else each for each in problems
+    ]
 
 
 def _match_verified(

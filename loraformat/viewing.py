@@ -34,11 +34,13 @@ class Search:
         view: the graph.
         names: of each target, the name to look for.
         wants: what is looked for.
+        lacking: targets that the graph surely lacks, as what its layers do shows.
     """
 
     view: View
     names: dict[str, str] = field(default_factory=dict)
     wants: list[Want] = field(default_factory=list)
+    lacking: set[str] = field(default_factory=set)
 
 
 def plan_searches(
@@ -137,7 +139,8 @@ def report_absent(searches: Sequence[Search], matches: Sequence[Match], allowed:
             continue
         claimed = {site.id for match in matches for site in match.sites}
         free = [site for site in search.view.sites if site.id not in claimed]
-        doubtful = [want for want in absent if list_nameless(want, free) and not is_allowed(want, allowed)]
+        unsure = [want for want in absent if want.target.name not in search.lacking]
+        doubtful = [want for want in unsure if list_nameless(want, free) and not is_allowed(want, allowed)]
         problems += [_report_doubt(want, graph, free) for want in doubtful[:LISTED]]
         if not doubtful:
             said = ", ".join(want.name for want in absent[:LISTED]) + (" ..." if len(absent) > LISTED else "")

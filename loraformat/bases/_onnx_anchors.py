@@ -12,10 +12,10 @@ from typing import Final
 
 from loraformat.bases import Anchor, Anchors, Role, Roles
 from loraformat.bases._onnx_attention import MEMBERS, Core, UnlikeError, list_cores
+from loraformat.bases._onnx_blocks import NORMS, PASSING, list_blocks
 from loraformat.bases._onnx_flow import Flow, Slice, find_rows, sizes, turns_neighbours
 from loraformat.bases._onnx_scopes import Visit
 from loraformat.bases._onnx_sites import RawSite
-from loraformat.bases._onnx_structure import NORMS, PASSING, list_blocks
 from loraformat.bases._onnx_traces import trace_constant
 from loraformat.bases._onnx_views import list_readers
 
@@ -77,12 +77,12 @@ def find_anchors(visits: Sequence[Visit], found: Sequence[RawSite], opset: int) 
     sites = {visit: raw.visit.describe(raw.position) for visit, raw in flow.sites.items()}
     roles = {sites[visit]: Role(at, name) for at, group in enumerate(groups) for name, visit in group.layers.items()}
     parts = {
-        Role(at, name): (sites[visit], rows)
+        Role(at, name): ((sites[visit], rows),)
         for at, group in enumerate(groups)
         for visit in group.layers.values()
         for name, rows in cuts.get(visit, {}).items()
     }
-    kept = Roles(roles, len(groups), parts=parts, is_ordered=is_ordered)
+    kept = Roles(roles, {"": len(groups)}, parts=parts, is_ordered=is_ordered)
     return Anchors(kept, tuple(_keep_norms(flow, groups, all_known=not reason)), reason)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Final
 
+from loraformat.bases._onnx_blocks import PASSING
 from loraformat.bases._onnx_flow import (
     QUANTISING,
     Flow,
@@ -32,6 +33,8 @@ _MASKING: Final = (
 _AFTER_SOFTMAX: Final = frozenset({"Cast", "Identity", "Reshape", "Dropout", "Where", "IsNaN"}) | QUANTISING
 _IN_ORDER: Final = frozenset({"Add", "Mul", "Cast", "Identity", "Reshape"}) | QUANTISING
 """What leaves rows where they are: a bias, a cast, the scales of a quantised product."""
+_KEPT: Final = PASSING | {"Mul", "Div", "Expand", "Concat"}
+"""What keys and values that a run was given go through: their factor of the scores, repeated heads."""
 _PRODUCTS: Final = frozenset({"MatMul", "com.microsoft.FusedMatMul"})
 _LAST_AXES: Final = frozenset({-1, 3})
 _Run = tuple[int, int]
@@ -52,6 +55,7 @@ class Core:
         value: what the values are made of.
         context: the node whose first result the output's layer reads.
         factor: what queries, keys and scores are multiplied by between their layers and the Softmax.
+        added: what is added to the scores.
         scale: by what an operator multiplies scores besides; None for 1/√(size of a head), its default.
         head_size: the size of a head, as an operator says; 0 where the graph's own cuts tell.
         rows: of queries, keys and values in one layer, the rows of each, as an operator cuts them.
@@ -63,6 +67,7 @@ class Core:
     value: Slice
     context: Visit
     factor: float
+    added: Slice = field(default_factory=Slice)
     scale: float | None = 1.0
     head_size: int = 0
     rows: Mapping[str, _Run] = field(default_factory=dict)
@@ -71,12 +76,17 @@ class Core:
         """Return what scores are multiplied by, for heads of a size."""
         return self.factor * (self.scale if self.scale is not None else head_size**-0.5)
 
+    def count_rows(self, flow: Flow, layer: Visit) -> int:
+        """Return how many rows of the layer that makes them are those of queries."""
+        whole = (0, sizes(flow.sites[layer])[0])
+        start, stop = self.rows.get("query") or find_rows(flow, layer, self.query) or whole
+        return stop - start
+
     def find_head_size(self, flow: Flow, layer: Visit) -> int:
         """Return the size of a head, or 0; where the graph does not cut queries into heads, there is one."""
         if self.head_size:
             return self.head_size
-        start, stop = find_rows(flow, layer, self.query) or (0, sizes(flow.sites[layer])[0])
-        rows = stop - start
+        rows = self.count_rows(flow, layer)
         cuts = {read_last_size(visit) for visit in self.query.visits if visit.op == "Reshape"} - {rows}
         return rows if not cuts else cuts.pop() if len(cuts) == 1 else 0
 
@@ -110,7 +120,9 @@ def _read_softmax(flow: Flow, visit: Visit) -> Iterator[Core]:
             for each, position in ((product, 0), (product, 1), (context, 1))
         )
         scale = multiply_scalars(dict.fromkeys((*q.visits, *k.visits, product, *between)))
-        yield Core(f"the attention at {product.node.name!r}", q, k, v, context, scale)
+        yield Core(
+            f"the attention at {product.node.name!r}", q, k, v, context, scale, _find_added(flow, product, between)
+        )
     elif scores or contexts:
         raise UnlikeError(f"the Softmax {visit.node.name!r} is not between two products")
 
@@ -131,11 +143,22 @@ def _find_scores(flow: Flow, softmax: Visit) -> tuple[list[Visit], list[Visit]]:
             elif made_by.op in _MASKING and made_by not in flow.sites:
                 between[made_by] = None
                 pending.append(made_by)
-    telling = [each for each in scores if all(flow.trace_back(each.scope, name).layers for name in each.node.input[:2])]
+    telling = [each for each in scores if _is_of_layers(flow, each)]
     axis = next((a.i for a in softmax.node.attribute if a.name == "axis"), flow.softmax_axis)
     if telling and axis not in _LAST_AXES:
         raise UnlikeError(f"the Softmax {softmax.node.name!r} is over the axis {axis}")
     return telling, _keep_between(telling, between)
+
+
+def _is_of_layers(flow: Flow, product: Visit) -> bool:
+    """Say whether a product is one of queries, which a layer makes, and keys, which a run may be given."""
+    left, right = (flow.trace_back(product.scope, name) for name in product.node.input[:2])
+    return bool(left.layers) and (bool(right.layers) or is_kept(right))
+
+
+def is_kept(part: Slice) -> bool:
+    """Say whether a value is what a run was given, as the keys of the encoder's states that a cache holds."""
+    return not part.layers and len(part.inputs) == 1 and part.ops <= _KEPT
 
 
 def _keep_between(scores: Sequence[Visit], nodes: Collection[Visit]) -> list[Visit]:
@@ -148,6 +171,16 @@ def _keep_between(scores: Sequence[Visit], nodes: Collection[Visit]) -> list[Vis
         kept |= fresh
         pending += fresh
     return list(kept)
+
+
+def _find_added(flow: Flow, product: Visit, between: Sequence[Visit]) -> Slice:
+    """Return what is added to scores on their way: masks, and numbers that tell positions."""
+    added, way = Slice(), {product, *between}
+    for visit in between:
+        others = [name for name in visit.node.input if visit.op == "Add" and visit.scope.producer(name) not in way]
+        for name in others:
+            added.visits |= flow.trace_back(visit.scope, name).visits
+    return added
 
 
 # --- one operator ----------------------------------------------------------------------------------------------------
@@ -179,7 +212,8 @@ def _read_operator(flow: Flow, visit: Visit) -> Core:
     q, k, v = (flow.trace_back(visit.scope, name) for name in given)
     size = _divide(flow, (q, k), heads, where) if heads.queries else 0
     factor = multiply_scalars(dict.fromkeys((*q.visits, *k.visits)))
-    return Core(where, q, k, v, visit, factor, _read_scale(visit.node), size)
+    added = _trace_input(flow, visit, _ADDED.get(visit.op))
+    return Core(where, q, k, v, visit, factor, added, _read_scale(visit.node), size)
 
 
 def _read_holding(flow: Flow, visit: Visit, heads: _Heads, where: str) -> Core:
@@ -191,7 +225,13 @@ def _read_holding(flow: Flow, visit: Visit, heads: _Heads, where: str) -> Core:
     if len(cuts) != len(MEMBERS) or sum(cuts) != rows or min(cuts) <= 0 or not heads.queries or cuts[0] % heads.queries:
         raise UnlikeError(f"{where} cuts {rows} rows into {cuts}, for {heads.queries} heads")
     whole, scale = Slice(layers={visit: None}), _read_scale(visit.node)
-    return Core(where, whole, whole, whole, visit, 1.0, scale, cuts[0] // heads.queries, _name_runs(cuts))
+    added = _trace_input(flow, visit, _ADDED.get(visit.op))
+    return Core(where, whole, whole, whole, visit, 1.0, added, scale, cuts[0] // heads.queries, _name_runs(cuts))
+
+
+def _trace_input(flow: Flow, visit: Visit, position: int | None) -> Slice:
+    name = visit.node.input[position] if position is not None and position < len(visit.node.input) else ""
+    return flow.trace_back(visit.scope, name) if name else Slice()
 
 
 def _read_packed(flow: Flow, visit: Visit, heads: _Heads, where: str) -> Core:
@@ -205,7 +245,7 @@ def _read_packed(flow: Flow, visit: Visit, heads: _Heads, where: str) -> Core:
     size = rows // count
     cuts = [heads.queries * size, heads.keys * size, heads.keys * size]
     factor = multiply_scalars(whole.visits) ** 2  # Queries and keys both.
-    return Core(where, whole, whole, whole, visit, factor, _read_scale(visit.node), size, _name_runs(cuts))
+    return Core(where, whole, whole, whole, visit, factor, Slice(), _read_scale(visit.node), size, _name_runs(cuts))
 
 
 def _divide(flow: Flow, parts: Sequence[Slice], heads: _Heads, where: str) -> int:
@@ -258,3 +298,5 @@ _OPERATORS: Final[Mapping[str, "Callable[[onnx.NodeProto], _Heads]"]] = {
     _GROUPED: _read_two_counts,
 }
 """Operators that attend, and how each counts heads."""
+_ADDED: Final = {"Attention": 3, "com.microsoft.Attention": 5, "com.microsoft.MultiHeadAttention": 5}
+"""Which input of theirs is added to the scores."""

@@ -11,8 +11,9 @@ import numpy as np
 from loraformat.adapter import SlotKind
 from loraformat.bases._onnx_scopes import Scope, Visit
 from loraformat.bases._onnx_sites import RawSite
-from loraformat.bases._onnx_traces import trace_constant
+from loraformat.bases._onnx_traces import read_sizes, trace_constant
 from loraformat.bases._onnx_uses import UNREAD
+from loraformat.containers.onnx_file import GraphStep
 
 _DATA_FIRST: Final = frozenset(
     {"Reshape", "Expand", "Slice", "Unsqueeze", "Squeeze", "Tile", "Split", "Pad", "ReduceMean", "Clip", "Gather"}
@@ -28,6 +29,7 @@ _QUANTISING: Final = "DynamicQuantizeLinear"
 QUANTISING: Final = frozenset({"QuantizeLinear", "DequantizeLinear"})
 """What rounds a value on its way."""
 _ROTATIONS: Final = frozenset({"RotaryEmbedding", "com.microsoft.RotaryEmbedding"})
+_LOOKUPS: Final = frozenset({"Gather", "com.microsoft.RelativePositionBias"})
 _FACTORS: Final = {"com.microsoft.FusedMatMul": "alpha", "com.microsoft.RotaryEmbedding": "scale"}
 """Operators that multiply by an attribute."""
 _INT64: Final = 7
@@ -42,6 +44,14 @@ _ARITHMETIC: Final[Mapping[str, tuple[int, Callable[..., float]]]] = {
 }
 """What exporters compute scales with: how many inputs count, and what is made of them."""
 
+_WRITTEN: Final[Mapping[str, Callable[[Any], Sequence[float]]]] = {
+    "value_float": lambda attribute: [attribute.f],
+    "value_floats": lambda attribute: attribute.floats,
+    "value_int": lambda attribute: [attribute.i],
+    "value_ints": lambda attribute: attribute.ints,
+}
+"""Attributes of a Constant that has its numbers in no tensor."""
+
 Value = tuple[int, str]
 """A scope, by identity, and a name in it."""
 
@@ -54,11 +64,13 @@ class Slice:
         layers: nodes of the layers, in the order in which they were met.
         visits: the nodes between.
         values: the values between.
+        inputs: those that no node and no stored tensor makes: a run is given them.
     """
 
     layers: dict[Visit, None] = field(default_factory=dict)
     visits: dict[Visit, None] = field(default_factory=dict)
     values: set[Value] = field(default_factory=set)
+    inputs: set[Value] = field(default_factory=set)
 
     @property
     def ops(self) -> set[str]:
@@ -72,25 +84,28 @@ class Slice:
 
 
 class Flow:
-    """A main graph, and which of its nodes are linear layers.
+    """A graph, and which of its nodes are linear layers.
 
     Args:
         visits: all nodes.
         found: the sites.
         opset: version of ONNX's own operators.
+        path: the way from the main graph to the graph; empty for the main graph.
 
     Attributes:
-        visits: the nodes of the main graph.
+        visits: the nodes of the graph.
         sites: its linear layers, by their nodes.
         softmax_axis: the axis of a Softmax that does not say.
     """
 
-    def __init__(self, visits: Iterable[Visit], found: Iterable[RawSite], opset: int) -> None:
+    def __init__(
+        self, visits: Iterable[Visit], found: Iterable[RawSite], opset: int, path: tuple[GraphStep, ...] = ()
+    ) -> None:
         self.softmax_axis = -1 if opset >= _LAST_BY_DEFAULT else 1
-        self.visits = [visit for visit in visits if visit.scope.path == ()]
+        self.visits = [visit for visit in visits if visit.scope.path == path]
         self.sites: dict[Visit, RawSite] = {}
         for raw in found:
-            if raw.visit.scope.path == () and _is_linear(raw):
+            if raw.visit.scope.path == path and _is_linear(raw):
                 self.sites.setdefault(raw.visit, raw)
 
     def read(self, layer: Visit) -> tuple[Scope, str]:
@@ -111,6 +126,8 @@ class Flow:
                 continue
             found.values.add((id(where), own))
             made_by = where.producers.get(own)
+            if made_by is None and own not in where.sparse:
+                found.inputs.add((id(where), own))
             if not isinstance(made_by, Visit) or made_by.op in _SHAPES or made_by.op == _QUANTISING:
                 continue
             if made_by in self.sites:
@@ -137,7 +154,7 @@ class Flow:
                     yield reader, position
 
     def list_after(self, visit: Visit) -> set[Visit]:
-        """Return every node of the main graph that hangs on a node's results."""
+        """Return every node of the graph that hangs on a node's results."""
         pending, seen = [visit], {visit}
         while pending:
             for name in pending.pop().node.output:
@@ -171,6 +188,11 @@ def _compute(scope: Scope, name: str, steps: int = 8) -> float | None:
     made_by = scope.producers.get(own)
     if isinstance(made_by, Visit) and made_by.op == "DequantizeLinear" and steps:
         return _decode(made_by, steps - 1)
+    if isinstance(made_by, Visit) and made_by.op == "Constant":
+        written = [
+            float(number) for a in made_by.node.attribute if a.name in _WRITTEN for number in _WRITTEN[a.name](a)
+        ]
+        return written[0] if len(written) == 1 else _read_number(scope, own)
     if not isinstance(made_by, Visit) or made_by.op not in _ARITHMETIC or not steps:
         return _read_number(scope, own)
     count, apply = _ARITHMETIC[made_by.op]
@@ -242,12 +264,11 @@ def turns_neighbours(visit: Visit) -> bool:
 
 def read_last_size(reshape: Visit) -> int:
     """Return the last size that a Reshape gives, 0 where the graph does not say."""
-    scope, name = reshape.scope.find(reshape.node.input[1])
-    made_by = scope.producers.get(name)
+    made_by, visit, position = reshape.scope.producer(reshape.node.input[1]), reshape, 1
     if isinstance(made_by, Visit) and made_by.op == "Concat":
-        scope, name = made_by.scope, made_by.node.input[-1]
-    numbers = _read_integers(scope, name)
-    return max(0, numbers[-1]) if numbers else 0
+        visit, position = made_by, len(made_by.node.input) - 1
+    numbers = read_sizes(visit, position, "") or [int(read_scalar(visit, position) or 0)]
+    return max(0, numbers[-1])
 
 
 def _read_integers(scope: Scope, name: str) -> list[int]:
@@ -278,6 +299,13 @@ def reads_vector(visit: Visit) -> bool:
     return any(
         t is not None and t.tensor is not None and len(t.tensor.dims) == 1 and t.tensor.dims[0] > 1 for t in traces
     )
+
+
+def looks_up(visit: Visit, columns: int) -> bool:
+    """Say whether a node takes rows from a constant table with so many columns."""
+    trace = trace_constant(visit.scope, visit.node.input[0]) if visit.op in _LOOKUPS else None
+    tensor = trace.tensor if trace is not None and not trace.blocked else None
+    return tensor is not None and len(tensor.dims) == 2 and tensor.dims[1] == columns
 
 
 def sizes(raw: RawSite) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from loraformat.bases import Anchors, Role, Roles, Site, Weight, WeightCopy, WeightFloats
+from loraformat.bases import Anchors, Roles, Site, Weight, WeightCopy, WeightFloats
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.containers._onnx_tensors import SharedBytes
 from loraformat.containers.onnx_file import GraphChange
@@ -109,9 +109,7 @@ class Member:
         return self._mark_roles(self.graph.find_roles())
 
     def _mark_roles(self, roles: Roles) -> Roles:
-        parts: dict[Role, tuple[str, tuple[int, int]]] = {
-            role: (self.mark(site), rows) for role, (site, rows) in roles.parts.items()
-        }
+        parts = {role: tuple((self.mark(site), rows) for site, rows in each) for role, each in roles.parts.items()}
         return replace(roles, by_site={self.mark(site): role for site, role in roles.by_site.items()}, parts=parts)
 
     def with_copies(self, copies: Sequence[WeightCopy]) -> "Member":

@@ -1,63 +1,48 @@
-"""Which linear layer of a graph without names does what: the roles in a single stack of transformer layers.
+"""Which linear layer of a graph without names does what: the roles in stacks of transformer layers.
 
 Everything is told by what the values do, nothing by a shape. The product of two activations before a Softmax over its
 last axis has the queries at its left and the keys at its right; what the result is multiplied by are the values, and
 the layer behind puts out. In a gated block the factor behind the activation is the gate. A residual tells a block from
-a classifier. Where one layer of the stack does not look like the others, nothing is told at all.
+a classifier, and keys of something else than the queries a decoder from its encoder. Where one layer of a stack does
+not look like the others, nothing is told at all.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from loraformat.bases import Role, Roles
-from loraformat.bases._onnx_attention import MEMBERS, Core, UnlikeError, list_cores
-from loraformat.bases._onnx_flow import (
-    QUANTISING,
-    Flow,
-    Slice,
-    Value,
-    find_rows,
-    reads_vector,
-    sizes,
-    turns_neighbours,
-)
-from loraformat.bases._onnx_scopes import Visit
+from loraformat.bases._onnx_attention import MEMBERS, Core, UnlikeError, is_kept, list_cores
+from loraformat.bases._onnx_blocks import NORMS, PASSING, Cuts, list_blocks
+from loraformat.bases._onnx_flow import Flow, Value, find_rows, looks_up, reads_vector, sizes, turns_neighbours
+from loraformat.bases._onnx_scopes import Scope, Visit
 from loraformat.bases._onnx_sites import RawSite
+from loraformat.bases._onnx_stacks import Attention, check_layers, order_stacks, pick_block
+from loraformat.bases._roles import Place
+from loraformat.containers.onnx_file import GraphStep
 
-PASSING: Final = (
-    frozenset({"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Dropout", "Flatten"}) | QUANTISING
-)
-_ACTIVATIONS: Final = frozenset(
-    {"Sigmoid", "Tanh", "Erf", "Relu", "Gelu", "Swish", "Elu", "Softplus", "HardSwish", "Mish"}
-    | {f"com.microsoft.{name}" for name in ("Gelu", "BiasGelu", "FastGelu", "QuickGelu", "BiasSplitGelu")}
-)
-_IN_ACTIVATIONS: Final = (
-    _ACTIVATIONS
-    | frozenset(
-        {"Add", "Sub", "Mul", "Div", "Pow", "Cast", "Identity", "Reshape", "Max", "Min", "Clip", "Dropout", "Split"}
-        | {"SplitToSequence", "SequenceAt"}
-    )
-    | frozenset({"Slice", "Transpose", "Unsqueeze", "Squeeze", "Flatten"})
-    | QUANTISING
-)
-NORMS: Final = frozenset({"LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"}) | frozenset(
-    f"com.microsoft.{name}"
-    for name in (
-        "SkipLayerNormalization",
-        "SkipSimplifiedLayerNormalization",
-        "EmbedLayerNormalization",
-        "QEmbedLayerNormalization",
-    )
-)
-_SKIPS: Final = frozenset({"com.microsoft.SkipLayerNormalization", "com.microsoft.SkipSimplifiedLayerNormalization"})
-_BIASED: Final = frozenset({"Cast", "Identity", "Reshape", "Dropout"}) | QUANTISING
-_SUM: Final = 3
-"""Which output of theirs is the sum that they take the norm of."""
 _NEAR: Final = 1e-3
-_Cuts = dict[Visit, Mapping[str, tuple[int, int]]]
-"""Of layers that put out queries, keys and values in one, or gates and what they gate, the rows of each."""
-_Block = Mapping[str, Visit]
-"""Roles of the layers of one attention or one block behind it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What one graph of a model tells: its main graph, or a branch.
+
+    Attributes:
+        flow: its flow of values.
+        layers: nodes by their roles.
+        stacks: how many layers each stack has.
+        cuts: of layers with several roles, the rows of each.
+        is_ordered: as in `Roles`.
+        is_unscaled: as in `Roles`.
+    """
+
+    flow: Flow
+    layers: Mapping[Role, Visit]
+    stacks: Mapping[str, int]
+    cuts: Cuts
+    is_ordered: bool
+    is_unscaled: bool
 
 
 def find_roles(visits: Sequence[Visit], found: Sequence[RawSite], opset: int) -> Roles:
@@ -68,67 +53,155 @@ def find_roles(visits: Sequence[Visit], found: Sequence[RawSite], opset: int) ->
         found: all sites.
         opset: version of ONNX's own operators.
     """
-    flow, cuts = Flow(visits, found, opset), _Cuts()
+    told: dict[tuple[GraphStep, ...], _Told] = {}
     try:
-        cores = list(list_cores(flow))
-        attentions = _order(flow, [_read_attention(flow, core, cuts) for core in cores])
-        blocks = list_blocks(flow, cuts)
-        layers = [
-            attention | _pick_block(flow, blocks, attentions, number) for number, attention in enumerate(attentions)
-        ]
-        _check_layers(flow, layers)
+        for path in dict.fromkeys(visit.scope.path for visit in visits):
+            flow = Flow(visits, found, opset, path) if path is not None else None
+            cores = list(list_cores(flow)) if flow is not None else []
+            if path is not None and flow is not None and cores:
+                told[path] = _read_graph(flow, cores)
+        _check_branches(told)
     except UnlikeError as unlike:
-        return Roles({}, 0, str(unlike))
-    sites = {visit: raw.visit.describe(raw.position) for visit, raw in flow.sites.items()}
-    roles = {sites[visit]: Role(at, name) for at, layer in enumerate(layers) for name, visit in layer.items()}
-    parts = {
-        Role(at, name): (sites[visit], rows)
-        for at, layer in enumerate(layers)
-        for visit in layer.values()
-        for name, rows in cuts.get(visit, {}).items()
-    }
-    return Roles(roles, len(layers), parts=parts, is_ordered=any(core.rows for core in cores))
+        return Roles({}, {}, str(unlike))
+    by_site: dict[str, Role] = {}
+    parts: dict[Role, tuple[Place, ...]] = {}
+    for graph in told.values():
+        for role, visit in graph.layers.items():
+            site = visit.describe(graph.flow.sites[visit].position)
+            by_site[site] = role
+            for name, rows in graph.cuts.get(visit, {}).items():
+                part = Role(role.layer, name, role.stack)
+                parts[part] = (*parts.get(part, ()), (site, rows))
+    one = next(iter(told.values()))
+    is_ordered = any(graph.is_ordered for graph in told.values())
+    return Roles(by_site, one.stacks, parts=parts, is_ordered=is_ordered, is_unscaled=one.is_unscaled)
+
+
+def _check_branches(told: Mapping[tuple[GraphStep, ...], _Told]) -> None:
+    """Refuse several graphs that attend, unless they are branches of one node that read the same tensors."""
+    if not told:
+        raise UnlikeError("no attention was found")
+    if len({(path[:-1], path[-1].node) if path else None for path in told}) > 1:
+        raise UnlikeError("attention in several graphs that are not branches of one If")
+    first, *others = told.values()
+    tensors = {role: _identify(first, visit) for role, visit in first.layers.items()}
+    for other in others:
+        own = {role: _identify(other, visit) for role, visit in other.layers.items()}
+        shared = own.keys() & tensors.keys()
+        apart = {tensor for role, tensor in own.items() if role not in shared} & set(tensors.values())
+        unlike = apart or any(own[role] != tensors[role] for role in shared)
+        if unlike or (first.stacks, first.is_unscaled) != (other.stacks, other.is_unscaled):
+            raise UnlikeError("the branches of an If do not have the same layers of the same tensors")
+
+
+def _identify(graph: _Told, visit: Visit) -> int:
+    return id(graph.flow.sites[visit].trace.tensor)
+
+
+def _read_graph(flow: Flow, cores: Sequence[Core]) -> _Told:
+    cuts = Cuts()
+    stacks = order_stacks(flow, [_read_attention(flow, core, cuts) for core in cores])
+    for stack in stacks.values():
+        _check_manner([attention for layer in stack for attention in layer])
+    blocks = list_blocks(flow, cuts)
+    layers: dict[Role, Visit] = {}
+    for name, stack in stacks.items():
+        own = [
+            {(f"cross {role}" if a.crosses else role): visit for a in layer for role, visit in a.layers.items()}
+            | dict(pick_block(flow, blocks, stacks, name, number))
+            for number, layer in enumerate(stack)
+        ]
+        for number, layer in enumerate(own):
+            for role in ("first", "gate", "up", "gate_up"):
+                if role in layer:
+                    check_norm(flow, layer[role], f"the block behind attention {number}")
+            layers |= {Role(number, role, name): visit for role, visit in layer.items()}
+        check_layers(flow, own)
+    if len({id(flow.sites[visit].trace.tensor) for visit in layers.values()}) != len(layers):
+        raise UnlikeError("a tensor that two layers read")
+    is_unscaled = any(a.is_unscaled for stack in stacks.values() for layer in stack for a in layer)
+    counts = {name: len(stack) for name, stack in stacks.items()}
+    return _Told(flow, layers, counts, cuts, any(core.rows for core in cores), is_unscaled)
+
+
+def _check_manner(attentions: Sequence[Attention]) -> None:
+    """Refuse scores that are not scaled, but where all of a stack are not, and a table of positions is added to each.
+
+    The encoder's keys, to which a decoder attends, have no positions.
+    """
+    bare = [each for each in attentions if each.is_unscaled]
+    if bare and not (len(bare) == len(attentions) and all(each.adds_table for each in attentions if not each.crosses)):
+        found = f"multiplies its scores by 1, with heads of {bare[0].head_size}"
+        raise UnlikeError(f"{bare[0].where} {found}: what is missing may be folded into a weight")
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
-def _read_attention(flow: Flow, core: Core, cuts: _Cuts) -> dict[str, Visit]:
+def _read_attention(flow: Flow, core: Core, cuts: Cuts) -> Attention:
     """Return the layers that make queries, keys and values, or all of them in one, and the one behind.
 
     Of one for all, the rows of each are noted in `cuts`.
     """
     slices = dict(zip(MEMBERS, (core.query, core.key, core.value), strict=True))
     behind = {reader for reader, _ in flow.list_readers(core.context, PASSING) if reader in flow.sites}
-    query, key, value = core.query.layer, core.key.layer, core.value.layer
-    if query is None or key is None or value is None or len(behind) != 1:
+    layers = {name: each.layer for name, each in slices.items()} | {
+        "output": behind.pop() if len(behind) == 1 else None
+    }
+    known = {name: layer for name, layer in layers.items() if layer is not None}
+    are_kept = layers["key"] is None and layers["value"] is None and is_kept(core.key) and is_kept(core.value)
+    if len(known) != len(layers) - 2 * are_kept:
         raise UnlikeError(f"{core.where} does not have one layer each for queries, keys, values and output")
-    (output,) = behind
     if any(turns_neighbours(visit) for visit in (*core.query.visits, *core.key.visits, core.context)):
         raise UnlikeError(f"{core.where} rotates neighbouring numbers: rows may have been moved for it")
-    size = core.find_head_size(flow, query)
-    scale = core.multiply(size) if size else 0.0
-    scale *= flow.sites[query].use.divisor * flow.sites[key].use.divisor
-    _check_scale(flow, scale, size, (query, key, value, output), core.where)
-    if len({check_norm(flow, layer, core.where) for layer in (query, key, value)}) != 1:
-        raise UnlikeError(f"{core.where} makes queries, keys and values of different things")
-    if query is key is value:
-        found = {name: find_rows(flow, query, each) for name, each in slices.items()}
-        rows = core.rows or {name: each for name, each in found.items() if each is not None}
-        cuts[query] = rows if len(set(rows.values())) == len(MEMBERS) else {}
-        return {"qkv": query, "output": output}
-    if len({query, key, value}) != 3:
+    size = core.find_head_size(flow, known["query"])
+    is_unscaled = _check_scale(flow, core, size, known)
+    heads = core.count_rows(flow, known["query"]) // size
+    adds_table = any(looks_up(visit, heads) for visit in core.added.visits)
+    source, crosses = _find_source(flow, known, core.where)
+    if known["query"] is known.get("key") is known.get("value"):
+        found = {name: find_rows(flow, known["query"], each) for name, each in slices.items()}
+        cut = core.rows or {name: each for name, each in found.items() if each is not None}
+        cuts[known["query"]] = cut if len(set(cut.values())) == len(MEMBERS) else {}
+        known = {"qkv": known["query"], "output": known["output"]}
+    elif len(set(known.values())) != len(known):
         raise UnlikeError(f"{core.where} has queries, keys and values in two layers")
-    return {"query": query, "key": key, "value": value, "output": output}
+    return Attention(core.where, known, crosses, source, size, is_unscaled, adds_table)
 
 
-def _check_scale(flow: Flow, scale: float, size: int, layers: Sequence[Visit], where: str) -> None:
-    """Refuse scores that are not divided by the root of the heads' size: that may be folded into a weight."""
-    query, key, value, output = (sizes(flow.sites[layer]) for layer in layers)
-    fits = size > 0 and not any(rows % size for rows in (query[0], key[0], value[0], output[1]))
-    if not fits or abs(scale * size**0.5 - 1) > _NEAR:
+def _check_scale(flow: Flow, core: Core, size: int, layers: Mapping[str, Visit]) -> bool:
+    """Refuse scores that are not divided by the root of the heads' size: that may be folded into a weight.
+
+    Returns whether they are not scaled at all, which only the rest of the stack explains.
+    """
+    scale = core.multiply(size) if size else 0.0
+    scale *= flow.sites[layers["query"]].use.divisor
+    scale *= flow.sites[layers["key"]].use.divisor if "key" in layers else 1.0
+    counts = [sizes(flow.sites[layer])[name == "output"] for name, layer in layers.items()]
+    fits = size > 0 and not any(count % size for count in counts)
+    is_scaled, is_unscaled = abs(scale * size**0.5 - 1) <= _NEAR, abs(scale - 1) <= _NEAR
+    if not fits or not (is_scaled or is_unscaled):
         found = f"multiplies its scores by {scale:.6g}, with heads of {size}"
-        raise UnlikeError(f"{where} {found}: what is missing may be folded into a weight")
+        raise UnlikeError(f"{core.where} {found}: what is missing may be folded into a weight")
+    return is_unscaled and not is_scaled
+
+
+def _find_source(flow: Flow, layers: Mapping[str, Visit], where: str) -> tuple[Value | None, bool]:
+    """Return what keys and values are made of, None for what a run was given, and whether queries are not.
+
+    Queries are made of what a norm puts out. So are keys and values, or of what a run was given: an encoder's states.
+    """
+    query = check_norm(flow, layers["query"], where)
+    if "key" not in layers:
+        return None, True
+    scope, name = _skip_back(*flow.read(layers["key"]))
+    source = (id(scope), name)
+    other_scope, other = _skip_back(*flow.read(layers["value"]))
+    if source != (id(other_scope), other):
+        raise UnlikeError(f"{where} makes queries, keys and values of different things")
+    if source != query and scope.producers.get(name) is not None:
+        check_norm(flow, layers["key"], where)
+    return source, source != query
 
 
 def check_norm(flow: Flow, layer: Visit, where: str) -> Value:
@@ -136,11 +209,8 @@ def check_norm(flow: Flow, layer: Visit, where: str) -> Value:
 
     Returns what the norm puts out.
     """
-    scope, name = flow.read(layer)
+    scope, name = _skip_back(*flow.read(layer))
     made_by = scope.producers.get(name)
-    while isinstance(made_by, Visit) and made_by.op in PASSING:
-        scope, name = made_by.scope.find(made_by.node.input[0])
-        made_by = scope.producers.get(name)
     scaled = isinstance(made_by, Visit) and (
         made_by.op in NORMS or (made_by.op in ("Mul", "Add") and reads_vector(made_by))
     )
@@ -149,131 +219,10 @@ def check_norm(flow: Flow, layer: Visit, where: str) -> Value:
     return id(scope), name
 
 
-def _order(flow: Flow, attentions: Sequence[dict[str, Visit]]) -> list[dict[str, Visit]]:
-    """Return the attentions from first to last; each must hang on all before it."""
-    if not attentions:
-        raise UnlikeError("no attention was found")
-    after = [flow.list_after(attention["output"]) for attention in attentions]
-    counted = [
-        sum(all(layer in others for layer in attention.values()) for others in after) for attention in attentions
-    ]
-    if sorted(counted) != list(range(len(attentions))):
-        raise UnlikeError("the attentions do not follow one another")
-    return [attention for _, attention in sorted(zip(counted, attentions, strict=True), key=lambda pair: pair[0])]
-
-
-# --- what stands behind attention ------------------------------------------------------------------------------------
-
-
-def list_blocks(flow: Flow, cuts: _Cuts) -> list[_Block]:
-    """Return blocks of two or three layers around an activation, each added to what it was computed from."""
-    found = [(layer, _read_block(flow, layer, cuts)) for layer in flow.sites]
-    return [block for layer, block in found if block and _is_residual(flow, block, layer)]
-
-
-def _read_block(flow: Flow, down: Visit, cuts: _Cuts) -> dict[str, Visit]:
-    """Return the layers of a block by its last one; nothing where there is no such block.
-
-    Where one layer makes both the gates and what they gate, the rows of each are noted in `cuts`.
-    """
-    whole = flow.read_back(down)
-    if not whole.ops & _ACTIVATIONS or not whole.ops <= _IN_ACTIVATIONS or len(whole.layers) > 2:
-        return {}
-    halves = _split_gate(flow, down)
-    if halves is None:
-        return {"first": whole.layer, "second": down} if whole.layer is not None else {}
-    gate, up = (each.layer for each in halves)
-    assert gate is not None, "split so"
-    assert up is not None, "split so"
-    if gate is not up:
-        return {"gate": gate, "up": up, "down": down}
-    found = {name: find_rows(flow, gate, each) for name, each in zip(("gate", "up"), halves, strict=True)}
-    rows = {name: each for name, each in found.items() if each is not None}
-    cuts[gate] = rows if len(set(rows.values())) == len(found) else {}
-    return {"gate_up": gate, "down": down}
-
-
-def _split_gate(flow: Flow, down: Visit) -> tuple[Slice, Slice] | None:
-    """Return the two factors that the last layer of a gated block reads: with the activation, without."""
-    scope, name = flow.read(down)
+def _skip_back(scope: Scope, name: str) -> tuple[Scope, str]:
+    """Return a value before its shape or form was changed."""
     made_by = scope.producers.get(name)
-    while isinstance(made_by, Visit) and made_by.op in _BIASED:
+    while isinstance(made_by, Visit) and made_by.op in PASSING:
         scope, name = made_by.scope.find(made_by.node.input[0])
         made_by = scope.producers.get(name)
-    if not isinstance(made_by, Visit) or made_by.op != "Mul":
-        return None
-    one, other = (flow.trace_back(made_by.scope, factor) for factor in made_by.node.input)
-    if _is_active(one) == _is_active(other):
-        return None
-    gate, up = (one, other) if _is_active(one) else (other, one)
-    if gate.layer is None or up.layer is None or (gate.layer is up.layer and not _is_cut(up)):
-        return None
-    return gate, up
-
-
-def _is_active(factor: Slice) -> bool:
-    return bool(factor.ops & _ACTIVATIONS)
-
-
-def _is_cut(factor: Slice) -> bool:
-    """Say whether a factor is a part of what a layer puts out: x · sigmoid(x) is of the whole, and an activation."""
-    return bool(factor.ops & {"Split", "Slice", "SequenceAt"})
-
-
-def _is_residual(flow: Flow, block: _Block, down: Visit) -> bool:
-    """Say whether what a block puts out is added to a value that its input was made of."""
-    first = next(iter(block.values()))
-    scope, name = flow.read(first)
-    made_of = flow.trace_back(scope, name)
-    sums = ((id(each.scope), each.node.output[_SUM]) for each in made_of.visits if each.op in _SKIPS and _sums(each))
-    before = made_of.values | {(id(scope), name), *sums}
-    current: Visit | None = down
-    while current is not None:
-        readers = list(flow.list_readers(current, _BIASED))
-        if len(readers) != 1:
-            return False
-        reader, position = readers[0]
-        if reader.op != "Add" and reader.op not in _SKIPS:
-            return False
-        other_scope, other = reader.scope.find(reader.node.input[1 - position]) if position < 2 else (scope, "")
-        if (id(other_scope), other) in before:
-            return True
-        current = reader if reader.op == "Add" and reads_vector(reader) else None
-    return False
-
-
-def _sums(skip: Visit) -> bool:
-    """Say whether a norm of a sum puts out the sum too."""
-    return len(skip.node.output) > _SUM and bool(skip.node.output[_SUM])
-
-
-def _pick_block(
-    flow: Flow, blocks: Sequence[_Block], attentions: Sequence[Mapping[str, Visit]], number: int
-) -> dict[str, Visit]:
-    """Return the block between one attention and the next."""
-    after = flow.list_after(attentions[number]["output"])
-    later = flow.list_after(attentions[number + 1]["output"]) if number + 1 < len(attentions) else set()
-    own = [block for block in blocks if all(layer in after for layer in block.values())]
-    own = [block for block in own if not any(layer in later for layer in block.values())]
-    if len(own) != 1:
-        raise UnlikeError(f"{len(own)} blocks with an activation follow attention {number}, where one is expected")
-    (block,) = own
-    down = block["down"] if "down" in block else block["second"]
-    following = attentions[number + 1].values() if number + 1 < len(attentions) else ()
-    if not set(following) <= flow.list_after(down):
-        raise UnlikeError(f"attention {number + 1} does not follow the block behind attention {number}")
-    for layer in block.values():
-        if layer is not down:
-            check_norm(flow, layer, f"the block behind attention {number}")
-    return dict(block)
-
-
-def _check_layers(flow: Flow, layers: Sequence[Mapping[str, Visit]]) -> None:
-    """Refuse layers of which one is not like the first, and tensors in two roles."""
-    first = {name: sizes(flow.sites[visit]) for name, visit in layers[0].items()}
-    for number, layer in enumerate(layers):
-        if {name: sizes(flow.sites[visit]) for name, visit in layer.items()} != first:
-            raise UnlikeError(f"layer {number} is not like layer 0")
-    visits = [visit for layer in layers for visit in layer.values()]
-    if len({id(flow.sites[visit].trace.tensor) for visit in visits}) != len(visits):
-        raise UnlikeError("a tensor that two layers read")
+    return scope, name

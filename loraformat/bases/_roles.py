@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
+
+Place: TypeAlias = tuple[str, tuple[int, int]]
+"""The id of a site, and start and stop of rows of its canonical matrix `(out, in)`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,11 +15,13 @@ class Role:
     Attributes:
         layer: which layer of the stack, from 0.
         name: `query`, `key`, `value`, or `qkv` for the three in one; `output`; `first` and `second`, or `gate`, `up`
-            (`gate_up` in one) and `down`.
+            (`gate_up` in one) and `down`. In a cross-attention `cross query` and so on.
+        stack: which stack of several, `encoder` or `decoder`; empty for the only one, without cross-attention.
     """
 
     layer: int
     name: str
+    stack: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,20 +29,24 @@ class Roles:
     """What the flow of values through a graph tells of its linear layers.
 
     Attributes:
-        by_site: roles by ids of sites; each layer of the stack has the same.
-        layers: how many layers the stack has.
+        by_site: roles by ids of sites; each layer of a stack has the same. Branches of which one runs have each their
+            own site of a role.
+        stacks: how many layers each stack has.
         reason: why nothing is told; empty where it is.
-        parts: of roles that one layer has together, such as those of a packed `qkv` or `gate_up`, the site, and start
-            and stop of the rows of its canonical matrix `(out, in)`.
+        parts: of roles that one layer has together, such as those of a packed `qkv` or `gate_up`, the sites, and start
+            and stop of the rows of their canonical matrix `(out, in)`.
         is_ordered: whether an operator says how the rows of packed weights lie: queries, then keys, then values. Then
             they may lie otherwise than in the module.
+        is_unscaled: whether scores are not divided by the root of the heads' size, and a table of relative positions is
+            added to them: as in T5, or with a scale that was folded into a weight.
     """
 
     by_site: Mapping[str, Role]
-    layers: int
+    stacks: Mapping[str, int]
     reason: str = ""
-    parts: Mapping[Role, tuple[str, tuple[int, int]]] = field(default_factory=dict)
+    parts: Mapping[Role, tuple[Place, ...]] = field(default_factory=dict)
     is_ordered: bool = False
+    is_unscaled: bool = False
 
 
 @runtime_checkable

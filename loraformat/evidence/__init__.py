@@ -54,6 +54,7 @@ class Clues:
         roles: what the layers of the base do, where the user asks for it.
         anchors: finds which layers work together, and the names beside them; None for a base that tells nothing.
         views: the graphs of a base of several, in each of which targets are looked for; empty for others.
+        in_views: whether the user asks for what their layers do.
     """
 
     mapped: Mapping[tuple[str, str], Sequence[MappedWeight]] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class Clues:
     roles: Roles | None = None
     anchors: Callable[[], Anchors] | None = None
     views: Sequence[View] = ()
+    in_views: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,7 @@ _ALSO_IN_ATTENTION: Final = (
     (r"to_v", "value"),
     (r"to_out", "output"),
 )
-_ALSO_BEHIND: Final = (
-    (r"wi", "first"),
-    (r"wi_0", "gate"),
-    (r"wi_1", "up"),
-    (r"wo", "down|second"),
-)
-"""Names of encoder-decoders and of diffusers, whose stacks only names tell apart."""
+"""Names of diffusers, whose stacks only names tell apart."""
 _LAYER: Final = re.compile(r"(?P<layer>(?:.*\.)?\d+)(?:\.(?P<inner>.*))?")
 _LISTED: Final = ".to_out.0"
 
@@ -50,7 +44,7 @@ def read_place(name: str) -> Place | None:
     """Return what a name says; None for one that does not say what its module does."""
     head = name.removesuffix(".0") if name.endswith(_LISTED) else name
     attends = ATTENTION.search(NUMBER.split(head)[-1]) is not None
-    known = (*IN_ATTENTION, *_ALSO_IN_ATTENTION) if attends else (*BEHIND, *_ALSO_BEHIND)
+    known = (*IN_ATTENTION, *_ALSO_IN_ATTENTION) if attends else BEHIND
     for ends, roles in known:
         match = re.search(rf"\.(?:{ends})$", head)
         if match is not None:

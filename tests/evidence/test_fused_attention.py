@@ -145,7 +145,7 @@ UNSOUND = {
     ),
     "rotations of neighbours": (FusedStack(flags=frozenset({"interleaved"})), "rotates neighbouring numbers"),
     "rotations of neighbours within": (FusedStack(attributes={"rotary_interleaved": 1}), "rotates neighbouring"),
-    "keys of something else": (FusedStack(flags=frozenset({"crossed"})), "of different things"),
+    "keys of something else": (FusedStack(flags=frozenset({"crossed"})), "attends to different things"),
     "rows that something moves": (FusedStack(operator="packed", flags=frozenset({"sliced"})), "through Transpose"),
     "an operator that is not known": (FusedStack(flags=frozenset({"unknown"})), "whose inputs are not known"),
 }

@@ -10,7 +10,6 @@ import pytest
 import loraformat
 from builders import write_peft, write_tensors
 from graphs import Array, dyadic, dyadic_factors, linear_net, product, stored_weights, write_model
-from loraformat.bases import Role
 from loraformat.evidence.structure import read_role
 from stacks import HEAD, NAMES, RANK, SHAPES, Stack
 
@@ -221,25 +220,31 @@ def test_only_graphs_have_a_structure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "role"),
+    ("name", "said"),
     [
-        ("model.layers.11.self_attn.q_proj", Role(11, "query")),
-        ("bert.encoder.layer.3.attention.self.value", Role(3, "value")),
-        ("bert.encoder.layer.3.attention.output.dense", Role(3, "output")),
-        ("bert.encoder.layer.3.output.dense", Role(3, "second")),
-        ("transformer.h.0.attn.c_proj", Role(0, "output")),
-        ("transformer.h.0.mlp.c_proj", Role(0, "second")),
-        ("transformer.h.0.attn.c_attn", Role(0, "qkv")),
-        ("distilbert.transformer.layer.5.ffn.lin1", Role(5, "first")),
-        ("blocks.2.attn.qkv", Role(2, "qkv")),
+        ("model.layers.11.self_attn.q_proj", (11, "query", "")),
+        ("bert.encoder.layer.3.attention.self.value", (3, "value", "encoder")),
+        ("bert.encoder.layer.3.attention.output.dense", (3, "output", "encoder")),
+        ("bert.encoder.layer.3.output.dense", (3, "second", "encoder")),
+        ("transformer.h.0.attn.c_proj", (0, "output", "")),
+        ("transformer.h.0.mlp.c_proj", (0, "second", "")),
+        ("transformer.h.0.attn.c_attn", (0, "qkv", "")),
+        ("distilbert.transformer.layer.5.ffn.lin1", (5, "first", "")),
+        ("blocks.2.attn.qkv", (2, "qkv", "")),
         ("blocks.2.feed_forward.key", None),
         ("model.layers.0.mlp.experts.3.gate_proj", None),
-        ("decoder.block.0.layer.1.EncDecAttention.q", None),
-        ("model.decoder.layers.0.self_attn.q_proj", None),
-        ("model.decoder.layers.0.encoder_attn.q_proj", None),
+        ("decoder.block.0.layer.1.EncDecAttention.q", (0, "cross query", "decoder")),
+        ("encoder.block.4.layer.1.DenseReluDense.wi_1", (4, "up", "encoder")),
+        ("encoder.block.4.layer.1.DenseReluDense.wo", (4, "down|second", "encoder")),
+        ("encoder.block.4.layer.1.EncDecAttention.q", None),
+        ("decoder.block.0.layer.3.SelfAttention.q", None),
+        ("model.decoder.layers.0.self_attn.q_proj", (0, "query", "decoder")),
+        ("model.decoder.layers.0.encoder_attn.q_proj", (0, "cross query", "decoder")),
+        ("decoder.bert.encoder.layer.1.crossattention.output.dense", (1, "cross output", "decoder")),
         ("self_attn.q_proj", None),
         ("lm_head", None),
     ],
 )
-def test_roles_of_names(name: str, role: Role | None) -> None:
-    assert read_role(name) == role
+def test_roles_of_names(name: str, said: tuple[int, str, str] | None) -> None:
+    found = read_role(name)
+    assert (found and (found.layer, "|".join(found.roles), found.stack)) == said

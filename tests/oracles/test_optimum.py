@@ -103,7 +103,8 @@ def test_the_whole_folder(lab: "Lab", tmp_path: Path, model: str) -> None:
     """Encoder and three decoders at once: whichever a runtime takes, it has the adapter."""
     import loraformat
 
-    trained, base = lab.trained(model), export(lab, model)["encoder_model"].parent
+    base = export(lab, model)["encoder_model"].parent
+    trained = lab.trained(model)
     receipt = loraformat.merge(base, [trained.folder], tmp_path / "out")
     assert {target for weight in receipt.weights for target in weight.targets} == set(trained.deltas)
     assert receipt.adapters[0].targets == len(trained.deltas)
@@ -113,6 +114,25 @@ def test_the_whole_folder(lab: "Lab", tmp_path: Path, model: str) -> None:
     check_steps(encoder, (merged, merged), trained)
     check_steps(encoder, (graphs["decoder_model"], graphs["decoder_with_past_model"]), trained)
     assert loraformat.verify(tmp_path / "out", base, [trained.folder]).holds
+
+
+@pytest.mark.parametrize("model", HALVES)
+def test_the_whole_folder_without_names(lab: "Lab", tmp_path: Path, model: str) -> None:
+    """What layers do finds them in all four graphs, and in both branches of the merged decoder."""
+    from onnx_paths import forget_names
+
+    import loraformat
+
+    graphs, trained, base = export(lab, model), lab.trained(model), tmp_path / "base"
+    base.mkdir()
+    for source in graphs.values():
+        forget_names(trained.specimen, source, base / source.name)
+    receipt = loraformat.merge(base, [trained.folder], tmp_path / "out", resolve="structure")
+    assert {target for weight in receipt.weights for target in weight.targets} == set(trained.deltas)
+    graphs = {path.stem: path for path in (tmp_path / "out").glob("*.onnx")}
+    encoder, merged = graphs["encoder_model"], graphs["decoder_model_merged"]
+    check_steps(encoder, (merged, merged), trained)
+    check_steps(encoder, (graphs["decoder_model"], graphs["decoder_with_past_model"]), trained)
 
 
 def test_a_decoder_without_its_own_half_lacks_what_the_cache_holds(lab: "Lab", tmp_path: Path) -> None:
