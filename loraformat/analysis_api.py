@@ -20,6 +20,7 @@ from loraformat.errors import error_for
 from loraformat.files import write_at
 from loraformat.loading import load_adapter, open_base, open_model
 from loraformat.loading.adapter_folders import FACTORS_NAMES
+from loraformat.loading.adapter_shards import name_whole
 from loraformat.outputs import PendingOutput, check_output
 from loraformat.pages import write_analysis
 from loraformat.problems import Problem
@@ -202,5 +203,5 @@ def _parts_of(path: Path | None, place: int) -> tuple[str, ...]:
     if path is None:
         return (f"adapter {place + 1}",)
     absolute = path.absolute()
-    named = absolute.parent if absolute.name in FACTORS_NAMES else absolute.with_suffix("")
+    named = absolute.parent if name_whole(absolute).name in FACTORS_NAMES else absolute.with_suffix("")
     return named.parts[1:]

@@ -16,8 +16,9 @@ from loraformat.evidence import Hints
 from loraformat.evidence.explicit_map import read_map
 from loraformat.files import name_in_hub
 from loraformat.limits import DEFAULT_MEMORY_BYTES
-from loraformat.loading import load_for_base, open_model
+from loraformat.loading import load_for_base, open_model, split_choice
 from loraformat.loading.adapter_folders import FACTORS_NAMES
+from loraformat.loading.adapter_shards import name_whole
 from loraformat.output_forms import require_shared
 from loraformat.plan import SHARE, Plan, WeightedAdapter
 from loraformat.planning.wishes import NumberWishes, Wishes
@@ -203,9 +204,12 @@ def weigh_adapters(adapters: AdapterArguments, options: AdapterOptions, base: Ba
 
 
 def name_adapter(path: Path) -> str:
-    """Return the adapter's own name: the folder's where the file is called as PEFT's all are, or its name in a hub."""
+    """Return the adapter's own name: of the one chosen, in a hub, of the folder where the file is called as all are."""
+    chosen = split_choice(path)[1]
+    if chosen:
+        return escape_surrogates(chosen)
     path = path.absolute()
-    own = path.parent if path.name in FACTORS_NAMES else path
+    own = path.parent if name_whole(path).name in FACTORS_NAMES else path
     usual = own.stem if own is path and own.suffix in _ADAPTER_SUFFIXES else own.name
     return escape_surrogates(name_in_hub(own) or usual)
 

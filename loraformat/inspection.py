@@ -133,14 +133,15 @@ class BaseInspection:
 
 def inspect_adapter(path: Path, scheme: str | None, stated: StatedScale) -> AdapterInspection:
     """Read the adapter at `path` and summarise it; what stands against a merge is listed, not raised."""
-    adapter, evidence, file = read_adapter(path, scheme, stated)
+    adapter, evidence, files = read_adapter(path, scheme, stated)
     problems = list(adapter.problems)
     targets = []
     for target in adapter.targets:
         summary, found = _summarise(target)
         targets.append(summary)
         problems += found
-    return AdapterInspection(path, adapter.scheme, evidence, adapter, file.size_bytes, tuple(targets), tuple(problems))
+    size_bytes = sum(file.size_bytes for file in files)
+    return AdapterInspection(path, adapter.scheme, evidence, adapter, size_bytes, tuple(targets), tuple(problems))
 
 
 def inspect_base(base: BaseModel) -> BaseInspection:

@@ -16,7 +16,8 @@ from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.evidence import Hints
 from loraformat.kinds import KINDS
 from loraformat.loading import find_facts, is_base, open_base, open_bundle, read_bundle
-from loraformat.loading.adapter_folders import CONFIG_NAME, FACTORS_NAME, FACTORS_NAMES
+from loraformat.loading.adapter_folders import CONFIG_NAME, FACTORS_NAME, find_peft_file
+from loraformat.loading.adapter_shards import name_whole
 from loraformat.loading.readers import choose_scheme
 from loraformat.problems import Problem, Severity, count_problems
 from loraformat.recognition import recognise_config
@@ -35,7 +36,6 @@ from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import read_small
 from loraformat.strict_json import JsonValue, parse_json_object
 
-_ADAPTER_NAMES: Final = (*FACTORS_NAMES, CONFIG_NAME)
 _SUFFIXES: Final = (".safetensors", ".onnx_adapter")
 _CONFIG_SUFFIX: Final = ".json"
 _SEVERITIES: Final[tuple[Severity, ...]] = ("error", "warning", "note")
@@ -120,7 +120,8 @@ def validate_path(
     """
     file = _main_file(path)
     try:
-        verdict = _judge_config(path, file) if file.suffix == _CONFIG_SUFFIX else _judge(path, stated, base, spell)
+        alone = file.suffix == _CONFIG_SUFFIX and name_whole(file) == file
+        verdict = _judge_config(path, file) if alone else _judge(path, stated, base, spell)
     except LoraformatError as error:
         verdict = Verdict(path, "", 0, error.problems)
     except OSError as error:  # A folder that may not be listed.
@@ -225,10 +226,10 @@ def _read_config(file: Path) -> dict[str, JsonValue]:
 def _main_file(path: Path) -> Path:
     """Return the file that speaks for a path: with tensors where there are any, else a configuration alone."""
     if isdir(path):
-        names = (name for name in _ADAPTER_NAMES if (path / name).exists())
-        return path / next(names, "")
+        config = path / CONFIG_NAME
+        return find_peft_file(path) or (config if config.exists() else path)
     if path.name == CONFIG_NAME:
-        return next((path.with_name(name) for name in FACTORS_NAMES if path.with_name(name).exists()), path)
+        return find_peft_file(path.parent) or path
     return path
 
 
@@ -251,7 +252,8 @@ def find_adapters(paths: Iterable[Path]) -> Iterator[Path]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Yield what looks like an adapter at and below `folder`, in order; hidden folders and links are not entered."""
-    is_adapter = any((folder / name).exists() for name in _ADAPTER_NAMES)
+    own = find_peft_file(folder)
+    is_adapter = own is not None or (folder / CONFIG_NAME).exists()
     if is_adapter:
         yield folder
     try:
@@ -263,7 +265,11 @@ def _walk(folder: Path) -> Iterator[Path]:
         if isdir(entry):
             if not entry.is_symlink() and not entry.name.startswith("."):
                 yield from _walk(entry)
-        elif entry.suffix in _SUFFIXES and not (is_adapter and entry.name == FACTORS_NAME) and not _is_model(entry):
+        elif (
+            entry.suffix in _SUFFIXES
+            and not (is_adapter and name_whole(entry).name == FACTORS_NAME)
+            and not _is_model(entry)
+        ):
             yield entry
 
 

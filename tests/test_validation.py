@@ -108,9 +108,11 @@ def test_everything_is_said_at_once(tmp_path: Path, pair: Any) -> None:
     assert {code for code, _ in codes(judge(folder))} == {"LF213"}
 
 
-def test_unknown_fields_are_no_problem(tmp_path: Path, pair: Any) -> None:
+def test_unknown_fields(tmp_path: Path, pair: Any) -> None:
     """PEFT drops what it does not know; options that we know to change the meaning are another matter."""
-    assert codes(judge(write_peft(tmp_path / "a", {Q: pair}, brand_new_field={"x": 1}))) == []
+    assert codes(judge(write_peft(tmp_path / "a", {Q: pair}, brand_new_field={"x": 1}))) == [("LF241", "warning")]
+    newer = write_peft(tmp_path / "c", {Q: pair}, brand_new_field={"x": 1}, peft_version="9.1.0")
+    assert codes(judge(newer)) == [("LF240", "error")]
     assert codes(judge(write_peft(tmp_path / "b", {Q: pair}, layer_replication=[[0, 2]]))) == [("LF209", "error")]
 
 
@@ -312,7 +314,7 @@ def test_a_folder_with_a_configuration_alone(tmp_path: Path) -> None:
 
 
 ALONE = [
-    ({"peft_type": "LOHA"}, {}),
+    ({"peft_type": "LOHA"}, {"LF241": "16, left out"}),
     ({"peft_type": "PSOFT"}, {"LF209": "singular vectors"}),
     ({"peft_type": "LORA_OF_NEXT_YEAR"}, {"LF209": "'LORA_OF_NEXT_YEAR': a change of another form"}),
     ({"peft_type": "PROMPT_TUNING"}, {"LF209": "virtual tokens"}),
@@ -344,7 +346,7 @@ def test_what_a_configuration_alone_says(tmp_path: Path, fields: dict[str, Any],
     assert problems.keys() == expected.keys()
     for code, text in expected.items():
         assert text in found(verdict, code)
-    assert verdict.reaches("error") == bool(expected.keys() - {"LF218"})
+    assert verdict.reaches("error") == bool(expected.keys() - {"LF218", "LF241"})
 
 
 FOREIGN = [

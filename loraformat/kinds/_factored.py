@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
@@ -10,12 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Factor, ScalingRule, SlotKind, Target
-from loraformat.kinds import REST, UNKNOWN, Change, Delta, Nature, RoleSet
+from loraformat.kinds import FLOATS, REST, UNKNOWN, Change, Delta, Nature, RoleSet
 from loraformat.kinds._axes import Axes, Layout, bind_axes, check_factors, count_rank, merge_role_sets
+from loraformat.kinds._matrices import Values
 from loraformat.problems import Problem
 from loraformat.strict_json import JsonValue
 
 MATRICES: Final = (SlotKind.LINEAR, SlotKind.LINEAR_TRANSPOSED)
+_BESIDE: Final = (*MATRICES, SlotKind.CONV)
+"""Slots of modules that may have a bias."""
+BASE_BIAS: Final = "base_layer.bias"
+"""The role of a bias that was trained beside the factors."""
 _TILE_ROWS: Final = 256
 
 
@@ -88,15 +93,27 @@ class FactoredKind:
     @property
     def role_sets(self) -> tuple[RoleSet, ...]:
         """Which factors belong to which slot."""
-        return merge_role_sets(self.layouts)
+        merged = merge_role_sets(self.layouts)
+        if not self.is_beside_bias:
+            return merged
+        return tuple(
+            replace(each, optional=(*each.optional, BASE_BIAS)) if set(each.slots) & set(_BESIDE) else each
+            for each in merged
+        )
+
+    @property
+    def is_beside_bias(self) -> bool:
+        """Whether a trained bias may stand beside the factors: where these change nothing but the weight."""
+        return type(self).changes is FactoredKind.changes
 
     def check(self, target: Target) -> list[Problem]:
         """Return problems of slot, roles, number forms, axes, options, rank, scale, and what the kind adds."""
-        problems = check_factors(target, self.layouts) or self._check_options(target)
+        own = self._leave_bias(target)
+        problems = check_factors(own, self.layouts) or self._check_options(target)
         if problems:
             return problems
         found = self._check_rank(target) or self._check_scale(target)
-        return found or self.check_more(target, self.axes(target))
+        return found or self.check_more(own, self.axes(own)) or self._check_bias(target)
 
     def check_more(self, target: Target, axes: Axes) -> list[Problem]:
         """Return what else is wrong with a target whose factors agree with one another."""
@@ -119,10 +136,14 @@ class FactoredKind:
         return target.options.get(name, self.options[name].default)
 
     def changes(self, target: Target) -> tuple[Change, ...]:
-        """Return the change of the weight, computed from all factors."""
+        """Return the change of the weight, computed from all factors, and the bias that was trained beside them."""
         flat = self.is_flat and target.slot is SlotKind.LINEAR
-        shape, roles = self.weight_shape(target), tuple(target.factors)
-        return (Change("weight", shape, self.nature, roles, target.slot, is_flat=flat),)
+        own = self._leave_bias(target)
+        weight = Change("weight", self.weight_shape(own), self.nature, tuple(own.factors), target.slot, is_flat=flat)
+        if own is target:
+            return (weight,)
+        bias = target.factors[BASE_BIAS].shape
+        return weight, Change("bias", bias, Nature.REPLACEMENT, (BASE_BIAS,), SlotKind.PARAMETER)
 
     def weight_shape(self, target: Target) -> tuple[int, ...]:
         """Return `(out, in, *kernel)`, as far as the factors tell it."""
@@ -134,12 +155,34 @@ class FactoredKind:
         """Return the change as a matrix `(out, in * kernel)`; additive kinds have it."""
         raise NotImplementedError(f"the kind {self.name} adds nothing")
 
+    def value(self, target: Target, change: Change, factors: Mapping[str, NDArray[Any]]) -> Delta:
+        """Return the bias that was trained beside the factors."""
+        return Values(np.ascontiguousarray(factors[BASE_BIAS].reshape(-1, 1)))
+
     def norm(self, target: Target, factors: Mapping[str, NDArray[Any]]) -> float:
         """Return the norm of the weight's change, from some rows at a time; NaN where only the base has its shape."""
         change = next(change for change in self.changes(target) if change.nature is Nature.ADDITIVE)
         if UNKNOWN in change.shape or REST in change.shape:
             return math.nan
         return sum_rows(self.delta(target, change, factors, target.scale))
+
+    def _leave_bias(self, target: Target) -> Target:
+        """Return the target without a bias that was trained beside its factors."""
+        if BASE_BIAS not in target.factors or not self.is_beside_bias or target.slot not in _BESIDE:
+            return target
+        return replace(target, factors={role: each for role, each in target.factors.items() if role != BASE_BIAS})
+
+    def _check_bias(self, target: Target) -> list[Problem]:
+        """Return what is wrong with a bias beside factors that are sound."""
+        own = self._leave_bias(target)
+        if own is target:
+            return []
+        where, bias, out = f"{target.name}: {BASE_BIAS}", target.factors[BASE_BIAS], self.weight_shape(own)[0]
+        if bias.dtype.name not in FLOATS:
+            return [Problem("LF210", where, bias.dtype.name, "a floating-point form")]
+        if len(bias.shape) == 1 and bias.elements and out in (UNKNOWN, bias.shape[0]):
+            return []
+        return [Problem("LF203", where, f"shape {bias.shape}", f"({'out' if out == UNKNOWN else out},)")]
 
     def _check_options(self, target: Target) -> list[Problem]:
         known = ", ".join(self.options) or "none"

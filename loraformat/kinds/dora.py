@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import SlotKind, Target
-from loraformat.kinds import Change, Delta, Nature
+from loraformat.kinds import Change, Nature
 from loraformat.kinds._axes import Layout
 from loraformat.kinds._factored import MATRICES, FactoredKind
 from loraformat.kinds._maps import NormMap
-from loraformat.kinds._matrices import Values, scale_product
+from loraformat.kinds._matrices import scale_product
 
-_BIAS: Final = "base_layer.bias"
 _MAGNITUDE: Final = "lora_magnitude_vector"
 _OVER_INPUTS: Final = {"dora_scale": float(np.finfo(np.float32).eps), "m": 0.0}
 """Magnitudes of inputs, and what is added to the norm."""
@@ -38,11 +37,10 @@ class Dora(FactoredKind):
     formula = "m·(W + s·B·A) / ‖W + s·B·A‖"
     source = "arXiv 2402.09353; PEFT LoraConfig.use_dora"
     layouts = (
-        Layout(MATRICES, {_PAIR[0]: "rank in", _PAIR[1]: "out rank", _MAGNITUDE: "out"}, {_BIAS: "out"}),
+        Layout(MATRICES, {_PAIR[0]: "rank in", _PAIR[1]: "out rank", _MAGNITUDE: "out"}),
         Layout(
             (SlotKind.CONV,),
             {_PAIR[0]: "rank in *kernel", _PAIR[1]: "out rank *1", _MAGNITUDE: "1 out *1"},
-            {_BIAS: "out"},
         ),
         Layout(
             (SlotKind.EMBEDDING,), {_EMBEDDING_PAIR[0]: "rank in", _EMBEDDING_PAIR[1]: "out rank", _MAGNITUDE: "out"}
@@ -51,15 +49,6 @@ class Dora(FactoredKind):
         Layout((SlotKind.CONV,), {_PAIR[0]: "rank in *kernel", _PAIR[1]: "out rank *1", "dora_scale": "1 in *1"}),
         Layout((SlotKind.EMBEDDING,), {_EMBEDDING_PAIR[0]: "rank in", _EMBEDDING_PAIR[1]: "out rank", "m": "in"}),
     )
-
-    def changes(self, target: Target) -> tuple[Change, ...]:
-        """Return the function of the weight, and the bias that was saved beside it."""
-        shape = self.weight_shape(target)
-        roles = tuple(role for role in target.factors if role != _BIAS)
-        weight = Change("weight", shape, self.nature, roles, target.slot)
-        if _BIAS not in target.factors:
-            return (weight,)
-        return weight, Change("bias", shape[:1], Nature.REPLACEMENT, (_BIAS,), SlotKind.PARAMETER)
 
     def map(self, target: Target, change: Change, factors: Mapping[str, NDArray[Any]]) -> NormMap:
         """Return the weight with rows, or columns, of the lengths that the magnitudes say."""
@@ -75,10 +64,6 @@ class Dora(FactoredKind):
         """Return 1, as norms of columns come from a pass before; or how many rows are of one input."""
         by_inputs = transposed and any(role in target.factors for role in _OVER_INPUTS)
         return math.prod(self.axes(target).kernel or ()) if by_inputs else 1
-
-    def value(self, target: Target, change: Change, factors: Mapping[str, NDArray[Any]]) -> Delta:
-        """Return the bias that was saved."""
-        return Values(np.ascontiguousarray(factors[_BIAS].reshape(-1, 1)))
 
 
 KIND: Final = Dora()

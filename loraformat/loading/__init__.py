@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from os.path import isdir
+from os.path import isdir, lexists
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,12 +15,14 @@ from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.files import find_snapshot
 from loraformat.loading.adapter_folders import (
     CONFIG_NAME,
-    FACTORS_NAMES,
     find_factors,
+    find_peft_file,
+    is_factors_name,
     list_saved_beside,
     read_config_beside,
 )
-from loraformat.loading.digests import digest_aside, digest_files
+from loraformat.loading.adapter_shards import name_whole, open_factors
+from loraformat.loading.digests import digest_aside, digest_files, name_digest
 from loraformat.loading.known_scales import find_scale
 from loraformat.loading.readers import (
     choose_scheme,
@@ -35,7 +37,7 @@ from loraformat.problems import Problem
 from loraformat.receipt import RUNTIME_KEY
 from loraformat.recognition import recognise_config
 from loraformat.renames import DENOISER_IN_ONE_FILE
-from loraformat.schemes import NOT_STATED, SCHEMES, AmbiguousScheme, Bundle, Scheme, StatedScale
+from loraformat.schemes import NOT_STATED, SCHEMES, AmbiguousScheme, Bundle, ChoosingScheme, Scheme, StatedScale
 from loraformat.signatures import describe_text
 from loraformat.spans import InputFile, read_small
 from loraformat.strict_json import JsonValue, parse_json_object
@@ -102,21 +104,24 @@ def load_for_base(path: Path, scheme: str | None, stated: StatedScale, base: Bas
 
 def read_adapter(
     path: Path, scheme: str | None, stated: StatedScale, facts: BaseFacts = NO_FACTS
-) -> tuple[Adapter, str, InputFile]:
-    """Return the adapter as `load_adapter` does, the evidence for its scheme, and the file that holds its tensors."""
-    bundle, file = open_bundle(path)
+) -> tuple[Adapter, str, tuple[InputFile, ...]]:
+    """Return the adapter as `load_adapter` does, the evidence for its scheme, and the files that hold its tensors."""
+    bundle, files = open_bundle(path)
     bundle = replace(bundle, facts=facts)
-    with digest_aside(file) as digest:
+    with digest_aside(files) as digest:
         reader, evidence = choose_scheme(bundle, scheme)
         adapter = read_bundle(reader, bundle, stated)
         problems = (*adapter.problems, *_find_unused(adapter, stated))
-        beside = {each.path: each for each in list_files(adapter) if each.path != file.path} if bundle.beside else {}
-        sha256 = digest_files([file, *(beside[path] for path in sorted(beside))]) if beside else digest()
-        return replace(adapter, sha256=sha256, problems=problems), evidence, file
+        own = {file.path for file in files}
+        beside = {each.path: each for each in list_files(adapter) if each.path not in own} if bundle.beside else {}
+        sha256 = digest_files([*files, *(beside[path] for path in sorted(beside))]) if beside else digest()
+        return replace(adapter, sha256=name_digest(sha256, bundle.adapter), problems=problems), evidence, files
 
 
 def read_bundle(scheme: Scheme, bundle: Bundle, stated: StatedScale) -> Adapter:
     """Return what a scheme reads; where the scale is missing (LF211), the error says what is known of it."""
+    if bundle.adapter and not isinstance(scheme, ChoosingScheme):
+        raise refuse("LF242", bundle.path, f"the scheme {scheme.name!r}", "names of several adapters, as PEFT has them")
     try:
         return scheme.read(bundle, stated)
     except LoraformatError as error:
@@ -139,19 +144,31 @@ def _find_unused(adapter: Adapter, stated: StatedScale) -> list[Problem]:
     return [Problem("LF222", adapter.source, f"{number:g}, while every target states its own scale", severity="note")]
 
 
-def open_bundle(path: Path) -> tuple[Bundle, InputFile]:
-    """Return the named tensors at `path` with what lies beside them, and the file that holds them."""
+def open_bundle(source: Path) -> tuple[Bundle, tuple[InputFile, ...]]:
+    """Return the named tensors at a path with what lies beside them, and the files that hold them.
+
+    Args:
+        source: a file or a folder; behind a `#`, the name of one of several adapters in it.
+    """
+    path, adapter = split_choice(source)
     path = find_snapshot(path)
     factors = find_factors(path) if isdir(path) else path
+    whole = name_whole(factors)
     try:
-        opened = open_tensors(factors)
+        opened = open_factors(factors, is_factors_name)
     except LoraformatError:
-        _refuse_by_config(path, factors)
+        _refuse_by_config(path, whole)
         raise
-    bundle = Bundle(path, opened.tensors, opened.metadata, read_config_beside(factors))
-    for saved in list_saved_beside(factors):
+    bundle = Bundle(path, opened.tensors, opened.metadata, read_config_beside(whole), adapter=adapter)
+    for saved in list_saved_beside(whole):
         bundle = _add(bundle, open_tensors(saved).tensors, saved)
-    return bundle, opened.file
+    return bundle, opened.files
+
+
+def split_choice(source: Path) -> tuple[Path, str]:
+    """Return path and name of `PATH#NAME`; what names an existing path is a path, and has no name."""
+    path, mark, name = str(source).rpartition("#")
+    return (source, "") if not mark or not path or not name or lexists(source) else (Path(path), name)
 
 
 def _add(bundle: Bundle, tensors: Mapping[str, Factor], path: Path) -> Bundle:
@@ -265,7 +282,7 @@ def is_base(path: Path) -> bool:
     path = find_snapshot(path)
     if isdir(path):
         looks_so = any(base.accepts(path, b"", 0) for _, base in BASES)
-        return looks_so and not any((path / name).exists() for name in (*FACTORS_NAMES, CONFIG_NAME))
+        return looks_so and not (path / CONFIG_NAME).exists() and find_peft_file(path) is None
     bundle, _ = open_bundle(path)
     if RUNTIME_KEY in bundle.metadata:  # Its inputs for adapters are called as an adapter's tensors are.
         return True

@@ -1,13 +1,13 @@
 """What lies in an adapter's folder, and beside a file that is named: the factors, and the configuration."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import chain
 from os.path import isfile
 from pathlib import Path
 from typing import Final
 
 from loraformat.errors import error_for, refuse
+from loraformat.loading.adapter_shards import find_split
 from loraformat.loading.flat_yaml import parse_flat_yaml
 from loraformat.recognition import recognise_config, recognise_files
 from loraformat.recognition.stores import recognise_store
@@ -44,10 +44,12 @@ def find_factors(folder: Path) -> Path:
     Raises:
         LoraformatError: LF121 there is none, or more than one; LF209 for what cannot merge; LF835 a model's folder.
     """
-    others = (name for layout in _list_layouts() for name in layout.factors if "*" not in name)
-    found = next((name for name in chain(FACTORS_NAMES, others) if (folder / name).exists()), None)
+    found = find_peft_file(folder)
+    if found is None:
+        others = (name for layout in _list_layouts() for name in layout.factors if "*" not in name)
+        found = _find_named(folder, others)
     if found is not None:
-        return folder / found
+        return found
     names = sorted(entry.name for entry in folder.iterdir())
     beside = _find_alone(folder)
     if beside is not None:
@@ -66,6 +68,25 @@ def find_factors(folder: Path) -> Path:
     inside = f"a folder with {', '.join(names[:_LISTED])}" if names else "an empty folder"
     expected = f"a folder with {FACTORS_NAME}, or with one safetensors file"
     raise refuse("LF121", folder, inside, expected, _advise(folder, alone))
+
+
+def find_peft_file(folder: Path) -> Path | None:
+    """Return the file with the factors in a folder of PEFT's, of shards their index or the first; None for none."""
+    return _find_named(folder, FACTORS_NAMES)
+
+
+def _find_named(folder: Path, names: Iterable[str]) -> Path | None:
+    listed = []
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+        listed.append(name)
+    return next((split for name in listed if (split := find_split(folder / name)) is not None), None)
+
+
+def is_factors_name(name: str) -> bool:
+    """Say whether some scheme calls its file with the factors so."""
+    return name in FACTORS_NAMES or any(name in layout.factors for layout in _list_layouts())
 
 
 def _advise(folder: Path, files: Sequence[str]) -> str:

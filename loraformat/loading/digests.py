@@ -16,12 +16,12 @@ _STEP_BYTES: Final = 4 << 20
 
 
 @contextmanager
-def digest_aside(file: InputFile) -> Iterator[Callable[[], str]]:
-    """Digest a file in a thread, which has ended when the context is left; give what waits for the digest.
+def digest_aside(files: Sequence[InputFile]) -> Iterator[Callable[[], str]]:
+    """Digest files in a thread, which has ended when the context is left; give what waits for the digest.
 
-    What is given raises what `digest_file` does.
+    What is given raises what `digest_files` does.
     """
-    digester = _Digester(file)
+    digester = _Digester(files)
     digester.start()
     try:
         yield digester.wait
@@ -46,16 +46,21 @@ def digest_files(files: Sequence[InputFile]) -> str:
     return digest.hexdigest()
 
 
+def name_digest(sha256: str, adapter: str) -> str:
+    """Return the digest of one of several adapters in files of this digest; of files that hold one, their own."""
+    return hashlib.sha256(f"{sha256}#{adapter}".encode()).hexdigest() if adapter else sha256
+
+
 class _Digester(threading.Thread):
-    def __init__(self, file: InputFile) -> None:
+    def __init__(self, files: Sequence[InputFile]) -> None:
         super().__init__(name="loraformat-digest", daemon=True)
-        self._file = file
+        self._files = files
         self._found = ""
         self._error: Exception | None = None
 
     def run(self) -> None:
         try:
-            self._found = digest_file(self._file)
+            self._found = digest_files(self._files)
         except Exception as error:  # Raised where the digest is waited for.
             self._error = error
 

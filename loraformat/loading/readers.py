@@ -38,8 +38,13 @@ _KNOWN_ENDINGS: Final = (
 
 def open_tensors(path: Path) -> TensorFile:
     """Index the tensors of a file in the container that it is; raises LoraformatError."""
+    return choose_container(path).open(path)
+
+
+def choose_container(path: Path) -> Container:
+    """Return the container that a file is, by its first bytes; raises LoraformatError for none."""
     head, size = read_head(path)
-    return _choose_container(path, head, size).open(path)
+    return _choose_container(path, head, size)
 
 
 def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:

@@ -25,6 +25,7 @@ class Bundle:
         config: the configuration beside it (`adapter_config.json`), or None.
         facts: what is known of the base, for names and numbers that the adapter alone does not tell.
         beside: the tensors that lie in a file of their own, of modules that a script saved whole.
+        adapter: the one that the user chose among several in it, by its name; empty for all that is there.
     """
 
     path: Path
@@ -33,6 +34,7 @@ class Bundle:
     config: Mapping[str, JsonValue] | None = None
     facts: BaseFacts = NO_FACTS
     beside: frozenset[str] = frozenset()
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +189,15 @@ class CertainScheme(Scheme, Protocol):
 
     def is_named(self, bundle: Bundle) -> bool:
         """Say whether the bundle is surely of this scheme: then no other one of ours is asked, nor imported."""
+        ...
+
+
+@runtime_checkable
+class ChoosingScheme(Scheme, Protocol):
+    """A scheme whose files may hold several adapters, and which reads the one that `Bundle.adapter` says."""
+
+    def list_adapters(self, bundle: Bundle) -> list[str]:
+        """Return their names."""
         ...
 
 

@@ -11,6 +11,7 @@ from loraformat.errors import error_for, refuse
 from loraformat.problems import Problem
 from loraformat.recognition import recognise_fields, recognise_type, spell_type
 from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes._peft_fields import find_unknown
 from loraformat.schemes._peft_patterns import fits, fits_whole
 from loraformat.strict_json import JsonValue
 
@@ -112,7 +113,12 @@ class PeftConfig:
                 for item in _OBSTACLES
                 if item.field in self.fields and item.holds(self.fields[item.field])
             ),
+            *self.find_unknown(),
         ]
+
+    def find_unknown(self) -> list[Problem]:
+        """Return the fields that are set, and that no PEFT known to this version has."""
+        return find_unknown(self.fields, self.where)
 
     def tokens_of(self, target: str) -> list[JsonValue] | None:
         """Return the numbers of the tokens whose rows were trained in a table, None where they are not stated."""

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Final
 
+from loraformat.errors import refuse
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle
 from loraformat.schemes._peft_config import PeftConfig
@@ -17,7 +18,7 @@ _DATA_PARALLEL: Final = "module."
 """Wraps the whole model; further in, it may be a module's own name."""
 _WRAPPERS: Final = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """Wrap any module."""
-_INNER: Final = re.compile(r"\.modules_to_save\.[^.]+(?=\.(?!weight$|bias$))")
+_INNER: Final = re.compile(r"\.modules_to_save\.([^.]+)(?=\.(?!weight$|bias$))")
 """Stands before the modules and parameters of one that was saved whole, in the state dict of a model."""
 _ADAPTER: Final = "{adapter}"
 
@@ -57,12 +58,47 @@ def group_tensors(bundle: Bundle, config: PeftConfig, table: NameTable) -> tuple
         group.kinds.add(name.row.kind)
     if len(reading.adapters) > 1 and any(problem.code == "LF302" for problem in problems):
         found = f"factors of the adapters {', '.join(sorted(reading.adapters))} for the same modules"
-        problems = [Problem("LF238", str(bundle.path), found, "one adapter for a file")]
+        first = f"{bundle.path}#{min(reading.adapters)}"
+        mend = f"Name the one that you mean behind a #, as in {first}."
+        problems = [Problem("LF238", str(bundle.path), found, "one adapter for a file", mend)]
     if reading.stripped:
         found = f"the prefixes {', '.join(sorted(reading.stripped))} in its names, left out"
         problems.append(Problem("LF304", str(bundle.path), found, severity="note"))
     composed, notes = compose(groups, is_named=bool(reading.adapters))
     return composed, problems + notes
+
+
+def choose_adapter(bundle: Bundle, table: NameTable) -> tuple[Bundle, list[Problem]]:
+    """Return the bundle without the tensors of adapters that were not chosen, and a note of these.
+
+    Raises:
+        FindingError: LF242 the chosen one is not among them.
+    """
+    if not bundle.adapter:
+        return bundle, []
+    names = name_adapters(bundle, table)
+    if bundle.adapter not in names.values():
+        found = (
+            f"the adapters {', '.join(sorted(set(names.values())))}" if names else "no name of an adapter in its keys"
+        )
+        raise refuse("LF242", bundle.path, found, f"one called {bundle.adapter!r}")
+    others = {key: name for key, name in names.items() if name != bundle.adapter}
+    kept = {key: tensor for key, tensor in bundle.tensors.items() if key not in others}
+    if not others:
+        return bundle, []
+    found = f"{len(others)} tensors of {', '.join(sorted(set(others.values())))}, left out"
+    return replace(bundle, tensors=kept), [Problem("LF243", str(bundle.path), found, severity="note")]
+
+
+def name_adapters(bundle: Bundle, table: NameTable) -> dict[str, str]:
+    """Return the keys in which an adapter's name stands, each with that name."""
+    names: dict[str, str] = {}
+    for key in bundle.tensors:
+        reading, inner = _Reading(), _INNER.search(key)
+        _read_key(key, reading, table, None)
+        for name in (*reading.adapters, *(inner.groups() if inner else ())):
+            names[key] = name
+    return names
 
 
 def _list_saved(config: PeftConfig) -> list[str]:

@@ -22,6 +22,7 @@ from loraformat.schemes._peft_type import PeftType
 from loraformat.schemes._peft_writing import Folder, begin_config, find_raw, is_covered, place
 from loraformat.strict_json import JsonValue
 
+BASE_BIAS: Final = "base_layer.bias"
 _SAME: Final = 1e-12
 _LORA_KINDS: Final = frozenset({"lora", "dora", "tokens"})
 Targets = Mapping[str, Target]
@@ -42,11 +43,11 @@ def fill_other(adapter: Adapter, targets: Targets, name: str, row: PeftType) -> 
     where = adapter.source or "the adapter"
     if row.is_sharing:
         return Folder({}, {}, [Problem("LF312", where, f"peft_type {name!r}", "a type whose factors are stored once")])
-    ends = {"weight": "weight", "bias": "bias"} | {role: end for end, role in row.roles.items()}
-    tensors, problems = place(targets, ends)
+    raw = find_raw(adapter)
+    own = ("weight", "bias", BASE_BIAS) if raw.get("bias", "none") != "none" else ("weight", "bias")
+    tensors, problems = place(targets, {role: role for role in own} | {role: end for end, role in row.roles.items()})
     shared, torn = _take_shared(tensors, row)
     problems += torn
-    raw = find_raw(adapter)
     if raw and not _find_against(row, raw, targets):
         return Folder(tensors, dict(raw), problems, shared)
     if row.complete is None:

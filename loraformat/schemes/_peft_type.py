@@ -118,11 +118,16 @@ class PeftType:
         return self.adjust(target, config)
 
     def find_obstacles(self, config: PeftConfig) -> list[Problem]:
-        """Return the settings under which this version cannot merge."""
+        """Return the settings under which this version cannot merge, and those that it does not know."""
         return [
-            Problem(each.code, f"{config.where}: {each.field}", f"{config.fields.get(each.field)!r:.80}: {each.why}")
-            for each in self.obstacles
-            if each.holds(config.fields.get(each.field, each.default))
+            *(
+                Problem(
+                    each.code, f"{config.where}: {each.field}", f"{config.fields.get(each.field)!r:.80}: {each.why}"
+                )
+                for each in self.obstacles
+                if each.holds(config.fields.get(each.field, each.default))
+            ),
+            *config.find_unknown(),
         ]
 
     def _slot(self, factors: Factors, config: PeftConfig) -> SlotKind:

@@ -34,6 +34,11 @@ _NOT_SAVED: Final = Barrier(
     "save_projection", lambda saved: saved is False, "the random factors were not saved", True, "LF232"
 )
 
+_LORA_ONLY: Final = (
+    *("use_dora", "lora_bias", "use_bdlora", "kasa_config", "enable_lora", "loftq_config", "layer_replication"),
+    *("arrow_config", "alora_invocation_tokens", "use_qalora", "target_parameters"),
+)
+
 
 def _same(*roles: str) -> dict[str, str]:
     return {role: role for role in roles}
@@ -82,6 +87,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         _same("pvera_lambda_b", "pvera_lambda_d", "pvera_A", "pvera_B"),
         rank=(("pvera_B", 1),),
         adjust=halve_rank,
+        obstacles=(Barrier("sample_at_inference", bool, "it draws new noise for every input, which no weight can do"),),
         drawn=("pvera_A", "pvera_B"),
         shared=("pvera_A", "pvera_B"),
     ),
@@ -91,6 +97,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         rank=(("lora_A", 0),),
         scaling=scale_adalora,
         adjust=drop_empty,
+        obstacles=[Barrier(field, bool, "an option of LoRA that AdaLoRA has no place for") for field in _LORA_ONLY],
     ),
     "BOFT": PeftType("boft", _same("boft_R", "boft_s"), adjust=see_convolution),
     "HRA": PeftType("hra", _same("hra_u"), rank=(("hra_u", 1),), options={"apply_GS": False}),

@@ -21,7 +21,7 @@ from loraformat.schemes._memory import recall
 from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
 from loraformat.schemes._peft_config import PeftConfig, is_lora, read_config
 from loraformat.schemes._peft_groups import BASE, COPY, REPLACE, SHARED, TOKENS, Group
-from loraformat.schemes._peft_keys import PREFIX, group_tensors
+from loraformat.schemes._peft_keys import PREFIX, choose_adapter, group_tensors, name_adapters
 from loraformat.schemes._peft_targets import TargetReader
 from loraformat.schemes._peft_type import PeftType, spread_shared
 from loraformat.schemes._peft_types import TYPES
@@ -125,8 +125,19 @@ class Peft:
         """Return the adapter; what this version cannot merge becomes a problem of it."""
         config = read_config(bundle.config, bundle.path)
         other = TYPES.get(config.check_type(bundle, TYPES))
-        if other is not None:
-            return self._read_other(bundle, config, other)
+        chosen, notes = choose_adapter(bundle, other.table if other else TABLE)
+        read = self._read_lora(chosen, config, stated) if other is None else self._read_other(chosen, config, other)
+        left = tuple(each for key, each in bundle.tensors.items() if key not in chosen.tensors)
+        return replace(read, problems=(*notes, *read.problems), absorbed=(*read.absorbed, *left))
+
+    def list_adapters(self, bundle: Bundle) -> list[str]:
+        """Return the names of adapters that stand in keys."""
+        config = read_config(bundle.config, bundle.path)
+        other = TYPES.get(str(config.fields.get("peft_type")))
+        return sorted(set(name_adapters(bundle, other.table if other else TABLE).values()))
+
+    def _read_lora(self, bundle: Bundle, config: PeftConfig, stated: StatedScale) -> Adapter:
+        """Return an adapter of LORA or TRAINABLE_TOKENS."""
         groups, problems = group_tensors(bundle, config, TABLE)
         targets, found = TargetReader(groups, config, stated, bundle).read_all()
         lost = find_lost(config, _summarise(groups))
@@ -196,6 +207,7 @@ class Peft:
         """Return what is odd about configuration and tensors together; nothing of it stands against reading them."""
         config = read_config(bundle.config, bundle.path)
         other = TYPES.get(str(config.fields.get("peft_type")))
+        bundle, _ = choose_adapter(bundle, other.table if other else TABLE)
         own = {key: tensor for key, tensor in bundle.tensors.items() if key not in bundle.beside}
         groups, _ = group_tensors(replace(bundle, tensors=own), config, other.table if other else TABLE)
         groups.pop(SHARED, None)

@@ -477,6 +477,12 @@ def read_fields(path: Path) -> dict[str, Any] | None:
 CONFIGS = sorted((CORPUS / "configs").glob("*.json"))
 POINTERS = {"005.json"}
 """Git-LFS pointers in the place of the file."""
+STRAY = {
+    **dict.fromkeys(("016.json", "020.json", "146.json"), "lora_alpha"),
+    **dict.fromkeys(("063.json", "073.json", "090.json"), "selection_direction"),
+    "052.json": "use_khatri_rao",
+}
+"""Fields of other types, and of versions of PEFT that were never released, which PEFT leaves out when it loads them."""
 
 
 def group_of(fields: Mapping[str, Any]) -> Group:
@@ -494,7 +500,9 @@ def test_configurations(path: Path) -> None:
         assert "git lfs pull" in verdict.problems[0].advice
         return
     group = group_of(fields)
-    assert said == {**({group.code: "error"} if group.code else {}), **group.notes}, group.why
+    stray = {"LF241": "warning"} if path.name in STRAY else {}
+    assert said == {**({group.code: "error"} if group.code else {}), **group.notes, **stray}, group.why
+    assert STRAY.get(path.name, "") in "".join(each.where for each in verdict.problems if each.code == "LF241")
     assert group.said in "\n".join(problem.found for problem in verdict.problems if problem.code == group.code) or (
         group.said in verdict.problems[0].where
     )

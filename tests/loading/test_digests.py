@@ -16,7 +16,7 @@ def test_it_is_that_of_the_whole_file(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(digests, "_STEP_BYTES", 7)
     data = bytes(range(size))
     (tmp_path / "a").write_bytes(data)
-    with digest_aside(InputFile(tmp_path / "a")) as digest:
+    with digest_aside([InputFile(tmp_path / "a")]) as digest:
         assert digest() == hashlib.sha256(data).hexdigest()
 
 
@@ -25,6 +25,6 @@ def test_a_file_that_was_cut_off_is_told_where_the_digest_is_asked_for(tmp_path:
     path.write_bytes(b"abc")
     file = InputFile(path)
     path.write_bytes(b"a")
-    with digest_aside(file) as digest, pytest.raises(LoraformatError) as caught:
+    with digest_aside([file]) as digest, pytest.raises(LoraformatError) as caught:
         digest()
     assert caught.value.codes == ("LF906",)

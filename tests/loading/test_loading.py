@@ -359,7 +359,7 @@ def test_a_base_whose_name_says_more_than_its_content(tmp_path: Path) -> None:
 def test_loading_reads_no_numbers(tmp_path: Path) -> None:
     """The file may be cut off behind its header and nobody notices, until a number is asked for."""
     folder = write_peft(tmp_path / "a", FACTORS)
-    bundle, file = open_bundle(folder)
+    bundle, (file,) = open_bundle(folder)
     adapter = SCHEMES.find("peft").read(bundle, StatedScale())  # type: ignore[union-attr]
     os.truncate(folder / FILE, file.size_bytes - 1)
     assert len(adapter.targets) == 2

@@ -17,7 +17,9 @@ from loraformat.problems import Problem
 from loraformat.recognition.unmergeable import UNMERGEABLE
 from loraformat.schemes import NOT_STATED, Bundle, StatedScale
 from loraformat.schemes._peft_config import _OBSTACLES, PeftConfig, read_config
+from loraformat.schemes._peft_fields import list_heeded, list_ignored
 from loraformat.schemes._peft_patterns import fits, fits_whole
+from loraformat.schemes._peft_types import TYPES
 
 PATH = Path("folder")
 
@@ -150,9 +152,44 @@ def test_fields_without_effect_on_the_numbers_have_none() -> None:
         "target_modules": ["q"],
         "inference_mode": True,
         "layers_to_transform": None,
-        "a_field_of_next_year": {"x": 1},
+        "layers_pattern": "layers",
+        "a_field_of_next_year": None,
     }
     assert not config_of(**harmless).problems()
+
+
+# --- fields that no PEFT known here has -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "value", "said"),
+    [
+        ("0.22.0", True, ("LF240", "error")),
+        ("0.21.3.dev0@UNKNOWN", {"x": 1}, ("LF240", "error")),
+        ("1.0", "trick", ("LF240", "error")),
+        ("0.22.0", 16, ("LF241", "warning")),
+        ("0.21.2", True, ("LF241", "warning")),
+        (None, ["a"], ("LF241", "warning")),
+        ("of the trainer", True, ("LF241", "warning")),
+        ("0.22.0", False, None),
+        ("0.22.0", [], None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("peft_type", ["LORA", "LOHA"])
+def test_a_field_of_next_year(peft_type: str, version: str | None, value: Any, said: tuple[str, str] | None) -> None:
+    config = config_of(peft_type=peft_type, peft_version=version, use_trick=value)
+    problems = TYPES[peft_type].find_obstacles(config) if peft_type in TYPES else config.problems()
+    assert [(each.code, each.severity) for each in problems] == ([said] if said else [])
+    assert all(each.where.endswith(": use_trick") for each in problems)
+
+
+def test_what_a_type_reads_is_listed_as_heeded() -> None:
+    for name, row in TYPES.items():
+        own = {row.alpha, row.scale, *row.options, *(each.field for each in row.obstacles)} - {""}
+        assert own <= list_heeded(name), name
+        assert not list_heeded(name) & list_ignored(name), name
+    assert {item.field for item in _OBSTACLES} <= list_heeded("LORA")
 
 
 # --- patterns --------------------------------------------------------------------------------------------------------
