@@ -103,7 +103,49 @@ class StridedTensor(StoredTensor):
     def read(self) -> NDArray[Any]:
         """Return the tensor in its own number form, in C order, freshly read."""
         form = self.dtype.numpy()
-        flat: NDArray[Any] = np.empty(self._extent.length // form.itemsize, dtype=form)
-        self.file.read_into(flat.view(np.uint8), self._extent.offset)
+        flat = self._read_run(0, self._extent.length // form.itemsize)
         steps = [stride * form.itemsize for stride in self._strides]
         return np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False).copy(order="C")
+
+    def read_bytes(self) -> NDArray[np.uint8]:
+        """Return its bytes as they would be stored in C order."""
+        return self.read().reshape(-1).view(np.uint8)
+
+    def read_part(self, rows: range, columns: range) -> NDArray[Any]:
+        """Return some of its numbers as `StoredTensor.read_part` does, by rows or by columns, whichever reads less."""
+        across = self._place_columns(columns)
+        down = np.arange(rows.start, rows.stop, rows.step) * self._strides[0]
+        held: NDArray[Any] = np.empty((len(down), len(across)), self.dtype.numpy())
+        if not held.size:
+            return held
+        if len(down) * np.ptp(across) <= len(across) * np.ptp(down):
+            for place, start in enumerate(down):
+                held[place] = self._pick(start + across)
+        else:
+            for place, start in enumerate(across):
+                held[:, place] = self._pick(start + down)
+        return held
+
+    def equals(self, other: StoredTensor) -> bool:
+        """Say whether another tensor has the same form, shape and numbers, reading both bit by bit."""
+        same = (self.dtype, self.shape) == (other.dtype, other.shape)
+        return same and np.array_equal(self.read_bytes(), other.read_bytes())
+
+    def _place_columns(self, columns: range) -> NDArray[np.int64]:
+        """Return where in the extent, in elements, some columns of the first row stand."""
+        indices = np.unravel_index(np.arange(columns.start, columns.stop, columns.step), self.shape[1:] or (1,))
+        strides = self._strides[1:] or (0,)
+        places = (np.asarray(index, np.int64) * stride for index, stride in zip(indices, strides, strict=True))
+        return np.asarray(sum(places), np.int64)
+
+    def _pick(self, places: NDArray[np.int64]) -> NDArray[Any]:
+        """Return the elements at some places of the extent, which are read with all between them."""
+        first, last = int(places.min()), int(places.max())
+        return self._read_run(first, last + 1 - first)[places - first]
+
+    def _read_run(self, start: int, count: int) -> NDArray[Any]:
+        """Return elements of the extent as they lie."""
+        form = self.dtype.numpy()
+        run: NDArray[Any] = np.empty(count, dtype=form)
+        self.file.read_into(run.view(np.uint8), self._extent.offset + start * form.itemsize)
+        return run
