@@ -26,7 +26,7 @@ from loraformat.planning.coded_plans import DEQUANTIZE, check_codes, make_float,
 from loraformat.planning.extents import find_neighbours, measure_together
 from loraformat.planning.new_sizes import follow_weights
 from loraformat.planning.rewriting import plan_rewriting
-from loraformat.planning.weight_plans import WeightChange, part_tables, plan_bias, plan_weight
+from loraformat.planning.weight_plans import WeightChange, check_composition, part_tables, plan_bias, plan_weight
 from loraformat.planning.wishes import SettledWishes, list_unusual
 from loraformat.problems import Problem, Severity, escape_surrogates
 from loraformat.resolve import Resolution, gather_clues, resolve
@@ -62,7 +62,7 @@ class _Found:
         self.unmatched += resolution.unmatched
         kept = {(match.want, match.section) for match in resolution.matches}  # Each once, in however many graphs.
         self.counts.append(len(kept | {(bias.want, None) for bias in resolution.new_biases}))
-        if not resolution.matches and not resolution.problems:
+        if not (resolution.matches or resolution.new_biases or resolution.problems):
             found = "none of its targets, all left out on request"
             self.problems.append(Problem("LF401", item.name, found, "at least one"))
         extents, problems = measure_together(resolution.matches)
@@ -125,6 +125,7 @@ class _Found:
         """Yield the biases that the base lacks and gets; those of zeros are noted."""
         for group in self.biases.values():
             bias = group[0][0]
+            self.problems += check_composition([WeightChange(b.as_match(), b.beside.weight, c) for b, c in group])
             if bias.reader and all(each.is_zero for each, _ in group):
                 self.problems += report_zeros([bias])
             elif bias.reader and dequantise and bias.beside.weight.coding is not None:
