@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loraformat.bases import (
     BaseModel,
+    BiasableBase,
     CalibratedBase,
     CopyingBase,
     DequantisingBase,
@@ -65,6 +66,14 @@ def add_copies(plan: Plan, base: BaseModel) -> CopyingBase:
     return base.with_copies(plan.copies)
 
 
+def add_biases(plan: Plan, base: BaseModel) -> BaseModel:
+    """Return the base of a plan with the biases that its output has and it lacks."""
+    if not plan.biases:
+        return base
+    assert isinstance(base, BiasableBase), "only such a base says what would read them"
+    return base.with_biases(plan.biases)
+
+
 def choose_form(plan: Plan, base: BaseModel) -> BaseModel | Rewriter:
     """Return what describes the output."""
     return require_rewriter(base) if plan.rewritten else base
@@ -91,6 +100,7 @@ def describe_output(
     if plan.ranges:
         assert isinstance(base, CalibratedBase), "only such a base has ranges"
         base = base.with_ranges(plan.ranges)
+    base = add_biases(plan, base)
     if plan.is_sharing:
         return require_shared(base).describe_sharing_images(output, list_touched(plan, base))
     if not plan.rewritten:

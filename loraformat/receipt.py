@@ -57,6 +57,7 @@ class MergedWeight:
         relative: ‖Δ‖ / ‖W‖, both Frobenius norms; infinite for a weight of zeros, which JSON has as null.
         error: the largest rounding error |W′ − (W+Δ)| beside the largest |W+Δ| of its tile.
         copied_from: name of the weight that it is a changed copy of, which is as it was; empty where it was rewritten.
+        added: of a bias that the base, a graph, lacked, what was added to read it; else empty.
     """
 
     name: str
@@ -66,6 +67,7 @@ class MergedWeight:
     relative: float
     error: float
     copied_from: str = ""
+    added: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +148,7 @@ def _is_whole(record: Mapping[str, Any]) -> bool:
 def _weight_as_json(weight: MergedWeight) -> dict[str, Any]:
     relative = weight.relative if math.isfinite(weight.relative) else None
     record = as_object(weight) | {"relative": relative}
-    if not weight.copied_from:
-        del record["copied_from"]
-    return record
+    return {name: value for name, value in record.items() if value or name not in ("copied_from", "added")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from loraformat.evidence._agreement import report_disagreement
 from loraformat.evidence.structure import list_lacking
 from loraformat.evidence.values import STRATEGY as VALUES
 from loraformat.evidence.values import verify_values
+from loraformat.lacking import find_lacking, report_lacking
 from loraformat.matching import (
     Match,
     NewBias,
@@ -32,7 +33,6 @@ from loraformat.matching import (
 )
 from loraformat.matching.choosing import BY_NAMES, choose_weights
 from loraformat.matching.mismatches import (
-    LISTED,
     group_by_weight,
     report_collisions,
     report_dropped,
@@ -47,10 +47,6 @@ from loraformat.viewing import choose_mapped, is_allowed, plan_searches, report_
 _NO_CLUES: Final = Clues()
 _OF_STRATEGIES: Final = frozenset({"LF425", "LF450"})
 """What strategies say of themselves."""
-_NEW_BIASES: Final = (
-    "Merge with --new-biases (new_biases=True), and check that the architecture loads biases there. Or leave them out, "
-    "which changes what the adapter does: --allow-unmatched PATTERN."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,26 +93,27 @@ def resolve(
     names = {want.target.name: _strip(want.target.name, strip_prefix) for want in wants}
     lookup = Lookup(sites, wants, names, clues)
     if clues.views:
-        matches, missing, problems = _match_views(lookup, allow_unmatched, ignore_fingerprints=ignore_fingerprints)
+        matches, missing, lacking, problems = _match_views(
+            lookup, allow_unmatched, ignore_fingerprints=ignore_fingerprints
+        )
     else:
         matches, missing, problems = _match_all(lookup, ignore_fingerprints=ignore_fingerprints)
+        lacking = find_lacking(missing, matches, lookup)
     matches, displaced = _prefer_exact(matches)
     matches, shared = settle_sharing(matches, sites, untie=untie)
     missing += displaced
-    lacking = _find_lacking_biases(missing, matches)
-    made = {each.want for each in lacking} if new_biases else set()
-    allowed = [want for want in missing if is_allowed(want, allow_unmatched)]
-    allowed = [want for want in allowed if want not in made]
-    spoken = {each.want for each in lacking} | set(allowed)
-    unspoken = [want for want in missing if want not in spoken]
-    lost = [(want, names[want.target.name], lookup.indexes[want.parameter]) for want in unspoken]
+    made = {each.want for each in lacking if new_biases and each.obstacle is None}
+    asked = dict.fromkeys([*missing, *(each.want for each in lacking)])
+    allowed = [want for want in asked if want not in made and is_allowed(want, allow_unmatched)]
     lacking = [each for each in lacking if each.want not in allowed]
-    if unspoken:  # Then what the strategy has to say for itself is why.
+    spoken = {each.want for each in lacking} | set(allowed)
+    lost = [(want, names[want.target.name], lookup.indexes[want.parameter]) for want in missing if want not in spoken]
+    if lost:  # Then what the strategy has to say for itself is why.
         problems = [replace(each, severity="error") if each.code in _OF_STRATEGIES else each for each in problems]
-    problems += report_missing(lost, sites, matches) + shared + report_collisions(matches)
-    problems += report_dropped(matches) + report_renamed(matches) + _report_biases(lacking, wanted=new_biases)
+    problems += report_missing(lost, sites) + shared + report_collisions(matches)
+    problems += report_dropped(matches) + report_renamed(matches) + report_lacking(lacking, wanted=new_biases)
     left_out = tuple(want.name for want in allowed)
-    return Resolution(tuple(matches), left_out, tuple(problems), tuple(lacking if new_biases else ()))
+    return Resolution(tuple(matches), left_out, tuple(problems), tuple(each for each in lacking if each.want in made))
 
 
 def locate_reference(
@@ -172,11 +169,12 @@ def _match_all(lookup: Lookup, *, ignore_fingerprints: bool) -> tuple[list[Match
 
 def _match_views(
     lookup: Lookup, allowed: Sequence[str], *, ignore_fingerprints: bool
-) -> tuple[list[Match], list[Want], list[Problem]]:
+) -> tuple[list[Match], list[Want], list[NewBias], list[Problem]]:
     """Match in each of several graphs by itself."""
     clues = lookup.clues
     searches, problems = plan_searches(clues.views, lookup.wants, lookup.names)
     matches: list[Match] = []
+    lacking: list[NewBias] = []
     met: set[Want] = set()
     said = dict.fromkeys(problems)
     for search in searches:
@@ -186,13 +184,15 @@ def _match_views(
         inside = Lookup(search.view.sites, search.wants, search.names, own)
         found, missing, odd = _match_all(inside, ignore_fingerprints=ignore_fingerprints)
         search.lacking.update(list_lacking(inside))
+        absent = find_lacking(missing, found, inside)
         matches += found
-        met |= set(search.wants) - set(missing)
+        lacking += absent
+        met |= set(search.wants).difference(missing).union(each.want for each in absent)
         said |= dict.fromkeys(_mark_view(odd, search.view))
     ambiguous = {problem.where for problem in problems}
     missing = [want for want in lookup.wants if want.name not in ambiguous and want not in met]
     problems = [*said, *report_disagreement(matches), *report_absent(searches, matches, allowed)]
-    return matches, missing, problems
+    return matches, missing, lacking, problems
 
 
 def _mark_view(problems: Sequence[Problem], view: View) -> Sequence[Problem]:
@@ -221,24 +221,6 @@ def _match_verified(
 def _lists_all(sites: Sequence[Site]) -> bool:
     """Say whether a parameter that was not found is surely not there: a state dict lists all that it has."""
     return any(site.evidence == TENSOR_NAME for site in sites)
-
-
-def _find_lacking_biases(missing: Sequence[Want], matches: Sequence[Match]) -> list[NewBias]:
-    """Return the biases among what is missing that modules of the base could have but lack."""
-    beside = {match.target.name: match for match in matches if match.want.parameter == "weight"}
-    pairs = [(want, beside.get(want.target.name)) for want in missing if want.parameter == "bias"]
-    return [NewBias(want, match) for want, match in pairs if match is not None and match.sites[0].free_bias]
-
-
-def _report_biases(lacking: Sequence[NewBias], *, wanted: bool) -> list[Problem]:
-    if not lacking:
-        return []
-    names = ", ".join(dict.fromkeys(each.name for each in lacking[:LISTED]))
-    where = lacking[0].want.name if len(lacking) == 1 else f"{len(lacking)} targets"
-    found = f"the base has no {names}" + (" ..." if len(lacking) > LISTED else "")
-    if wanted:
-        return [Problem("LF415", where, found, "an architecture that loads them", severity="note")]
-    return [Problem("LF401", where, found, "biases in the base", _NEW_BIASES)]
 
 
 def _check_fingerprint(want: Want, matches: list[Match]) -> list[Match] | Problem:

@@ -148,7 +148,7 @@ def _open(base: BaseModel, order: Order, place: Place) -> Iterator[_Delivery]:
 
 def _describe_undo(plan: Plan, base: BaseModel, images: Sequence[FileImage]) -> FileImage:
     if plan.rewritten or plan.changes_graph:
-        found = "an output that is written anew" if plan.rewritten else "an output with more tensors than the base"
+        found = "an output that is written anew" if plan.rewritten else "an output with more than the base has"
         raise refuse("LF622", plan.output, found, "a copy of the base for --keep-undo")
     output = plan.output.absolute()
     is_folder = bool(choose_form(plan, base).folder_mark)

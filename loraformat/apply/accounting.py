@@ -28,7 +28,7 @@ def draft_receipt(plan: Plan, base: BaseModel) -> Receipt:
 
 def _record(weight: PlannedWeight, retained: float, relative: float, error: float) -> MergedWeight:
     return MergedWeight(
-        weight.name, weight.targets, weight.scales, retained, relative, error, copied_from=weight.copied_from
+        weight.name, weight.targets, weight.scales, retained, relative, error, weight.copied_from, weight.added
     )
 
 

@@ -57,6 +57,10 @@ def merge_in_place(base: BaseModel, order: Order, work: Work) -> Receipt:
     if plan.floats or plan.ranges:
         found = "codes that become floats" if plan.floats else "ranges of activations in other forms"
         raise refuse("LF620", base.path, found, "a merge that only changes numbers", "Leave out --in-place.")
+    if plan.biases:
+        names = ", ".join(repr(each.name) for each in plan.biases)
+        found = f"biases more: {names}, and what reads them"
+        raise refuse("LF620", base.path, found, "a merge that only changes numbers", "Leave out --in-place.")
     if plan.copies:
         names = ", ".join(repr(each.name) for each in plan.copies)
         found = f"tensors more: {names}, copies of what others read too"

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from loraformat.bases._abilities import (
+    AddedBias,
+    BiasableBase,
     CalibratedBase,
     CopyingBase,
     DequantisingBase,
@@ -24,7 +26,16 @@ from loraformat.bases._abilities import (
     name_companion,
 )
 from loraformat.bases._finishing import Checksums
-from loraformat.bases._model import OF_TENSORS, TENSOR_NAME, BaseModel, NewContents, Rewriter, Site, Weight
+from loraformat.bases._model import (
+    OF_TENSORS,
+    TENSOR_NAME,
+    BaseModel,
+    FreeBias,
+    NewContents,
+    Rewriter,
+    Site,
+    Weight,
+)
 from loraformat.bases._roles import Anchor, AnchoredBase, Anchors, Role, Roles, StructuredBase
 from loraformat.bases._travelling import list_tokenizer_files
 from loraformat.bases._views import View, ViewedBase
@@ -34,16 +45,19 @@ __all__ = [
     "BASES",
     "OF_TENSORS",
     "TENSOR_NAME",
+    "AddedBias",
     "Anchor",
     "AnchoredBase",
     "Anchors",
     "BaseFormat",
     "BaseModel",
+    "BiasableBase",
     "CalibratedBase",
     "Checksums",
     "CopyingBase",
     "DequantisingBase",
     "FloatForm",
+    "FreeBias",
     "MeasuredValue",
     "NewContents",
     "Rewriter",

@@ -70,6 +70,32 @@ class CopyingBase(BaseModel, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class AddedBias:
+    """A bias that a module is given.
+
+    Attributes:
+        name: of its tensor.
+        rows: its numbers.
+        dtype: number form.
+        beside: ids of the sites of the module's weight.
+    """
+
+    name: str
+    rows: int
+    dtype: Dtype
+    beside: tuple[str, ...]
+
+
+@runtime_checkable
+class BiasableBase(BaseModel, Protocol):
+    """A base in which what applies a weight can be given a bias: an ONNX graph. Its sites say where (`FreeBias`)."""
+
+    def with_biases(self, biases: Sequence[AddedBias]) -> "BiasableBase":
+        """Return the base, whose outputs have these biases, to be filled at `FileImage.locate_fresh(name)`."""
+        ...
+
+
 @runtime_checkable
 class RunnableBase(CopyingBase, Protocol):
     """A base that onnxruntime can run with changes beside its weights: one ONNX graph."""
@@ -77,6 +103,7 @@ class RunnableBase(CopyingBase, Protocol):
     def rewire(self, graph: Any, tensors: Set[str]) -> Mapping[str, str]:
         """Have the main graph of the parsed base read the copies, each an Identity of its source; to run it.
 
+        Biases that it is given are Constants of zeros.
         Operators on codes that read `tensors` compute in floats, and round as they did. Returns the values with the
         floats of codes that nothing reads any more but what makes these, by the codes' names.
         """

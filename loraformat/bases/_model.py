@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from loraformat.adapter import SlotKind
+from loraformat.dtypes import Dtype
 from loraformat.encodings import Coding
 from loraformat.images import FileImage, NewOutput, OutputTensor
 from loraformat.problems import Problem
@@ -41,6 +42,23 @@ class Weight:
 
 
 @dataclass(frozen=True, slots=True)
+class FreeBias:
+    """The place of a bias that a module lacks.
+
+    Attributes:
+        name: the name that its tensor would have.
+        dtype: the number form that it would have.
+        reader: of a graph, what would be there to read it, for people; empty where nothing more is needed.
+        obstacle: why the module can be given none.
+    """
+
+    name: str
+    dtype: Dtype
+    reader: str = ""
+    obstacle: Problem | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """A place where a module applies a weight.
 
@@ -63,7 +81,7 @@ class Site:
         row_factors: what each row of the module's canonical matrix was multiplied by before it was stored; empty for
             nothing. Only the torch checkpoint tells (`evidence/values.py`).
         row_order: which row of the module's canonical matrix each stored one is; empty where they are in order.
-        free_bias: the name that a bias of the module would have; empty where it has one or can have none.
+        free_bias: the place of a bias of the module; None where it has one or can have none.
         own_name: the name of a copy for this site of a weight that others read too; empty where there can be none.
         part_mend: what would let there be one.
         graph: of a base that is several graphs, the file of the one that it is in; else empty.
@@ -81,7 +99,7 @@ class Site:
     section: tuple[int, int] | None = None
     grows: bool = False
     tied: str = ""
-    free_bias: str = ""
+    free_bias: FreeBias | None = None
     caveat: Problem | None = None
     row_factors: tuple[float, ...] = ()
     row_order: tuple[int, ...] = ()

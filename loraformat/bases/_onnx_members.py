@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from loraformat.bases import Anchors, Roles, Site, Weight, WeightCopy, WeightFloats
+from loraformat.bases import AddedBias, Anchors, FreeBias, Roles, Site, Weight, WeightCopy, WeightFloats
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.containers._onnx_tensors import SharedBytes
 from loraformat.containers.onnx_file import GraphChange
@@ -93,7 +93,15 @@ class Member:
                 graph=self.name,
                 own_name=self.mark(site.own_name) if site.own_name and not is_shared else "",
                 part_mend=_SHARED if is_shared else site.part_mend,
+                free_bias=self._mark_bias(site.free_bias),
             )
+
+    def _mark_bias(self, bias: FreeBias | None) -> FreeBias | None:
+        if bias is None:
+            return None
+        reader = self.mark(bias.reader) if bias.reader else ""
+        obstacle = replace(bias.obstacle, where=self.mark(bias.obstacle.where)) if bias.obstacle else None
+        return replace(bias, name=self.mark(bias.name), reader=reader, obstacle=obstacle)
 
     def _widen(self, weight: Weight, shared: SharedData) -> Weight:
         readers = frozenset(map(self.mark, weight.consumers)) | shared.readers.get(weight.tensor.span, frozenset())
@@ -127,6 +135,15 @@ class Member:
             for each in own
         ]
         return replace(self, graph=self.graph.with_copies(renamed))
+
+    def with_biases(self, biases: Sequence[AddedBias]) -> "Member":
+        """Return the graph with those of the biases that its sites have."""
+        own = [
+            replace(each, name=self.unmark(each.name), beside=tuple(map(self.unmark, each.beside)))
+            for each in biases
+            if self.unmark(each.name) != each.name
+        ]
+        return replace(self, graph=self.graph.with_biases(own)) if own else self
 
     def with_floats(self, floats: Sequence[WeightFloats]) -> "Member":
         """Return the graph with those of the weights in floats that are its own."""

@@ -206,14 +206,14 @@ def _bias_names(visit: Visit) -> Iterator[str]:
         yield from visit.node.input[2:3]
         return
     for reader, position in visit.scope.readers.get(next(iter(visit.node.output), ""), ()):
-        other = _find_addend(reader, position)
+        other = find_addend(reader, position)
         if other:
             trace = trace_constant(reader.scope, other)
             if trace is not None and trace.tensor is not None and len(trace.tensor.dims) == 1:
                 yield from (other, trace.tensor.name)
 
 
-def _find_addend(reader: Visit, position: int) -> str:
+def find_addend(reader: Visit, position: int) -> str:
     """Return the name of what an operator adds to the value that it reads at `position`; empty for nothing."""
     inputs = list(reader.node.input)
     if reader.op == "Add" and len(inputs) == 2:

@@ -132,7 +132,7 @@ def find_opening(raw: RawSite) -> Opening | Problem:
         return _refuse(visit, found, _MENDS.get(visit.op, ""))
     if visit.call is not None:
         return _refuse(visit, "a node of a function, which its callers share", "Inline the functions (onnx.inliner).")
-    dtype = _find_form(raw)
+    dtype = find_form(raw)
     if dtype is None or dtype.name not in _FLOATS:
         return _refuse(visit, f"numbers computed as {'nobody knows what' if dtype is None else dtype.name}")
     if visit.op == _ATTENTION:
@@ -175,7 +175,7 @@ def _refuse(visit: Visit, found: str, mend: str = "") -> Problem:
     return Problem("LF820", f"{visit.op} {visit.node.name!r}", found, _EXPECTED, mend)
 
 
-def _find_form(raw: RawSite) -> Dtype | None:
+def find_form(raw: RawSite) -> Dtype | None:
     """Return the number form of the node's product, once it is a float, as the weight's way to it tells."""
     op, inputs = raw.visit.op, raw.visit.node.input
     if op in {"MatMulInteger", "com.microsoft.DynamicQuantizeMatMul"}:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _GRAPH: Final = 7
 _NODE: Final = 1
+_INPUT: Final = 1
 _OUTPUT: Final = 2
 _ATTRIBUTE: Final = 5
 _SUBGRAPHS: Final = frozenset({6, 11})
@@ -26,11 +27,13 @@ class NodePlace:
     Attributes:
         graph: the graph around it.
         node: the node itself.
+        inputs: the names of what it reads, in order.
         outputs: the names of what it makes, in order.
     """
 
     graph: Frame
     node: Frame
+    inputs: tuple[Frame, ...]
     outputs: tuple[Frame, ...]
 
     def rename_output(self, position: int, name: str) -> Leaf:
@@ -38,6 +41,14 @@ class NodePlace:
         frame = self.outputs[position]
         field = frame.field
         return Leaf(Edit(field.begin, field.end - field.begin, (Literal(name.encode()),)), frame)
+
+    def add_input(self, position: int, name: str) -> Leaf:
+        """Return the edit that gives it one input more, which it lacks or has left empty."""
+        if position < len(self.inputs):
+            frame = self.inputs[position]
+            return Leaf(Edit(frame.field.begin, 0, (Literal(name.encode()),)), frame)
+        data = encode_bytes(_INPUT, b"") * (position - len(self.inputs)) + encode_bytes(_INPUT, name.encode())
+        return Leaf(Edit(self.inputs[-1].field.end, 0, (Literal(data),)), self.node)
 
     def remove(self) -> Leaf:
         """Return the edit that takes the node out."""
@@ -81,7 +92,8 @@ class NodePlaces:
     ) -> "Iterator[tuple[str, Frame, onnx.GraphProto]]":
         """Note the nodes of one graph, and yield the graphs inside them."""
         for index, (frame, node) in enumerate(zip(self._inside(graph, _NODE), proto.node, strict=True)):
-            self._places[label, index] = NodePlace(graph, frame, tuple(self._inside(frame, _OUTPUT)))
+            inputs, outputs = (tuple(self._inside(frame, number)) for number in (_INPUT, _OUTPUT))
+            self._places[label, index] = NodePlace(graph, frame, inputs, outputs)
             if not any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
                 continue
             for attribute, read in zip(self._inside(frame, _ATTRIBUTE), node.attribute, strict=True):

@@ -59,7 +59,7 @@ def _list_wrapped(sites: Sequence[Site]) -> Iterator[Site]:
     for site in sites:
         name = site.module.removesuffix(_WRAPPED)
         if name != site.module and name not in stored and site.parameter in _PARAMETERS:
-            yield replace(site, module=name, evidence="PEFT's base_layer", free_bias="")
+            yield replace(site, module=name, evidence="PEFT's base_layer", free_bias=None)
 
 
 def _list_members(sites: Sequence[Site], config: Mapping[str, JsonValue]) -> Iterator[Site]:
@@ -76,7 +76,7 @@ def _list_members(sites: Sequence[Site], config: Mapping[str, JsonValue]) -> Ite
             for index, member in enumerate(spelling):
                 if f"{parent}{member}" in stored:
                     continue
-                named = replace(site, module=f"{parent}{member}", evidence=f"part of {family.fused}", free_bias="")
+                named = replace(site, module=f"{parent}{member}", evidence=f"part of {family.fused}", free_bias=None)
                 if arrangement is None:
                     yield _obstruct(named, family.fused, config)
                     continue
@@ -93,7 +93,7 @@ def _list_chunks(sites: Sequence[Site], config: Mapping[str, JsonValue]) -> Iter
             for index, member in enumerate(() if rest else members):
                 name = pattern.sub(member, site.module)
                 if name not in stored:
-                    named = replace(site, module=name, evidence=f"part of {site.module}", free_bias="")
+                    named = replace(site, module=name, evidence=f"part of {site.module}", free_bias=None)
                     yield _cut(named, Run(0, index * size, size), whole=True)
 
 
@@ -156,7 +156,7 @@ def _list_fused(sites: Sequence[Site]) -> Iterator[Site]:
                     evidence=evidence,
                     section=(stop - rows, stop),
                     transposed=orientation,
-                    free_bias="",
+                    free_bias=None,
                 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from loraformat.adapter import SlotKind
-from loraformat.bases import TENSOR_NAME, Site, Weight
+from loraformat.bases import TENSOR_NAME, FreeBias, Site, Weight
 from loraformat.bases._aliases import Group, group_aliases
 from loraformat.bases._coded_state import CodedState, CodedTensor, list_unknown
 from loraformat.bases._other_sites import list_other_sites
@@ -132,7 +132,9 @@ def _make_site(
         weight=None if obstacle else weight,
         obstacle=obstacle,
         grows=grows(module),
-        free_bias=bias if parameter == _WEIGHT and len(tensor.shape) > 1 and bias not in names else "",
+        free_bias=FreeBias(bias, tensor.dtype)
+        if parameter == _WEIGHT and len(tensor.shape) > 1 and bias not in names
+        else None,
     )
 
 
@@ -151,7 +153,7 @@ def _make_coded_site(name: str, coded: CodedTensor | Problem, weight: Weight | N
         transposed=turned if parameter == _WEIGHT else _VECTOR,
         parameter=parameter,
         weight=replace(weight, tensor=coded.tensor, coding=coded.coding),
-        free_bias=bias if parameter == _WEIGHT and bias not in names else "",
+        free_bias=FreeBias(bias, coded.tensor.dtype) if parameter == _WEIGHT and bias not in names else None,
     )
 
 

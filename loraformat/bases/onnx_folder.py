@@ -12,7 +12,17 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from loraformat.bases import BaseModel, FloatForm, RunnableBase, Site, View, Weight, WeightCopy, WeightFloats
+from loraformat.bases import (
+    AddedBias,
+    BaseModel,
+    FloatForm,
+    RunnableBase,
+    Site,
+    View,
+    Weight,
+    WeightCopy,
+    WeightFloats,
+)
 from loraformat.bases._joined_folder import PIPELINE, JoinedFolder
 from loraformat.bases._onnx_members import Member, find_shared
 from loraformat.bases.checkpoint_folder import BASE as SAFETENSORS_FOLDER
@@ -76,6 +86,10 @@ class OnnxFolder(JoinedFolder):
     def with_copies(self, copies: Sequence[WeightCopy]) -> "OnnxFolder":
         """Return the folder, with initializers more in some graphs."""
         return self._with(member.with_copies(copies) for member in self._members)
+
+    def with_biases(self, biases: Sequence[AddedBias]) -> "OnnxFolder":
+        """Return the folder, with biases more in some graphs."""
+        return self._with(member.with_biases(biases) for member in self._members)
 
     def find_float_form(self, wanted: WeightFloats) -> FloatForm | Problem:
         """Return how a quantised weight would stand in floats, or why it cannot."""

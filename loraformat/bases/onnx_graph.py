@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loraformat.bases import (
+    AddedBias,
     Anchors,
     BaseModel,
     FloatForm,
@@ -24,6 +25,7 @@ from loraformat.bases import (
     name_companion,
 )
 from loraformat.bases._finishing import Checksums
+from loraformat.bases._onnx_biases import PlacedBias, add_biases, insert_biases, offer_biases, place_biases
 from loraformat.bases._onnx_coded import find_ranges
 from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
 from loraformat.bases._onnx_experts import find_experts
@@ -76,10 +78,10 @@ class OnnxGraph(Checksums):
         index = GraphIndex(self._opened.model, self.path)
         caveat = find_ranges(index.visits)
         found = self._find_sites(index.visits)
-        self.sites: Sequence[Site] = self._name_copies(
-            found, list_weight_sites(self._opened, found, caveat), index.names
-        )
+        sites = self._name_copies(found, list_weight_sites(self._opened, found, caveat), index.names)
+        self.sites: Sequence[Site] = offer_biases(found, sites, index.names, is_old=self._is_old)
         self._copies: Sequence[tuple[TensorCopy, Trace]] = ()
+        self._biases: Sequence[PlacedBias] = ()
         self._found, self._index, self._change = found, index, GraphChange()
         self._beside: Sequence[Problem] = ()
         self.structure_sha256: str = self._opened.structure_sha256
@@ -134,12 +136,22 @@ class OnnxGraph(Checksums):
             )
             yield made, traces[role]
 
+    def with_biases(self, biases: Sequence[AddedBias]) -> "OnnxGraph":
+        """Return the graph with initializers more, each read as a bias where it had none."""
+        graph = copy.copy(self)
+        by_id = {site.id: raw for raw, site in zip(self._found, self.sites, strict=True)}
+        names = self._index.names.union(site.own_name for site in self.sites)
+        graph._biases = place_biases(biases, by_id, names)
+        graph._change = add_biases(self._opened, graph._biases, self._change)
+        return graph
+
     def rewire(self, graph: "onnx.GraphProto", tensors: Set[str]) -> Mapping[str, str]:
-        """Have a main graph, that of the base, read the copies, and compute in floats what reads codes of `tensors`."""
+        """Have the base's main graph read copies and biases, and compute in floats what reads codes of `tensors`."""
         from loraformat.bases._onnx_opened_codes import open_codes
         from loraformat.bases._onnx_opened_experts import open_experts
 
         apply_edits(graph, ((each, trace.name) for each, trace in self._copies if trace.scope.path == ()))
+        insert_biases(graph, self._biases)
         open_codes(graph, tensors)
         return open_experts(graph, tensors)
 

@@ -59,12 +59,14 @@ class GraphChange:
         edits: nodes that become others.
         dropped: names of initializers that go.
         replaced: initializers with other numbers under the name that they had.
+        leaves: edits of single fields: inputs and nodes that read new initializers.
     """
 
     floats: tuple[TensorFloats, ...] = ()
     edits: tuple[NodeEdit, ...] = ()
     dropped: frozenset[str] = frozenset()
     replaced: "tuple[onnx.TensorProto, ...]" = ()
+    leaves: tuple[Leaf, ...] = ()
 
 
 def find_dropped(file: InputFile, graph: Frame, change: GraphChange) -> Mapping[Field, "onnx.TensorProto | None"]:
@@ -106,6 +108,7 @@ def change_graph(
         if position in wanted:
             made = tuple(Literal(encode_bytes(_NODE, node.SerializeToString())) for node in wanted[position])
             yield Leaf(Edit(each.start, each.end - each.start, made), graph)
+    yield from change.leaves
     for each, other in dropped.items():
         new = (Literal(encode_bytes(_INITIALIZER, other.SerializeToString())),) if other is not None else ()
         yield Leaf(Edit(each.start, each.end - each.start, new), graph)

@@ -12,7 +12,7 @@ from loraformat.containers import TensorFile
 from loraformat.containers._onnx_copies import GraphStep, InputEdit, TensorCopy
 from loraformat.containers._onnx_floats import GraphChange, NodeEdit, TensorFloats
 from loraformat.containers._onnx_opened import OnnxFile, open_onnx
-from loraformat.containers._protobuf import decode_varint
+from loraformat.containers._protobuf import Leaf, decode_varint
 from loraformat.errors import LoraformatError, refuse
 from loraformat.problems import Problem
 from loraformat.signatures import HEAD_BYTES, describe_head
@@ -23,6 +23,7 @@ __all__ = [
     "GraphChange",
     "GraphStep",
     "InputEdit",
+    "Leaf",
     "NodeEdit",
     "Onnx",
     "OnnxFile",

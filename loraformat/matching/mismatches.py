@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Final
 
-from loraformat.bases import TENSOR_NAME, Site
+from loraformat.bases import Site
 from loraformat.kinds import REST, UNKNOWN
 from loraformat.matching import Match, Want, brings_rows, fits_site, name_weight, shape_at
 from loraformat.matching.site_index import RENAMED, SiteIndex
@@ -31,13 +31,6 @@ _FEWER_ROWS: Final = (
 )
 
 
-_NO_BIAS: Final = (
-    "torch's exporter leaves out biases that are zero, as those of a new classifier: export the base again with "
-    "torch.onnx.export(..., optimize=False), which keeps them. Or leave the bias out, which changes what the adapter "
-    "does: --allow-unmatched PATTERN."
-)
-
-
 def report_shape(want: Want, sites: Sequence[Site]) -> Problem:
     """Return why a target fits none of the sites that have its name."""
     site = next(site for site in sites if site.weight is not None)
@@ -57,18 +50,10 @@ def _mend_table(want: Want, site: Site, stored: tuple[int, ...], wanted: tuple[i
     return _FEWER_ROWS if site.grows else ""
 
 
-def report_missing(
-    lost: Sequence[tuple[Want, str, SiteIndex]], sites: Sequence[Site], matches: Sequence[Match]
-) -> list[Problem]:
+def report_missing(lost: Sequence[tuple[Want, str, SiteIndex]], sites: Sequence[Site]) -> list[Problem]:
     """Return one problem for each of the first few names, and one that lists the rest."""
     problems = []
-    named = {match.target.name: match.sites[0] for match in matches if match.want.parameter == "weight"}
-    in_graph = {} if any(site.evidence == TENSOR_NAME for site in sites) else named
     for want, looked_for, index in lost[:LISTED]:
-        if want.parameter == "bias" and want.target.name in in_graph:
-            found = f"the graph computes {in_graph[want.target.name].module!r} without a bias"
-            problems.append(Problem("LF401", want.name, found, "a bias that the adapter can change", _NO_BIAS))
-            continue
         near = index.near(looked_for)
         found = f"nothing of this name; nearest: {', '.join(near)}" if near else "nothing of this name, and none near"
         nameless = list_nameless(want, sites)

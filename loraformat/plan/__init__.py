@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import Any, Final, cast
 
 from loraformat.adapter import Adapter
-from loraformat.bases import WeightCopy, WeightFloats
+from loraformat.bases import AddedBias, WeightCopy, WeightFloats
+from loraformat.dtypes import BY_NAME
 from loraformat.plan.weights import PlannedWeight
 from loraformat.problems import Problem, count_problems, escape_surrogates
 from loraformat.strict_json import JsonValue, as_object, write_canonical
@@ -85,7 +86,7 @@ class Plan:
         return [
             WeightCopy(weight.new.name, weight.key, weight.new.readers, weight.copied_roles)
             for weight in self.weights
-            if weight.new is not None and weight.new.readers and not weight.is_dequantised
+            if weight.new is not None and weight.is_copy and not weight.is_dequantised
         ]
 
     @property
@@ -93,6 +94,12 @@ class Plan:
         """Weights that the base has in codes and the output in floats."""
         found = ((w.new, w.key) for w in self.weights if w.new is not None and w.is_dequantised)
         return [WeightFloats(new.name, key, new.readers) for new, key in found]
+
+    @property
+    def biases(self) -> list[AddedBias]:
+        """Biases that a graph is given."""
+        found = (weight.new for weight in self.weights if weight.new is not None and weight.is_added)
+        return [AddedBias(new.name, new.shape[0], BY_NAME[new.dtype], new.readers) for new in found]
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -104,7 +111,7 @@ class Plan:
     @property
     def changes_graph(self) -> bool:
         """Whether tensors or nodes of a copied file come, go or change their size."""
-        return bool(self.copies or self.floats or self.ranges)
+        return bool(self.copies or self.floats or self.ranges or self.biases)
 
     @property
     def is_sharing(self) -> bool:

@@ -23,9 +23,11 @@ class NewForm:
         encoding: the encoding that writes it.
         has_base: whether there are numbers of the base to start from; zeros otherwise.
         copied_from: name of the base's tensor that stays beside it; empty where it takes that one's place.
-        readers: ids of the sites that read it, instead of the base's tensor.
+        readers: ids of the sites that read it, instead of the base's tensor; of a bias that a graph lacks, of those
+            that have its module's weight.
         turned: of codes that become floats, whether these stand transposed.
         padding: of codes that become floats, how many columns at the end of a row are left out.
+        added: of a bias that a graph lacks, what it gets to read it, for people.
     """
 
     name: str
@@ -37,6 +39,7 @@ class NewForm:
     readers: tuple[str, ...] = ()
     turned: bool = False
     padding: int = 0
+    added: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,17 @@ class PlannedWeight:
     @property
     def is_copy(self) -> bool:
         """Whether the base's tensor stays as it is, for others, and this one is added to a copied file."""
-        return self.new is not None and bool(self.new.readers)
+        return self.new is not None and bool(self.new.readers) and self.new.has_base
+
+    @property
+    def is_added(self) -> bool:
+        """Whether it is a bias that the base, a graph, lacks and a copied file gets."""
+        return self.new is not None and bool(self.new.added)
+
+    @property
+    def added(self) -> str:
+        """What a graph gets to read it, for people; empty for a weight that the base has, or that no graph reads."""
+        return self.new.added if self.new is not None else ""
 
     @property
     def copied_from(self) -> str:

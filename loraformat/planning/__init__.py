@@ -7,7 +7,7 @@ factors.
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +18,7 @@ from loraformat.errors import error_for
 from loraformat.evidence import Clues, Hints
 from loraformat.files import name_in_hub
 from loraformat.kinds import KINDS, Nature
+from loraformat.lacking import report_zeros
 from loraformat.matching import Match, NewBias
 from loraformat.plan import Plan, PlannedAdapter, WeightedAdapter
 from loraformat.plan.changes import PlannedChange
@@ -26,13 +27,14 @@ from loraformat.planning.coded_plans import DEQUANTIZE, check_codes, make_float,
 from loraformat.planning.extents import find_neighbours, measure_together
 from loraformat.planning.new_sizes import follow_weights
 from loraformat.planning.rewriting import plan_rewriting
-from loraformat.planning.weight_plans import WeightChange, part_tables, plan_bias, plan_weight
+from loraformat.planning.weight_plans import WeightChange, check_composition, part_tables, plan_bias, plan_weight
 from loraformat.planning.wishes import SettledWishes, list_unusual
 from loraformat.problems import Problem, Severity, escape_surrogates
 from loraformat.resolve import Resolution, gather_clues, resolve
 from loraformat.rules import check_adapter
 
 _NO_HINTS: Final = Hints()
+_ONE_BY_ONE: Final = "Merge with --on-quantized dequantize and no bias, then the bias into that model."
 _FLAT: Final = "LF314"
 """A flat name that is none of the base's modules."""
 _FLOAT32_MAX: Final = (2.0 - 2.0**-23) * 2.0**127
@@ -60,8 +62,8 @@ class _Found:
         self.problems += resolution.problems
         self.unmatched += resolution.unmatched
         kept = {(match.want, match.section) for match in resolution.matches}  # Each once, in however many graphs.
-        self.counts.append(len(kept))
-        if not resolution.matches and not resolution.problems:
+        self.counts.append(len(kept | {(bias.want, None) for bias in resolution.new_biases}))
+        if not (resolution.matches or resolution.new_biases or resolution.problems):
             found = "none of its targets, all left out on request"
             self.problems.append(Problem("LF401", item.name, found, "at least one"))
         extents, problems = measure_together(resolution.matches)
@@ -83,7 +85,9 @@ class _Found:
     def check_sites(self, wishes: SettledWishes) -> None:
         """Note what the user must accept of the weights that change, and the weights that nothing can be added to."""
         entries = [entry for group in self.changes.values() for entry in group]
-        caveats = {site.caveat for entry in entries for site in entry.match.sites if site.caveat is not None}
+        matches = [entry.match for entry in entries]
+        matches += [bias.beside for group in self.biases.values() for bias, _ in group]
+        caveats = {site.caveat for match in matches for site in match.sites if site.caveat is not None}
         severity: Severity = "warning" if wishes.get("accept_ranges") else "error"
         ranges = wishes.get("ranges")
         if ranges is None:
@@ -115,8 +119,21 @@ class _Found:
                 make_float(each, self.base, self.problems) if each and each.is_coded else each for each in planned
             ]
             planned += plan_joint_floats(self.base, [each for each in planned if each], self.problems)
-        planned += [plan_bias(group[0][0], [change for _, change in group]) for group in self.biases.values()]
+        planned += self._plan_biases(dequantise=dequantise)
         return tuple(sorted((weight for weight in planned if weight), key=lambda weight: (weight.name, weight.key)))
+
+    def _plan_biases(self, *, dequantise: bool) -> Iterator[PlannedWeight | None]:
+        """Yield the biases that the base lacks and gets; those of zeros are noted."""
+        for group in self.biases.values():
+            bias = group[0][0]
+            self.problems += check_composition([WeightChange(b.as_match(), b.beside.weight, c) for b, c in group])
+            if bias.reader and all(each.is_zero for each, _ in group):
+                self.problems += report_zeros([bias])
+            elif bias.reader and dequantise and bias.beside.weight.coding is not None:
+                found = f"codes of {bias.beside.weight.name!r}, which become floats by the same merge"
+                self.problems.append(Problem("LF630", bias.want.name, found, "one of both", _ONE_BY_ONE))
+            else:
+                yield plan_bias(bias, [change for _, change in group])
 
 
 def build_plan(
@@ -217,7 +234,7 @@ def _compose_plan(
 
 def _is_anew(weight: PlannedWeight, base: BaseModel) -> bool:
     """Say whether a weight needs an output that is written anew: floats for codes do where the base is no graph."""
-    in_place = weight.is_copy or (weight.is_dequantised and base.rewriter is None)
+    in_place = weight.is_copy or weight.is_added or (weight.is_dequantised and base.rewriter is None)
     return weight.new is not None and not in_place
 
 

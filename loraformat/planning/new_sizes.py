@@ -25,7 +25,7 @@ def follow_weights(
         sites: the base's.
         untied: whether tied tables part.
     """
-    new = [weight for weight in weights if weight.new is not None and not weight.is_dequantised]
+    new = [each for each in weights if each.new is not None and not each.is_dequantised and not each.is_added]
     changes: dict[str, JsonValue] = {"tie_word_embeddings": False} if untied else {}
     problems: list[Problem] = []
     grown = {weight.name: weight for weight in new if weight.nbytes and _rows(weight) > weight.shape[0]}

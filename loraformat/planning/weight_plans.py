@@ -163,9 +163,9 @@ def _make_form(table: Table, weight: Weight, shape: tuple[int, ...], encoding: s
 
 
 def plan_bias(bias: NewBias, changes: Sequence[PlannedChange]) -> PlannedWeight | None:
-    """Return the plan of a bias that the base lacks, in the number form of the module's weight."""
-    tensor, shape = bias.beside.weight.tensor, bias.want.shape
-    encoding = choose_encoding(tensor.dtype)
+    """Return the plan of a bias that the base lacks."""
+    tensor, shape, form = bias.beside.weight.tensor, bias.want.shape, bias.dtype.name
+    encoding = choose_encoding(bias.dtype)
     if encoding is None:  # The weight itself is refused for it.
         return None
     matrix = as_matrix(shape)
@@ -175,14 +175,14 @@ def plan_bias(bias: NewBias, changes: Sequence[PlannedChange]) -> PlannedWeight 
         file=tensor.span.path.name,
         offset=0,
         nbytes=0,
-        dtype=tensor.dtype.name,
+        dtype=form,
         shape=shape,
         matrix=matrix,
         encoding=encoding,
         tile_rows=count_tile_rows(matrix),
         changes=tuple(sorted(changes, key=lambda change: _ORDER[change.nature])),
         evidence="new bias",
-        new=NewForm(bias.name, tensor.dtype.name, shape, encoding, has_base=False),
+        new=NewForm(bias.name, form, shape, encoding, False, readers=bias.readers, added=bias.reader),
     )
 
 

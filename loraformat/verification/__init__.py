@@ -24,6 +24,7 @@ from loraformat.errors import refuse
 from loraformat.images import Copy, FileImage
 from loraformat.output_forms import (
     Order,
+    add_biases,
     add_copies,
     describe_output,
     index_weights,
@@ -132,8 +133,8 @@ def add_runs(
 
 
 def _list_graphs(plan: Plan, base: BaseModel, merged: Path) -> list[tuple[str, RunnableBase, Path]]:
-    """Return each graph of a base with the copies of a plan: the mark of its names, itself, its merged file."""
-    copied: BaseModel = add_copies(plan, base) if isinstance(base, CopyingBase) else base
+    """Return each graph of a base with what a plan adds: the mark of its names, itself, its merged file."""
+    copied = add_biases(plan, add_copies(plan, base) if isinstance(base, CopyingBase) else base)
     if isinstance(copied, ViewedBase):
         return [(f"{name}:", graph, merged / name) for name, graph in copied.list_runnable().items()]
     if isinstance(copied, RunnableBase):
@@ -255,6 +256,6 @@ def _list_written(
 
 def _measure(weight: PlannedWeight) -> int:
     """Return the bytes of a weight in the output; -1 where nothing else can follow it."""
-    if weight.new is not None and weight.is_dequantised:
+    if weight.new is not None and (weight.is_dequantised or weight.is_added):
         return BY_NAME[weight.new.dtype].count_bytes(math.prod(weight.new.shape))
     return weight.nbytes if weight.new is None or weight.is_copy else -1

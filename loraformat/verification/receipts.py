@@ -52,7 +52,7 @@ def _check_weights(statement: Statement, plan: Plan, sums: Sequence[TileSums], w
     for name, weight in changed.items():
         record = statement.weights[name]
         expected: dict[str, Any] = {"targets": list(weight.targets), "scales": list(weight.scales)}
-        expected["copied_from"] = weight.copied_from or None
+        expected |= {"copied_from": weight.copied_from or None, "added": weight.added or None}
         if name in totals:
             total = totals[name]
             expected |= {"retained": total.retained, "relative": total.relative, "error": total.error}

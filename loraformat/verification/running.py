@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.bases import BaseModel, RunnableBase
+from loraformat.dtypes import BY_NAME
 from loraformat.engine.coded_work import CodedWork, list_recoded, list_tiles
 from loraformat.engine.jobs import index_targets, open_floats
 from loraformat.engine.tiles import TileBuffers, change_tile
@@ -73,14 +74,14 @@ def list_changes(order: Order, base: BaseModel) -> list[Change]:
     tensors = {key: weight.tensor for key, weight in weights.items()}
     changes = []
     for weight in order.plan.weights:
-        source = weights[weight.key]
+        source = weights.get(weight.key)
         own = [targets[change.adapter][change.target] for change in weight.changes]
-        if weight.is_coded:
+        if source is not None and weight.is_coded:
             work: WeightWork = CodedWork(weight, source, own, floats)
         else:
-            work = WeightWork(weight, source.tensor, own, tensors)
-        delta, shape, dtype = np.concatenate(list(_list_tiles(work, buffers))), weight.shape, source.tensor.dtype
-        if source.coding is not None:
+            work = WeightWork(weight, tensors.get(weight.key), own, tensors)
+        delta, shape, dtype = np.concatenate(list(_list_tiles(work, buffers))), weight.shape, BY_NAME[weight.dtype]
+        if source is not None and source.coding is not None:
             dtype = source.coding.companions["scales"].dtype
             delta = delta[:, : delta.shape[1] - source.coding.padding]
             if any(change.part is not None for change in weight.changes):  # Blocks of a row have shapes of their own.

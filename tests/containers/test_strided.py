@@ -1,7 +1,5 @@
 """Tensors that are no run of bytes, read in parts, against numpy's own indexing."""
 
-import copy
-import pickle
 from pathlib import Path
 
 import numpy as np
