@@ -15,6 +15,7 @@ from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.files import find_snapshot
 from loraformat.loading.adapter_folders import (
     CONFIG_NAME,
+    FACTORS_NAMES,
     find_factors,
     find_peft_file,
     is_factors_name,
