@@ -164,7 +164,7 @@ def _find_inside(raw: RawSite, dtype: Dtype) -> Opening | Problem:
 def _find_activated(raw: RawSite, product: Product, dtype: Dtype) -> Opening | Problem:
     """Return a product with an activation as it can be taken apart, or why it cannot."""
     visit, node = raw.visit, raw.visit.node
-    activation = next((each.s.decode() for each in node.attribute if each.name == "activation"), "")
+    activation = next((each.s.decode("utf-8", "replace") for each in node.attribute if each.name == "activation"), "")
     if activation not in _ACTIVATIONS or any(node.input[3:]):
         found = f"an operator that goes on to {activation or 'nothing that it names'}, or adds something more"
         return _refuse(visit, found, _AS_IT_WAS)

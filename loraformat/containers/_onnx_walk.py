@@ -50,7 +50,8 @@ _MESSAGES: Final = {
     ),
     "Node": _Message({5: "Attribute", 9: "Entry"}, frozenset({3, 4, 7, 8}), frozenset({1, 2, 3, 4, 7, 8})),
     "Attribute": _Message(
-        {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
+        {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"}
+        | {14: "Type", 15: "Type"},
         frozenset({1, 2, 3, 4, 5, 6, 20, 21, 22}),
         frozenset({1, 21}),
     ),
@@ -62,13 +63,20 @@ _MESSAGES: Final = {
         frozenset({1, 4, 5, 6, 10, 13}),
     ),
     "OperatorSet": _Message(text=frozenset({1})),
-    "ValueInfo": _Message({4: "Entry"}, text=frozenset({1})),
+    "ValueInfo": _Message({2: "Type", 4: "Entry"}, text=frozenset({1})),
+    "Type": _Message(
+        {1: "TensorType", 4: "Type", 5: "MapType", 7: "Entry", 8: "TensorType", 9: "Type"}, text=frozenset({6})
+    ),
+    "TensorType": _Message({2: "Shape"}),
+    "MapType": _Message({2: "Type"}),
+    "Shape": _Message({1: "Dimension"}),
+    "Dimension": _Message(text=frozenset({2, 3})),
     "Entry": _Message(text=frozenset({1, 2})),
 }
 """By name; the numbers are those of onnx.proto. Strings that nothing here reads (doc_string) are not checked."""
 
 
-_TEXT_ONLY: Final = frozenset({"ValueInfo", "Entry"})
+_TEXT_ONLY: Final = frozenset({"ValueInfo", "Entry", "Dimension"})
 _GRAPH: Final = 7
 _DATA_TYPE: Final = 2
 _NAME: Final = 8

@@ -165,7 +165,13 @@ def test_a_tensor_that_has_a_segment(tmp_path):
     refused(tmp_path, IR + block(7, block(5, block(3, number(1, 0) + number(2, 4)))))
 
 
-@pytest.mark.parametrize("place", [block(7, block(2, b"\xff")), block(2, b"\xff"), block(14, block(1, b"\xc3"))])
+DIMENSION = block(11, block(1, b"x") + block(2, block(1, block(2, block(1, block(2, b"batch\xff"))))))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [block(7, block(2, b"\xff")), block(2, b"\xff"), block(14, block(1, b"\xc3")), block(7, DIMENSION)],
+)
 def test_strings_that_are_not_utf8(tmp_path, place):
     assert "UTF-8" in refused(tmp_path, IR + (b"" if place[0] == 0x3A else block(7, b"")) + place)
 
