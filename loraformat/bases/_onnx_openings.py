@@ -6,7 +6,7 @@ first, so that runtimes still see the pattern that they fuse. What rounds a prod
 leave activations out that such a range stands for.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
@@ -186,17 +186,18 @@ def find_form(raw: RawSite) -> Dtype | None:
         "com.microsoft.MatMulIntegerToFloat": 3,
     }.get(op)
     if scales is not None:
-        return _find_constant_form(raw.visit.scope, inputs[scales])
+        return _find_constant_form(raw.visit.scope, inputs, scales)
     for step in raw.trace.steps:
         if step.op == "Cast":
             return BY_ONNX.get(int(read_attribute(step.node, "to", 0)))
         if step.op == "DequantizeLinear":
-            return _find_constant_form(step.scope, step.node.input[1])
+            return _find_constant_form(step.scope, step.node.input, 1)
     return BY_ONNX.get(raw.trace.tensor.data_type) if raw.trace.tensor is not None else None
 
 
-def _find_constant_form(scope: Scope, name: str) -> Dtype | None:
-    trace = trace_constant(scope, name)
+def _find_constant_form(scope: Scope, inputs: Sequence[str], position: int) -> Dtype | None:
+    """Return the form of a constant input; None where it is none, or a damaged node lacks it."""
+    trace = trace_constant(scope, inputs[position]) if position < len(inputs) else None
     return BY_ONNX.get(trace.tensor.data_type) if trace is not None and trace.tensor is not None else None
 
 

@@ -281,7 +281,7 @@ def test_savez_compressed_and_the_command(path: Path, tmp_path: Path) -> None:
         (pack({"w.npy": frame(header())})[:-1], "LF101"),
         (b"PK\x03\x04" + bytes(50), "LF101"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "LF111"),
-        (b"\x93NUMPY\x01\x00", "LF121"),
+        (b"\x93NUMPY\x01\x00", "LF111"),
         (b"\x80\x04N.", "LF111"),
     ],
 )
