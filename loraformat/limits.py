@@ -21,8 +21,9 @@ MAX_JSON_DEPTH: Final = 32
 MAX_JSON_INTEGER_DIGITS: Final = 21
 """Canonical JSON writes floats below 1e21 without an exponent; longer integers cost quadratic time to convert."""
 
-MAX_TENSORS: Final = 1_000_000
-"""Tensors in one file. Packed mixture-of-experts models have some hundred thousand."""
+MAX_TENSORS: Final = 300_000
+"""Tensors in one file. The index of one takes a kilobyte; mixtures of hundreds of experts in every layer have a hundred
+thousand matrices, and lie in many files."""
 
 MAX_NAME_BYTES: Final = 4096
 """One tensor name. Exporters' flattened paths reach some hundreds."""

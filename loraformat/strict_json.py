@@ -6,9 +6,10 @@ readers read differently is a way to hide something, so all of these are errors 
 
 import json
 import math
+import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from decimal import Decimal
 from json.encoder import encode_basestring
@@ -21,6 +22,10 @@ JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping
 
 _WORDS: Final = {None: "null", True: "true", False: "false"}
 _SIMPLE: Final = frozenset({str, int, float, bool, type(None)})
+_NESTING: Final = frozenset({dict, list})
+_ODD_INTEGER: Final = re.compile(rf"-0(?![0-9.eE])|[0-9]{{{MAX_JSON_INTEGER_DIGITS + 1}}}")
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
+"""What `parse_json` must look at itself: most texts have neither, and a header may have a million numbers."""
 _LEAST_FIXED: Final = 1e-4
 _MOST_FIXED: Final = 1e15
 """Between them Python writes the shortest digits as ECMAScript does, but for a final `.0`."""
@@ -47,7 +52,7 @@ def parse_json(data: bytes, where: object) -> JsonValue:
             text,
             object_pairs_hook=lambda pairs: _unique(pairs, where),
             parse_constant=lambda word: _refuse_constant(word, where),
-            parse_int=lambda digits: _parse_integer(digits, where),
+            parse_int=(lambda digits: _parse_integer(digits, where)) if _ODD_INTEGER.search(text) else int,
             parse_float=lambda digits: _parse_float(digits, where),
         )
     except LoraformatError:
@@ -56,7 +61,9 @@ def parse_json(data: bytes, where: object) -> JsonValue:
         raise refuse("LF104", where, "values nested too deep", f"at most {MAX_JSON_DEPTH} levels") from error
     except ValueError as error:
         raise refuse("LF104", where, str(error), "JSON") from error
-    _check_depth_and_text(value, where)
+    _check_depth(value, where)
+    if _SURROGATE.search(text):
+        _check_texts(value, where)
     return value
 
 
@@ -202,21 +209,29 @@ def _parse_float(digits: str, where: object) -> float:
     return value
 
 
-def _check_depth_and_text(value: JsonValue, where: object) -> None:
-    """Refuse objects and lists nested beyond the cap, and strings that are not Unicode text (lone surrogates)."""
-    pending: list[tuple[JsonValue, int]] = [(value, 1)]
+def _check_depth(value: JsonValue, where: object) -> None:
+    """Refuse objects and lists nested beyond the cap."""
+    level = [value] if type(value) in _NESTING else []
+    for _ in range(MAX_JSON_DEPTH):
+        level = [child for item in level for child in _list_children(item) if type(child) in _NESTING]
+    if level:
+        raise refuse("LF104", where, "values nested too deep", f"at most {MAX_JSON_DEPTH} levels")
+
+
+def _check_texts(value: JsonValue, where: object) -> None:
+    """Refuse strings that are not Unicode text (lone surrogates)."""
+    pending = [value]
     while pending:
-        item, depth = pending.pop()
+        item = pending.pop()
         if isinstance(item, str):
             _check_text(item, where)
-        elif isinstance(item, dict | list):
-            if depth > MAX_JSON_DEPTH:
-                raise refuse("LF104", where, "values nested too deep", f"at most {MAX_JSON_DEPTH} levels")
-            if isinstance(item, dict):
-                for key in item:
-                    _check_text(key, where)
-            children = item.values() if isinstance(item, dict) else item
-            pending.extend([(child, depth + 1) for child in children])
+        elif type(item) in _NESTING:
+            pending += cast("Iterable[JsonValue]", item)
+            pending += _list_children(item) if isinstance(item, dict) else ()
+
+
+def _list_children(item: JsonValue) -> Iterable[JsonValue]:
+    return item.values() if isinstance(item, dict) else cast("Iterable[JsonValue]", item)
 
 
 def _check_text(text: str, where: object) -> None:

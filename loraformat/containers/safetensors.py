@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Final, TypeGuard
 
@@ -30,6 +31,14 @@ from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
 _LENGTH_BYTES: Final = 8
 METADATA_FIELD: Final = "__metadata__"
 _FIELDS: Final = {"dtype", "shape", "data_offsets"}
+_COUNTS: Final = {int}
+_KEY: Final = re.compile(rb'"\s*+:')
+_MAX_KEYS: Final = 4
+_MAX_COMMAS: Final = 16
+"""In a header for each tensor: its name and three fields, with commas between them and between eight sizes."""
+_MAX_KEYS_BESIDE: Final = 10_000
+_MAX_COMMAS_BESIDE: Final = 1_000_000
+"""In the metadata, which hold JSON texts of their own."""
 _MAX_ARRAY_BYTES: Final = 2**63 - 1
 
 # Not str.isprintable: its answer changes with Python's Unicode tables, and a file must mean the same everywhere.
@@ -88,9 +97,7 @@ def find_data_start(file: InputFile) -> int:
 
 def _index(file: InputFile) -> TensorFile:
     header = _read_header(file)
-    # Parsing a million entries takes seconds. Quotes in a string are escaped, so this is a field, or one of two names.
-    if (count := header.count(b'"data_offsets":') - 2) > MAX_TENSORS:
-        raise refuse("LF110", file.path, f"at least {count} tensors", f"at most {MAX_TENSORS}")
+    _check_counts(file, header)
     entries = dict(parse_json_object(header, f"{file.path}, header"))
     metadata = _check_metadata(entries.pop(METADATA_FIELD, None), file.path)
     if len(entries) > MAX_TENSORS:
@@ -102,6 +109,17 @@ def _index(file: InputFile) -> TensorFile:
     )
     _check_tiling(file, tensors, start)
     return TensorFile(file, {tensor.name: tensor for tensor in tensors}, metadata)
+
+
+def _check_counts(file: InputFile, header: bytes) -> None:
+    """Refuse a header of far too many values before it is parsed, which takes ten times its bytes."""
+    most = MAX_TENSORS * _MAX_KEYS + _MAX_KEYS_BESIDE
+    keys = sum(1 for _ in islice(_KEY.finditer(header), most + 1))
+    if keys > most:
+        raise refuse("LF110", file.path, f"a header of more than {most} members", f"at most {MAX_TENSORS} tensors")
+    commas = header.count(b",")
+    if commas > MAX_TENSORS * _MAX_COMMAS + _MAX_COMMAS_BESIDE:
+        raise refuse("LF110", file.path, f"a header with {commas} commas", f"at most {MAX_TENSORS} tensors")
 
 
 def _read_header(file: InputFile) -> bytes:
@@ -186,7 +204,7 @@ def check_tensor_name(path: object, name: str) -> None:
 
 def _are_counts(values: JsonValue) -> TypeGuard[Sequence[int]]:
     """Say whether `values` is a list of non-negative integers; in Python a bool is an int, here it is not."""
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and {*map(type, values)} <= _COUNTS and min(values, default=0) >= 0
 
 
 def _check_shape(where: str, shape: JsonValue, dtype: Dtype) -> tuple[int, ...]:

@@ -292,14 +292,22 @@ def test_messages_say_file_tensor_and_numbers(path: Path) -> None:
     assert "24" in size.expected
 
 
-def test_far_too_many_tensors_are_refused_unparsed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {name: entry("U8", [0], [0, 0]) for name in "abcd"} | {"data_offsets": entry("U8", [0], [0, 0])}
-    header = json.dumps({"__metadata__": {"data_offsets": '"data_offsets":'}} | tensors).encode()
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({f"t{index}": entry("U8", [0], [0, 0]) for index in range(2600)}),
+        json.dumps({str(index): 0 for index in range(10_100)}, separators=(" , ", " \n: ")),
+        json.dumps({"a": [0] * 1_000_100}),
+    ],
+    ids=["tensors", "members", "values"],
+)
+def test_a_header_of_far_too_many_values_is_refused_unparsed(
+    path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """Before a hundred megabytes of text become a gigabyte of values."""
     monkeypatch.setattr("loraformat.containers.safetensors.MAX_TENSORS", 5)
-    assert len(open_bytes(path, frame(header)).tensors) == 5
-    monkeypatch.setattr("loraformat.containers.safetensors.MAX_TENSORS", 4)
     monkeypatch.setattr("loraformat.containers.safetensors.parse_json_object", None)
-    assert refusal(path, frame(header[:-1] + b',"e":{"data_offsets":[0')).codes == ("LF110",)
+    assert refusal(path, frame(text.encode())).codes == ("LF110",)
 
 
 def test_caps_hold_at_their_edges(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
