@@ -24,7 +24,7 @@ from loraformat.bases import (
     WeightFloats,
 )
 from loraformat.bases._joined_folder import PIPELINE, JoinedFolder
-from loraformat.bases._onnx_members import Member, find_shared
+from loraformat.bases._onnx.members import Member, find_shared
 from loraformat.bases.checkpoint_folder import BASE as SAFETENSORS_FOLDER
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.bases.pipeline_folder import has_components

@@ -25,17 +25,17 @@ from loraformat.bases import (
     name_companion,
 )
 from loraformat.bases._finishing import Checksums
-from loraformat.bases._onnx_biases import PlacedBias, add_biases, insert_biases, offer_biases, place_biases
-from loraformat.bases._onnx_coded import find_ranges
-from loraformat.bases._onnx_copies import apply_edits, list_edits, name_copies
-from loraformat.bases._onnx_experts import find_experts
-from loraformat.bases._onnx_operands import find_operands
-from loraformat.bases._onnx_packed import expand_packed
-from loraformat.bases._onnx_ranges import Ranges, check_ranges, find_measured, set_ranges
-from loraformat.bases._onnx_scopes import GraphIndex, Visit
-from loraformat.bases._onnx_sites import RawSite, find_sites
-from loraformat.bases._onnx_traces import Trace
-from loraformat.bases._onnx_weights import list_weight_sites
+from loraformat.bases._onnx.biases import PlacedBias, add_biases, insert_biases, offer_biases, place_biases
+from loraformat.bases._onnx.coded import find_ranges
+from loraformat.bases._onnx.copies import apply_edits, list_edits, name_copies
+from loraformat.bases._onnx.experts import find_experts
+from loraformat.bases._onnx.operands import find_operands
+from loraformat.bases._onnx.packed import expand_packed
+from loraformat.bases._onnx.ranges import Ranges, check_ranges, find_measured, set_ranges
+from loraformat.bases._onnx.scopes import GraphIndex, Visit
+from loraformat.bases._onnx.sites import RawSite, find_sites
+from loraformat.bases._onnx.traces import Trace
+from loraformat.bases._onnx.weights import list_weight_sites
 from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, open_onnx
 from loraformat.images import FileImage, NewOutput
 from loraformat.problems import Problem
@@ -45,8 +45,8 @@ from loraformat.strict_json import JsonValue
 if TYPE_CHECKING:
     import onnx
 
-    from loraformat.bases._onnx_branchable import BranchableGraph
-    from loraformat.bases._onnx_floats import Surgery
+    from loraformat.bases._onnx.branchable import BranchableGraph
+    from loraformat.bases._onnx.floats import Surgery
 
 _FREE_INITIALIZERS: Final = 4
 """The version of the IR from which an initializer need not be an input of the model."""
@@ -147,8 +147,8 @@ class OnnxGraph(Checksums):
 
     def rewire(self, graph: "onnx.GraphProto", tensors: Set[str]) -> Mapping[str, str]:
         """Have the base's main graph read copies and biases, and compute in floats what reads codes of `tensors`."""
-        from loraformat.bases._onnx_opened_codes import open_codes
-        from loraformat.bases._onnx_opened_experts import open_experts
+        from loraformat.bases._onnx.opened_codes import open_codes
+        from loraformat.bases._onnx.opened_experts import open_experts
 
         apply_edits(graph, ((each, trace.name) for each, trace in self._copies if trace.scope.path == ()))
         insert_biases(graph, self._biases)
@@ -161,7 +161,7 @@ class OnnxGraph(Checksums):
         return found if isinstance(found, Problem) else found.form
 
     def _plan_surgery(self, wanted: WeightFloats) -> "Surgery | Problem":
-        from loraformat.bases._onnx_floats import plan_copy, plan_surgery
+        from loraformat.bases._onnx.floats import plan_copy, plan_surgery
 
         chosen = [
             (site.weight, raw)
@@ -188,7 +188,7 @@ class OnnxGraph(Checksums):
 
     def with_floats(self, floats: Sequence[WeightFloats]) -> "OnnxGraph":
         """Return the graph with initializers of floats in the place of codes, and other nodes for them."""
-        from loraformat.bases._onnx_floats import Surgery, join_surgeries
+        from loraformat.bases._onnx.floats import Surgery, join_surgeries
 
         graph = copy.copy(self)
         surgeries = [found for each in floats if isinstance(found := self._plan_surgery(each), Surgery)]
@@ -198,7 +198,7 @@ class OnnxGraph(Checksums):
 
     def float_activations(self, graph: "onnx.GraphProto") -> Sequence[MeasuredValue]:
         """Have a main graph leave activations in floats; return whose ranges count."""
-        from loraformat.bases._onnx_float_graph import make_float_graph
+        from loraformat.bases._onnx.float_graph import make_float_graph
 
         known, _ = find_measured(self._index.visits)
         return [value for value in make_float_graph(graph) if value.scale in known]
@@ -221,13 +221,13 @@ class OnnxGraph(Checksums):
 
     def find_roles(self) -> Roles:
         """Return what the linear layers of the main graph do, as far as the flow of values tells."""
-        from loraformat.bases._onnx_structure import find_roles
+        from loraformat.bases._onnx.structure import find_roles
 
         return find_roles(self._index.visits, find_sites(self._index.visits), self._read_opset())
 
     def find_anchors(self) -> Anchors:
         """Return which linear layers of the main graph work together, and the names that are left beside them."""
-        from loraformat.bases._onnx_anchors import find_anchors
+        from loraformat.bases._onnx.anchors import find_anchors
 
         return find_anchors(self._index.visits, find_sites(self._index.visits), self._read_opset())
 
@@ -272,7 +272,7 @@ class OnnxGraph(Checksums):
 
     def as_branchable(self) -> "BranchableGraph":
         """Return the graph as one that run-time branches are put beside."""
-        from loraformat.bases._onnx_branchable import BranchableGraph
+        from loraformat.bases._onnx.branchable import BranchableGraph
 
         return BranchableGraph(self._opened, self._found, self.sites)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from loraformat.containers import TensorFile
-from loraformat.containers._onnx_copies import GraphStep, InputEdit, TensorCopy
-from loraformat.containers._onnx_floats import GraphChange, NodeEdit, TensorFloats
-from loraformat.containers._onnx_opened import OnnxFile, open_onnx
+from loraformat.containers._onnx.copies import GraphStep, InputEdit, TensorCopy
+from loraformat.containers._onnx.floats import GraphChange, NodeEdit, TensorFloats
+from loraformat.containers._onnx.opened import OnnxFile, open_onnx
 from loraformat.containers._protobuf import Leaf, decode_varint
 from loraformat.errors import LoraformatError, refuse
 from loraformat.problems import Problem

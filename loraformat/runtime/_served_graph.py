@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from numpy.typing import NDArray
 
-from loraformat.containers._onnx_tensors import iterate_tensors
+from loraformat.containers._onnx.tensors import iterate_tensors
 from loraformat.containers.onnx_file import GraphChange, OnnxFile, TensorCopy, TensorFloats
 from loraformat.engine.held_weights import Place
 from loraformat.errors import refuse

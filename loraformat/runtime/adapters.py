@@ -15,7 +15,7 @@ from loraformat.arguments import (
     read_hints,
     weigh_adapters,
 )
-from loraformat.bases._onnx_branchable import BranchableGraph
+from loraformat.bases._onnx.branchable import BranchableGraph
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.errors import refuse
 from loraformat.loading import list_files

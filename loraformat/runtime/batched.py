@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from loraformat.bases._onnx_extension import Addition
-from loraformat.bases._onnx_openings import Opening, Product
-from loraformat.bases._onnx_rows import Rows
+from loraformat.bases._onnx.extension import Addition
+from loraformat.bases._onnx.openings import Opening, Product
+from loraformat.bases._onnx.rows import Rows
 from loraformat.runtime.branches import Branch
 from loraformat.runtime.chains import Chain, Names
 from loraformat.runtime.junctions import close_junction, open_junction

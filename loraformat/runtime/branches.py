@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from loraformat.bases._onnx_extension import Addition
-from loraformat.bases._onnx_openings import Opening, Product
+from loraformat.bases._onnx.extension import Addition
+from loraformat.bases._onnx.openings import Opening, Product
 from loraformat.runtime.chains import Chain, Names
 from loraformat.runtime.junctions import close_junction, open_junction
 from loraformat.runtime.layouts import Layout

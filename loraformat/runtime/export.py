@@ -17,8 +17,8 @@ from loraformat.arguments import (
     read_hints,
     weigh_adapters,
 )
-from loraformat.bases._onnx_branchable import BranchableGraph
-from loraformat.bases._onnx_extension import Addition, Extension
+from loraformat.bases._onnx.branchable import BranchableGraph
+from loraformat.bases._onnx.extension import Addition, Extension
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.engine.sinks import FileSink, put_image
 from loraformat.errors import error_for, refuse

@@ -6,8 +6,8 @@ from typing import Final
 
 from loraformat.adapter import SlotKind
 from loraformat.bases import Site
-from loraformat.bases._onnx_branchable import BranchableGraph
-from loraformat.bases._onnx_openings import Opening
+from loraformat.bases._onnx.branchable import BranchableGraph
+from loraformat.bases._onnx.openings import Opening
 from loraformat.errors import error_for, refuse
 from loraformat.problems import Problem
 from loraformat.runtime.branches import Branch, name_form

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from loraformat.bases._onnx_branchable import BranchableGraph
-from loraformat.bases._onnx_openings import Opening
-from loraformat.bases._onnx_rows import Axes, Rows
+from loraformat.bases._onnx.branchable import BranchableGraph
+from loraformat.bases._onnx.openings import Opening
+from loraformat.bases._onnx.rows import Axes, Rows
 from loraformat.problems import Problem, Severity
 from loraformat.runtime.batched import find_obstacle
 from loraformat.runtime.targets import Served, ServedAdapter

@@ -8,8 +8,8 @@ and the activation.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from loraformat.bases._onnx_extension import Addition
-from loraformat.bases._onnx_openings import Opening
+from loraformat.bases._onnx.extension import Addition
+from loraformat.bases._onnx.openings import Opening
 from loraformat.runtime.chains import Chain
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from loraformat.bases._onnx_branchable import BranchableGraph
+from loraformat.bases._onnx.branchable import BranchableGraph
 from loraformat.dtypes import BY_NAME, Dtype
 from loraformat.errors import refuse
 from loraformat.receipt import RUNTIME_KEY

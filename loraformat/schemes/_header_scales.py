@@ -14,7 +14,7 @@ from loraformat.adapter import Scaling, ScalingRule
 from loraformat.errors import LoraformatError, refuse
 from loraformat.schemes import NOT_STATED, Bundle
 from loraformat.schemes._naming import COMPONENTS, split_component
-from loraformat.schemes._peft_config import PeftConfig
+from loraformat.schemes._peft.config import PeftConfig
 from loraformat.strict_json import JsonValue, parse_json_object
 
 ADAPTER_METADATA: Final = "lora_adapter_metadata"

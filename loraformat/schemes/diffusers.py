@@ -24,7 +24,7 @@ from loraformat.schemes._lycoris import LYCORIS_ROWS
 from loraformat.schemes._marks import BARE, BARE_TENSOR, NOISE, Alias, Marks
 from loraformat.schemes._memory import find_texts
 from loraformat.schemes._naming import COMPONENTS, ComponentNaming, split_component
-from loraformat.schemes._peft_writing import says_the_same
+from loraformat.schemes._peft.writing import says_the_same
 from loraformat.schemes._scales import AlphaTensors, ScalesRead, ScalesWritten
 from loraformat.schemes._table import NameTable, Row
 from loraformat.strict_json import JsonValue, write_canonical

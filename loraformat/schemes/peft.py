@@ -18,13 +18,13 @@ from loraformat.problems import Problem
 from loraformat.schemes import ALL_SLOTS, Bundle, ConfigReading, Holds, StatedScale, WrittenBundle
 from loraformat.schemes._known_names import find_model, find_original
 from loraformat.schemes._memory import recall
-from loraformat.schemes._peft_checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
-from loraformat.schemes._peft_config import PeftConfig, is_lora, read_config
-from loraformat.schemes._peft_groups import BASE, COPY, REPLACE, SHARED, TOKENS, Group
-from loraformat.schemes._peft_keys import PREFIX, choose_adapter, group_tensors, name_adapters
-from loraformat.schemes._peft_targets import TargetReader
-from loraformat.schemes._peft_type import PeftType, spread_shared
-from loraformat.schemes._peft_types import TYPES
+from loraformat.schemes._peft.checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
+from loraformat.schemes._peft.config import PeftConfig, is_lora, read_config
+from loraformat.schemes._peft.groups import BASE, COPY, REPLACE, SHARED, TOKENS, Group
+from loraformat.schemes._peft.keys import PREFIX, choose_adapter, group_tensors, name_adapters
+from loraformat.schemes._peft.targets import TargetReader
+from loraformat.schemes._peft.type import PeftType, spread_shared
+from loraformat.schemes._peft.types import TYPES
 from loraformat.schemes._table import NameTable, Row
 
 _LEFT_OUT: Final = "LF226"
@@ -159,8 +159,8 @@ class Peft:
         """Return the adapter as a folder; its own configuration where that still says the same."""
         # here: what only writes is much, and most adapters are only read
         from loraformat.schemes._engine import check_holds
-        from loraformat.schemes._peft_other import fill_other, find_type
-        from loraformat.schemes._peft_writing import fill_lora, write_folder
+        from loraformat.schemes._peft.other import fill_other, find_type
+        from loraformat.schemes._peft.writing import fill_lora, write_folder
 
         against = check_holds(self.name, self.holds, adapter)
         other = find_type(adapter, TYPES)

@@ -9,7 +9,7 @@ import pytest
 
 import loraformat
 from graphs import Net, dyadic, dyadic_factors, merge_model, product, run, torchscript_name
-from loraformat.bases._onnx_built_names import rename_built
+from loraformat.bases._onnx.built_names import rename_built
 
 IN = 6
 LAYER = "model.layers.0"

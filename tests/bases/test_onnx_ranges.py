@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 import loraformat
 from builders import write_peft
 from graphs import Array, Net, run, stored_weights, write_model
-from loraformat.bases._onnx_ranges import compute_numbers
+from loraformat.bases._onnx.ranges import compute_numbers
 
 MODULE, NAME = "model.layers.1.fc", "/model/layers.1/fc/Gemm"
 OUT, IN = 600, 16

@@ -306,7 +306,7 @@ def test_what_a_copy_does_not_go_with(
     assert code_of(lambda: loraformat.merge_into(base, [adapter])) == "LF620"
     assert code_of(lambda: loraformat.merge(base, [adapter], merged, keep_undo=True)) == "LF622"
     with monkeypatch.context() as patch:
-        patch.setattr("loraformat.containers._onnx_images.MAX_PROTOBUF_BYTES", len(before))
+        patch.setattr("loraformat.containers._onnx.images.MAX_PROTOBUF_BYTES", len(before))
         assert code_of(lambda: loraformat.merge(base, [adapter], merged)) == "LF419"
     old = make_old(net.model())
     write_model(base, old, "one")

@@ -36,7 +36,7 @@ from graphs import (
 )
 from loraformat.adapter import SlotKind
 from loraformat.bases import BASES, Site
-from loraformat.bases._onnx_names import read_node_path
+from loraformat.bases._onnx.names import read_node_path
 
 MODULE = "model.layers.1.fc"
 

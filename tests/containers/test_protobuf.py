@@ -225,14 +225,14 @@ def test_an_external_flag_with_high_bits_counts_as_protobuf_counts_it(tmp_path):
 
 
 def test_the_skeleton_has_a_cap(tmp_path, monkeypatch):
-    monkeypatch.setattr("loraformat.containers._onnx_skeleton.MAX_SKELETON_BYTES", 1000)
+    monkeypatch.setattr("loraformat.containers._onnx.skeleton.MAX_SKELETON_BYTES", 1000)
     refused(tmp_path, IR + block(7, block(10, b"d" * 1001)), "LF110")
     raw = number(1, 5000) + number(2, 2) + block(9, bytes(5000))
     assert opened(tmp_path, IR + block(7, block(5, raw))).model.ByteSize() < 100
 
 
 def test_the_number_of_tensors_has_a_cap(tmp_path, monkeypatch):
-    monkeypatch.setattr("loraformat.containers._onnx_walk.MAX_TENSORS", 3)
+    monkeypatch.setattr("loraformat.containers._onnx.walk.MAX_TENSORS", 3)
     opened(tmp_path, IR + block(7, block(5, b"") * 3))
     with pytest.raises(RefusedError) as caught:
         opened(tmp_path, IR + block(7, block(5, b"") * 4))

@@ -101,7 +101,7 @@ def test_peft_makes_the_change_that_lycoris_makes(tmp_path: Path, name: str) -> 
 def test_sides_are_those_of_peft() -> None:
     from peft.tuners.lokr.layer import factorization
 
-    from loraformat.schemes._peft_kronecker import factorise
+    from loraformat.schemes._peft.kronecker import factorise
 
     for size in (1, 7, 36, 127, 128, 360, 5120):
         for factor in (-1, 1, 4, 5, 16, 200):

@@ -11,7 +11,7 @@ import pytest
 
 import loraformat
 from loraformat.recognition import recognise_type
-from loraformat.schemes._peft_fields import NEWEST, list_heeded, list_ignored
+from loraformat.schemes._peft.fields import NEWEST, list_heeded, list_ignored
 
 pytestmark = pytest.mark.oracle
 for _package in ("torch", "peft", "transformers"):

@@ -16,10 +16,10 @@ from loraformat.errors import LoraformatError
 from loraformat.problems import Problem
 from loraformat.recognition.unmergeable import UNMERGEABLE
 from loraformat.schemes import NOT_STATED, Bundle, StatedScale
-from loraformat.schemes._peft_config import _OBSTACLES, PeftConfig, read_config
-from loraformat.schemes._peft_fields import list_heeded, list_ignored
-from loraformat.schemes._peft_patterns import fits, fits_whole
-from loraformat.schemes._peft_types import TYPES
+from loraformat.schemes._peft.config import _OBSTACLES, PeftConfig, read_config
+from loraformat.schemes._peft.fields import list_heeded, list_ignored
+from loraformat.schemes._peft.patterns import fits, fits_whole
+from loraformat.schemes._peft.types import TYPES
 
 PATH = Path("folder")
 

@@ -16,8 +16,8 @@ from loraformat.base_facts import NO_FACTS
 from loraformat.errors import LoraformatError
 from loraformat.kinds import KINDS
 from loraformat.schemes import NOT_STATED, Bundle
-from loraformat.schemes._peft_order import name_category
-from loraformat.schemes._peft_types import TYPES
+from loraformat.schemes._peft.order import name_category
+from loraformat.schemes._peft.types import TYPES
 from loraformat.schemes.peft import SCHEME
 
 PREFIX = "base_model.model."

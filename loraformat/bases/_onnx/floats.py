@@ -1,0 +1,275 @@
+"""What must change in an ONNX graph for floats to stand where a quantised weight has codes.
+
+An initializer takes the place of what DequantizeLinear makes; operators on codes become those on floats, where they
+have their other factor in floats at hand. Nodes and tensors that nothing needs any more go.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from loraformat.bases import FloatForm, Weight
+from loraformat.bases._onnx.operands import CODE_SUFFIXES
+from loraformat.bases._onnx.scopes import Visit
+from loraformat.bases._onnx.sites import RawSite
+from loraformat.containers.onnx_file import GraphChange, NodeEdit, TensorFloats
+from loraformat.problems import Problem
+
+if TYPE_CHECKING:
+    import onnx
+
+_SCALED: Final = ("Cast", "Mul")
+
+
+@dataclass(frozen=True, slots=True)
+class Surgery:
+    """What must change for one weight.
+
+    Attributes:
+        form: how it stands then.
+        beside: the file with the codes.
+        edits: nodes of the main graph that become others.
+        doomed: nodes that go, if nothing else reads what they make.
+    """
+
+    form: FloatForm
+    beside: Path
+    edits: tuple[NodeEdit, ...]
+    doomed: tuple[Visit, ...] = ()
+
+
+_Plan: TypeAlias = "tuple[list[NodeEdit], list[Visit]] | None"
+_Reader: TypeAlias = "Callable[[Visit, str], _Plan]"
+
+
+def plan_surgery(found: RawSite, weight: Weight, names: set[str]) -> Surgery | Problem:
+    """Return what must change for a quantised weight to stand in floats, or why it cannot.
+
+    Args:
+        found: a site of the weight.
+        weight: the weight.
+        names: all names of values in the model.
+    """
+    trace = found.trace
+    readers = [visit for visit, _ in trace.scope.readers.get(trace.name, ())]
+    if not readers or trace.name in trace.scope.outputs:
+        return Problem("LF619", weight.name, "codes that leave the graph", "codes that nodes read")
+    return _plan(readers, _describe(readers[0], weight, names, weight.name), weight)
+
+
+def plan_copy(found: Sequence[RawSite], weight: Weight, names: set[str], name: str) -> Surgery | Problem:
+    """Return what must change for some readers of codes to have floats of their own, or why it cannot.
+
+    Args:
+        found: the sites that get them.
+        weight: the weight, whose codes stay for others.
+        names: all names of values in the model.
+        name: of a copy of the codes, or of the floats.
+    """
+    between = next((step for raw in found for step in raw.trace.steps if step.op == _DEQUANTISE), None)
+    if between is not None:
+        where = f"{weight.name} at {between.op} {between.node.name!r}"
+        return Problem(
+            "LF619", where, "codes that it dequantises for others too", "a node beside which there are floats"
+        )
+    readers = list({raw.visit.node.output[0]: raw.visit for raw in found}.values())
+    form = _describe(readers[0], weight, names, name)
+    if any(raw.trace.flipped for raw in found):
+        form = replace(form, turned=not form.turned, shape=form.shape[::-1])
+    planned = _plan(readers, form, weight)
+    if isinstance(planned, Problem):
+        return planned
+    return replace(planned, doomed=(*planned.doomed, *(step for raw in found for step in raw.trace.steps)))
+
+
+def _plan(readers: Sequence[Visit], form: FloatForm, weight: Weight) -> Surgery | Problem:
+    edits: list[NodeEdit] = []
+    doomed: list[Visit] = []
+    for visit in readers:
+        made = _REPLACED[visit.op](visit, form.name) if visit.op in _REPLACED else None
+        if made is None or visit.scope.path != () or visit.op != readers[0].op:
+            where = f"{weight.name} at {visit.op} {visit.node.name!r}"
+            return Problem("LF619", where, "codes that this node needs", "a node beside which there are floats")
+        edits += made[0]
+        doomed += made[1]
+    return Surgery(form, weight.tensor.span.path, tuple(edits), tuple(doomed))
+
+
+def _describe(visit: Visit, weight: Weight, names: set[str], codes: str) -> FloatForm:
+    """Return how a weight stands in floats, for the operator that reads its codes."""
+    coding = weight.coding
+    assert coding is not None, "only quantised weights are asked for"
+    rows, columns = coding.matrix[0], coding.matrix[1] - coding.padding
+    turned = visit.op in (_NBITS, _BNB4)
+    shape = (columns, rows) if turned else (rows, columns) if visit.op == _GATHER else weight.tensor.shape
+    name = visit.node.output[0] if visit.op == _DEQUANTISE else _choose_name(codes, names)
+    return FloatForm(name, coding.companions["scales"].dtype, shape, turned, coding.padding)
+
+
+def _choose_name(codes: str, names: set[str]) -> str:
+    """Return the name that the weight may have had before it was quantised, or another that is free."""
+    plain = next((codes.removesuffix(suffix) for suffix in CODE_SUFFIXES if codes.endswith(suffix)), codes)
+    if sum(f"{plain}{suffix}" in names for suffix in CODE_SUFFIXES) > 1:
+        plain = f"{codes}_float"
+    wanted, number = plain, 0
+    while wanted in names:
+        number += 1
+        wanted = f"{plain}_{number}"
+    return wanted
+
+
+def _drop_dequantising(visit: Visit, name: str) -> _Plan:
+    if visit.node.output[0] == name:
+        return [NodeEdit(visit.index, ())], []
+    return [NodeEdit(visit.index, (_make(visit, "Identity", [name], visit.node.output[0]),))], []
+
+
+def _replace_nbits(visit: Visit, name: str) -> _Plan:
+    return _multiply(visit, visit, visit.node.input[0], name, 5), []
+
+
+def _replace_lookup(visit: Visit, name: str) -> _Plan:
+    return [NodeEdit(visit.index, (_make(visit, "Gather", [name, visit.node.input[1]], visit.node.output[0]),))], []
+
+
+def _replace_codes_lookup(visit: Visit, name: str) -> _Plan:
+    """Y = DequantizeLinear(Gather(W)): the lookup is one of floats, and what dequantises goes."""
+    readers = visit.scope.readers.get(visit.node.output[0], ())
+    if len(readers) != 1 or readers[0][0].op != _DEQUANTISE:
+        return None
+    after, made = readers[0][0], _make(visit, "Gather", [name, visit.node.input[1]], "")
+    made.output[0] = after.node.output[0]
+    made.attribute.extend(visit.node.attribute)
+    return [NodeEdit(visit.index, (made,)), NodeEdit(after.index, ())], []
+
+
+def _replace_dynamic(visit: Visit, name: str) -> _Plan:
+    return _multiply(visit, visit, visit.node.input[0], name, 4), []
+
+
+def _replace_to_float(visit: Visit, name: str) -> _Plan:
+    source = _find_quantising(visit)
+    return (_multiply(visit, visit, source.node.input[0], name, 6), [source]) if source else None
+
+
+def _replace_integer(visit: Visit, name: str) -> _Plan:
+    """Y = Mul(Cast(MatMulInteger(xq, W)), sx·sw): the last node becomes the product of floats, the others go."""
+    source, chain = _find_quantising(visit), [visit]
+    for op in _SCALED:
+        readers = chain[-1].scope.readers.get(chain[-1].node.output[0], ())
+        if source is None or len(readers) != 1 or readers[0][0].op != op or chain[-1].node.output[0] in _outputs(visit):
+            return None
+        chain.append(readers[0][0])
+    last, codes = chain[-1], chain[-2].node.output[0]
+    other = next((each for each in last.node.input if each != codes), "")
+    made_by = last.scope.producer(other)
+    if source is None or not isinstance(made_by, Visit) or made_by.op != "Mul":
+        return None
+    edits = [NodeEdit(each.index, ()) for each in chain[:-1]]
+    return edits + _multiply(last, visit, source.node.input[0], name, 0), [made_by, source]
+
+
+def _find_quantising(visit: Visit) -> Visit | None:
+    """Return the DynamicQuantizeLinear that makes codes of the other factor."""
+    made_by = visit.scope.producer(visit.node.input[0])
+    return made_by if isinstance(made_by, Visit) and made_by.op == "DynamicQuantizeLinear" else None
+
+
+def _outputs(visit: Visit) -> set[str]:
+    return visit.scope.outputs
+
+
+def _multiply(last: Visit, named: Visit, x: str, name: str, bias: int) -> list[NodeEdit]:
+    """Return the edit after which a node is X·W, and plus the bias at its input `bias` where it has one."""
+    output, inputs = last.node.output[0], last.node.input
+    added = inputs[bias] if 0 < bias < len(inputs) else ""
+    product = _make(named, "MatMul", [x, name], f"{output}_product" if added else output)
+    nodes = [product]
+    if added:
+        total = _make(named, "Add", [product.output[0], added], output)
+        total.name = f"{total.name}_bias"
+        nodes.append(total)
+    return [NodeEdit(last.index, tuple(nodes))]
+
+
+def _make(like: Visit, op: str, inputs: Sequence[str], output: str) -> "onnx.NodeProto":
+    """Return a node with the name and the notes of another."""
+    from onnx import helper
+
+    node = helper.make_node(op, list(inputs), [output], name=like.node.name, doc_string=like.node.doc_string)
+    node.metadata_props.extend(like.node.metadata_props)
+    return node
+
+
+_DEQUANTISE: Final = "DequantizeLinear"
+_NBITS: Final = "com.microsoft.MatMulNBits"
+_BNB4: Final = "com.microsoft.MatMulBnb4"
+_GATHER: Final = "com.microsoft.GatherBlockQuantized"
+_REPLACED: Final[Mapping[str, _Reader]] = {
+    _DEQUANTISE: _drop_dequantising,
+    _NBITS: _replace_nbits,
+    _BNB4: _replace_nbits,
+    _GATHER: _replace_lookup,
+    "Gather": _replace_codes_lookup,
+    "com.microsoft.DynamicQuantizeMatMul": _replace_dynamic,
+    "com.microsoft.MatMulIntegerToFloat": _replace_to_float,
+    "MatMulInteger": _replace_integer,
+}
+"""Operators on codes, and what they become where the weight stands in floats."""
+
+
+def join_surgeries(
+    surgeries: Sequence[Surgery], visits: Sequence[Visit], kept: set[str], change: GraphChange
+) -> GraphChange:
+    """Return a change of the graph with those of several weights.
+
+    Args:
+        surgeries: of the weights.
+        visits: all nodes.
+        kept: names of initializers that stay: inputs of the model.
+        change: what changes otherwise.
+    """
+    edits = _join_edits(surgeries, visits)
+    dropped = frozenset(_list_unread(edits, visits, kept))
+    floats = tuple(_describe_tensor(each.form, each.beside) for each in surgeries)
+    return replace(change, floats=floats, edits=tuple(edits), dropped=dropped)
+
+
+def _describe_tensor(form: FloatForm, beside: Path) -> TensorFloats:
+    assert form.dtype.onnx is not None, "scales have a form that ONNX has"
+    return TensorFloats(form.name, form.dtype.onnx, form.shape, form.dtype.count_bytes(math.prod(form.shape)), beside)
+
+
+def _join_edits(surgeries: Sequence[Surgery], visits: Sequence[Visit]) -> list[NodeEdit]:
+    """Return the edits of all, and those of doomed nodes of which nothing is read any more."""
+    edits = {edit.node: edit for each in surgeries for edit in each.edits}
+    main = {visit.index: visit for visit in visits if visit.scope.path == ()}
+    doomed = {visit.index: visit for each in surgeries for visit in each.doomed if visit.scope.path == ()}
+    for index, visit in sorted(doomed.items(), reverse=True):  # What reads another's result comes after it.
+        if all(_is_unread(visit, name, edits, main) for name in visit.node.output if name):
+            edits.setdefault(index, NodeEdit(index, ()))
+    return [edits[index] for index in sorted(edits)]
+
+
+def _is_unread(visit: Visit, name: str, edits: Mapping[int, NodeEdit], main: Mapping[int, Visit]) -> bool:
+    """Say whether a value is read by nothing but nodes that have gone."""
+    if name in visit.scope.outputs:
+        return False
+    for reader, _ in visit.scope.readers.get(name, ()):
+        edit = edits.get(reader.index) if main.get(reader.index) is reader else None
+        if edit is None or any(name in node.input for node in edit.nodes):
+            return False
+    return True
+
+
+def _list_unread(edits: Sequence[NodeEdit], visits: Sequence[Visit], kept: set[str]) -> Iterator[str]:
+    """Yield the initializers that nothing reads once the edits are made."""
+    main = {visit.index: visit for visit in visits if visit.scope.path == ()}
+    by_index = {edit.node: edit for edit in edits}
+    for name in dict.fromkeys(name for edit in edits for name in main[edit.node].node.input if name):
+        visit = main[edits[0].node]
+        is_own = not isinstance(visit.scope.producers.get(name), Visit) and name in visit.scope.producers
+        if is_own and name not in kept and _is_unread(visit, name, by_index, main):
+            yield name

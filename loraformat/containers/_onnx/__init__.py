@@ -1,0 +1,1 @@
+"""What an ONNX file is made of: the walk over its bytes, its tensors, and what is written of it."""

@@ -1,0 +1,1 @@
+"""What reading and writing PEFT's folders takes, part by part."""

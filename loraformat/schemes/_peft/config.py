@@ -1,0 +1,223 @@
+"""PEFT's `adapter_config.json`: what of it changes the numbers, and what of it stands against a merge."""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from loraformat.adapter import Scaling, ScalingRule
+from loraformat.errors import error_for, refuse
+from loraformat.problems import Problem
+from loraformat.recognition import recognise_fields, recognise_type, spell_type
+from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes._peft.fields import find_unknown
+from loraformat.schemes._peft.patterns import fits, fits_whole
+from loraformat.strict_json import JsonValue
+
+_LORA: Final = "LORA"
+_TOKENS: Final = "TRAINABLE_TOKENS"
+_READ: Final = frozenset({_LORA, _TOKENS})
+
+
+@dataclass(frozen=True, slots=True)
+class _Obstacle:
+    """A field of LoraConfig under which B·A is not the whole story."""
+
+    field: str
+    holds: Callable[[JsonValue], bool]
+    why: str
+    code: str = "LF209"
+    mend: str = ""
+
+
+def _is_set(value: JsonValue) -> bool:
+    return bool(value)
+
+
+_RESIDUAL: Final = (
+    "Convert it to plain LoRA in the library that trained it (PEFT: save_pretrained with "
+    "path_initial_model_for_weight_conversion). Or merge into the base as the initialisation left it; if the one given "
+    "is that, say so with init_lora_weights: true in adapter_config.json."
+)
+_DEQUANTISED: Final = (
+    "Merge into the base that LoftQ left and the training run saved; if the one given is that, say so by removing "
+    "loftq_config from adapter_config.json."
+)
+_BASE_CHANGING: Final = ("pissa", "olora", "corda", "lora_ga")
+
+_OBSTACLES: Final = (
+    _Obstacle(
+        "layer_replication",
+        _is_set,
+        "it repeats layers of the base, which has fewer than the adapter",
+        mend="Write the base with its layers repeated as listed (mergekit's passthrough does it), remove "
+        "layer_replication from adapter_config.json, and merge into that.",
+    ),
+    _Obstacle(
+        "init_lora_weights",
+        lambda value: isinstance(value, str) and value.lower().startswith(_BASE_CHANGING),
+        "this initialisation changed the base as well",
+        "LF215",
+        _RESIDUAL,
+    ),
+    _Obstacle(
+        "loftq_config", _is_set, "it was trained on a base that LoftQ had quantised and changed", "LF215", _DEQUANTISED
+    ),
+)
+
+
+_OTHER_FORM: Final = "a change of another form, which this version does not know"
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """A configuration, or the lack of one.
+
+    Attributes:
+        fields: the JSON object; empty without a configuration.
+        where: for messages.
+        present: whether there was one.
+    """
+
+    fields: Mapping[str, JsonValue]
+    where: str
+    present: bool
+
+    def check_type(self, bundle: Bundle, known: Collection[str] = ()) -> str:
+        """Return the type, LORA or one of `known`; refuse any other by name."""
+        kind = self.text("peft_type") if self.present else _LORA
+        if kind is None:
+            raise refuse("LF209", self.where, "no peft_type", f"peft_type {_LORA!r}")
+        if kind not in _READ and kind not in known:
+            names = ", ".join(sorted(bundle.tensors)[:2])
+            tensors = f", tensors such as {names}" if names else ""
+            about, readable = recognise_type(kind), f"one of {', '.join(sorted({_LORA, *known}))}"
+            if about is not None:
+                raise error_for([about.as_problem(self.where, readable)])
+            raise refuse("LF209", self.where, f"peft_type {kind!r}{tensors}: {_OTHER_FORM}", readable)
+        return kind
+
+    def problems(self) -> list[Problem]:
+        """Return the options under which this version cannot merge."""
+        return [
+            *(item.as_problem(self.where) for item in recognise_fields(self.fields)),
+            *(
+                Problem(
+                    item.code,
+                    f"{self.where}: {item.field}",
+                    f"{self.fields[item.field]!r:.80}: {item.why}",
+                    "",
+                    item.mend,
+                )
+                for item in _OBSTACLES
+                if item.field in self.fields and item.holds(self.fields[item.field])
+            ),
+            *self.find_unknown(),
+        ]
+
+    def find_unknown(self) -> list[Problem]:
+        """Return the fields that are set, and that no PEFT known to this version has."""
+        return find_unknown(self.fields, self.where)
+
+    def tokens_of(self, target: str) -> list[JsonValue] | None:
+        """Return the numbers of the tokens whose rows were trained in a table, None where they are not stated."""
+        own = self.fields.get("peft_type") == _TOKENS
+        stated = self.fields.get("token_indices" if own else "trainable_token_indices")
+        if isinstance(stated, Mapping):
+            names = (name for name in stated if target == name or target.endswith(f".{name}"))
+            stated = next((stated[name] for name in names), None)
+        return list(stated) if isinstance(stated, list | tuple) else None
+
+    def text(self, field: str) -> str | None:
+        """Return a text field, None where it is null or absent."""
+        value = self.fields.get(field)
+        if value is not None and not isinstance(value, str):
+            raise refuse("LF213", f"{self.where}: {field}", f"{value!r:.80}", "text or null")
+        return value
+
+    def flag(self, field: str) -> bool:
+        """Return a true-or-false field, False where it is null or absent."""
+        value = self.fields.get(field)
+        if value is not None and not isinstance(value, bool):
+            raise refuse("LF213", f"{self.where}: {field}", f"{value!r:.80}", "true or false")
+        return bool(value)
+
+    def rank_of(self, target: str, stored: int) -> int:
+        """Return the rank that the configuration states for `target`, or the tensors' own without a statement."""
+        value = self._by_pattern("rank_pattern", target, "r")
+        if value is None:
+            return stored
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise refuse("LF213", f"{self.where}: r", f"{value!r:.80}", "a whole number, not negative")
+        return value
+
+    def scaling_of(self, target: str, stated: StatedScale, path: Path) -> Scaling:
+        """Return the scaling of `target`: the configuration's, else what the user states.
+
+        Raises:
+            FindingError: LF207 not finite, LF211 stated by neither.
+        """
+        root = self.flag("use_rslora")
+        rule = ScalingRule.ALPHA_OVER_SQRT_RANK if root else ScalingRule.ALPHA_OVER_RANK
+        alpha = self._by_pattern("alpha_pattern", target, "lora_alpha")
+        if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
+            raise refuse("LF213", f"{self.where}: lora_alpha", f"{alpha!r:.80}", "a number")
+        if not alpha and stated.multiplier is not None:
+            return _finite(Scaling(ScalingRule.MULTIPLIER, stated.multiplier), target)
+        alpha = alpha or (stated.alpha if stated.alpha is not None else alpha)
+        if alpha is None:
+            found = "no lora_alpha" if self.present else "no adapter_config.json beside it"
+            raise refuse("LF211", path, found, "the scale of the training run")
+        return _finite(Scaling(rule, float(alpha)), target)
+
+    def _by_pattern(self, table: str, target: str, default: str) -> JsonValue:
+        """Return the value of the first pattern that fits, as PEFT's `get_pattern_key` chooses, else the default."""
+        patterns = self.fields.get(table) or {}
+        if not isinstance(patterns, Mapping):
+            raise refuse("LF213", f"{self.where}: {table}", f"{patterns!r:.80}", "an object of patterns")
+        for pattern, value in patterns.items():
+            if fits_pattern(pattern, target, f"{self.where}: {table}"):
+                return value
+        return self.fields.get(default)
+
+
+def read_config(fields: Mapping[str, JsonValue] | None, path: Path) -> PeftConfig:
+    """Return the configuration beside an adapter, which may be missing, with its type as PEFT spells it."""
+    where = str(path) if path.suffix == ".json" else f"{path}: adapter_config.json"
+    own = dict(fields or {})
+    stated = own.get("peft_type")
+    if isinstance(stated, str):
+        own["peft_type"] = spell_type(stated)
+    elif stated is None and is_lora(own):
+        own["peft_type"] = _LORA
+    return PeftConfig(own, where, fields is not None)
+
+
+def is_lora(fields: Mapping[str, JsonValue]) -> bool:
+    """Say whether fields are those that servers such as vLLM need of LoRA, of which the type is none."""
+    return "peft_type" not in fields and {"r", "lora_alpha", "target_modules"} <= set(fields)
+
+
+def _finite(scaling: Scaling, target: str) -> Scaling:
+    if not math.isfinite(scaling.value):
+        raise refuse("LF207", target, f"{scaling.value}", "a finite number")
+    return scaling
+
+
+def fits_pattern(pattern: str, target: str, where: str) -> bool:
+    """Say whether PEFT applies a pattern to a target; LF213 for one that is no simple regular expression."""
+    return _fits(fits, pattern, target, where)
+
+
+def fits_whole_pattern(pattern: str, target: str, where: str) -> bool:
+    """Say whether all of a target is as a pattern says; LF213 as `fits_pattern` does."""
+    return _fits(fits_whole, pattern, target, where)
+
+
+def _fits(compare: Callable[[str, str], bool], pattern: str, target: str, where: str) -> bool:
+    try:
+        return compare(pattern, target)
+    except ValueError as error:
+        found = f"the pattern {pattern!r:.80}: {error}"
+        raise refuse("LF213", where, found, "a simple regular expression") from error
