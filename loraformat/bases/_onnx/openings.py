@@ -119,6 +119,8 @@ _ACTIVATIONS: Final = frozenset({"Relu", "Sigmoid", "Tanh"})
 _ATTENDING: Final = frozenset({"num_heads", "mask_filter_value", "scale", "unidirectional", "qkv_hidden_sizes"})
 _ATTENDED: Final = frozenset({0, 1, 2, 3, 5})
 """Attributes and inputs of an Attention that MultiHeadAttention has too: no past, no rotation."""
+_FEWEST: Final = 2
+"""Inputs of any product."""
 _EXPECTED: Final = "a MatMul, Gemm, Conv, Gather or MatMulNBits, or one of their kin"
 
 
@@ -132,6 +134,8 @@ def find_opening(raw: RawSite) -> Opening | Problem:
         return _refuse(visit, found, _MENDS.get(visit.op, ""))
     if visit.call is not None:
         return _refuse(visit, "a node of a function, which its callers share", "Inline the functions (onnx.inliner).")
+    if len(visit.node.input) < _FEWEST or not visit.node.output:
+        return _refuse(visit, "an operator that lacks an input or its output")
     dtype = find_form(raw)
     if dtype is None or dtype.name not in _FLOATS:
         return _refuse(visit, f"numbers computed as {'nobody knows what' if dtype is None else dtype.name}")
@@ -212,6 +216,8 @@ def _find_x(raw: RawSite) -> str | None:
         return str(x)
     made_by = visit.scope.producer(x)
     if not isinstance(made_by, Visit) or made_by.op != _QUANTISER or made_by.scope is not visit.scope:
+        return None
+    if not made_by.node.input:
         return None
     return str(made_by.node.input[0])
 
