@@ -182,6 +182,8 @@ def _find_product_scales(visit: Visit) -> Operand | None:
 
 
 def _pick_constant(product: Visit, position: int) -> Operand | None:
+    if position >= len(product.node.input):
+        return None
     made_by = product.scope.producer(product.node.input[position])
     if not isinstance(made_by, Visit):
         trace = trace_constant(product.scope, product.node.input[position])
