@@ -13,7 +13,7 @@ from loraformat.errors import error_for, refuse
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
 from loraformat.loading import is_base, list_files, load_adapter, load_tensors, open_base
 from loraformat.outputs import PendingOutput, check_ending, check_output
-from loraformat.rules import check_shapes
+from loraformat.rules import check_shapes, watch_numbers
 from loraformat.schemes import StatedScale
 from loraformat.schemes.native import write_tensors
 from loraformat.stamping import stamp_adapter
@@ -58,7 +58,7 @@ def save(adapter: Adapter, path: StrPath, *, force: bool = False) -> Path:
 
     Raises:
         LoraformatError: the file exists, cannot be written, or is the adapter's own source; or something in that
-            source stands against merging it.
+            source stands against merging it, or NaN or infinities in it do (LF501).
     """
     output = Path(path)
     found = [*adapter.problems, *check_shapes(adapter)]
@@ -68,9 +68,14 @@ def save(adapter: Adapter, path: StrPath, *, force: bool = False) -> Path:
     check_ending(output, ".safetensors", "an adapter in loraformat's own format")
     check_output(output, [file.path for file in list_files(adapter)], force=force)
     tensors, metadata = write_tensors(adapter)
+    broken: list[Problem] = []
     with PendingOutput([output], force=force) as pending:
-        entries = [(name, factor.dtype, factor.shape, factor.read) for name, factor in tensors.items()]
+        entries = [
+            (name, factor.dtype, factor.shape, watch_numbers(name, factor, broken)) for name, factor in tensors.items()
+        ]
         write_safetensors(pending.descriptors[0], entries, metadata)
+        if broken:
+            raise error_for(broken)
         pending.commit()
     return output
 

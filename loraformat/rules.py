@@ -1,10 +1,11 @@
 """What can be wrong with an adapter, whatever the base. Rules return problems; they do not raise."""
 
 import math
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loraformat.adapter import Adapter, Factor, Target, read_runs
 from loraformat.kinds import KINDS, Nature
@@ -69,10 +70,9 @@ def _check_numbers(target: Target) -> list[Problem]:
     kind = KINDS.find(target.kind)
     is_added = kind is not None and kind.nature is Nature.ADDITIVE
     for role, factor in target.factors.items():
-        broken, first, used = _survey(factor)
+        broken, first, used = _survey(read_runs(factor), factor.shape)
         if broken:
-            found = f"{broken} of {factor.elements} numbers, the first at {first}"
-            problems.append(Problem("LF501", f"{target.name}: {role}", found, "finite numbers"))
+            problems.append(_describe_broken(f"{target.name}: {role}", factor, broken, first))
         is_beside = role.startswith("base_layer.") or role.endswith(".bias")
         silent = silent or (is_added and factor.dtype.family == "float" and not used and not is_beside)
     if silent and not problems:
@@ -80,11 +80,34 @@ def _check_numbers(target: Target) -> list[Problem]:
     return problems
 
 
-def _survey(factor: Factor) -> tuple[int, tuple[int, ...], bool]:
+def watch_numbers(where: str, factor: Factor, found: list[Problem]) -> Callable[[], NDArray[Any]]:
+    """Return a function that reads a tensor, for a writer, and adds to `found` that it has NaN or infinities (LF501).
+
+    Args:
+        where: the tensor's name.
+        factor: the tensor.
+        found: grows when the function is called.
+    """
+
+    def read() -> NDArray[Any]:
+        values = factor.read()
+        broken, first, _ = _survey([values], factor.shape) if factor.dtype.family == "float" else (0, (), True)
+        if broken:
+            found.append(_describe_broken(where, factor, broken, first))
+        return values
+
+    return read
+
+
+def _describe_broken(where: str, factor: Factor, broken: int, first: tuple[int, ...]) -> Problem:
+    return Problem("LF501", where, f"{broken} of {factor.elements} numbers, the first at {first}", "finite numbers")
+
+
+def _survey(runs: Iterable[NDArray[Any]], shape: tuple[int, ...]) -> tuple[int, tuple[int, ...], bool]:
     """Return how many numbers are not finite as float32, where the first of them is, and whether any is not zero."""
     broken, passed, used = 0, 0, False
     first: tuple[int, ...] = ()
-    for values in read_runs(factor):
+    for values in runs:
         with np.errstate(over="ignore", invalid="ignore"):
             narrow = values.astype(np.float32, copy=False).reshape(-1)
             if 0 < np.dot(narrow, narrow) < math.inf:  # One pass says both of nearly all factors.
@@ -93,7 +116,7 @@ def _survey(factor: Factor) -> tuple[int, tuple[int, ...], bool]:
             finite = np.isfinite(narrow)
         if not finite.all():
             places = np.flatnonzero(~finite)
-            first = first if broken else tuple(map(int, np.unravel_index(passed + places[0], factor.shape)))
+            first = first if broken else tuple(map(int, np.unravel_index(passed + places[0], shape)))
             broken += len(places)
         with np.errstate(invalid="ignore"):
             used = used or bool(values.any())

@@ -168,7 +168,9 @@ def assert_same_targets(one: Adapter, other: Adapter) -> None:
 def make_adapter(form: Any = np.float32, bits: int = 1) -> Adapter:
     def factor(name: str, *shape: int) -> MemoryFactor:
         noise = np.random.default_rng(bits).integers(0, 256, size=(*shape, np.dtype(form).itemsize), dtype=np.uint8)
-        return MemoryFactor(name, noise.view(form)[..., 0])
+        array = noise.view(form)[..., 0]
+        with np.errstate(over="ignore", invalid="ignore"):
+            return MemoryFactor(name, np.where(np.isfinite(array.astype(np.float32)), array, form(1)))
 
     def target(name: str, slot: SlotKind, *roles: str) -> Target:
         factors: dict[str, Factor] = {roles[0]: factor("A", 2, 5), roles[1]: factor("B", 7, 2)}
@@ -191,11 +193,28 @@ FORMS = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_every_bit_is_kept(tmp_path: Path, form: Any) -> None:
-    """Random bits: NaN payloads, subnormals and all."""
+    """Random bits, subnormals and all."""
     adapter = make_adapter(form)
     again = loraformat.load(loraformat.save(adapter, tmp_path / "a.safetensors"))
     assert_same_targets(again, adapter)
     assert (again.base, again.metadata, again.provenance) == (adapter.base, adapter.metadata, adapter.provenance)
+
+
+def test_numbers_that_no_merge_takes_are_not_saved(tmp_path: Path) -> None:
+    """They would pass for an adapter that can be merged; every tensor is named, and nothing is left behind."""
+    adapter = make_adapter()
+    factors = {role: np.array(factor.read()) for role, factor in adapter.targets[1].factors.items()}
+    factors["lora_A.weight"][1, 3], factors["lora_B.weight"][4] = np.nan, -np.inf
+    broken = {role: MemoryFactor(role, array) for role, array in factors.items()}
+    targets = (adapter.targets[0], replace(adapter.targets[1], factors=broken))
+    with pytest.raises(LoraformatError) as caught:
+        loraformat.save(replace(adapter, targets=targets), tmp_path / "a.safetensors")
+    assert sorted(problem.found for problem in caught.value.problems) == [
+        "1 of 10 numbers, the first at (1, 3)",
+        "2 of 14 numbers, the first at (4, 0)",
+    ]
+    assert caught.value.codes == ("LF501", "LF501")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -72,10 +72,7 @@ def convert(
     facts = read_base_facts(Path(base) if base is not None else None)
     converted = _convert(adapter, to, facts, scheme, StatedScale(alpha, scale), rounding)
     check_converted(converted)
-    proof = write_converted(
-        converted, Path(output), converted.source.bundle.facts, rounding, force=force, verify=verify
-    )
-    return converted.report(Path(output), proof)
+    return write_converted(converted, Path(output), converted.source.bundle.facts, rounding, force=force, verify=verify)
 
 
 def plan_conversion(

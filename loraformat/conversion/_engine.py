@@ -29,6 +29,8 @@ from loraformat.schemes._naming import split_component
 PROVEN_TO = 1e-6
 """Relative difference of a change above which a conversion without rounding is not what it says."""
 
+_CARRIED = "finite numbers; a merge refuses them, and they are carried along as they are"
+
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
@@ -201,16 +203,20 @@ def check_converted(converted: Converted) -> None:
 
 def write_converted(
     converted: Converted, output: Path, facts: BaseFacts, rounding: Rounding, *, force: bool, verify: bool
-) -> Proof | None:
-    """Write a conversion; with `verify` what was written is read again and compared before it is moved into place."""
+) -> Conversion:
+    """Write a conversion; with `verify` what was written is read again and compared before it is moved into place.
+
+    Numbers that are not finite go along as they are, and are warned of (LF501).
+    """
     inputs = [file.path for file in list_files(converted.source.adapter)]
     check_outputs(converted.written, output, inputs, force=force)
-    proof = None
-    with pending_files(converted.written, output, force=force) as (pending, bundle):
+    proof, broken = None, list[Problem]()
+    with pending_files(converted.written, output, broken, force=force) as (pending, bundle):
         if verify:
             proof = verify_bundle(converted, replace(bundle, facts=facts), rounding)
         pending.commit()
-    return proof
+    carried = [replace(each, severity="warning", expected=_CARRIED) for each in broken]
+    return replace(converted, problems=(*converted.problems, *carried)).report(output, proof)
 
 
 def verify_bundle(converted: Converted, bundle: Bundle, rounding: Rounding) -> Proof:

@@ -89,12 +89,22 @@ def _compare(one: Target, other: Target) -> tuple[float, float]:
     if one.options != other.options:
         return math.inf, 1.0
     largest = size = 0.0
-    for (label, left), (again, right) in zip(_pieces(one), _pieces(other), strict=False):
-        if label != again or left.shape != right.shape:
-            return math.inf, 1.0
-        size = max(size, float(np.max(np.abs(left), initial=0.0)))
-        largest = max(largest, float(np.max(np.abs(left - right), initial=0.0)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for (label, left), (again, right) in zip(_pieces(one), _pieces(other), strict=False):
+            if label != again or left.shape != right.shape:
+                return math.inf, 1.0
+            size = max(size, float(np.max(np.abs(left), initial=0.0, where=np.isfinite(left))))
+            largest = max(largest, _measure(left, right))
     return largest, size
+
+
+def _measure(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
+    """Return the largest difference; NaN is equal to NaN, and an infinity to itself, and to nothing else."""
+    gap = np.abs(left - right)
+    odd = ~np.isfinite(gap)
+    if odd.any() and not np.array_equal(left[odd], right[odd], equal_nan=True):
+        return math.inf
+    return float(np.max(gap, initial=0.0, where=~odd))
 
 
 def _is_same(one: Target, other: Target) -> bool:

@@ -11,6 +11,8 @@ from loraformat.containers import CONTAINERS, WritableContainer
 from loraformat.errors import refuse
 from loraformat.files import write_at
 from loraformat.outputs import PendingOutput, check_output
+from loraformat.problems import Problem
+from loraformat.rules import watch_numbers
 from loraformat.schemes import Bundle, WrittenBundle
 
 
@@ -66,8 +68,17 @@ def check_outputs(written: WrittenBundle, output: Path, inputs: Sequence[Path], 
 
 
 @contextmanager
-def pending_files(written: WrittenBundle, output: Path, *, force: bool) -> Iterator[tuple[PendingOutput, Bundle]]:
-    """Write a bundle aside, and yield it with what a reader finds in the new files; `commit` moves them into place."""
+def pending_files(
+    written: WrittenBundle, output: Path, found: list[Problem], *, force: bool
+) -> Iterator[tuple[PendingOutput, Bundle]]:
+    """Write a bundle aside, and yield it with what a reader finds in the new files; `commit` moves them into place.
+
+    Args:
+        written: the bundle.
+        output: where it goes.
+        found: tensors with NaN or infinities are added to it.
+        force: replace existing files.
+    """
     outputs = name_outputs(written, output)
     made = outputs.folder is not None and not output.exists()
     if made:
@@ -76,7 +87,10 @@ def pending_files(written: WrittenBundle, output: Path, *, force: bool) -> Itera
         with PendingOutput(outputs.list_paths(), force=force) as pending:
             container = CONTAINERS.find(outputs.container)
             assert isinstance(container, WritableContainer), f"no writer of {outputs.container}"
-            tensors = [(name, each.dtype, each.shape, each.read) for name, each in written.tensors.items()]
+            tensors = [
+                (name, each.dtype, each.shape, watch_numbers(name, each, found))
+                for name, each in written.tensors.items()
+            ]
             container.write(pending.descriptors[-1], tensors, written.metadata if outputs.annotates else {})
             if outputs.config is not None:
                 text = json.dumps(written.config, indent=2, sort_keys=False, ensure_ascii=False, allow_nan=False)

@@ -14,6 +14,7 @@ import loraformat
 from builders import write_peft, write_tensors
 from loraformat.adapter import SlotKind
 from loraformat.conversion import SchemeSummary, list_pairs, tabulate_pairs
+from loraformat.conversion._proof import prove
 from loraformat.errors import LoraformatError
 from loraformat.loading import load_adapter
 from schemes import modules as m
@@ -48,6 +49,26 @@ def test_a_file_becomes_a_file(flux: Path, tmp_path: Path) -> None:
     assert (done.proof.modules, done.proof.relative, done.proof.missing) == (8, 0.0, ())
     adapter = load_adapter(output)
     assert {target.scale for target in adapter.targets} == {1.5}
+
+
+def test_numbers_that_are_not_finite_are_carried_with_a_warning(tmp_path: Path) -> None:
+    """Bit for bit, as a conversion moves all numbers; a proof tells NaN from another number."""
+    tensors = m.lora(m.flat("lora_unet", m.SD1_DIFFUSERS), DOWN, UP, alpha=1.0)
+    arrays = {name: np.array(factor.read()) for name, factor in tensors.items()}
+    name = next(name for name in arrays if name.endswith(DOWN))
+    arrays[name].flat[2] = np.nan
+    source = write_tensors(tmp_path / "in.safetensors", arrays)
+    done = loraformat.convert(source, "diffusers", tmp_path / "out.safetensors", verify=True)
+    (warning,) = [problem for problem in done.problems if problem.code == "LF501"]
+    assert (warning.severity, "1 of" in warning.found) == ("warning", True)
+    assert done.proof is not None
+    assert done.proof.relative == 0
+    sound = arrays | {name: np.nan_to_num(arrays[name])}
+    one, other = (
+        load_adapter(write_tensors(tmp_path / f"{index}.safetensors", each))
+        for index, each in enumerate((arrays, sound))
+    )
+    assert prove(one.targets, other.targets).relative == np.inf
 
 
 def test_the_way_back_gives_the_same_tensors_and_annotations(flux: Path, tmp_path: Path) -> None:
