@@ -13,6 +13,7 @@ from loraformat.errors import error_for, refuse
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
 from loraformat.loading import is_base, list_files, load_adapter, load_tensors, open_base
 from loraformat.outputs import PendingOutput, check_ending, check_output
+from loraformat.problems import Problem
 from loraformat.rules import check_shapes, watch_numbers
 from loraformat.schemes import StatedScale
 from loraformat.schemes.native import write_tensors
