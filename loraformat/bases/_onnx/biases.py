@@ -138,7 +138,7 @@ def _describe(raw: RawSite, site: Site, name: str, *, is_old: bool) -> FreeBias:
 def find_place(raw: RawSite) -> BiasPlace | Problem:
     """Return where a module whose weight is at a site would have its bias, or why it can have none (LF630)."""
     visit, op = raw.visit, raw.visit.op
-    if not visit.node.output:
+    if not any(visit.node.output[:1]):
         return _refuse(visit, "a node that makes nothing")
     if visit.scope.path is None:
         return _refuse(visit, "a node of a function, which its callers share", _INLINE)

@@ -6,12 +6,12 @@ first, so that runtimes still see the pattern that they fuse. What rounds a prod
 leave activations out that such a range stands for.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
-from loraformat.bases._onnx.scopes import Scope, Visit
+from loraformat.bases._onnx.scopes import Visit
 from loraformat.bases._onnx.sites import RawSite
 from loraformat.bases._onnx.traces import trace_constant
 from loraformat.bases._onnx.uses import read_attribute
@@ -181,7 +181,7 @@ def _refuse(visit: Visit, found: str, mend: str = "") -> Problem:
 
 def find_form(raw: RawSite) -> Dtype | None:
     """Return the number form of the node's product, once it is a float, as the weight's way to it tells."""
-    op, inputs = raw.visit.op, raw.visit.node.input
+    op = raw.visit.op
     if op in {"MatMulInteger", "com.microsoft.DynamicQuantizeMatMul"}:
         return BY_ONNX[_FLOAT]
     scales = {
@@ -190,19 +190,25 @@ def find_form(raw: RawSite) -> Dtype | None:
         "com.microsoft.MatMulIntegerToFloat": 3,
     }.get(op)
     if scales is not None:
-        return _find_constant_form(raw.visit.scope, inputs, scales)
+        return _find_constant_form(raw.visit, scales)
     for step in raw.trace.steps:
         if step.op == "Cast":
             return BY_ONNX.get(int(read_attribute(step.node, "to", 0)))
         if step.op == "DequantizeLinear":
-            return _find_constant_form(step.scope, step.node.input, 1)
+            return _find_constant_form(step, 1)
     return BY_ONNX.get(raw.trace.tensor.data_type) if raw.trace.tensor is not None else None
 
 
-def _find_constant_form(scope: Scope, inputs: Sequence[str], position: int) -> Dtype | None:
-    """Return the form of a constant input; None where it is none, or a damaged node lacks it."""
-    trace = trace_constant(scope, inputs[position]) if position < len(inputs) else None
+def _find_constant_form(visit: Visit, position: int) -> Dtype | None:
+    name = _read_input(visit, position)
+    trace = trace_constant(visit.scope, name) if name else None
     return BY_ONNX.get(trace.tensor.data_type) if trace is not None and trace.tensor is not None else None
+
+
+def _read_input(visit: Visit, position: int) -> str:
+    """Return the name of what a node reads at a position; empty where it reads nothing."""
+    inputs = visit.node.input
+    return str(inputs[position]) if position < len(inputs) else ""
 
 
 def _find_x(raw: RawSite) -> str | None:
@@ -211,15 +217,13 @@ def _find_x(raw: RawSite) -> str | None:
     A value of a graph around the node's own is as good.
     """
     visit = raw.visit
-    x = visit.node.input[1 if raw.position == 0 else 0]
+    x = _read_input(visit, 1 if raw.position == 0 else 0)
     if visit.op not in {"MatMulInteger", "com.microsoft.MatMulIntegerToFloat"}:
-        return str(x)
+        return x or None
     made_by = visit.scope.producer(x)
     if not isinstance(made_by, Visit) or made_by.op != _QUANTISER or made_by.scope is not visit.scope:
         return None
-    if not made_by.node.input:
-        return None
-    return str(made_by.node.input[0])
+    return _read_input(made_by, 0) or None
 
 
 def _find_maker(visit: Visit) -> Visit | None:
@@ -245,8 +249,12 @@ def _find_scaled(visit: Visit) -> Visit | None:
 def _find_factors(visit: Visit, product: str) -> set[str]:
     """Return which scales a product is multiplied by: that of x is of its quantiser, that of the weight a constant."""
     pending, found = [name for name in visit.node.input if name != product], set[str]()
+    seen = {product, ""}
     while pending:
         name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
         made_by = visit.scope.producer(name)
         if isinstance(made_by, Visit) and made_by.op == "Mul" and made_by.scope is visit.scope:
             pending += made_by.node.input
@@ -268,11 +276,11 @@ def _follow(visit: Visit) -> Iterator[Visit]:
 
 
 def _only_reader(visit: Visit) -> Visit | None:
-    name = visit.node.output[0]
+    name = next(iter(visit.node.output), "")
     readers = visit.scope.readers.get(name, ())
     if len(readers) != 1 or name in visit.scope.outputs or readers[0][0].scope is not visit.scope:
         return None
-    return readers[0][0]
+    return readers[0][0] if any(readers[0][0].node.output[:1]) else None
 
 
 def _find_bias(visit: Visit) -> Visit | None:
