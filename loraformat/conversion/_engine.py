@@ -10,7 +10,7 @@ from loraformat.base_facts import NO_FACTS, BaseFacts
 from loraformat.conversion._account import Account, Step, account, find_unaccounted, list_written
 from loraformat.conversion._proof import Proof, prove
 from loraformat.conversion._respelling import respell, respell_like
-from loraformat.conversion._writing import check_outputs, pending_files
+from loraformat.conversion._writing import check_outputs, pending_files, place_files
 from loraformat.errors import error_for, refuse
 from loraformat.loading import list_files, open_bundle, read_bundle
 from loraformat.loading.readers import choose_scheme
@@ -214,7 +214,7 @@ def write_converted(
     with pending_files(converted.written, output, broken, force=force) as (pending, bundle):
         if verify:
             proof = verify_bundle(converted, replace(bundle, facts=facts), rounding)
-        pending.commit()
+        place_files(pending, converted.written, output, force=force)
     carried = [replace(each, severity="warning", expected=_CARRIED) for each in broken]
     return replace(converted, problems=(*converted.problems, *carried)).report(output, proof)
 

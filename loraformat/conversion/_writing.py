@@ -10,7 +10,7 @@ from pathlib import Path
 from loraformat.containers import CONTAINERS, WritableContainer
 from loraformat.errors import refuse
 from loraformat.files import write_at
-from loraformat.outputs import PendingOutput, check_output
+from loraformat.outputs import PendingOutput, check_output, output_errors
 from loraformat.problems import Problem
 from loraformat.rules import watch_numbers
 from loraformat.schemes import Bundle, WrittenBundle
@@ -101,3 +101,16 @@ def pending_files(
         if made:
             with suppress(OSError):  # What has files in it stays.
                 output.rmdir()
+
+
+def place_files(pending: PendingOutput, written: WrittenBundle, output: Path, *, force: bool) -> None:
+    """Move what was written into place.
+
+    Old tensors go first where a configuration stands beside them: killed between the two moves, this must not leave an
+    adapter of the old factors at the new scale.
+    """
+    outputs = name_outputs(written, output)
+    if force and outputs.config is not None:
+        with output_errors(outputs.tensors):
+            outputs.tensors.unlink(missing_ok=True)
+    pending.commit()
