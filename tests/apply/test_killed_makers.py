@@ -118,7 +118,7 @@ def test_killed_at_every_step_the_old_output_stands_or_the_new_one(tmp_path: Pat
         place = tmp_path / "attempt"
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(whole.parent, place)
-        old = {name: b"old" for name in new}
+        old = dict.fromkeys(new, b"old")
         for name, data in old.items():
             (place / name).write_bytes(data)
         status = fork(maker, place / "out", number, size)
