@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 import loraformat
 from builders import write_peft, write_tensors
-from graphs import Array, Net, dyadic, function, run, stored_weights, torchscript_name, write_model
+from graphs import Array, Net, dyadic, function, run, stored_weights, torchscript_name, write_data_by_hand, write_model
 from loraformat.errors import LoraformatError
 from loraformat.receipt import Receipt
 
@@ -365,3 +365,40 @@ def test_the_plan_names_it(plain: Path, tmp_path: Path) -> None:
     assert weight["new"]["added"] == f"Add after MatMul {NAME!r} (graph node 0)"
     assert list(weight["new"]["readers"]) == [f"MatMul {NAME!r} (graph node 0, input 1)"]
     assert [(problem.code, problem.found) for problem in plan.problems] == [("LF632", weight["new"]["added"])]
+
+
+def test_graphs_that_share_a_data_file(tmp_path: Path) -> None:
+    """Numbers of a bias stand in the graph's own file, so that the data file stays one that both read."""
+    net = Net()
+    matmul(net)
+    names = ("model.onnx", "model_with_past.onnx")
+    for name in names:
+        write_data_by_hand(tmp_path / "base" / name, net.model(), {"val_7": ("weights.bin", 0)})
+    data = (tmp_path / "base" / "weights.bin").read_bytes()
+    adapter = write_bias(tmp_path / "a", {FC: BIAS})
+    loraformat.merge(tmp_path / "base", [adapter], tmp_path / "out", new_biases=True)
+    for name in names:
+        np.testing.assert_allclose(run(tmp_path / "out" / name, {"x": X})[0], X @ WEIGHT.T + BIAS, atol=1e-5)
+    assert (tmp_path / "out" / "weights.bin").read_bytes() == data
+    assert loraformat.verify(tmp_path / "out", tmp_path / "base", [adapter]).holds
+
+
+def test_a_gemm_between_codes(tmp_path: Path) -> None:
+    """QDQ: a bias in floats, once the user accepts that the ranges were measured without it."""
+    net = Net()
+    scale, zero = net.weight("scale", np.float32(0.5)), net.weight("zero", np.int8(0))
+    quantised = net.op("QuantizeLinear", [net.feed("x"), scale, zero], "xq", "/x/QuantizeLinear")
+    x = net.op("DequantizeLinear", [quantised, scale, zero], "xf", "/x/DequantizeLinear")
+    codes = net.weight(f"{FC}.weight_quantized", RNG.integers(-5, 6, (6, 32), np.int8))
+    w = net.op("DequantizeLinear", [codes, scale, zero], f"{FC}.weight", "/w/DequantizeLinear")
+    y = net.op("Gemm", [x, w], "h", NAME, transB=1)
+    rounded = net.op("QuantizeLinear", [y, scale, zero], "yq", "/y/QuantizeLinear")
+    net.op("DequantizeLinear", [rounded, scale, zero], net.result("y"), "/y/DequantizeLinear")
+    base, adapter = write_model(tmp_path / "base.onnx", net.model()), write_bias(tmp_path / "a", {FC: BIAS})
+    with pytest.raises(LoraformatError) as caught:
+        loraformat.merge(base, [adapter], tmp_path / "out.onnx", new_biases=True)
+    assert caught.value.codes == ("LF441",)
+    loraformat.merge(base, [adapter], tmp_path / "out.onnx", new_biases=True, accept_ranges=True)
+    steps = np.clip(np.rint(X / 0.5), -128, 127) @ (stored_weights(base)[f"{FC}.weight_quantized"].T / 4.0)
+    expected = np.clip(np.rint((steps + BIAS) / 0.5), -128, 127) * 0.5
+    assert np.abs(run(tmp_path / "out.onnx", {"x": X})[0] - expected).max() <= 0.5
