@@ -32,7 +32,7 @@ def test_to_kohya_and_into_a_text_encoder(tmp_path: Path, inner: bool) -> None:
     assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj" in names
     tokens = torch.tensor([[1, 2, 3, 59]])
     for source in ("lora", "kohya.safetensors"):
-        output = tmp_path / f"merged-{source}"
+        output = tmp_path / f"merged-{Path(source).stem}"
         loraformat.merge(tmp_path / "base", tmp_path / source, output)
         merged = transformers.CLIPTextModel.from_pretrained(output).eval()
         with torch.no_grad():
