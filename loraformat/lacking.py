@@ -5,17 +5,19 @@ lost where the adapter has zeros too; else a module is given one only where the 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Final
 
 from loraformat.adapter import SlotKind
+from loraformat.bases import FreeBias
+from loraformat.dtypes import Dtype
 from loraformat.evidence import Lookup
 from loraformat.evidence.names import STRATEGY as NAMES
 from loraformat.kinds import REST, UNKNOWN, Change, Nature
-from loraformat.matching import Match, NewBias, Want
+from loraformat.matching import Match, Want, count_rows, name_weight
 from loraformat.matching.choosing import choose_weights
 from loraformat.matching.mismatches import LISTED
-from loraformat.matching.site_index import SiteIndex
 from loraformat.problems import Problem
 
 _OF_CHECKPOINT: Final = (
@@ -33,6 +35,74 @@ _MODULES: Final[Sequence[tuple[SlotKind, tuple[int, ...]]]] = (
     (SlotKind.PARAMETER, ()),
 )
 """Slots of weights that a bias may stand beside, and their dimensions after the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewBias:
+    """A bias that a target changes and the base lacks.
+
+    Attributes:
+        want: the target and its change of the bias.
+        beside: where the module's weight was found.
+    """
+
+    want: Want
+    beside: Match
+
+    @property
+    def _places(self) -> list[FreeBias]:
+        return [site.free_bias for site in self.beside.sites if site.free_bias is not None]
+
+    @property
+    def name(self) -> str:
+        """The name that its tensor will have."""
+        return self._places[0].name
+
+    @property
+    def dtype(self) -> Dtype:
+        """The number form that it will have."""
+        return self._places[0].dtype
+
+    @property
+    def reader(self) -> str:
+        """What of a graph will read it, for people; empty where nothing more is needed."""
+        return ", ".join(dict.fromkeys(place.reader for place in self._places if place.reader))
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Ids of the sites of the weight beside it in a graph; empty where nothing is needed to read it."""
+        return tuple(dict.fromkeys(site.id for site in self.beside.sites)) if self.reader else ()
+
+    @property
+    def obstacle(self) -> Problem | None:
+        """Why the module can be given none."""
+        found = next((place.obstacle for place in self._places if place.obstacle is not None), None)
+        forms = {place.dtype.name for place in self._places}
+        if found is None and len(forms) > 1:
+            return Problem("LF630", self.name, f"nodes that compute in {', '.join(sorted(forms))}", "one number form")
+        return found or self._check_rows()
+
+    def _check_rows(self) -> Problem | None:
+        """Return a problem where it has not as many numbers as the weight has rows."""
+        site = self.beside.sites[0]
+        slot = next(each for each in site.transposed if each is not SlotKind.PARAMETER or len(site.transposed) == 1)
+        is_told = site.part is None and site.weight is not None and site.weight.coding is None
+        rows = (count_rows(site, slot),) if is_told else self.want.shape
+        if self.want.shape == rows:
+            return None
+        return Problem("LF405", name_weight(site), f"{rows[0]} rows", f"{self.want.shape} for its bias")
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it is all zeros, so that a module without it computes the same; a function of none is not asked."""
+        change = self.want.change
+        if change.nature is Nature.FUNCTION_OF_BASE:
+            return False
+        return not any(self.want.target.factors[role].read().any() for role in change.roles)
+
+    def as_match(self) -> Match:
+        """Return the match that it would be if the base had it."""
+        return replace(self.beside, want=self.want, transposed=False, divisor=1.0)
 
 
 def find_lacking(missing: Sequence[Want], matches: Sequence[Match], lookup: Lookup) -> list[NewBias]:
@@ -55,8 +125,6 @@ def find_lacking(missing: Sequence[Want], matches: Sequence[Match], lookup: Look
 
 def _find_module(want: Want, lookup: Lookup) -> Match | None:
     """Return the weight of the module of which a target has the bias alone."""
-    if "weight" not in lookup.indexes:
-        lookup.indexes["weight"] = SiteIndex(lookup.sites, "weight")
     for slot, sizes in _MODULES:
         change = Change("weight", (*want.shape[:1], *sizes), Nature.REPLACEMENT, (), slot)
         weight = Want(want.target, change)

@@ -21,10 +21,9 @@ from loraformat.evidence._agreement import report_disagreement
 from loraformat.evidence.structure import list_lacking
 from loraformat.evidence.values import STRATEGY as VALUES
 from loraformat.evidence.values import verify_values
-from loraformat.lacking import find_lacking, report_lacking
+from loraformat.lacking import NewBias, find_lacking, report_lacking
 from loraformat.matching import (
     Match,
-    NewBias,
     Want,
     list_wants,
     open_slot,

@@ -33,11 +33,11 @@ _CONVERT: Final = (
     'sys.argv[2])" OLD NEW'
 )
 
-_NAMED: Final = (
-    "Save its arrays by name as safetensors. An adapter of KerasHub (.lora.h5) has numbers of layers in place of "
-    "names: load it there (backbone.load_lora_weights), and save lora_kernel_a and lora_kernel_b of every layer by "
-    "its name."
+FROM_KERAS: Final = (
+    "Load it in KerasHub (backbone.load_lora_weights), and save lora_kernel_a and lora_kernel_b of every layer by its "
+    "name as safetensors."
 )
+_NAMED: Final = f"Save its arrays by name as safetensors. Layers of an adapter of KerasHub have none: {FROM_KERAS}"
 
 _SIGNATURES: Final = (
     Signature(b"version https://git-lfs", "a git-LFS pointer, not the file itself", "Fetch the file: git lfs pull"),

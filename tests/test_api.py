@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 
 import loraformat
 from builders import MemoryFactor, lora_factors, read_onnx, write_onnx, write_peft, write_tensors
+from graphs import linear_net, write_model
 from loraformat import runtime
 from loraformat.adapter import Adapter, BaseBinding, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.errors import LoraformatError
 from loraformat.fingerprint import Fingerprint
+from loraformat.loading import open_base
 
 DICE = np.random.default_rng(5)
 FACTORS = {"model.q": lora_factors(DICE, 6, 4, 2), "model.v": lora_factors(DICE, 3, 5, 2)}
@@ -467,6 +469,15 @@ def test_a_model_and_an_adapter_in_each_others_place(folder: Path, base: Path, t
     (tmp_path / "some.onnx_adapter").write_bytes(bytes(64))
     for adapter in (folder, folder / "adapter_model.safetensors", native, tmp_path / "some.onnx_adapter"):
         assert codes_of(lambda adapter=adapter: loraformat.merge(adapter, folder)) == ("LF836",)
+
+
+@pytest.mark.parametrize("style", ["torchscript", "dynamo", "named"])
+def test_a_graph_is_a_model_whatever_its_modules_are_called(tmp_path: Path, style: str) -> None:
+    """One with adapters as inputs names no others, where an optimiser took the names of its layers."""
+    names = {f"model.layers.0.q_proj.lora_{side}": np.ones((4, 3), np.float32) for side in "AB"}
+    write_model(tmp_path / "model" / "base.onnx", linear_net(names, style).model())
+    for path in (tmp_path / "model" / "base.onnx", tmp_path / "model"):
+        assert len(open_base(path).sites) == 2
 
 
 def test_a_plan_writes_nothing(folder: Path, base: Path) -> None:

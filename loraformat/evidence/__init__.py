@@ -80,6 +80,17 @@ class Hints:
     structure: bool = False
 
 
+class _Indexes(dict[str, SiteIndex]):
+    """Sites by names, for each parameter; made when it is first asked for."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self._sites = sites
+
+    def __missing__(self, parameter: str) -> SiteIndex:
+        return self.setdefault(parameter, SiteIndex(self._sites, parameter))
+
+
 class Lookup:
     """What strategies look in.
 
@@ -95,7 +106,7 @@ class Lookup:
         self.wants = wants
         self.names = names
         self.clues = clues
-        self.indexes = {parameter: SiteIndex(sites, parameter) for parameter in {want.parameter for want in wants}}
+        self.indexes = _Indexes(sites)
         self.kept: dict[Any, Any] = {}
         """What strategies have read of weights, to be read once."""
         self.problems: list[Problem] = []

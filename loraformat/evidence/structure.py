@@ -214,7 +214,7 @@ def _object(lookup: Lookup, roles: Roles, wanted: Mapping[str, Role]) -> str:
     if own is not None and (roles.is_ordered or stored_apart):
         return f"queries, keys and values lie one after the other, and {own} may have them in turns"
     for name, role in wanted.items():
-        named = [c.site for c in lookup.indexes["weight"].find(name)] if "weight" in lookup.indexes else []
+        named = [candidate.site for candidate in lookup.indexes["weight"].find(name)]
         places = _list_places(roles, role)
         others = {site.id for site in named if site.id in roles.by_site and site.id not in places}
         if others:

@@ -20,17 +20,16 @@ from numpy.typing import NDArray
 
 from loraformat.adapter import Factor, SlotKind, Target
 from loraformat.kinds import FLOATS, Change, Delta, Nature, RoleSet, check_roles, refuse_options
-from loraformat.kinds._factored import MATRICES
+from loraformat.kinds._factored import BASE_BIAS, MATRICES
 from loraformat.kinds._matrices import LowRankDelta, Values
 from loraformat.problems import Problem
 
 _BIAS: Final = "lora_B.bias"
 _BASE_WEIGHT: Final = "base_layer.weight"
-_BASE_BIAS: Final = "base_layer.bias"
 _LINEAR: Final = RoleSet(
     (SlotKind.LINEAR, SlotKind.LINEAR_TRANSPOSED, SlotKind.CONV),
     ("lora_A.weight", "lora_B.weight"),
-    (_BIAS, _BASE_WEIGHT, _BASE_BIAS),
+    (_BIAS, _BASE_WEIGHT, BASE_BIAS),
 )
 _EMBEDDING: Final = RoleSet((SlotKind.EMBEDDING,), ("lora_embedding_A", "lora_embedding_B"), (_BASE_WEIGHT,))
 _DOWN: Final = ("lora_A.weight", "lora_embedding_A")
@@ -73,7 +72,7 @@ class Lora:
         own, bias = SlotKind.PARAMETER, shape[:1]
         rows = [
             ("weight", _stored_shape(target, shape), Nature.REPLACEMENT, (_BASE_WEIGHT,), own),
-            ("bias", bias, Nature.REPLACEMENT, (_BASE_BIAS,), own),
+            ("bias", bias, Nature.REPLACEMENT, (BASE_BIAS,), own),
             ("weight", shape, Nature.ADDITIVE, _roles_of(target.factors), target.slot),
             ("bias", bias, Nature.ADDITIVE, (_BIAS,), own),
         ]
@@ -164,7 +163,7 @@ def _check_beside(target: Target, down: Factor, up: Factor) -> list[Problem]:
     out, width = up.shape[0], down.shape[1:]
     either = {(out, *width), (*width, out)}  # The base's shape has the last word, when it is replaced.
     own = either if target.slot in MATRICES else {(*width, out) if target.slot is SlotKind.EMBEDDING else (out, *width)}
-    expected: dict[str, set[tuple[int, ...]]] = {_BIAS: {(out,)}, _BASE_BIAS: {(out,)}, _BASE_WEIGHT: own}
+    expected: dict[str, set[tuple[int, ...]]] = {_BIAS: {(out,)}, BASE_BIAS: {(out,)}, _BASE_WEIGHT: own}
     return [
         Problem("LF203", f"{target.name}: {role}", f"shape {target.factors[role].shape}", " or ".join(map(str, shapes)))
         for role, shapes in expected.items()

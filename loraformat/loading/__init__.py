@@ -9,7 +9,7 @@ from typing import Any, Final
 from loraformat.adapter import Adapter, Factor, SlotKind
 from loraformat.arrays import as_numpy, hold_arrays, read_config
 from loraformat.base_facts import NO_FACTS, BaseFacts, read_facts
-from loraformat.bases import BASES, BaseFormat, BaseModel, ToldBase, ViewedBase
+from loraformat.bases import BASES, TENSOR_NAME, BaseFormat, BaseModel, ToldBase, ViewedBase
 from loraformat.derived import NewFactor, find_origins
 from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.files import find_snapshot
@@ -202,8 +202,7 @@ def open_base(path: Path) -> BaseModel:
     """
     path = find_snapshot(path)
     base = _open_any(path)
-    is_graph = base.suffix == ".onnx"  # One with adapters as inputs has modules of such names.
-    if not is_graph and is_factors([site.module for site in base.sites if site.module]):
+    if is_factors([site.module for site in base.sites if site.evidence == TENSOR_NAME]):
         raise refuse("LF836", path, f"factors of an adapter, {len(base.sites)} in all", "a model")
     return base
 

@@ -27,8 +27,7 @@ from loraformat.kinds import Nature
 from loraformat.loading import open_base
 from loraformat.merging.calibrating import MINMAX, check_measured
 from loraformat.merging.orders import (
-    check_name,
-    check_order_apart,
+    check_place,
     choose_output,
     form_suffix,
     make_order,
@@ -62,9 +61,9 @@ def plan_merge(
     require_adapters(weighted, opened)
     if options.get("calibration") is not None:  # It takes a merge to measure ranges.
         options = {**options, "calibration": None, "calibration_method": None, "accept_ranges": True}
-    plan = make_order(opened, weighted, choose_output(opened, weighted, output, options), options).plan
-    check_name(plan.output, opened, options)
-    return plan
+    order = make_order(opened, weighted, choose_output(opened, weighted, output, options), options)
+    check_place(order, opened, options)
+    return order.plan
 
 
 def merge(
@@ -93,8 +92,7 @@ def merge(
     weighted = weigh_adapters(adapters, options, opened)
     require_adapters(weighted, opened)
     order = make_order(opened, weighted, choose_output(opened, weighted, output, options), options)
-    check_order_apart(order)
-    check_name(order.plan.output, opened, options)
+    check_place(order, opened, options)
     return apply_order(opened, order, read_work(options))
 
 
@@ -127,7 +125,7 @@ def merge_each(
     place = Path(folder)
     orders = [make_order(opened, [item], place / name, options) for item, name in zip(weighted, names, strict=True)]
     for order in orders:
-        check_order_apart(order)
+        check_place(order, opened, options)
     with _make_folder(place):
         return apply_plans(opened, orders, read_work(options))
 
@@ -271,8 +269,7 @@ def unmerge(
     for weight in order.plan.weights:
         if any(change.nature is not Nature.ADDITIVE for change in weight.changes):
             raise refuse("LF622", weight.name, "values that were put in place of the base's", "what was added to them")
-    check_order_apart(order)
-    check_name(order.plan.output, opened, options)
+    check_place(order, opened, options)
     receipt = apply_order(opened, order, read_work(options))
     return Undone(Path(receipt.output), exact=False, restored_bytes=sum(w.nbytes for w in order.plan.weights))
 

@@ -90,17 +90,13 @@ def form_suffix(base: BaseModel, options: MergeOptions) -> str:
     return require_rewriter(base).suffix if wants_anew(options.get("to")) else base.suffix
 
 
-def check_name(output: Path, base: BaseModel, options: MergeOptions) -> None:
-    """Refuse an output whose name says another format than it will have (LF837)."""
-    check_ending(output, form_suffix(base, options), f"a base of the format {base.format!r}")
-
-
-def check_order_apart(order: Order) -> None:
-    """Refuse an output that is one of the files which the merge reads (LF602)."""
+def check_place(order: Order, base: BaseModel, options: MergeOptions) -> None:
+    """Refuse an output that is a file which the merge reads (LF602), or whose name says another format (LF837)."""
     for item in order.adapters:
         check_apart(order.plan.output, [file.path for file in list_files(item.adapter)])
     if order.checkpoint is not None:
         check_apart(order.plan.output, [file.path for file in order.checkpoint.files])
+    check_ending(order.plan.output, form_suffix(base, options), f"a base of the format {base.format!r}")
 
 
 def read_work(options: WorkOptions) -> Work:

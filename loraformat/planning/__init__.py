@@ -18,8 +18,8 @@ from loraformat.errors import error_for
 from loraformat.evidence import Clues, Hints
 from loraformat.files import name_in_hub
 from loraformat.kinds import KINDS, Nature
-from loraformat.lacking import report_zeros
-from loraformat.matching import Match, NewBias
+from loraformat.lacking import NewBias, report_zeros
+from loraformat.matching import Match
 from loraformat.plan import Plan, PlannedAdapter, WeightedAdapter
 from loraformat.plan.changes import PlannedChange
 from loraformat.plan.weights import PlannedWeight

@@ -9,7 +9,8 @@ from typing import Final, NamedTuple, cast
 from loraformat.bases import Site, Weight
 from loraformat.encodings import choose_encoding
 from loraformat.kinds import KINDS, MappingKind, Nature
-from loraformat.matching import Match, NewBias, shape_at
+from loraformat.lacking import NewBias
+from loraformat.matching import Match, shape_at
 from loraformat.plan.changes import PlannedChange
 from loraformat.plan.weights import NewForm, PlannedWeight, as_matrix, count_tile_rows
 from loraformat.planning.coded_plans import list_companions

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
 
+from loraformat.signatures import FROM_KERAS
+
 
 @dataclass(frozen=True, slots=True)
 class Store:
@@ -57,8 +59,7 @@ STORES: Final = (
     ),
     Store(
         "an adapter of KerasHub, whose layers have numbers instead of names",
-        "Load it in KerasHub (backbone.load_lora_weights), and save lora_kernel_a and lora_kernel_b of every layer by "
-        "its name as safetensors.",
+        FROM_KERAS,
         ("*.lora.h5",),
     ),
 )

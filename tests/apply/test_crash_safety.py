@@ -23,6 +23,7 @@ import loraformat
 import models
 from builders import write_peft, write_tensors
 from graphs import dyadic, dyadic_factors, linear_net, read_state, stored_weights, write_model
+from killing import KILL_AT
 from loraformat.apply.undo import name_journal
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
@@ -36,7 +37,9 @@ def also(*values: Any, id: str | None = None) -> Any:
     return pytest.param(*values, id=id, marks=pytest.mark.thorough)
 
 
-FORKER = """
+FORKER = (
+    f"{KILL_AT}"
+    """
 import json, os, signal, sys
 import loraformat
 
@@ -44,20 +47,7 @@ loraformat.merge(sys.argv[1], [sys.argv[2]], jobs=1)
 FUNCTIONS = ("pwrite", "copy_file_range", "link", "replace", "rename", "unlink", "mkdir", "ftruncate", "open")
 
 def attempt(number, act, arguments, options):
-    calls = 0
-    def patch(name):
-        real = getattr(os, name)
-        def counted(*arguments, **more):
-            nonlocal calls
-            if name != "open" or arguments[1] & (os.O_WRONLY | os.O_RDWR):
-                calls += 1
-                if calls == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments, **more)
-        setattr(os, name, counted)
-    for name in FUNCTIONS:
-        if hasattr(os, name):
-            patch(name)
+    kill_at(number, FUNCTIONS)
     getattr(loraformat, act)(*arguments, jobs=1, **options)
 
 for line in sys.stdin:
@@ -73,6 +63,7 @@ for line in sys.stdin:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(status, flush=True)
 """
+)
 
 
 @dataclass

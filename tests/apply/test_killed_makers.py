@@ -16,10 +16,13 @@ from pathlib import Path
 import pytest
 
 import models
+from killing import KILL_AT
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
-FORKER = """
+FORKER = (
+    f"{KILL_AT}"
+    """
 import json, os, resource, signal, sys
 import loraformat
 
@@ -34,21 +37,6 @@ MAKERS = {
 }
 FUNCTIONS = ("pwrite", "link", "replace", "rename", "unlink", "mkdir", "rmdir", "open")
 
-def kill_at(number):
-    calls = 0
-    def patch(name):
-        real = getattr(os, name)
-        def counted(*arguments, **more):
-            nonlocal calls
-            if name != "open" or arguments[1] & (os.O_WRONLY | os.O_RDWR):
-                calls += 1
-                if calls == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments, **more)
-        setattr(os, name, counted)
-    for name in FUNCTIONS:
-        patch(name)
-
 def limit_to(size_bytes):
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, size_bytes))
@@ -62,13 +50,14 @@ for line in sys.stdin:
     if not child:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
-            kill_at(number) if size_bytes is None else limit_to(size_bytes)
+            kill_at(number, FUNCTIONS) if size_bytes is None else limit_to(size_bytes)
             MAKERS[maker](out)
         except BaseException as error:
             os._exit(1)
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+)
 
 Fork = Callable[[str, Path, int, int | None], int]
 

@@ -5,27 +5,14 @@ import zoo
 from peft import LoraConfig
 from torch import nn
 from zoo import Specimen, _randomised
-from zoo_wide import _two_sided
+from zoo_wide import _two_sided, make_t5
 
 _AXES = {"input_ids": {0: "batch", 1: "length"}, "decoder_input_ids": {0: "batch", 1: "steps"}}
 
 
 def make_t5_gated() -> nn.Module:
     """The later T5: two layers before the last one of a block, of which one goes through the activation."""
-    config = transformers.T5Config(
-        vocab_size=99,
-        d_model=32,
-        d_kv=6,
-        d_ff=52,
-        num_layers=2,
-        num_decoder_layers=3,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        use_cache=False,
-        decoder_start_token_id=0,
-    )
-    return _randomised(lambda: transformers.T5ForConditionalGeneration(config))
+    return make_t5(num_decoder_layers=3, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
 
 
 def make_bart() -> nn.Module:

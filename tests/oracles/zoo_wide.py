@@ -1,5 +1,7 @@
 """More families of models, for the table of export paths."""
 
+from typing import Any
+
 import torch
 import transformers
 import zoo
@@ -56,18 +58,9 @@ def make_roberta() -> nn.Module:
     return _randomised(lambda: transformers.RobertaForSequenceClassification(config))
 
 
-def make_t5() -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=99,
-        d_model=32,
-        d_kv=6,
-        d_ff=52,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_heads=4,
-        use_cache=False,
-        decoder_start_token_id=0,
-    )
+def make_t5(**more: Any) -> nn.Module:
+    sizes = {"vocab_size": 99, "d_model": 32, "d_kv": 6, "d_ff": 52, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(**sizes, use_cache=False, decoder_start_token_id=0, **more)
     return _randomised(lambda: transformers.T5ForConditionalGeneration(config))
 
 

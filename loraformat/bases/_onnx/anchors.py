@@ -208,7 +208,7 @@ def _name_shifted(visit: Visit) -> str:
 def _list_owners(visit: Visit, positions: Iterable[int]) -> Iterator[str]:
     """Yield the modules of the vectors that a node reads; an empty path for one that is not its alone."""
     for position in positions:
-        name = visit.node.input[position] if position < len(visit.node.input) else ""
+        name = visit.read_input(position)
         trace = trace_constant(visit.scope, name) if name else None
         if trace is None or trace.tensor is None or len(trace.tensor.dims) != 1:
             continue

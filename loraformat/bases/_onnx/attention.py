@@ -230,7 +230,7 @@ def _read_holding(flow: Flow, visit: Visit, heads: _Heads, where: str) -> Core:
 
 
 def _trace_input(flow: Flow, visit: Visit, position: int | None) -> Slice:
-    name = visit.node.input[position] if position is not None and position < len(visit.node.input) else ""
+    name = visit.read_input(position) if position is not None else ""
     return flow.trace_back(visit.scope, name) if name else Slice()
 
 

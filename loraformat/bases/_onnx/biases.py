@@ -7,7 +7,7 @@ of the product, which gets another one, so that nothing behind it changes.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -43,6 +43,10 @@ _OWN_BIASES: Final[Mapping[str, int]] = {
 }
 """Operators that may have one: kernels of codes do not all have it, and are given an Add."""
 _HANDING_ON: Final = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Split", "Squeeze", "Transpose", "Unsqueeze"})
+_ENDING: Final = ".bias"
+"""How names of biases end: later merges know them by it."""
+_BARE: Final = "_without_bias"
+"""How the names of values end to which a bias is not yet added."""
 _EXPECTED: Final = "a product that a bias can be added to"
 _INLINE: Final = (
     "A function's nodes are those of all its callers: inline functions first (onnx.inliner.inline_local_functions)."
@@ -108,8 +112,7 @@ def offer_biases(found: Sequence[RawSite], sites: Sequence[Site], names: set[str
             continue
         owner = raw.module or site.id
         if owner not in chosen:
-            chosen[owner] = _choose_name(raw.module or raw.trace.name, taken)
-            taken.add(chosen[owner])
+            chosen[owner] = _take_name(raw.module or raw.trace.name, _ENDING, taken)
         offered.append(replace(site, free_bias=_describe(raw, site, chosen[owner], is_old=is_old)))
     return offered
 
@@ -120,10 +123,12 @@ def _may_have_bias(raw: RawSite, site: Site) -> bool:
     return raw.parameter == "weight" and site.weight is not None and not is_table
 
 
-def _choose_name(owner: str, taken: set[str]) -> str:
-    """Return a free name for a bias; it ends as those of biases do, by which later merges know it."""
-    names = (f"{owner}.{'' if number == 0 else f'{number}.'}bias" for number in count())
-    return next(name for name in names if name not in taken)
+def _take_name(begin: str, end: str, taken: set[str]) -> str:
+    """Return a name that is free, with a number before its end where need be, and note it as taken."""
+    names = chain([f"{begin}{end}"], (f"{begin}.{number}{end}" for number in count(1)))
+    name = next(name for name in names if name not in taken)
+    taken.add(name)
+    return name
 
 
 def _describe(raw: RawSite, site: Site, name: str, *, is_old: bool) -> FreeBias:
@@ -144,7 +149,7 @@ def find_place(raw: RawSite) -> BiasPlace | Problem:
         return _refuse(visit, "a node of a function, which its callers share", _INLINE)
     if raw.rows is not None or raw.part is not None or raw.section is not None:
         return _refuse(visit, "a weight that holds several modules, or a part of one")
-    if held := _read_input(visit, _OWN_BIASES.get(op, 0)):
+    if op in _OWN_BIASES and (held := visit.read_input(_OWN_BIASES[op])):
         return _refuse(visit, f"{held!r} is added to it already", _EXPORT_AGAIN)
     if op in _WITH_INPUT and read_attribute(visit.node, "beta", 1.0) == 1 and raw.position == 1:
         dtype = find_form(raw)
@@ -173,11 +178,6 @@ def _find_place(raw: RawSite, site: Site) -> BiasPlace | Problem:
 
 def _refuse(visit: Visit, found: str, mend: str = "") -> Problem:
     return Problem("LF630", f"{visit.op} {visit.node.name!r}", found, _EXPECTED, mend)
-
-
-def _read_input(visit: Visit, position: int) -> str:
-    inputs = visit.node.input
-    return str(inputs[position]) if 0 < position < len(inputs) else ""
 
 
 def _list_addends(visit: Visit, rows: int) -> Iterator[str]:
@@ -210,17 +210,9 @@ def place_biases(biases: Sequence[AddedBias], by_id: Mapping[str, RawSite], name
         for site in bias.beside:
             place = find_place(by_id[site])
             assert isinstance(place, BiasPlace), "planned so"
-            bare = _choose_bare(str(place.maker.node.output[0]), taken)
-            taken.add(bare)
-            places.append((place, bare))
+            places.append((place, _take_name(str(place.maker.node.output[0]), _BARE, taken)))
         placed.append(PlacedBias(bias, tuple(places)))
     return placed
-
-
-def _choose_bare(value: str, taken: set[str]) -> str:
-    """Return a free name for a value to which a bias is not yet added."""
-    names = (f"{value}_without_bias{'' if number == 0 else f'_{number}'}" for number in count())
-    return next(name for name in names if name not in taken)
 
 
 def add_biases(opened: OnnxFile, placed: Sequence[PlacedBias], change: GraphChange) -> GraphChange:

@@ -200,15 +200,9 @@ def find_form(raw: RawSite) -> Dtype | None:
 
 
 def _find_constant_form(visit: Visit, position: int) -> Dtype | None:
-    name = _read_input(visit, position)
+    name = visit.read_input(position)
     trace = trace_constant(visit.scope, name) if name else None
     return BY_ONNX.get(trace.tensor.data_type) if trace is not None and trace.tensor is not None else None
-
-
-def _read_input(visit: Visit, position: int) -> str:
-    """Return the name of what a node reads at a position; empty where it reads nothing."""
-    inputs = visit.node.input
-    return str(inputs[position]) if position < len(inputs) else ""
 
 
 def _find_x(raw: RawSite) -> str | None:
@@ -217,13 +211,13 @@ def _find_x(raw: RawSite) -> str | None:
     A value of a graph around the node's own is as good.
     """
     visit = raw.visit
-    x = _read_input(visit, 1 if raw.position == 0 else 0)
+    x = visit.read_input(1 if raw.position == 0 else 0)
     if visit.op not in {"MatMulInteger", "com.microsoft.MatMulIntegerToFloat"}:
         return x or None
     made_by = visit.scope.producer(x)
     if not isinstance(made_by, Visit) or made_by.op != _QUANTISER or made_by.scope is not visit.scope:
         return None
-    return _read_input(made_by, 0) or None
+    return made_by.read_input(0) or None
 
 
 def _find_maker(visit: Visit) -> Visit | None:

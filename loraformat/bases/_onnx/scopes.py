@@ -41,6 +41,10 @@ class Visit:
         domain = self.node.domain
         return self.node.op_type if domain in _DEFAULT_DOMAINS else f"{domain}.{self.node.op_type}"
 
+    def read_input(self, position: int) -> str:
+        """Return the name of what it reads at `position`; empty where it reads nothing there."""
+        return str(self.node.input[position]) if position < len(self.node.input) else ""
+
     def describe(self, position: int) -> str:
         """Return words for its input at `position`, unique in the model."""
         return f"{self.op} {self.node.name!r} ({self.scope.label} node {self.index}, input {position})"

@@ -41,7 +41,7 @@ _BY_TYPE: Final[Mapping[str, tuple[str, str]]] = {
     "LORA": (_OF_LORA, _OF_TRAINING),
     "TRAINABLE_TOKENS": ("token_indices", ""),
     "ADALORA": (
-        "init_r layer_replication arrow_config alora_invocation_tokens " + _OF_LORA,
+        f"init_r {_OF_LORA}",
         f"target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step {_OF_TRAINING}",
     ),
     "IA3": ("feedforward_modules", "init_ia3_weights"),

@@ -91,7 +91,6 @@ def draw_normal(seed: int, count: int) -> NDArray[np.float64]:
 
 
 _SHARED: Final = "base_model."
-
 _BY_CATEGORY: Final = ("frod_V", "frod_s_indices", "frod_s_size")
 _DIAGONAL: Final = ".frod_lambda_l"
 

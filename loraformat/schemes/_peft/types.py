@@ -38,6 +38,7 @@ _LORA_ONLY: Final = (
     *("use_dora", "lora_bias", "use_bdlora", "kasa_config", "enable_lora", "loftq_config", "layer_replication"),
     *("arrow_config", "alora_invocation_tokens", "use_qalora", "target_parameters"),
 )
+"""Fields that AdaLoRA's configuration inherits from LoRA's, and its layers never read."""
 
 
 def _same(*roles: str) -> dict[str, str]:

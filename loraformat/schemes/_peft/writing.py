@@ -28,7 +28,6 @@ from loraformat.strict_json import JsonValue
 
 FACTORS_FILE: Final = "adapter_model.safetensors"
 CONFIG_FILE: Final = "adapter_config.json"
-
 _WHERE: Final = "the provenance"
 _SLICES: Final = "enable_lora"
 _SURE_OF_SIDES: Final = "0.19.1"
