@@ -196,7 +196,8 @@ What is not resolved, by rule:
 - *Names alone* need names. `optimize=True` of the newer exporter keeps a module's path in the metadata of its nodes,
   and onnxruntime, onnxsim and onnxslim drop metadata. What remains are weights and biases that kept their names, and
   the names of norms, biases and routers beside those that did not (`onnx-resolving.md`): with neither, LF401.
-- *Structure* tells of one stack of transformer layers, and of no head, embedding or convolution (LF425, LF401).
+- *Structure* tells of one stack of transformer layers, or of an encoder and its decoder, and of no head, embedding or
+  convolution (LF425, LF401).
 - A convolution with BatchNorm folded in holds other numbers than the module: refused (LF407) unless the checkpoint
   tells the factors. A fingerprint knows the module's own numbers, and does not find them there.
 - `ORT all` stores convolutions in blocks of channels (`nchwc`): refused in every way (LF403; LF401 without a name).
