@@ -9,11 +9,13 @@ The model is Llama-shaped: an embedding of 32,000 tokens, layers (MatMul only) a
 random numbers. The adapter has rank 16 on every matrix of the layers. Files lie in the page cache. `cp` and the merge
 take turns, and so does the merge that shares the base's data file (`--external-data share`), beside `cp` of as many
 bytes as it writes. Printed are medians and ratios, for the whole process and for the call of `loraformat.merge` inside
-it, and the peak memory of the process as Linux accounts for it (VmHWM; ru_maxrss would hold this script's own),
-interpreter included.
+it, the first and, in a process that merged before, the second (modules are imported where they are first needed), and
+the peak memory of the process as Linux accounts for it (VmHWM; ru_maxrss would hold this script's own), interpreter
+included.
 """
 
 import argparse
+import collections
 import json
 import os
 import shutil
@@ -47,9 +49,10 @@ MERGE = """
 import re, sys, time
 import onnx
 from loraformat import merge
-start = time.perf_counter()
-merge(sys.argv[1], [sys.argv[2]], sys.argv[3], jobs={jobs}, external_data={data!r})
-seconds = time.perf_counter() - start
+for output in sys.argv[3:]:
+    start = time.perf_counter()
+    merge(sys.argv[1], [sys.argv[2]], output, jobs={jobs}, external_data={data!r})
+    seconds = time.perf_counter() - start
 print(seconds, re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """
 
@@ -159,17 +162,17 @@ def time_touched(touched: int, folder: Path) -> float:
 
 
 def time_merge(
-    base: Path, adapter: Path, folder: Path, jobs: int | None, data: str = "copy"
+    base: Path, adapter: Path, folder: Path, jobs: int | None, data: str = "copy", calls: int = 1
 ) -> tuple[float, float, int]:
-    """Return the seconds of a merge's whole process, those of the call inside it, and its peak memory in bytes."""
+    """Return the seconds of a whole process, those of the last of its merges, and its peak memory in bytes."""
     target = folder / "merged" if data == "copy" else base.parent
     target.mkdir(exist_ok=True)
-    output = target / "merged.onnx"
-    command = [sys.executable, "-c", MERGE.format(jobs=jobs, data=data), str(base), str(adapter), str(output)]
+    outputs = [str(target / f"merged{number}.onnx") for number in range(calls)]
+    command = [sys.executable, "-c", MERGE.format(jobs=jobs, data=data), str(base), str(adapter), *outputs]
     start = time.perf_counter()
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds = time.perf_counter() - start
-    for path in target.glob("merged.onnx*"):
+    for path in target.glob("merged*.onnx*"):
         path.unlink()
     inside, peak = result.stdout.split()
     return seconds, float(inside), int(peak) * 1024
@@ -206,18 +209,19 @@ def take_turns(
 ) -> tuple[dict[str, list[float]], int]:
     """Return the seconds of each round by name, and the merge's peak memory in bytes."""
     time_cp(base, folder)
-    names = ("cp", "merge, call", "merge, process", *(() if arguments.inline else ("cp, touched", "sharing, call")))
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[float]] = collections.defaultdict(list)
     peak = 0
+    ways = {"merge": "copy"} if arguments.inline else {"merge": "copy", "sharing": "share"}
     for _ in range(arguments.rounds):
         found["cp"].append(time_cp(base, folder))
-        process, call, memory = time_merge(base, adapter, folder, arguments.jobs)
-        found["merge, process"].append(process)
-        found["merge, call"].append(call)
-        peak = max(peak, memory)
         if not arguments.inline:
             found["cp, touched"].append(time_touched(touched, folder))
-            found["sharing, call"].append(time_merge(base, adapter, folder, arguments.jobs, "share")[1])
+        for name, data in ways.items():
+            process, call, memory = time_merge(base, adapter, folder, arguments.jobs, data)
+            again = time_merge(base, adapter, folder, arguments.jobs, data, calls=2)[1]
+            for what, seconds in (("process", process), ("call", call), ("second", again)):
+                found[f"{name}, {what}"].append(seconds)
+            peak = max(peak, memory)
     return found, peak
 
 
@@ -227,7 +231,7 @@ def report(arguments: argparse.Namespace, size: int, touched: int, seconds: dict
     print(f"model            {size / 1e9:.2f} GB, {arguments.form}, {place}; {touched / size:.0%} of it rewritten")
     print(f"machine          {os.cpu_count()} processors")
     for name, rounds in seconds.items():
-        beside = "cp, touched" if name == "sharing, call" else "cp"
+        beside = "cp, touched" if name.startswith("sharing") else "cp"
         ratio = statistics.median(s / c for s, c in zip(rounds, seconds[beside], strict=True))
         times = f"{statistics.median(rounds):.2f} s  ({min(rounds):.2f} to {max(rounds):.2f})"
         print(f"{name:16} {times}  {ratio:.2f} x {beside}, median of {len(rounds)} pairs")
