@@ -165,10 +165,13 @@ class BaseBinding:
     Attributes:
         name: model name or path.
         revision: version of that model.
+        layers: first and last one, the latter excluded, of the runs of the base's layers that are the layers which the
+            targets count: PEFT's `layer_replication`. Empty where they are the base's own.
     """
 
     name: str | None = None
     revision: str | None = None
+    layers: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

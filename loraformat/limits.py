@@ -34,6 +34,9 @@ MAX_DIMS: Final = 8
 MAX_DRAWN: Final = 1 << 28
 """Random numbers that are drawn again from a seed, a gibibyte; VeRA of rank 1024 on a 70B model takes 38 million."""
 
+MAX_LAYERS: Final = 4096
+"""Layers of a model that PEFT's layer_replication makes: each is copied, and the largest models have some hundred."""
+
 MAX_EXPERTS: Final = 4096
 """Experts in one packed tensor. Models have some hundreds."""
 

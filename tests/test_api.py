@@ -314,7 +314,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "code"), [("init_lora_weights", "pissa", "LF215"), ("layer_replication", [[0, 1]], "LF209")]
+    ("field", "value", "code"), [("init_lora_weights", "pissa", "LF215"), ("layer_replication", [[0, 1]], "LF245")]
 )
 def test_saving_does_not_launder(tmp_path: Path, field: str, value: Any, code: str) -> None:
     """The manifest has no field for these: saved, the adapter would pass for one that can be merged."""

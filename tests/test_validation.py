@@ -113,7 +113,7 @@ def test_unknown_fields(tmp_path: Path, pair: Any) -> None:
     assert codes(judge(write_peft(tmp_path / "a", {Q: pair}, brand_new_field={"x": 1}))) == [("LF241", "warning")]
     newer = write_peft(tmp_path / "c", {Q: pair}, brand_new_field={"x": 1}, peft_version="9.1.0")
     assert codes(judge(newer)) == [("LF240", "error")]
-    assert codes(judge(write_peft(tmp_path / "b", {Q: pair}, layer_replication=[[0, 2]]))) == [("LF209", "error")]
+    assert codes(judge(write_peft(tmp_path / "b", {Q: pair}, layer_replication=[[0, 2]]))) == [("LF245", "error")]
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ ALONE = [
     ({"peft_type": "TRAINABLE_TOKENS", "token_indices": [1], "r": 0, "lora_alpha": ...}, {}),
     ({"use_dora": True, "modules_to_save": ["head"]}, {}),
     ({"init_lora_weights": "pissa"}, {"LF215": "pissa"}),
-    ({"layer_replication": [[0, 2]]}, {"LF209": "repeats layers"}),
+    ({"layer_replication": [[0, 2]]}, {"LF245": "repeats layers"}),
     ({"bias": "all"}, {"LF218": "only the tensors can say"}),
     ({"lora_alpha": 0}, {"LF208": "0"}),
     ({"lora_alpha": ...}, {"LF211": "no lora_alpha"}),

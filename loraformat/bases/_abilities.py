@@ -168,6 +168,33 @@ class DequantisingBase(BaseModel, Protocol):
         ...
 
 
+@runtime_checkable
+class LayeredBase(BaseModel, Protocol):
+    """A base whose numbered layers can stand in another order, or several times: a checkpoint, which is written anew.
+
+    Attributes:
+        sources: of each layer of the output, which of the base's it is; empty where they stand as they are stored.
+    """
+
+    sources: Sequence[int]
+
+    def count_layers(self) -> int | Problem:
+        """Return how many layers there are, or why they cannot be repeated (LF245)."""
+        ...
+
+    def is_repeated(self, sources: Sequence[int]) -> bool:
+        """Say whether the layers, as many as there are sources, are already equal where these are."""
+        ...
+
+    def tell_layers(self) -> Mapping[str, JsonValue]:
+        """Return the members of `config.json` that follow from where the layers stand."""
+        ...
+
+    def with_layers(self, sources: Sequence[int]) -> "LayeredBase":
+        """Return the base with its layers as `sources` says."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class MeasuredValue:
     """A value whose range is to be measured.

@@ -5,7 +5,7 @@ The output is a folder: the shards with the adapted weights rewritten, every oth
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from loraformat.bases._checksums import compute_checksums
 from loraformat.bases._finishing import Checksums
 from loraformat.bases._float_state import FILES_OF_CODES, FloatingState
 from loraformat.bases._receipts import RECEIPT_NAME, describe_receipt_file, read_receipt_file
+from loraformat.bases._repeated_layers import LayeredState
 from loraformat.bases._shards import INDEX_SUFFIX, open_shards
 from loraformat.bases._state_dict import digest_structure, list_sites, read_model_config
 from loraformat.bases._travelling import find_travelling
@@ -24,7 +25,7 @@ from loraformat.problems import Problem
 from loraformat.spans import InputFile, Span, StoredTensor
 
 
-class StateDictFolder(Checksums, FloatingState):
+class StateDictFolder(Checksums, FloatingState, LayeredState):
     """An opened model folder; the attributes are those of `BaseModel`."""
 
     suffix = ""
@@ -85,6 +86,11 @@ class StateDictFolder(Checksums, FloatingState):
     def list_stale(self, output: Path) -> list[Path]:
         """Return nothing: the whole folder is replaced."""
         return []
+
+    def _rename_tensors(self, names: Mapping[str, str]) -> None:
+        tensors, places = self._shards.tensors, self._shards.places
+        renamed = {new: replace(tensors[name], name=new) for new, name in names.items()}
+        self._shards = replace(self._shards, tensors=renamed, places={new: places[name] for new, name in names.items()})
 
     def _copied(self) -> dict[str, InputFile]:
         """Return every file of the output but the receipt, by its name in the folder."""

@@ -1,6 +1,7 @@
 """A PyTorch state dict in one safetensors file: a site is a named tensor."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -8,6 +9,7 @@ from loraformat.bases import BaseModel, Rewriter, Site
 from loraformat.bases._finishing import Checksums
 from loraformat.bases._float_state import FloatingState
 from loraformat.bases._receipts import read_receipt_text
+from loraformat.bases._repeated_layers import LayeredState
 from loraformat.bases._state_dict import digest_structure, list_sites, read_model_config
 from loraformat.containers import TensorFile
 from loraformat.containers._safetensors_images import describe_images, escape_for_header
@@ -18,7 +20,7 @@ from loraformat.receipt import RECEIPT_KEY
 from loraformat.spans import InputFile, StoredTensor
 
 
-class Checkpoint(Checksums, FloatingState):
+class Checkpoint(Checksums, FloatingState, LayeredState):
     """An opened state dict; the attributes are those of `BaseModel`."""
 
     format = "safetensors"
@@ -56,6 +58,11 @@ class Checkpoint(Checksums, FloatingState):
     def encode_receipt(self, text: str) -> bytes:
         """Return `text` as it stands inside a JSON string of the header."""
         return escape_for_header(text)
+
+    def _rename_tensors(self, names: Mapping[str, str]) -> None:
+        stored = self._opened.tensors
+        renamed = {new: replace(stored[name], name=new) for new, name in names.items()}
+        self._opened = replace(self._opened, tensors=renamed)
 
     def list_stale(self, output: Path) -> list[Path]:
         """Return nothing: a state dict is one file."""

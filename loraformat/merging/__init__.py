@@ -32,6 +32,7 @@ from loraformat.merging.orders import (
     form_suffix,
     make_order,
     open_sound,
+    open_with,
     read_work,
 )
 from loraformat.output_forms import Order
@@ -56,8 +57,7 @@ def plan_merge(
 ) -> Plan:
     """Return what `merge` would do with the same arguments; reads no weight of the base and writes nothing."""
     check_options("plan_merge", options, MergeOptions)
-    opened = open_sound(base)
-    weighted = weigh_adapters(adapters, options, opened)
+    opened, weighted = open_with(base, adapters, options)
     require_adapters(weighted, opened)
     if options.get("calibration") is not None:  # It takes a merge to measure ranges.
         options = {**options, "calibration": None, "calibration_method": None, "accept_ranges": True}
@@ -88,8 +88,7 @@ def merge(
         LoraformatError: with every problem that was found; the output is what it was before.
     """
     check_options("merge", options, MergeOptions)
-    opened = open_sound(base)
-    weighted = weigh_adapters(adapters, options, opened)
+    opened, weighted = open_with(base, adapters, options)
     require_adapters(weighted, opened)
     order = make_order(opened, weighted, choose_output(opened, weighted, output, options), options)
     check_place(order, opened, options)
@@ -114,8 +113,7 @@ def merge_each(
         LoraformatError: nothing of any output remains then.
     """
     check_options("merge_each", options, MergeOptions)
-    opened = open_sound(base)
-    weighted = weigh_adapters(adapters, options, opened)
+    opened, weighted = open_with(base, adapters, options)
     require_adapters(weighted, opened)
     suffix = form_suffix(opened, options)
     names = [f"{item.name}{suffix}" for item in weighted]
@@ -156,8 +154,7 @@ def merge_into(base: StrPath, adapters: AdapterArguments, **options: Unpack[Merg
     from loraformat.apply.in_place import merge_in_place  # here, as below: a plain merge needs none of it
 
     check_options("merge_into", options, MergeOptions)
-    opened = open_sound(base)
-    weighted = weigh_adapters(adapters, options, opened)
+    opened, weighted = open_with(base, adapters, options)
     require_adapters(weighted, opened)
     return merge_in_place(opened, make_order(opened, weighted, opened.path, options), read_work(options))
 
@@ -176,8 +173,7 @@ def resolve_targets(base: StrPath, adapter: AdapterArgument, **options: Unpack[R
     from loraformat.resolving import resolve_one
 
     check_options("resolve_targets", options, ResolveOptions)
-    opened = open_sound(base)
-    (item,) = weigh_adapters([adapter], options, opened)
+    opened, (item,) = open_with(base, [adapter], options)
     given: dict[str, Any] = {name: options[name] for name in _RESOLVING if name in options}
     return resolve_one(opened, item, read_hints(options), given)
 
@@ -202,10 +198,10 @@ def verify(
     from loraformat.verification import add_runs, verify_merge
 
     check_options("verify", options, VerifyOptions)
-    opened, proof = open_sound(base), open_sound(merged)
+    proof = open_sound(merged)
     record = find_receipt(proof)
     statement = read_statement(record, proof.path) if record is not None else None
-    weighted = weigh_adapters(_take_weights(adapters, statement), options, opened)
+    opened, weighted = open_with(base, _take_weights(adapters, statement), options)
     hints = read_hints(options)
     plan = build_plan(opened, weighted, proof.path, hints=hints, **(statement.options if statement else {}))
     order = Order(plan, weighted, hints.checkpoint)

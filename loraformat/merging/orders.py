@@ -9,6 +9,7 @@ from loraformat.apply import Work
 from loraformat.apply.accounting import check_untouched
 from loraformat.apply.in_place import check_no_journal
 from loraformat.arguments import (
+    AdapterArguments,
     AdapterOptions,
     HintOptions,
     MergeOptions,
@@ -19,6 +20,7 @@ from loraformat.arguments import (
     read_effort,
     read_hints,
     wants_anew,
+    weigh_adapters,
 )
 from loraformat.bases import BaseModel
 from loraformat.engine import Effort
@@ -31,6 +33,7 @@ from loraformat.output_forms import Order, require_rewriter
 from loraformat.outputs import check_apart, check_ending
 from loraformat.plan import WeightedAdapter
 from loraformat.planning import build_plan, default_output
+from loraformat.planning.layers import arrange_layers
 
 _USUAL: Final = {"external_data": "copy", "on_quantized": "requantize", "calibration_method": MINMAX}
 """Names of what is done where nothing is asked for."""
@@ -40,6 +43,14 @@ def open_sound(base: StrPath) -> BaseModel:
     """Open a base that no killed merge in place has left half done."""
     check_no_journal(Path(base).absolute())
     return open_base(Path(base))
+
+
+def open_with(
+    base: StrPath, adapters: AdapterArguments, options: AdapterOptions
+) -> tuple[BaseModel, Sequence[WeightedAdapter]]:
+    """Open a base, with its layers as the adapters count them, and the adapters."""
+    opened = open_sound(base)
+    return arrange_layers(opened, weigh_adapters(adapters, options, opened))
 
 
 def make_order(base: BaseModel, weighted: Sequence[WeightedAdapter], output: Path, options: MergeOptions) -> Order:

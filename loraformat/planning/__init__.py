@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, Unpack
 
-from loraformat.bases import BaseModel, CalibratedBase, DequantisingBase
+from loraformat.bases import BaseModel, CalibratedBase, DequantisingBase, LayeredBase
 from loraformat.errors import error_for
 from loraformat.evidence import Clues, Hints
 from loraformat.files import name_in_hub
@@ -25,6 +25,7 @@ from loraformat.plan.changes import PlannedChange
 from loraformat.plan.weights import PlannedWeight
 from loraformat.planning.coded_plans import DEQUANTIZE, check_codes, make_float, plan_joint_floats, plan_references
 from loraformat.planning.extents import find_neighbours, measure_together
+from loraformat.planning.layers import place_anew
 from loraformat.planning.new_sizes import follow_weights
 from loraformat.planning.rewriting import plan_rewriting
 from loraformat.planning.weight_plans import WeightChange, check_composition, part_tables, plan_bias, plan_weight
@@ -207,6 +208,8 @@ def _compose_plan(
     config_changes, followed = follow_weights(planned, base.sites, untied=found.untied)
     if isinstance(base, DequantisingBase) and any(weight.is_dequantised for weight in planned):
         config_changes = {**config_changes, **base.tell_floats()}
+    if isinstance(base, LayeredBase) and base.sources:
+        planned, config_changes = place_anew(planned), {**config_changes, **base.tell_layers()}
     problems = found.problems + followed
     if any(problem.severity == "error" for problem in problems):
         raise error_for([problem for problem in problems if problem.severity == "error"])

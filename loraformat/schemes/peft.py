@@ -147,7 +147,7 @@ class Peft:
         left_out = any(problem.code == _LEFT_OUT for problem in problems)
         return Adapter(
             targets=tuple(sorted(targets, key=lambda target: target.name)),
-            base=BaseBinding(config.text("base_model_name_or_path"), config.text("revision")),
+            base=BaseBinding(config.text("base_model_name_or_path"), config.text("revision"), config.layers()),
             scheme=self.name,
             source=str(bundle.path),
             provenance=recall(bundle.metadata) | ({"peft": dict(bundle.config)} if bundle.config else {}),

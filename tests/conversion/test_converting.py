@@ -250,7 +250,7 @@ def test_factors_of_other_shapes_than_their_roles_stop_it(tmp_path: Path, to: st
 def test_a_number_beyond_what_readers_of_json_hold_stops_it(tmp_path: Path) -> None:
     """A configuration that is carried along for the way back may state anything."""
     factors = {"model.layers.0.self_attn.q_proj": (np.ones((2, 10), np.float32), np.ones((12, 2), np.float32))}
-    source = write_peft(tmp_path / "in", factors, layer_replication=2**64 - 1)
+    source = write_peft(tmp_path / "in", factors, megatron_config=2**64 - 1)
     assert codes(lambda: loraformat.convert(source, "kohya", tmp_path / "out.safetensors")) == ("LF104",)
 
 

@@ -492,7 +492,7 @@ def test_the_fields_that_servers_need_are_those_of_lora() -> None:
 
 def test_layers_that_are_repeated_say_how_to_repeat_them() -> None:
     (problem,) = errors(make_bundle({"m.q": LINEAR}, {**CONFIG, "layer_replication": [[0, 2], [1, 3]]}))
-    assert problem.code == "LF209"
+    assert problem.code == "LF245"
     assert "layer_replication" in problem.advice
 
 

@@ -113,7 +113,7 @@ STANDING = {
     ),
     "loftq_config": ([{"loftq_bits": 4}], [None, {}]),
 }
-CODES = {"init_lora_weights": "LF215", "loftq_config": "LF215"}
+CODES = {"layer_replication": "LF245", "init_lora_weights": "LF215", "loftq_config": "LF215"}
 
 
 def test_every_obstacle_is_tried() -> None:

@@ -8,6 +8,7 @@ from typing import Final
 
 from loraformat.adapter import Scaling, ScalingRule
 from loraformat.errors import error_for, refuse
+from loraformat.limits import MAX_LAYERS
 from loraformat.problems import Problem
 from loraformat.recognition import recognise_fields, recognise_type, spell_type
 from loraformat.schemes import Bundle, StatedScale
@@ -50,9 +51,8 @@ _OBSTACLES: Final = (
     _Obstacle(
         "layer_replication",
         _is_set,
-        "it repeats layers of the base, which has fewer than the adapter",
-        mend="Write the base with its layers repeated as listed (mergekit's passthrough does it), remove "
-        "layer_replication from adapter_config.json, and merge into that.",
+        "it repeats layers of the base, and numbers all anew",
+        "LF245",
     ),
     _Obstacle(
         "init_lora_weights",
@@ -65,6 +65,13 @@ _OBSTACLES: Final = (
         "loftq_config", _is_set, "it was trained on a base that LoftQ had quantised and changed", "LF215", _DEQUANTISED
     ),
 )
+
+
+def _is_run(value: JsonValue) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return False
+    start, stop = value
+    return type(start) is int and type(stop) is int and 0 <= start < stop
 
 
 _OTHER_FORM: Final = "a change of another form, which this version does not know"
@@ -128,6 +135,15 @@ class PeftConfig:
             names = (name for name in stated if target == name or target.endswith(f".{name}"))
             stated = next((stated[name] for name in names), None)
         return list(stated) if isinstance(stated, list | tuple) else None
+
+    def layers(self) -> tuple[tuple[int, int], ...]:
+        """Return the runs of the base's layers that `layer_replication` lists; LF213 for what are none."""
+        stated = self.fields.get("layer_replication") or ()
+        runs = stated if isinstance(stated, list | tuple) else (stated,)
+        if not all(map(_is_run, runs)) or sum(stop - start for start, stop in runs) > MAX_LAYERS:
+            expected = f"pairs of a first layer and one behind the last, {MAX_LAYERS} layers at most"
+            raise refuse("LF213", f"{self.where}: layer_replication", f"{stated!r:.80}", expected)
+        return tuple((start, stop) for start, stop in runs)
 
     def text(self, field: str) -> str | None:
         """Return a text field, None where it is null or absent."""
