@@ -77,6 +77,7 @@ class Site:
         section: first and last row, the latter excluded, of the module's canonical matrix `(out, in)` that are stored
             here, where the base splits the module; None for all of them. The sections of a module follow one another.
         grows: whether a replacement may have more rows than are stored: a table of tokens.
+        widens: whether the matrix may be filled up with columns of zeros, for an adapter of more inputs.
         tied: for a table that the configuration ties to others, the name that its tensor has, or would have untied.
         row_factors: what each row of the module's canonical matrix was multiplied by before it was stored; empty for
             nothing. Only the torch checkpoint tells (`evidence/values.py`).
@@ -98,6 +99,7 @@ class Site:
     part: Part | None = None
     section: tuple[int, int] | None = None
     grows: bool = False
+    widens: bool = False
     tied: str = ""
     free_bias: FreeBias | None = None
     caveat: Problem | None = None

@@ -38,6 +38,7 @@ _TIED_MODULES: Final = frozenset(
 )
 """Last parts of the names of modules that `tie_word_embeddings` ties together."""
 
+_MATRIX_AXES: Final = 2
 _MATRIX: Final[Mapping[SlotKind, bool]] = {
     SlotKind.LINEAR: False,
     SlotKind.LINEAR_TRANSPOSED: True,
@@ -132,10 +133,15 @@ def _make_site(
         weight=None if obstacle else weight,
         obstacle=obstacle,
         grows=grows(module),
+        widens=parameter == _WEIGHT and len(tensor.shape) == _MATRIX_AXES and _is_alone(weight),
         free_bias=FreeBias(bias, tensor.dtype)
         if parameter == _WEIGHT and len(tensor.shape) > 1 and bias not in names
         else None,
     )
+
+
+def _is_alone(weight: Weight | None) -> bool:
+    return weight is not None and len(weight.consumers) == 1
 
 
 def _make_coded_site(name: str, coded: CodedTensor | Problem, weight: Weight | None, names: Container[str]) -> Site:

@@ -21,6 +21,7 @@ from loraformat.plan.weights import PlannedWeight
 from loraformat.spans import StoredTensor
 
 _FORM_BYTES: Final = 4
+_MATRIX_AXES: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class WeightWork:
         self._placed: tuple[Placed, ...] | None = None
         self._choose_forms()
         self.base_rows = _count_base_rows(weight)
+        self.base_columns = _count_base_columns(weight)
         self.is_plain_sum = all(
             change.nature is Nature.ADDITIVE and change.part is None for change in weight.changes
         ) and bool(weight.changes)
@@ -115,7 +117,12 @@ class WeightWork:
     def read_stored(self, rows: range, out: NDArray[Any]) -> None:
         """Write rows of the base into `out: (rows, columns)` of the stored form; zeros where the base has none."""
         have = max(0, min(rows.stop, self.base_rows) - rows.start)
-        if have:
+        if have and self.base_columns < out.shape[1]:
+            own: NDArray[Any] = np.empty((have, self.base_columns), out.dtype)
+            self._read_rows(range(rows.start, rows.start + have), own)
+            out[:have, : self.base_columns] = own
+            out[:have, self.base_columns :] = 0
+        elif have:
             self._read_rows(range(rows.start, rows.start + have), out[:have])
         out[have:] = 0
 
@@ -231,3 +238,11 @@ def _count_base_rows(weight: PlannedWeight) -> int:
     if not weight.new.has_base:
         return 0
     return weight.shape[0] * (weight.matrix[0] // weight.new.shape[0]) if weight.shape else 1
+
+
+def _count_base_columns(weight: PlannedWeight) -> int:
+    """Return how many columns of the output's matrix the base has numbers for."""
+    new = weight.new
+    if new is None or weight.is_coded or not len(weight.shape) == len(new.shape) == _MATRIX_AXES:
+        return weight.matrix[1]
+    return weight.shape[1]

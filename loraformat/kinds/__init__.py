@@ -61,6 +61,7 @@ class Change:
         is_flat: whether it may as well be a kernel `(out, in, *kernel)`, since its factors only know the matrix.
         extent: `(out, in)`, each the largest of all weights that the adapter changes together with this one
             (`SizedTogether`); empty until all have been found.
+        widens: whether a base's weight of fewer columns, which are inputs, is filled up with zeros to `shape` first.
         beside: another parameter of the module from whose base values it is computed as well; they come with the
             factors as `BESIDE`. Empty for none.
     """
@@ -76,6 +77,7 @@ class Change:
     is_optional: bool = False
     is_flat: bool = False
     extent: tuple[int, ...] = ()
+    widens: bool = False
     beside: str = ""
 
 

@@ -175,8 +175,18 @@ def fits_site(want: Want, site: Site) -> bool:
         return True
     if want.change.open and len(stored) == len(wanted):
         return stored[0] >= wanted[0] and stored[1:] == wanted[1:]
+    if want.change.widens and is_narrower(want, site):
+        return True
     grown = site.grows and len(stored) == len(wanted) and wanted[0] > stored[0] and wanted[1:] == stored[1:]
     return grown and brings_rows(want)
+
+
+def is_narrower(want: Want, site: Site) -> bool:
+    """Say whether what a site applies has all rows, but not all columns, of a matrix that a target changes."""
+    if not site.widens or site.transposed[want.change.slot]:
+        return False
+    stored, wanted = site.stored_shape(), shape_at(want, site)
+    return len(stored) == len(wanted) and stored[0] == wanted[0] and stored[1] < wanted[1]
 
 
 def brings_rows(want: Want) -> bool:
@@ -200,6 +210,7 @@ def shape_at(want: Want, site: Site) -> tuple[int, ...]:
 def sample_sites(want: Want, sites: Sequence[Site]) -> tuple[float, ...]:
     """Return the samples of the weight that sites apply, one or several sections, at the positions of the target."""
     shape = settle_shape(want, sites)
+    shape = sites[0].stored_shape() if want.change.widens and is_narrower(want, sites[0]) else shape
     return tuple(_read_sample(shape, want, sites, row, column) for row, column in positions(want.target.name, shape))
 
 

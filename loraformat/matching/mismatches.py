@@ -29,16 +29,22 @@ _FEWER_ROWS: Final = (
     "them), or a table of a smaller vocabulary. Which rows of the base they follow, the file does not say: save the "
     "adapter with its whole table."
 )
+_WIDER: Final = (
+    "The adapter is for a model with more inputs. A checkpoint in floats that stands in one piece, as diffusers and "
+    "ComfyUI have them, can be filled up with zeros for it; a graph, codes and fused weights cannot: merge into such a "
+    "checkpoint, or give the base that has the inputs already."
+)
 
 
 def report_shape(want: Want, sites: Sequence[Site]) -> Problem:
     """Return why a target fits none of the sites that have its name."""
     site = next(site for site in sites if site.weight is not None)
     stored, wanted = site.stored_shape(), shape_at(want, site)
+    mend = _mend_table(want, site, stored, wanted) or (_WIDER if want.change.widens else "")
     turned = " (it would fit transposed, which is never guessed)" if stored == wanted[::-1] else ""
     found = f"the weight {name_weight(site)!r} is {stored}{turned}"
     shown = str(wanted).replace(str(UNKNOWN), "any").replace(str(REST), "...")
-    return Problem("LF405", want.name, found, f"{shown} for its factors", _mend_table(want, site, stored, wanted))
+    return Problem("LF405", want.name, found, f"{shown} for its factors", mend)
 
 
 def _mend_table(want: Want, site: Site, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:

@@ -13,6 +13,9 @@ _FLAGS: Final = {
     "mlp_bias": frozenset({"gate_proj", "up_proj", "down_proj"}),
 }
 """Fields by which transformers' models of the llama family give biases to their modules."""
+_FIRST_LAYER: Final = "x_embedder"
+"""What diffusers calls the first layer of a transformer, of as many inputs as its latents have channels."""
+_MATRIX_AXES: Final = 2
 
 
 def follow_weights(
@@ -32,6 +35,10 @@ def follow_weights(
     if grown:
         problems += _check_grown(grown, weights, sites)
         changes["vocab_size"] = max(_rows(weight) for weight in grown.values())
+    wider = [weight for weight in new if _columns(weight.shape) < _columns(weight.new.shape if weight.new else ())]
+    for weight in wider:
+        changes |= _follow_columns(weight)
+        problems.append(_tell_columns(weight))
     biases = {weight.name.split(".")[-2] for weight in new if weight.new is not None and not weight.new.has_base}
     changes |= {flag: True for flag, modules in _FLAGS.items() if biases & modules}
     return changes, problems
@@ -39,6 +46,26 @@ def follow_weights(
 
 def _rows(weight: PlannedWeight) -> int:
     return weight.new.shape[0] if weight.new is not None else weight.shape[0]
+
+
+def _columns(shape: Sequence[int]) -> int:
+    return shape[1] if len(shape) == _MATRIX_AXES else 0
+
+
+def _follow_columns(weight: PlannedWeight) -> Mapping[str, JsonValue]:
+    """Return the fields of a transformer's configuration that follow from the inputs of its first layer.
+
+    Without `out_channels` a model of diffusers has as many outputs as inputs, which it no longer has.
+    """
+    if weight.new is None or weight.name.split(".")[-2:-1] != [_FIRST_LAYER]:
+        return {}
+    return {"in_channels": weight.new.shape[1], "out_channels": weight.shape[1]}
+
+
+def _tell_columns(weight: PlannedWeight) -> Problem:
+    after = _columns(weight.new.shape) if weight.new is not None else 0
+    found = f"from {weight.shape[1]} to {after} inputs, the new ones zeros before the change is added"
+    return Problem("LF136", weight.name, found, severity="note")
 
 
 def _check_grown(

@@ -130,7 +130,7 @@ def plan_weight(
     problems += conflicts
     if encoding is None or conflicts:
         return None
-    shape = (_count_rows(weight, group), *tensor.shape[1:])
+    shape = _count_sizes(weight, group)
     matrix = next((entry.change.part.matrix for entry in group if entry.change.part), as_matrix(shape))
     matrix = weight.coding.matrix if weight.coding is not None else matrix
     changes = [_place(entry, matrix) for entry in sorted(group, key=lambda entry: _ORDER[entry.change.nature])]
@@ -187,21 +187,27 @@ def plan_bias(bias: NewBias, changes: Sequence[PlannedChange]) -> PlannedWeight 
     )
 
 
-def _count_rows(weight: Weight, group: Sequence[WeightChange]) -> int:
-    """Return the rows in the output: those of the base, or of a table that replaces it."""
-    rows = [_rows_of(entry) for entry in group if entry.change.nature is Nature.REPLACEMENT and not entry.change.part]
-    return max([weight.tensor.shape[0], *rows])
+def _count_sizes(weight: Weight, group: Sequence[WeightChange]) -> tuple[int, ...]:
+    """Return the sizes in the output: those of the base, of a table that replaces it, or of a matrix that is wider."""
+    whole = [entry for entry in group if not entry.change.part]
+    rows = [_shape_of(entry)[0] for entry in whole if entry.change.nature is Nature.REPLACEMENT]
+    shape = (max([weight.tensor.shape[0], *rows]), *weight.tensor.shape[1:])
+    wider = [_shape_of(entry)[1] for entry in whole if entry.match.change.widens]
+    return (shape[0], max([shape[1], *wider])) if wider else shape
 
 
-def _rows_of(entry: WeightChange) -> int:
-    return shape_at(replace(entry.match.want, change=entry.match.change), entry.match.sites[0])[0]
+def _shape_of(entry: WeightChange) -> tuple[int, ...]:
+    return shape_at(replace(entry.match.want, change=entry.match.change), entry.match.sites[0])
 
 
 def _place(entry: WeightChange, matrix: tuple[int, int]) -> PlannedChange:
-    """Return a change with the part that it is of a matrix with more rows than it has."""
-    if entry.change.part is not None or _rows_of(entry) >= matrix[0]:
+    """Return a change with the part that it is of a matrix with more rows, or more columns, than it has."""
+    if entry.change.part is not None:
         return entry.change
-    return replace(entry.change, part=Part(matrix, (0, _rows_of(entry), 1), (0, matrix[1], 1)))
+    rows, columns = as_matrix(_shape_of(entry))
+    if rows >= matrix[0] and columns >= matrix[1]:
+        return entry.change
+    return replace(entry.change, part=Part(matrix, (0, min(rows, matrix[0]), 1), (0, min(columns, matrix[1]), 1)))
 
 
 def count_block(group: Sequence[WeightChange]) -> int:

@@ -17,12 +17,6 @@ _SCALED: Final = (
 )
 _ENDS: Final = (
     (re.compile(r"(?:^|\.)(?:scale_weight|weight_scale|scale_input|input_scale|scaled_fp8)$"), *_SCALED),
-    (
-        re.compile(r"\.reshape_weight$"),
-        "a weight of the base's own shape",
-        "ComfyUI fills the base's weight up with zeros to this shape before it adds the change. Take a base of the "
-        "larger shape (the control or fill variant of the model), and leave this tensor out of the file.",
-    ),
 )
 
 

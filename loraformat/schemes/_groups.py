@@ -23,6 +23,8 @@ _KINDS_TOGETHER: Final[Mapping[frozenset[str], str]] = {
     frozenset({"diff_b"}): "diff",
     frozenset({"diff", "diff_b"}): "diff",
     frozenset({"diff_b", "lora"}): "lora",
+    frozenset({"lora", "padded_lora"}): "padded_lora",
+    frozenset({"diff_b", "lora", "padded_lora"}): "padded_lora",
     **{
         frozenset({*differences, *kinds}): f"diff and {kinds[-1]}"
         for differences in (("diff",), ("diff_b",), ("diff", "diff_b"))

@@ -20,11 +20,15 @@ from loraformat.schemes._groups import TOKEN
 from loraformat.schemes._memory import find_memory
 from loraformat.schemes._naming import BUNDLED
 from loraformat.schemes._options import ON_INPUT
+from loraformat.schemes._padding import PADDED, SHAPE, state_shapes, take_shapes
 from loraformat.schemes._table import COLUMN, Row
 
+QUERY_NORM: Final = ".norm.query_norm"
+"""What BFL's control adapters have a `scale` of, and no other files."""
 _ADDED: Final = "diff_b"
 _SCALED: Final = "lora_B.bias"
 _UNCLEAR: Final = "diff and lora"
+_WITH_BIAS: Final = frozenset({"lora", PADDED})
 _BIASES: Final = "biases"
 """The part of a provenance that says how biases beside a LoRA were called."""
 
@@ -58,6 +62,7 @@ _GLORA: Final = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
 LYCORIS_ROWS: Final = (
     Row("lora_mid.weight", "locon", "lora_mid.weight"),
+    Row(SHAPE, PADDED, SHAPE),
     Row("dora_scale", "dora", "lora_magnitude_vector", COLUMN, _is_column),
     Row("dora_scale", "dora", "lora_magnitude_vector", fits=_is_vector),
     Row("dora_scale", "dora", "dora_scale"),
@@ -81,7 +86,7 @@ LYCORIS_ROWS: Final = (
 
 LYCORIS_KINDS: Final = frozenset(
     {"lora", "locon", "dora", "loha", "lokr", "dora_loha", "dora_lokr", "lycoris_glora", "lycoris_ia3"}
-    | {TOKEN, "lycoris_oft", "lycoris_boft", "diff", "replace", "diff and lora", "diff and dora", "diff and locon"}
+    | {PADDED, TOKEN, "lycoris_oft", "lycoris_boft", "diff", "replace", "diff and lora", "diff and dora", "diff and locon"}
 )
 """What these rows can hold: the kinds, and the kinds that they make together."""
 
@@ -98,7 +103,7 @@ class LycorisScheme(TableScheme):
 
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter, biases beside a LoRA as it has them."""
-        adapter = super().read(bundle, stated)
+        adapter = take_shapes(super().read(bundle, stated))
         if not any(_is_biased(target) for target in adapter.targets):
             return adapter
         targets = tuple(_divide(target) if _is_biased(target) else target for target in adapter.targets)
@@ -109,11 +114,16 @@ class LycorisScheme(TableScheme):
         """Return the tensors; biases beside a LoRA are called as they were."""
         if self.only_added or _were_added(adapter.provenance):
             adapter = replace(adapter, targets=tuple(map(_multiply, adapter.targets)))
-        return super().write(adapter, facts)
+        return super().write(adapter if _are_by_bfl(adapter) else state_shapes(adapter), facts)
+
+
+def _are_by_bfl(adapter: Adapter) -> bool:
+    """Say whether an adapter has norms as BFL's control adapters have them, by which readers know what is wider."""
+    return any("scale" in target.factors and target.name.endswith(QUERY_NORM) for target in adapter.targets)
 
 
 def _is_biased(target: Target) -> bool:
-    return target.kind == "lora" and _ADDED in target.factors
+    return target.kind in _WITH_BIAS and _ADDED in target.factors
 
 
 def _were_added(provenance: Mapping[str, Any]) -> bool:
@@ -132,7 +142,7 @@ def _divide(target: Target) -> Target:
 
 def _multiply(target: Target) -> Target:
     """Return a LoRA with what its bias adds in the end, in the number form of B."""
-    if target.kind != "lora" or _SCALED not in target.factors:
+    if target.kind not in _WITH_BIAS or _SCALED not in target.factors:
         return target
     scaled, form = target.factors[_SCALED], target.factors["lora_B.weight"].dtype.name
     as_it_is = target.scale == 1 and scaled.dtype.name != "float64"

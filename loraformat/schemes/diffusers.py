@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from loraformat.adapter import SlotKind, Target
+from loraformat.adapter import Adapter, SlotKind, Target
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.schemes import PIPELINES, Bundle, Holds, StatedScale
 from loraformat.schemes._beside import ALPHA, Module
@@ -24,6 +24,7 @@ from loraformat.schemes._lycoris import LYCORIS_ROWS
 from loraformat.schemes._marks import BARE, BARE_TENSOR, NOISE, Alias, Marks
 from loraformat.schemes._memory import find_texts
 from loraformat.schemes._naming import COMPONENTS, ComponentNaming, split_component
+from loraformat.schemes._padding import PADDED, pad_first_layer
 from loraformat.schemes._peft.writing import says_the_same
 from loraformat.schemes._scales import AlphaTensors, ScalesRead, ScalesWritten
 from loraformat.schemes._table import NameTable, Row
@@ -114,6 +115,10 @@ class _Diffusers(TableScheme):
         known = find_model(bundle, "transformer.")
         return str(known) if known else None
 
+    def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
+        """Return the adapter; FLUX.1's first layer may have more inputs than the base's, as diffusers lets it."""
+        return pad_first_layer(super().read(bundle, stated))
+
 
 SCHEME: Final = _Diffusers(
     name="diffusers",
@@ -146,7 +151,7 @@ SCHEME: Final = _Diffusers(
         others=(r"base_model\.model\.(?!unet)", r".*\.processor\.(?:qkv|proj)_lora"),
     ),
     holds=Holds(
-        kinds=frozenset({"lora", "dora", "replace"}),
+        kinds=frozenset({"lora", "dora", "replace", PADDED}),
         slots=frozenset({SlotKind.LINEAR, SlotKind.CONV, SlotKind.PARAMETER}),
         models=PIPELINES,
     ),

@@ -15,9 +15,10 @@ from loraformat.schemes import LORA_SLOTS, PIPELINES, Bundle, Holds, StatedScale
 from loraformat.schemes._by_heads import are_by_heads, find_fused, interleave_heads, stack_heads
 from loraformat.schemes._header_scales import ADAPTER_METADATA
 from loraformat.schemes._known_names import find_model
-from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS, LycorisScheme
+from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS, QUERY_NORM, LycorisScheme
 from loraformat.schemes._marks import BARE, BARE_TENSOR, BUNDLED_KEYS, NOISE, Alias, Marks
 from loraformat.schemes._naming import ComponentNaming
+from loraformat.schemes._padding import pad_first_layer
 from loraformat.schemes._scales import AlphaTensors, fold_rankless
 from loraformat.schemes._table import NameTable, Row
 
@@ -53,6 +54,7 @@ class _Dotted(LycorisScheme):
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter, rows of fused q, k and v as other files have them."""
         adapter = super().read(bundle, stated)
+        adapter = pad_first_layer(adapter) if any(key.endswith(f"{QUERY_NORM}.scale") for key in bundle.tensors) else adapter
         return stack_heads(adapter) if are_by_heads(bundle.tensors) else adapter
 
     def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:

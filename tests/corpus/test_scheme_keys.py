@@ -59,7 +59,7 @@ LISTS = {
     ),
     "flux_control_lora_format": Expected(
         "dotted",
-        {"lora": 314, "replace": 152},
+        {"lora": 313, "padded_lora": 1, "replace": 152},
         "transformer.double_blocks.0.img_attn.norm.query_norm",
         {"dotted": NOTHING, "native": NOTHING, "diffusers": NOTHING},
     ),

@@ -74,7 +74,6 @@ def test_factors_of_8_bits_are_merged_and_kept(dtype: Any, tmp_path: Path) -> No
     [
         ("scale_weight", "Multiply"),
         ("lora_up.scale_weight", "Multiply"),
-        ("reshape_weight", "fills the base's weight up with zeros"),
         ("other_weight", "Nothing is dropped in silence"),
     ],
 )
