@@ -84,6 +84,7 @@ class ResolveOptions(AdapterOptions, HintOptions, total=False):
     allow_unmatched: Sequence[str]
     strip_prefix: str | None
     ignore_fingerprints: bool
+    graphs: Sequence[str]
 
 
 class EffortOptions(TypedDict, total=False):

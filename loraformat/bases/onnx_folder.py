@@ -8,7 +8,6 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -56,10 +55,9 @@ class OnnxFolder(JoinedFolder):
         self._shared = find_shared(self._members)
         self.sites: Sequence[Site] = [site for member in self._members for site in member.list_sites(self._shared)]
         super().__init__(path.absolute(), entry, self._members)
+        self._all_views = self._list_views()
 
-    @cached_property
-    def views(self) -> Sequence[View]:
-        """The graphs, in each of which every target is looked for."""
+    def _list_views(self) -> Sequence[View]:
         by_graph: dict[str, list[Site]] = {member.name: [] for member in self._members}
         for site in self.sites:
             by_graph[site.graph].append(site)

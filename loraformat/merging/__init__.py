@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from loraformat.resolving import Resolved
     from loraformat.verification import Verification
 
-_RESOLVING: Final = ("allow_unmatched", "strip_prefix", "ignore_fingerprints")
+_RESOLVING: Final = ("allow_unmatched", "strip_prefix", "ignore_fingerprints", "graphs")
 
 
 def plan_merge(

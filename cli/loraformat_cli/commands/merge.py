@@ -14,6 +14,7 @@ from loraformat_cli.options import (
     common_options,
     effort_options,
     force_option,
+    graphs_option,
     hint_options,
     json_option,
     matching_options,
@@ -43,6 +44,7 @@ _ONLY_MERGING: Final = frozenset(
 @adapter_options
 @hint_options
 @matching_options
+@graphs_option
 @click.option(
     "--min-retained",
     type=Finite(0.0, 1.0),
