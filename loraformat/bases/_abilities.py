@@ -181,15 +181,23 @@ class MeasuredValue:
     scale: str
 
 
+class MeasurableGraph(BaseModel, Protocol):
+    """A graph whose activations can be measured."""
+
+    def float_activations(self, graph: Any) -> Sequence[MeasuredValue]:
+        """Have the main graph of the parsed base leave activations in floats; return whose ranges count."""
+        ...
+
+
 @runtime_checkable
 class CalibratedBase(BaseModel, Protocol):
-    """A base that may have ranges of activations as numbers: an ONNX graph.
+    """A base that may have ranges of activations as numbers: an ONNX graph, or a folder of them.
 
     A range is known by the name of the scale that stands for it.
     """
 
-    def float_activations(self, graph: Any) -> Sequence[MeasuredValue]:
-        """Have the main graph of the parsed base leave activations in floats; return whose ranges count."""
+    def list_measurable(self) -> Mapping[str, MeasurableGraph]:
+        """Return the graphs with such ranges by what marks their scales' names in the base: nothing for one graph."""
         ...
 
     def check_ranges(self, ranges: Mapping[str, tuple[float, float]] | None) -> Sequence[Problem]:

@@ -24,6 +24,7 @@ from loraformat.bases import (
 )
 from loraformat.bases._joined_folder import PIPELINE, JoinedFolder
 from loraformat.bases._onnx.members import Member, find_shared
+from loraformat.bases._onnx.ranges import Ranges
 from loraformat.bases.checkpoint_folder import BASE as SAFETENSORS_FOLDER
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.bases.pipeline_folder import has_components
@@ -102,6 +103,22 @@ class OnnxFolder(JoinedFolder):
     def with_floats(self, floats: Sequence[WeightFloats]) -> "OnnxFolder":
         """Return the folder, with floats in the place of codes in some graphs."""
         return self._with(member.with_floats(floats) for member in self._members)
+
+    def list_measurable(self) -> Mapping[str, OnnxGraph]:
+        """Return the chosen graphs that have measured ranges of activations."""
+        return {member.mark(""): member.graph for member in self._chosen_members if member.has_ranges}
+
+    def check_ranges(self, ranges: Ranges | None) -> Sequence[Problem]:
+        """Return what speaks against giving the chosen graphs these ranges; None stands for any."""
+        return [each for member in self._chosen_members if member.has_ranges for each in member.check_ranges(ranges)]
+
+    def with_ranges(self, ranges: Ranges) -> "OnnxFolder":
+        """Return the folder, with other ranges in some graphs."""
+        return self._with(member.with_ranges(ranges) for member in self._members)
+
+    @property
+    def _chosen_members(self) -> list[Member]:
+        return [member for member in self._members if member.name in self._chosen]
 
     def list_joint_floats(self) -> Sequence[Weight | Problem]:
         """Return nothing: the others stay as they are."""

@@ -65,8 +65,9 @@ _ONLY_MERGING: Final = frozenset(
 @click.option(
     "--calibration",
     type=_FILE,
-    metavar="NPZ",
-    help="Measure activation ranges anew, on an array of samples for each input of the graph.",
+    metavar="NPZ|DIR",
+    help="Measure activation ranges anew, on an array of samples for each input of the graph; of a folder, on one such "
+    "file for each graph.",
 )
 @click.option(
     "--calibration-method",
