@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from loraformat.bases._model import BaseModel, Weight
@@ -36,6 +37,15 @@ class SharedBase(Protocol):
 
     def list_shared(self) -> Mapping[str, InputFile]:
         """Return the data files by their paths from the model's folder; none for a base without."""
+        ...
+
+
+@runtime_checkable
+class DataFileBase(Protocol):
+    """A folder of ONNX graphs: readers of ONNX refuse data files that have several names."""
+
+    def list_data_files(self) -> Set[Path]:
+        """Return the files that only have numbers of graphs in them."""
         ...
 
 

@@ -6,7 +6,7 @@ The output is a folder: every graph with its adapted weights rewritten, every ot
 
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -119,6 +119,12 @@ class OnnxFolder(JoinedFolder):
     @property
     def _chosen_members(self) -> list[Member]:
         return [member for member in self._members if member.name in self._chosen]
+
+    def list_data_files(self) -> Set[Path]:
+        """Return the files that only have numbers of graphs in them."""
+        return {file.path for member in self._members for file in member.graph.files} - {
+            member.graph.path for member in self._members
+        }
 
     def list_joint_floats(self) -> Sequence[Weight | Problem]:
         """Return nothing: the others stay as they are."""

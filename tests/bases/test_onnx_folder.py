@@ -301,3 +301,16 @@ def test_a_choice_of_graphs_decides_between_parts_and_forms(tmp_path: Path) -> N
     assert not loraformat.resolve_targets(forms, other, graphs=["model_optimised.onnx"]).is_whole
     with pytest.raises(loraformat.LoraformatError, match="LF633"):
         loraformat.merge(forms / "model.onnx", [other], tmp_path / "none.onnx", graphs=["model.onnx"])
+
+
+def test_links_of_what_is_no_data_file(tmp_path: Path) -> None:
+    """A graph with its weights in it is linked where nothing of it changes; onnx reads no data of several names."""
+    base = write_pipeline(tmp_path / "base")
+    write_model(base / "safety_checker" / "model.onnx", linear_net({"head": dyadic(RNG, 12, 8)}).model())
+    adapter = write_peft(tmp_path / "adapter", {f"unet.{UNET}": FACTORS[Q]}, alpha=8.0)
+    loraformat.merge(base, [adapter], tmp_path / "out", link=True)
+    counts = {name: (tmp_path / "out" / name).stat().st_nlink for name in files_below(base)}
+    data = {name for name in counts if name.endswith(".data")}
+    assert {name for name, count in counts.items() if count == 1} == data
+    assert loraformat.verify(tmp_path / "out", base, [adapter]).holds
+    onnx.checker.check_model(str(tmp_path / "out" / "text_encoder" / "model.onnx"))
