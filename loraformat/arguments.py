@@ -69,7 +69,8 @@ class PlanOptions(AdapterOptions, HintOptions, Wishes, total=False):
     """What a plan depends on besides base, adapters and output.
 
     Attributes:
-        calibration: an `.npz` with samples for each input of an ONNX graph that has measured ranges of activations:
+        calibration: an `.npz` with samples for each input of an ONNX graph that has measured ranges of activations, or
+            for a folder of graphs a folder of such files, each called as its graph is:
             they are measured anew on the merged model.
         to: `safetensors` writes the output anew in this format; else it keeps the base's own.
     """
@@ -84,6 +85,7 @@ class ResolveOptions(AdapterOptions, HintOptions, total=False):
     allow_unmatched: Sequence[str]
     strip_prefix: str | None
     ignore_fingerprints: bool
+    graphs: Sequence[str]
 
 
 class EffortOptions(TypedDict, total=False):

@@ -225,6 +225,7 @@ def _is_range(value: object) -> bool:
 _OPTIONS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "allow_unmatched": _is_text_list,
     "strip_prefix": lambda value: isinstance(value, str),
+    "graphs": _is_text_list,
     "allow_zero": lambda value: value is True,
     "ignore_fingerprints": lambda value: value is True,
     "untie": lambda value: value is True,

@@ -41,7 +41,14 @@ from loraformat.matching.mismatches import (
 from loraformat.matching.sharing import settle_sharing
 from loraformat.matching.site_index import Candidate
 from loraformat.problems import Problem
-from loraformat.viewing import choose_mapped, is_allowed, plan_searches, report_absent
+from loraformat.viewing import (
+    choose_mapped,
+    is_allowed,
+    leave_out,
+    plan_searches,
+    report_absent,
+    report_left_out,
+)
 
 _NO_CLUES: Final = Clues()
 _OF_STRATEGIES: Final = frozenset({"LF425", "LF450"})
@@ -101,6 +108,8 @@ def resolve(
     matches, displaced = _prefer_exact(matches)
     matches, shared = settle_sharing(matches, sites, untie=untie)
     missing += displaced
+    elsewhere = leave_out(missing, clues.views, names) if any(not view.is_chosen for view in clues.views) else []
+    missing = [want for want in missing if want not in elsewhere]
     made = {each.want for each in lacking if new_biases and each.obstacle is None}
     asked = dict.fromkeys([*missing, *(each.want for each in lacking)])
     allowed = [want for want in asked if want not in made and is_allowed(want, allow_unmatched)]
@@ -110,8 +119,8 @@ def resolve(
     if lost:  # Then what the strategy has to say for itself is why.
         problems = [replace(each, severity="error") if each.code in _OF_STRATEGIES else each for each in problems]
     problems += report_missing(lost, sites) + shared + report_collisions(matches)
-    problems += report_dropped(matches) + report_renamed(matches) + report_lacking(lacking, wanted=new_biases)
-    left_out = tuple(want.name for want in allowed)
+    problems += report_left_out(elsewhere) + report_dropped(matches) + report_renamed(matches) + report_lacking(lacking, wanted=new_biases)
+    left_out = tuple(want.name for want in (*allowed, *elsewhere))
     return Resolution(tuple(matches), left_out, tuple(problems), tuple(each for each in lacking if each.want in made))
 
 

@@ -11,6 +11,7 @@ from loraformat.plan import WeightedAdapter
 from loraformat.problems import Problem, count_problems
 from loraformat.resolve import gather_clues, resolve
 from loraformat.rules import check_adapter
+from loraformat.viewing import choose_graphs
 
 _Key: TypeAlias = tuple[str, str, tuple[int, int], str]
 
@@ -94,6 +95,8 @@ def resolve_one(base: BaseModel, item: WeightedAdapter, hints: Hints, options: M
         hints: what there is to find targets by, besides names.
         options: of `resolve`.
     """
+    options = dict(options)
+    base = choose_graphs(base, options.pop("graphs", ()))
     problems = check_adapter(item.adapter)
     if any(problem.severity == "error" for problem in problems):
         return Resolved((), tuple(problems))

@@ -1,5 +1,8 @@
 """In which graphs of a base of several a target is looked for, under which name, and what is said of the others.
 
+A user may choose some of the graphs (`--graphs`). The others still have a say in whose a target is by its name: one of
+theirs is left out, and said to be, rather than looked for where it does not belong.
+
 A target must be merged wherever its module is: in every form that a folder has of a model, in a decoder with a cache
 and in one without. So it is looked for in each graph by itself. Names decide between graphs as they do within one:
 where one has the target's very name, those that only have one that ends so have another module.
@@ -10,7 +13,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Final
 
-from loraformat.bases import TENSOR_NAME, Site, View
+from loraformat.bases import TENSOR_NAME, BaseModel, Site, View, ViewedBase
+from loraformat.errors import refuse
 from loraformat.evidence import MappedWeight
 from loraformat.matching import Match, Want
 from loraformat.matching.mismatches import LISTED, list_nameless
@@ -54,6 +58,7 @@ def plan_searches(
         names: of each target, the name to look for in a base.
     """
     searches = [Search(view) for view in views]
+    chosen = {view.component for view in views if view.is_chosen}
     components = {view.component for view in views} - {""}
     indexes = [
         {parameter: SiteIndex(view.sites, parameter) for parameter in {want.parameter for want in wants}}
@@ -67,6 +72,7 @@ def plan_searches(
         ]
         best = min((rank for _, rank in found), default=_NOTHING)
         meant = {view.component for view, (_, rank) in zip(views, found, strict=True) if rank == best < _NOTHING}
+        meant = meant & chosen or meant
         if len(meant) > 1:
             listed = ", ".join(sorted(meant))
             mend = "Put the part's name before the targets', or merge into that part alone."
@@ -76,7 +82,61 @@ def plan_searches(
             if name is not None and (rank in (best, _NOTHING)) and meant <= {search.view.component}:
                 search.names[want.target.name] = name
                 search.wants.append(want)
-    return searches, problems
+    return [search for search in searches if search.view.is_chosen], problems
+
+
+def choose_graphs(base: BaseModel, patterns: Sequence[str]) -> BaseModel:
+    """Return a base, of which a merge is about some graphs alone; the base itself where no pattern is given.
+
+    Args:
+        base: the opened base.
+        patterns: of files from the base's folder, or names of folders there: all graphs below them.
+
+    Raises:
+        RefusedError: LF633 a base of one model, or a pattern that no graph meets.
+    """
+    if not patterns:
+        return base
+    if not isinstance(base, ViewedBase):
+        raise refuse("LF633", base.path, f"a base of the format {base.format!r}", "a folder of several models")
+    names = [view.graph for view in base.views]
+    for pattern in patterns:
+        if not any(_is_meant(name, pattern) for name in names):
+            listed = ", ".join(names[:LISTED]) + (" ..." if len(names) > LISTED else "")
+            raise refuse("LF633", f"--graphs {pattern}", "none of them", f"a pattern for some of {listed}")
+    return base.choose_graphs({name for name in names if any(_is_meant(name, pattern) for pattern in patterns)})
+
+
+def _is_meant(graph: str, pattern: str) -> bool:
+    return fnmatchcase(graph, pattern) or fnmatchcase(graph, f"{pattern.rstrip('/')}/*")
+
+
+def leave_out(missing: Sequence[Want], views: Sequence[View], names: Mapping[str, str]) -> list[Want]:
+    """Return those of the targets that were found nowhere that graphs have which were not chosen.
+
+    Args:
+        missing: what the chosen graphs have under no name.
+        views: the graphs.
+        names: of each target, the name to look for in a base.
+    """
+    components = {view.component for view in views} - {""}
+    others = [(view, SiteIndex(view.sites, "weight")) for view in views if not view.is_chosen]
+    near = [site for view in views if view.is_chosen for site in view.sites]
+
+    def is_elsewhere(want: Want) -> bool:
+        return any(
+            _choose_name(names[want.target.name], view, components, index)[1] < _NOTHING for view, index in others
+        )
+
+    return [want for want in missing if is_elsewhere(want) and not list_nameless(want, near)]
+
+
+def report_left_out(wants: Sequence[Want]) -> list[Problem]:
+    """Return the note of targets that are left out with the graphs that have them."""
+    if not wants:
+        return []
+    said = ", ".join(want.name for want in wants[:LISTED]) + (" ..." if len(wants) > LISTED else "")
+    return [Problem("LF634", "--graphs", f"{len(wants)} targets of graphs that were not chosen: {said}", severity="note")]
 
 
 def _choose_name(name: str, view: View, components: Iterable[str], index: SiteIndex) -> tuple[str | None, int]:

@@ -105,6 +105,13 @@ def matching_options(function: Decorated) -> Decorated:
     return function
 
 
+def graphs_option(function: Decorated) -> Decorated:
+    """Add --graphs."""
+    told = "Of a folder of several models, the files that are meant, or folders of them; repeatable.  [default: all]"
+    add = click.option("--graphs", multiple=True, metavar="GLOB", callback=lambda _, __, given: given or None, help=told)
+    return add(function)
+
+
 def ranges_option(function: Decorated) -> Decorated:
     """Add --accept-ranges."""
     told = "Accept activation ranges that a quantised model has of its base."

@@ -10,7 +10,7 @@ from loraformat.apply.disk_space import check_space, count_held_bytes
 from loraformat.apply.output_folders import PendingFolder, check_output_folder
 from loraformat.apply.side_receipt import name_side_receipt
 from loraformat.apply.undo import name_undo
-from loraformat.bases import BaseModel, CopyingBase
+from loraformat.bases import BaseModel, DataFileBase
 from loraformat.errors import refuse
 from loraformat.images import FileImage
 from loraformat.outputs import PendingOutput, check_output, name_part, output_errors, remove
@@ -147,6 +147,8 @@ def _list_stale(place: Place) -> list[Path]:
 def list_links(base: BaseModel, output: Path, images: Sequence[FileImage], touched: set[str]) -> dict[Path, Path]:
     """Return the files of an output folder that are files of the base as they are, and which.
 
+    Data files of ONNX graphs are copied all the same: onnx reads none that has several names.
+
     Args:
         base: the opened base.
         output: the folder.
@@ -154,13 +156,14 @@ def list_links(base: BaseModel, output: Path, images: Sequence[FileImage], touch
         touched: names of the base's files that something of is rewritten.
 
     Raises:
-        RefusedError: LF624 a base that is no folder, or one of ONNX models: onnx reads no data with several names.
+        RefusedError: LF624 a base that is no folder.
     """
-    if not base.folder_mark or isinstance(base, CopyingBase):
-        raise refuse("LF624", base.path, f"a base of the format {base.format!r}", "a folder of a checkpoint")
+    if not base.folder_mark:
+        raise refuse("LF624", base.path, f"a base of the format {base.format!r}", "a folder")
+    copied = base.list_data_files() if isinstance(base, DataFileBase) else frozenset()
     whole = ((image, image.whole_copy()) for image in images)
     return {
         image.path.relative_to(output): file.path
         for image, file in whole
-        if file is not None and file.path.name not in touched
+        if file is not None and file.path.name not in touched and file.path not in copied
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from loraformat.bases._model import BaseModel, Weight
@@ -36,6 +37,15 @@ class SharedBase(Protocol):
 
     def list_shared(self) -> Mapping[str, InputFile]:
         """Return the data files by their paths from the model's folder; none for a base without."""
+        ...
+
+
+@runtime_checkable
+class DataFileBase(Protocol):
+    """A folder of ONNX graphs: readers of ONNX refuse data files that have several names."""
+
+    def list_data_files(self) -> Set[Path]:
+        """Return the files that only have numbers of graphs in them."""
         ...
 
 
@@ -208,15 +218,23 @@ class MeasuredValue:
     scale: str
 
 
+class MeasurableGraph(BaseModel, Protocol):
+    """A graph whose activations can be measured."""
+
+    def float_activations(self, graph: Any) -> Sequence[MeasuredValue]:
+        """Have the main graph of the parsed base leave activations in floats; return whose ranges count."""
+        ...
+
+
 @runtime_checkable
 class CalibratedBase(BaseModel, Protocol):
-    """A base that may have ranges of activations as numbers: an ONNX graph.
+    """A base that may have ranges of activations as numbers: an ONNX graph, or a folder of them.
 
     A range is known by the name of the scale that stands for it.
     """
 
-    def float_activations(self, graph: Any) -> Sequence[MeasuredValue]:
-        """Have the main graph of the parsed base leave activations in floats; return whose ranges count."""
+    def list_measurable(self) -> Mapping[str, MeasurableGraph]:
+        """Return the graphs with such ranges by what marks their scales' names in the base: nothing for one graph."""
         ...
 
     def check_ranges(self, ranges: Mapping[str, tuple[float, float]] | None) -> Sequence[Problem]:

@@ -1,10 +1,13 @@
 """A folder of several models: what belongs to all of them, and what travels along."""
 
+import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Self
 
+from loraformat.bases import Site, View
 from loraformat.bases._finishing import Checksums
 from loraformat.bases._receipts import RECEIPT_NAME, describe_receipt_file, read_receipt_file
 from loraformat.bases._travelling import find_travelling
@@ -56,7 +59,9 @@ class JoinedFolder(Checksums):
     suffix = ""
     folder_mark = RECEIPT_NAME
     rewriter = None
+    sites: Sequence[Site]
     _members: Sequence[FolderMember]
+    _all_views: Sequence[View]
 
     def __init__(self, path: Path, entry: Path, members: Sequence[FolderMember]) -> None:
         self.path = path
@@ -67,8 +72,26 @@ class JoinedFolder(Checksums):
         self._travelling, left_out = find_travelling(entry, own | {RECEIPT_NAME, FOLDER_UNDO})
         self.parent_receipt: Mapping[str, Any] | None
         self.parent_receipt, unread = read_receipt_file(path / RECEIPT_NAME)
-        odd = [problem for member in members for problem in member.problems]
-        self.problems: Sequence[Problem] = [*odd, *left_out, *unread]
+        self._own_problems = [*left_out, *unread]
+        self._chosen = frozenset(member.name for member in members)
+
+    @property
+    def problems(self) -> Sequence[Problem]:
+        """What is odd about the models that a merge is about, and about what lies beside them."""
+        chosen = (member for member in self._members if member.name in self._chosen)
+        return [*(problem for member in chosen for problem in member.problems), *self._own_problems]
+
+    @property
+    def views(self) -> Sequence[View]:
+        """The models, in each of which every target is looked for."""
+        return [replace(view, is_chosen=view.graph in self._chosen) for view in self._all_views]
+
+    def choose_graphs(self, graphs: Set[str]) -> Self:
+        """Return the folder, of which a merge is about these models alone; its outputs have the others as they are."""
+        narrowed = copy.copy(self)
+        narrowed._chosen = frozenset(graphs)
+        narrowed.sites = [site for site in self.sites if site.graph in graphs]
+        return narrowed
 
     @property
     def files(self) -> Sequence[InputFile]:

@@ -1,8 +1,8 @@
 """A base that is several models: each has its own sites, and a target may have a weight in any number of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 from loraformat.bases._abilities import RunnableBase
 from loraformat.bases._model import BaseModel, Site
@@ -18,6 +18,7 @@ class View:
         component: which part of a pipeline it is, `unet` or `text_encoder`; empty where all graphs are of one model.
         half: `encoder` or `decoder`, where its file's name says that it is one: exporters leave that out of names.
         sites: of this graph alone.
+        is_chosen: whether it is one of those that a merge is about.
         find_anchors: as `AnchoredBase` has it; None for a state dict.
         find_roles: as `StructuredBase` has it; None for a state dict.
     """
@@ -28,6 +29,7 @@ class View:
     sites: Sequence[Site]
     find_anchors: Callable[[], Anchors] | None = None
     find_roles: Callable[[], Roles] | None = None
+    is_chosen: bool = True
 
 
 @runtime_checkable
@@ -37,6 +39,10 @@ class ViewedBase(BaseModel, Protocol):
     @property
     def views(self) -> Sequence[View]:
         """Its graphs, in the order of their files."""
+        ...
+
+    def choose_graphs(self, graphs: Set[str]) -> Self:
+        """Return the base, of which a merge is about these graphs alone; its outputs have the others as they are."""
         ...
 
     def list_runnable(self) -> Mapping[str, RunnableBase]:

@@ -6,9 +6,8 @@ The output is a folder: every graph with its adapted weights rewritten, every ot
 
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -25,6 +24,7 @@ from loraformat.bases import (
 )
 from loraformat.bases._joined_folder import PIPELINE, JoinedFolder
 from loraformat.bases._onnx.members import Member, find_shared
+from loraformat.bases._onnx.ranges import Ranges
 from loraformat.bases.checkpoint_folder import BASE as SAFETENSORS_FOLDER
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.bases.pipeline_folder import has_components
@@ -56,10 +56,9 @@ class OnnxFolder(JoinedFolder):
         self._shared = find_shared(self._members)
         self.sites: Sequence[Site] = [site for member in self._members for site in member.list_sites(self._shared)]
         super().__init__(path.absolute(), entry, self._members)
+        self._all_views = self._list_views()
 
-    @cached_property
-    def views(self) -> Sequence[View]:
-        """The graphs, in each of which every target is looked for."""
+    def _list_views(self) -> Sequence[View]:
         by_graph: dict[str, list[Site]] = {member.name: [] for member in self._members}
         for site in self.sites:
             by_graph[site.graph].append(site)
@@ -104,6 +103,28 @@ class OnnxFolder(JoinedFolder):
     def with_floats(self, floats: Sequence[WeightFloats]) -> "OnnxFolder":
         """Return the folder, with floats in the place of codes in some graphs."""
         return self._with(member.with_floats(floats) for member in self._members)
+
+    def list_measurable(self) -> Mapping[str, OnnxGraph]:
+        """Return the chosen graphs that have measured ranges of activations."""
+        return {member.mark(""): member.graph for member in self._chosen_members if member.has_ranges}
+
+    def check_ranges(self, ranges: Ranges | None) -> Sequence[Problem]:
+        """Return what speaks against giving the chosen graphs these ranges; None stands for any."""
+        return [each for member in self._chosen_members if member.has_ranges for each in member.check_ranges(ranges)]
+
+    def with_ranges(self, ranges: Ranges) -> "OnnxFolder":
+        """Return the folder, with other ranges in some graphs."""
+        return self._with(member.with_ranges(ranges) for member in self._members)
+
+    @property
+    def _chosen_members(self) -> list[Member]:
+        return [member for member in self._members if member.name in self._chosen]
+
+    def list_data_files(self) -> Set[Path]:
+        """Return the files that only have numbers of graphs in them."""
+        return {file.path for member in self._members for file in member.graph.files} - {
+            member.graph.path for member in self._members
+        }
 
     def list_joint_floats(self) -> Sequence[Weight | Problem]:
         """Return nothing: the others stay as they are."""

@@ -196,6 +196,10 @@ class OnnxGraph(Checksums):
         graph._change = join_surgeries(surgeries, self._index.visits, inputs, self._change)
         return graph
 
+    def list_measurable(self) -> "Mapping[str, OnnxGraph]":
+        """Return the graph itself."""
+        return {"": self}
+
     def float_activations(self, graph: "onnx.GraphProto") -> Sequence[MeasuredValue]:
         """Have a main graph leave activations in floats; return whose ranges count."""
         from loraformat.bases._onnx.float_graph import make_float_graph

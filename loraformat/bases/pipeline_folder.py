@@ -6,7 +6,6 @@ rewritten, every other file as it is, and the receipt in `merge_receipt.json`.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Final
 
@@ -40,11 +39,7 @@ class PipelineFolder(JoinedFolder):
             raise refuse("LF110", path, f"{len(self._members)} models in one folder", f"at most {MAX_GRAPHS}")
         self.sites: Sequence[Site] = [site for member in self._members for site in member.sites]
         super().__init__(path.absolute(), entry, self._members)
-
-    @cached_property
-    def views(self) -> Sequence[View]:
-        """The state dicts, in each of which every target is looked for."""
-        return [View(member.name, member.component, "", member.sites) for member in self._members]
+        self._all_views = [View(member.name, member.component, "", member.sites) for member in self._members]
 
     def list_runnable(self) -> Mapping[str, RunnableBase]:
         """Raise LF446: there is no graph to run."""

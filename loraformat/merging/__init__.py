@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from loraformat.resolving import Resolved
     from loraformat.verification import Verification
 
-_RESOLVING: Final = ("allow_unmatched", "strip_prefix", "ignore_fingerprints")
+_RESOLVING: Final = ("allow_unmatched", "strip_prefix", "ignore_fingerprints", "graphs")
 
 
 def plan_merge(
@@ -208,7 +208,7 @@ def verify(
     found = verify_merge(proof, opened, order, read_effort(options))
     if (data := options.get("calibration")) is not None:
         method = str(plan.options.get("calibration_method", MINMAX))
-        problems = check_measured(proof, plan.ranges, Path(data), method)
+        problems = check_measured(proof, plan, Path(data), method)
         found = replace(found, problems=(*found.problems, *problems))
     return add_runs(found, proof, opened, order, options.get("sizes", {})) if options.get("run") else found
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.apply import Work, apply_order
-from loraformat.bases import BaseModel, CalibratedBase
+from loraformat.bases import BaseModel, CalibratedBase, MeasurableGraph
 from loraformat.engine import Effort
 from loraformat.errors import error_for, refuse
 from loraformat.loading import open_base
 from loraformat.output_forms import Order
+from loraformat.plan import Plan
 from loraformat.problems import Problem
+from loraformat.viewing import choose_graphs
 
 MINMAX: Final = "minmax"
 METHODS: Final[Mapping[str, str]] = {MINMAX: "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
@@ -49,6 +51,7 @@ def measure_merged(base: BaseModel, order: Order, data: Path, effort: Effort, me
         LoraformatError: LF628 data that do not fit, or no known method, LF627 ranges that cannot be measured, what
             merging raises.
     """
+    base = choose_graphs(base, order.plan.graphs)
     if not isinstance(base, CalibratedBase) or not base.check_ranges({}):
         raise refuse("LF628", data, "activations with no measured ranges", "a graph that has some; no --calibration")
     listed = base.check_ranges(None)
@@ -56,7 +59,7 @@ def measure_merged(base: BaseModel, order: Order, data: Path, effort: Effort, me
     if problems:
         raise error_for(problems)
     apply_order(base, order, Work(effort, min_retained=0, warn_retained=0))
-    return measure_ranges(open_base(order.plan.output), data, method)
+    return measure_ranges(open_base(order.plan.output), order.plan, data, method)
 
 
 def make_room(output: Path) -> "TemporaryDirectory[str]":
@@ -66,38 +69,63 @@ def make_room(output: Path) -> "TemporaryDirectory[str]":
 
 
 def describe_data(data: Path) -> str:
-    """Return name and digest of the calibration data, for the receipt."""
+    """Return name and digest of the calibration data, for the receipt; of a folder, that of its files' digests."""
+    if data.is_dir():
+        inside = sorted(path for path in data.rglob("*.npz") if path.is_file())
+        told = "".join(f"{path.relative_to(data).as_posix()} {describe_data(path)}\n" for path in inside)
+        return f"{data.name} {hashlib.sha256(told.encode()).hexdigest()}"
     with data.open("rb") as stream:
         return f"{data.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
 def check_measured(
-    merged: BaseModel, stated: Mapping[str, Sequence[float]], data: Path, method: str = MINMAX
+    merged: BaseModel, plan: Plan, data: Path, method: str = MINMAX
 ) -> Iterator[Problem]:
     """Yield the ranges of a merged model that its data give otherwise than its receipt has them."""
-    for scale, (low, high) in measure_ranges(merged, data, method).items():
-        first, last = stated.get(scale, (math.nan, math.nan))
+    for scale, (low, high) in measure_ranges(merged, plan, data, method).items():
+        first, last = plan.ranges.get(scale, (math.nan, math.nan))
         slack = _TOLERANCE * (high - low)
         if not (abs(first - low) <= slack and abs(last - high) <= slack):
             where = f"{merged.path}: {scale}"
             yield Problem("LF629", where, f"a range from {first:.6g} to {last:.6g}", f"{low:.6g} to {high:.6g}")
 
 
-def measure_ranges(merged: BaseModel, data: Path, method: str = MINMAX) -> Ranges:
+def measure_ranges(merged: BaseModel, plan: Plan, data: Path, method: str = MINMAX) -> Ranges:
     """Return the ranges of a model's activations, by the scales that they are known by.
 
     Args:
-        merged: the opened model; as much memory is needed as it has weights.
-        data: an `.npz` with an array for each input of the graph, samples along its first axis.
+        merged: the opened model; as much memory is needed as a graph of it has weights.
+        plan: what it was merged by.
+        data: an `.npz` with an array for each input of the graph, samples along its first axis; for several graphs a
+            folder of such, each called as its graph is.
         method: one of `METHODS`.
 
     Raises:
         LoraformatError: as `measure_merged`.
     """
+    merged = choose_graphs(merged, plan.graphs)
     if not isinstance(merged, CalibratedBase):
         raise refuse("LF627", merged.path, f"a base of the format {merged.format!r}", "an ONNX model")
     if method not in METHODS:
         raise refuse("LF628", "--calibration-method", method, f"one of {', '.join(METHODS)}", _NO_DISTRIBUTION)
+    return {
+        f"{mark}{scale}": ends
+        for mark, graph in merged.list_measurable().items()
+        for scale, ends in _measure_graph(graph, _find_data(data, mark), method).items()
+    }
+
+
+def _find_data(data: Path, mark: str) -> Path:
+    """Return the samples of one graph."""
+    if not mark:
+        return data
+    own = data / PurePosixPath(mark.removesuffix(":")).with_suffix(".npz")
+    if not own.is_file():
+        raise refuse("LF628", data, f"no {own.relative_to(data)}", "a folder with an .npz for each graph with ranges")
+    return own
+
+
+def _measure_graph(merged: MeasurableGraph, data: Path, method: str) -> Ranges:
     import onnx
 
     model = onnx.load(str(merged.path))
@@ -119,7 +147,7 @@ def _names(tensors: Any) -> set[str]:
     return {each.name for each in tensors}
 
 
-def _run_calibrator(model: Any, room: Path, samples: "Samples", merged: BaseModel, method: str) -> Any:
+def _run_calibrator(model: Any, room: Path, samples: "Samples", merged: MeasurableGraph, method: str) -> Any:
     try:
         import onnx
         from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator

@@ -102,6 +102,12 @@ class Plan:
         return [AddedBias(new.name, new.shape[0], BY_NAME[new.dtype], new.readers) for new in found]
 
     @property
+    def graphs(self) -> list[str]:
+        """Patterns of the graphs that it is about; none for all."""
+        stated = self.options.get("graphs")
+        return [str(pattern) for pattern in stated] if isinstance(stated, list) else []
+
+    @property
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Ranges of activations that the output has, where they are not the base's, by the names of their scales."""
         stated = self.options.get("ranges")

@@ -33,6 +33,7 @@ from loraformat.planning.wishes import SettledWishes, list_unusual
 from loraformat.problems import Problem, Severity, escape_surrogates
 from loraformat.resolve import Resolution, gather_clues, resolve
 from loraformat.rules import check_adapter
+from loraformat.viewing import choose_graphs
 
 _NO_HINTS: Final = Hints()
 _ONE_BY_ONE: Final = "Merge with --on-quantized dequantize and no bias, then the bias into that model."
@@ -157,7 +158,7 @@ def build_plan(
     Raises:
         LoraformatError: with every problem that was found, not only the first.
     """
-    found = _Found(base)
+    found = _Found(choose_graphs(base, wishes.get("graphs", ())))
     found.problems += _find_repeated(adapters)
     for position, item in enumerate(adapters):
         _resolve_adapter(found, position, item, wishes, hints)

@@ -38,6 +38,7 @@ class Wishes(NumberWishes, total=False):
     """What a plan is made by besides base, adapters, output and hints.
 
     Attributes:
+        graphs: of a base of several models, patterns of the files to merge into, or folders of them; else all.
         untie: let tables part that `config.json` ties, where adapters change them apart.
         new_biases: give biases to modules that have none, where adapters change them.
         external_data: `share` writes, beside an ONNX base, a small model that refers to the base's data files, and to
@@ -47,6 +48,7 @@ class Wishes(NumberWishes, total=False):
         dtype: number form of the output's floating-point tensors, such as `bfloat16`; else each keeps its own.
     """
 
+    graphs: Sequence[str]
     untie: bool
     new_biases: bool
     external_data: str | None
@@ -71,5 +73,6 @@ class SettledWishes(Wishes, total=False):
 def list_unusual(wishes: SettledWishes) -> dict[str, JsonValue]:
     """Return the wishes that are not as usual: not empty, not False."""
     ranges = {name: list(ends) for name, ends in sorted((wishes.get("ranges") or {}).items())}
-    named: Mapping[str, Any] = {**wishes, "allow_unmatched": list(wishes.get("allow_unmatched", ())), "ranges": ranges}
+    named: Mapping[str, Any] = {**wishes, "ranges": ranges}
+    named |= {name: list(named.get(name, ())) for name in ("allow_unmatched", "graphs")}
     return {name: value for name, value in named.items() if value}

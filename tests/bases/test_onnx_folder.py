@@ -264,3 +264,53 @@ def test_what_is_no_graph_of_the_folder(tmp_path: Path) -> None:
     with pytest.raises(loraformat.LoraformatError) as caught:
         open_base(base)
     assert caught.value.codes == ("LF118",)
+
+
+@pytest.mark.parametrize("pattern", ["unet/*", "unet/", "unet/model.onnx"])
+def test_only_the_chosen_graphs_change(tmp_path: Path, pattern: str) -> None:
+    base = write_pipeline(tmp_path / "base")
+    targets = [f"unet.{UNET}", f"text_encoder.{TEXT}"]
+    adapter = write_peft(tmp_path / "adapter", dict.fromkeys(targets, FACTORS[Q]), alpha=8.0)
+    receipt = loraformat.merge(base, [adapter], tmp_path / "out", graphs=[pattern])
+    assert [(each.code, each.found) for each in receipt.problems] == [
+        ("LF634", f"1 targets of graphs that were not chosen: text_encoder.{TEXT}")
+    ]
+    assert (len(receipt.weights), receipt.unmatched) == (1, (f"text_encoder.{TEXT}",))
+    before, after = files_below(base), files_below(tmp_path / "out")
+    assert {name.partition("/")[0] for name in before if before[name] != after[name]} == {"unet"}
+    assert loraformat.verify(tmp_path / "out", base, [adapter]).holds
+    loraformat.unmerge(tmp_path / "out", tmp_path / "back", adapters=[adapter], graphs=[pattern])
+    assert files_below(tmp_path / "back")["unet/model.onnx.data"] == before["unet/model.onnx.data"]
+
+
+def test_a_choice_of_graphs_decides_between_parts_and_forms(tmp_path: Path) -> None:
+    """A name in several parts is ambiguous, and a form without names a doubt: neither is where it is not chosen."""
+    adapter = write_peft(tmp_path / "adapter", {TEXT: FACTORS[Q]}, alpha=8.0)
+    base = write_pipeline(tmp_path / "base")
+    receipt = loraformat.merge(base, [adapter], tmp_path / "out", graphs=["text_encoder_2"])
+    assert [weight.name.partition("/")[0] for weight in receipt.weights] == ["text_encoder_2"]
+    forms = tmp_path / "forms"
+    write_model(forms / "model.onnx", linear_net({Q: WEIGHTS[Q]}).model())
+    write_model(forms / "model_optimised.onnx", strip_names(linear_net({Q: WEIGHTS[Q]}).model()))
+    other = write_peft(tmp_path / "other", {Q: FACTORS[Q]}, alpha=8.0)
+    assert loraformat.merge(forms, [other], tmp_path / "some", graphs=["model.onnx"]).problems == ()
+    for pattern, code in (("model_optimised.onnx", "LF401"), ("gone*", "LF633")):
+        with pytest.raises(loraformat.LoraformatError) as caught:
+            loraformat.merge(forms, [other], tmp_path / "none", graphs=[pattern])
+        assert caught.value.codes == (code,)
+    assert not loraformat.resolve_targets(forms, other, graphs=["model_optimised.onnx"]).is_whole
+    with pytest.raises(loraformat.LoraformatError, match="LF633"):
+        loraformat.merge(forms / "model.onnx", [other], tmp_path / "none.onnx", graphs=["model.onnx"])
+
+
+def test_links_of_what_is_no_data_file(tmp_path: Path) -> None:
+    """A graph with its weights in it is linked where nothing of it changes; onnx reads no data of several names."""
+    base = write_pipeline(tmp_path / "base")
+    write_model(base / "safety_checker" / "model.onnx", linear_net({"head": dyadic(RNG, 12, 8)}).model())
+    adapter = write_peft(tmp_path / "adapter", {f"unet.{UNET}": FACTORS[Q]}, alpha=8.0)
+    loraformat.merge(base, [adapter], tmp_path / "out", link=True)
+    counts = {name: (tmp_path / "out" / name).stat().st_nlink for name in files_below(base)}
+    data = {name for name in counts if name.endswith(".data")}
+    assert {name for name, count in counts.items() if count == 1} == data
+    assert loraformat.verify(tmp_path / "out", base, [adapter]).holds
+    onnx.checker.check_model(str(tmp_path / "out" / "text_encoder" / "model.onnx"))

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 import loraformat
 from builders import write_peft
-from graphs import Array, Net, run, stored_weights, write_model
+from graphs import Array, Net, linear_net, run, stored_weights, write_model
 from loraformat.bases._onnx.ranges import compute_numbers
 
 MODULE, NAME = "model.layers.1.fc", "/model/layers.1/fc/Gemm"
@@ -153,3 +153,26 @@ def test_numbers_are_those_of_the_quantiser(low: float, width: float, symmetric:
     found = compute_numbers(float(low32), float(high32), form, symmetric=symmetric)
     assert np.float32(found[0]) == pytest.approx(float(scale), rel=1e-6)
     assert abs(found[1] - int(zero)) <= (abs(float(high32)) > 1e6)
+
+
+def test_each_graph_of_a_folder_has_data_of_its_own(tmp_path: Path) -> None:
+    """The graph in floats needs none, and goes with a range that nobody measures; another choice needs less data."""
+    base, data, out = tmp_path / "base", tmp_path / "data", tmp_path / "out"
+    for name in ("one/model.onnx", "two/model.onnx"):
+        write_model(base / name, gemm_net().model(), "one")
+    write_model(base / "model.onnx", linear_net({MODULE: CODES * STEPS[:, None]}).model())
+    adapter = write_peft(tmp_path / "adapter", {MODULE: PAIR}, alpha=2)
+    for name, factor in (("one", 1), ("two", 3)):
+        (data / name).mkdir(parents=True)
+        np.savez(data / name / "model.npz", x=SAMPLES * np.float32(factor))
+    receipt = loraformat.merge(base, [adapter], out, calibration=data, min_retained=0)
+    assert len(receipt.weights) == 3
+    found = [stored_weights(out / name / "model.onnx")["xs"] for name in ("one", "two")]
+    assert found == pytest.approx([scale * (SAMPLES.max() - SAMPLES.min()) / 255 for scale in (1, 3)])
+    assert loraformat.verify(out, base, [adapter], calibration=data).holds
+    (data / "two" / "model.npz").unlink()
+    with pytest.raises(loraformat.LoraformatError, match=r"no two/model\.npz"):
+        loraformat.merge(base, [adapter], tmp_path / "none", calibration=data, min_retained=0)
+    some = loraformat.merge(base, [adapter], tmp_path / "some", calibration=data, min_retained=0, graphs=["one"])
+    assert [weight.name.partition(":")[0] for weight in some.weights] == ["one/model.onnx"]
+    assert loraformat.verify(tmp_path / "some", base, [adapter], calibration=data).holds

@@ -14,6 +14,7 @@ from loraformat_cli.options import (
     common_options,
     effort_options,
     force_option,
+    graphs_option,
     hint_options,
     json_option,
     matching_options,
@@ -43,6 +44,7 @@ _ONLY_MERGING: Final = frozenset(
 @adapter_options
 @hint_options
 @matching_options
+@graphs_option
 @click.option(
     "--min-retained",
     type=Finite(0.0, 1.0),
@@ -63,8 +65,9 @@ _ONLY_MERGING: Final = frozenset(
 @click.option(
     "--calibration",
     type=_FILE,
-    metavar="NPZ",
-    help="Measure activation ranges anew, on an array of samples for each input of the graph.",
+    metavar="NPZ|DIR",
+    help="Measure activation ranges anew, on an array of samples for each input of the graph; of a folder, on one such "
+    "file for each graph.",
 )
 @click.option(
     "--calibration-method",

@@ -9,6 +9,7 @@ from loraformat_cli.options import (
     adapter_options,
     check_stated,
     common_options,
+    graphs_option,
     hint_options,
     json_option,
     matching_options,
@@ -25,6 +26,7 @@ _FILE: Final = click.Path(path_type=Path)
 @adapter_options
 @hint_options
 @matching_options
+@graphs_option
 @common_options
 @click.pass_obj
 def command(screen: Screen, /, base: Path, adapter: Path, **flags: Any) -> None:

@@ -5,7 +5,14 @@ from typing import Any, Final
 
 import click
 
-from loraformat_cli.options import adapter_options, check_stated, common_options, force_option, json_option
+from loraformat_cli.options import (
+    adapter_options,
+    check_stated,
+    common_options,
+    force_option,
+    graphs_option,
+    json_option,
+)
 from loraformat_cli.params import WeightedAdapter
 from loraformat_cli.screen import Screen
 
@@ -26,6 +33,7 @@ _FILE: Final = click.Path(path_type=Path)
 @force_option
 @json_option
 @adapter_options
+@graphs_option
 @common_options
 @click.pass_obj
 def command(

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from loraformat.bases import AddedBias, Anchors, FreeBias, Roles, Site, Weight, WeightCopy, WeightFloats
+from loraformat.bases._onnx.ranges import Ranges
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.containers._onnx.tensors import SharedBytes
 from loraformat.containers.onnx_file import GraphChange
@@ -159,6 +160,24 @@ class Member:
         """Return weights in floats by the names that the graph has."""
         readers = tuple(map(self.unmark, wanted.readers))
         return WeightFloats(self.unmark(wanted.name), self.own_key(wanted.key), readers)
+
+    @property
+    def has_ranges(self) -> bool:
+        """Whether the graph has measured ranges of activations."""
+        return bool(self.graph.check_ranges({}))
+
+    def check_ranges(self, ranges: Ranges | None) -> list[Problem]:
+        """Return what speaks against giving the graph those of the ranges that are its own; None stands for any."""
+        found = self.graph.check_ranges(self._own_ranges(ranges) if ranges is not None else None)
+        return [replace(problem, where=self.mark(problem.where)) for problem in found]
+
+    def with_ranges(self, ranges: Ranges) -> "Member":
+        """Return the graph with those of the ranges that are its own."""
+        own = self._own_ranges(ranges)
+        return replace(self, graph=self.graph.with_ranges(own)) if own else self
+
+    def _own_ranges(self, ranges: Ranges) -> Ranges:
+        return {self.unmark(scale): ends for scale, ends in ranges.items() if self.unmark(scale) != scale}
 
     def describe_images(self, folder: Path, fresh: str) -> list[FileImage]:
         """Return the graph's files in an output folder, under the names that they have.
