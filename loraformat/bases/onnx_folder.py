@@ -6,7 +6,7 @@ The output is a folder: every graph with its adapted weights rewritten, every ot
 
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -105,9 +105,11 @@ class OnnxFolder(JoinedFolder):
         """Return the folder, with floats in the place of codes in some graphs."""
         return self._with(member.with_floats(floats) for member in self._members)
 
-    def list_joint_floats(self) -> Sequence[Weight | Problem]:
-        """Return nothing: the others stay as they are."""
-        return ()
+    def list_joint_floats(self, keys: Set[str]) -> Sequence[Weight | Problem]:
+        """Return the weights that the graphs' operators want in floats together with these."""
+        weights = {site.weight.key: site.weight for site in self.sites if site.weight is not None}
+        found = [each for member in self._members for each in member.list_joint_floats(keys)]
+        return [each if isinstance(each, Problem) else weights[each] for each in found]
 
     def tell_floats(self) -> Mapping[str, JsonValue]:
         """Return nothing: what is beside graphs does not say how they are quantised."""

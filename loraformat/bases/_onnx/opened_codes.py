@@ -30,7 +30,7 @@ def open_codes(graph: "onnx.GraphProto", tensors: Set[str]) -> None:
         if known is not None and node.op_type in HANDING_ON:
             (rows if node.op_type == "Gather" else known).update(node.output)
         factors = _list_codes(node)
-        opened = _open(node) if not (weights | rows).isdisjoint(factors) else None
+        opened = open_operator(node, set(node.input)) if not (weights | rows).isdisjoint(factors) else None
         nodes += [node] if opened is None else opened
     nodes = list(_lift(nodes, weights, rows))
     if nodes != list(graph.node):
@@ -47,13 +47,19 @@ def _list_codes(node: "onnx.NodeProto") -> list[str]:
     return [*own, *node.input[3:4]]
 
 
-def _open(node: "onnx.NodeProto") -> "list[onnx.NodeProto] | None":
+def open_operator(node: "onnx.NodeProto", codes: Set[str]) -> "list[onnx.NodeProto] | None":
+    """Return what computes in floats what an operator on codes does; None for one that is not known.
+
+    Args:
+        node: the operator.
+        codes: which of its factors are codes; others are floats already.
+    """
     from onnx import helper
 
     entry, output = QUANTISED[name_operator(node)], node.output[0]
     numbers = [name for name in node.input[entry.result : entry.result + 2] if name]
     raw = f"{output}#float" if numbers else output
-    made = compute_in_floats(node, raw, set(node.input))
+    made = compute_in_floats(node, raw, codes)
     if made is None or not numbers:
         return made
     return [*made, helper.make_node("QuantizeLinear", [raw, *numbers], [output], f"{node.name}#round")]
