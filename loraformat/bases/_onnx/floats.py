@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from loraformat.bases import FloatForm, Weight
 from loraformat.bases._onnx.float_experts import replace_experts
 from loraformat.bases._onnx.opened_codes import open_operator
-from loraformat.bases._onnx.operands import CODE_SUFFIXES, QMOE
+from loraformat.bases._onnx.operands import CODE_ENDING, QMOE
 from loraformat.bases._onnx.scopes import Visit
 from loraformat.bases._onnx.sites import RawSite
 from loraformat.containers.onnx_file import GraphChange, NodeEdit, TensorFloats
@@ -134,10 +134,10 @@ def _describe(visit: Visit, weight: Weight, names: set[str], codes: str) -> Floa
 
 def _choose_name(codes: str, names: set[str]) -> str:
     """Return the name that the weight may have had before it was quantised, or another that is free."""
-    plain = next((codes.removesuffix(suffix) for suffix in CODE_SUFFIXES if codes.endswith(suffix)), codes)
+    plain = CODE_ENDING.sub("", codes)
     if plain.endswith(_BUILT):
         plain = f"{plain.removesuffix(_BUILT)}.weight"
-    if sum(f"{plain}{suffix}" in names for suffix in CODE_SUFFIXES) > 1:
+    if any(name != codes and name.startswith(plain) and CODE_ENDING.sub("", name) == plain != name for name in names):
         plain = f"{codes}_float"
     wanted, number = plain, 0
     while wanted in names:

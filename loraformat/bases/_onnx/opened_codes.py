@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Final
 
-from loraformat.bases._onnx.float_graph import compute_in_floats, name_operator
+from loraformat.bases._onnx.float_graph import compute_in_floats
 from loraformat.bases._onnx.ranges import HANDING_ON, QUANTISED
+from loraformat.bases._onnx.scopes import name_operator
 
 if TYPE_CHECKING:
     import onnx
@@ -81,7 +82,8 @@ def _lift(nodes: "Sequence[onnx.NodeProto]", weights: Set[str], rows: Set[str]) 
             lifted |= _list_handed(output, readers)
             node.output[0] = f"{output}{_CODES}"
             yield node
-            yield helper.make_node(_DEQUANTISE, [node.output[0], *found.input[1:]], [output], f"{output}{_CODES}")
+            inputs, domain = [node.output[0], *found.input[1:]], found.domain
+            yield helper.make_node(_DEQUANTISE, inputs, [output], f"{output}{_CODES}", domain=domain)
         elif node.op_type == _DEQUANTISE and node.input[0] in lifted:
             yield helper.make_node("Identity", [node.input[0]], [node.output[0]], node.name)
         else:
