@@ -165,8 +165,12 @@ class DequantisingBase(BaseModel, Protocol):
         """Return how a quantised weight would stand in floats, or why it cannot (LF619)."""
         ...
 
-    def list_joint_floats(self) -> Sequence[Weight | Problem]:
-        """Return the weights that are to stand in floats whether they change or not, or why one cannot (LF470)."""
+    def list_joint_floats(self, keys: Set[str]) -> Sequence[Weight | Problem]:
+        """Return the weights that are to stand in floats whether they change or not, or why one cannot (LF470).
+
+        Args:
+            keys: of the weights that change.
+        """
         ...
 
     def tell_floats(self) -> Mapping[str, JsonValue]:

@@ -2,7 +2,7 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
 from typing import Final, Self
 
@@ -41,7 +41,7 @@ class FloatingState:
         shape = (*several, columns, rows) if turned else coded.tensor.shape
         return FloatForm(coded.name, state.float_form(), shape, turned, 0)
 
-    def list_joint_floats(self) -> Sequence[Weight | Problem]:
+    def list_joint_floats(self, keys: Set[str]) -> Sequence[Weight | Problem]:
         """Return all quantised weights: the configuration's word is of all of them."""
         odd = [outcome for outcome in self._codes.found.values() if isinstance(outcome, Problem)]
         odd += [site.obstacle for site in self.sites if site.obstacle is not None and site.obstacle.code == "LF470"]

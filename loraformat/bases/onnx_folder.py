@@ -126,9 +126,11 @@ class OnnxFolder(JoinedFolder):
             member.graph.path for member in self._members
         }
 
-    def list_joint_floats(self) -> Sequence[Weight | Problem]:
-        """Return nothing: the others stay as they are."""
-        return ()
+    def list_joint_floats(self, keys: Set[str]) -> Sequence[Weight | Problem]:
+        """Return the weights that the graphs' operators want in floats together with these."""
+        weights = {site.weight.key: site.weight for site in self.sites if site.weight is not None}
+        found = [each for member in self._members for each in member.list_joint_floats(keys)]
+        return [each if isinstance(each, Problem) else weights[each] for each in found]
 
     def tell_floats(self) -> Mapping[str, JsonValue]:
         """Return nothing: what is beside graphs does not say how they are quantised."""

@@ -178,9 +178,11 @@ class OnnxGraph(Checksums):
             return plan_copy([raw for _, raw in chosen], weight, self._index.names, wanted.name)
         return plan_surgery(chosen[0][1], weight, self._index.names)
 
-    def list_joint_floats(self) -> Sequence[Weight | Problem]:
-        """Return nothing: the others stay as they are."""
-        return ()
+    def list_joint_floats(self, keys: Set[str]) -> Sequence[Weight | Problem]:
+        """Return the other experts of the nodes that read these weights; all others stay as they are."""
+        from loraformat.bases._onnx.float_experts import list_joint_experts
+
+        return list(list_joint_experts(self._found, self.sites, keys))
 
     def tell_floats(self) -> Mapping[str, JsonValue]:
         """Return nothing: a graph has no configuration."""

@@ -66,35 +66,49 @@ class Layout:
         most: the last one.
         narrow: first and last code of what leaves out a bit, or half of the codes; quantisers do so (`reduce_range`)
             for processors that would overflow otherwise.
-        packed: whether two lie in one byte, the lower four bits first.
+        bits: of one code; fewer than 8 lie in one byte, the lowest bits first.
         signed: whether codes have a sign.
     """
 
     least: int
     most: int
     narrow: tuple[int, int]
-    packed: bool = False
+    bits: int = 8
     signed: bool = False
+
+    @property
+    def per_byte(self) -> int:
+        """How many codes lie in one byte, or begin there."""
+        return max(8 // self.bits, 1)
+
+    @property
+    def form(self) -> str:
+        """Codes of whole bytes as numpy calls them."""
+        return f"<{'i' if self.signed else 'u'}{max(self.bits // 8, 1)}"
 
     def unpack(self, stored: Array, columns: int) -> Array:
         """Return codes `(rows, columns)`."""
-        if not self.packed:
-            return stored.view(np.int8 if self.signed else np.uint8).reshape(len(stored), columns)
-        flat = stored.view(np.uint8).reshape(len(stored), -1)
-        codes = np.empty((len(flat), 2 * flat.shape[1]), np.int8)
-        codes[:, 0::2], codes[:, 1::2] = flat & 0xF, flat >> 4
-        return ((codes ^ 8) - 8 if self.signed else codes)[:, :columns]
+        if self.per_byte == 1:
+            return stored.view(self.form).reshape(len(stored), columns)
+        flat, per, mask = stored.view(np.uint8).reshape(len(stored), -1), self.per_byte, (1 << self.bits) - 1
+        codes = np.empty((len(flat), per * flat.shape[1]), np.int8)
+        for place in range(per):
+            codes[:, place::per] = flat >> (place * self.bits) & mask
+        sign = 1 << (self.bits - 1)
+        return ((codes ^ sign) - sign if self.signed else codes)[:, :columns]
 
     def pack(self, codes: Array, out: Array) -> None:
         """Write codes into their tensor's rows."""
-        if not self.packed:
-            form = np.int8 if self.signed else np.uint8
-            np.copyto(out.view(form).reshape(codes.shape), codes, casting="unsafe")
+        if self.per_byte == 1:
+            np.copyto(out.view(self.form).reshape(codes.shape), codes, casting="unsafe")
             return
-        nibbles = codes.astype(np.int8).view(np.uint8) & 0xF
-        if nibbles.shape[1] % 2:
-            nibbles = np.pad(nibbles, ((0, 0), (0, 1)))
-        np.bitwise_or(nibbles[:, 0::2], nibbles[:, 1::2] << 4, out=out.view(np.uint8).reshape(len(out), -1))
+        per, packed = self.per_byte, out.view(np.uint8).reshape(len(out), -1)
+        parts = codes.astype(np.int8).view(np.uint8) & ((1 << self.bits) - 1)
+        if parts.shape[1] % per:
+            parts = np.pad(parts, ((0, 0), (0, -parts.shape[1] % per)))
+        np.copyto(packed, parts[:, 0::per])
+        for place in range(1, per):
+            np.bitwise_or(packed, parts[:, place::per] << (place * self.bits), out=packed)
 
 
 class AffineCoder:
@@ -273,7 +287,7 @@ def bind_affine(coding: Coding, layout: Layout) -> AffineCoder:
 
 def _arrange_zeros(stored: Array, layout: Layout, shape: tuple[int, int]) -> tuple[int, int]:
     """Return the rows and columns in which zero points are stored: packed ones are padded row by row, or at the end."""
-    if not layout.packed or stored.size == shape[0] * (-(-shape[1] // 2)):
+    if layout.per_byte == 1 or stored.size == shape[0] * -(-shape[1] // layout.per_byte):
         return shape
     return 1, shape[0] * shape[1]
 
@@ -283,6 +297,7 @@ def _pack_zeros(zeros: Array, layout: Layout, stored: Array) -> Array:
     rows, columns = _arrange_zeros(stored, layout, zeros.shape)
     out = np.empty_like(stored)
     layout.pack(zeros.reshape(rows, columns), out.reshape(rows, -1))
-    if layout.packed and columns % 2:
-        out.reshape(rows, -1)[:, -1] |= stored.reshape(rows, -1)[:, -1] & 0xF0
+    if columns % layout.per_byte:
+        used = (1 << (columns % layout.per_byte * layout.bits)) - 1
+        out.reshape(rows, -1)[:, -1] |= stored.reshape(rows, -1)[:, -1] & (0xFF ^ used)
     return out

@@ -12,9 +12,9 @@ from loraformat.encodings import Coder, Coding
 from loraformat.encodings._affine import Layout, bind_affine
 
 _LAYOUTS: Final = {
-    "int4": Layout(-8, 7, narrow=(0, -1), packed=True, signed=True),
-    "uint8": Layout(0, 15, narrow=(0, -1), packed=True),
-    "uint4": Layout(0, 15, narrow=(0, -1), packed=True),
+    "int4": Layout(-8, 7, narrow=(0, -1), bits=4, signed=True),
+    "uint8": Layout(0, 15, narrow=(0, -1), bits=4),
+    "uint4": Layout(0, 15, narrow=(0, -1), bits=4),
 }
 
 

@@ -143,7 +143,7 @@ def plan_joint_floats(
     if not isinstance(base, DequantisingBase):
         return
     taken = {weight.key for weight in planned}
-    for weight in base.list_joint_floats():
+    for weight in base.list_joint_floats(taken):
         if isinstance(weight, Problem):
             problems.append(weight)
         elif weight.key not in taken and weight.coding is not None:

@@ -7,6 +7,8 @@ from loraformat.encodings import Coding
 from loraformat.spans import HeldTensor, Span, StoredTensor
 
 _OF_BLOCKS = {"scales", "zero_points"}
+_PACKED = (2, 4)
+"""Zero points in a byte, where they are stored as bytes."""
 _MOST_ROWS = 128
 """Blocks of more rows are not a tile's: scales of a whole matrix, or of its columns."""
 
@@ -29,8 +31,8 @@ def _count_row_bytes(coding: Coding, tensor: StoredTensor | HeldTensor) -> int:
     """Return the bytes of a companion for the blocks of one row; 0 where these are not whole bytes."""
     down, across = _count_blocks(coding)
     length = tensor.dtype.count_bytes(tensor.elements)
-    plain, packed = math.ceil(across * tensor.dtype.bits / 8), -(-across // 2)
-    return length // down if length % down == 0 and length // down in (plain, packed) else 0
+    known = {math.ceil(across * tensor.dtype.bits / 8), *(-(-across // per) for per in _PACKED)}
+    return length // down if length % down == 0 and length // down in known else 0
 
 
 def _count_blocks(coding: Coding) -> tuple[int, int]:

@@ -19,7 +19,8 @@ _PASSING: Final = frozenset(
     {"Identity", "Cast", "Transpose", "DequantizeLinear", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 )
 _NBITS: Final = "MatMulNBits"
-_INTEGER: Final = "MatMulInteger"
+_INTEGER: Final = {"MatMulInteger": "MatMul", "ConvInteger": "Conv"}
+"""Operators on codes that give whole numbers, and those that do the same with floats."""
 _TABLE: Final = "GatherBlockQuantized"
 _LINEAR: Final = {
     "MatMul": (0, 1),
@@ -29,7 +30,7 @@ _LINEAR: Final = {
     "FusedMatMul": (0, 1),
     _TABLE: (0,),
     _NBITS: (1,),
-    _INTEGER: (1,),
+    **dict.fromkeys(_INTEGER, (1,)),
 }
 """Operators whose result is linear in a weight, and the inputs where it can be; their other inputs but X are added."""
 _MIXTURE: Final = {"MoE": (2, 4, 6)}
@@ -175,12 +176,14 @@ def _read(
         return _Reader(node, helper.make_node("MatMul", [node.input[0], MARK], []), True, form)
     if node.op_type == _TABLE:
         return _Reader(node, helper.make_node("Gather", [MARK, node.input[1]], []), flipped, form)
-    if node.op_type == _INTEGER:
+    if node.op_type in _INTEGER:
         made_by = next((each for each in nodes if node.input[0] in each.output), None)
         total = _follow(nodes, node, ("Cast", "Mul"))
         if made_by is None or made_by.op_type != "DynamicQuantizeLinear" or total is None:
             return None
-        return _Reader(total, helper.make_node("MatMul", [made_by.input[0], MARK], []), flipped, form)
+        plain = helper.make_node(_INTEGER[node.op_type], [made_by.input[0], MARK], [])
+        plain.attribute.extend(node.attribute)
+        return _Reader(total, plain, flipped, form)
     beside = NodeProto()
     beside.CopyFrom(node)
     del beside.input[2:], beside.output[:]

@@ -210,3 +210,52 @@ def test_codes_that_may_be_laid_out_for_cuda_are_refused(
     with pytest.raises(loraformat.LoraformatError) as caught:
         loraformat.merge(tmp_path / "half.onnx", [adapted[0]], tmp_path / "merged.onnx")
     assert set(caught.value.codes) == {"LF447"}
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"whole": True}], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_floats_of_all_experts_in_the_place_of_codes(
+    tmp_path: Path, weights: tuple[Array, Array], adapted: Any, bits: int, options: dict[str, Any]
+) -> None:
+    """What MoE then computes is told by numpy, of the floats that stand in the file."""
+    base, merged = _make(tmp_path / "base.onnx", weights, bits, **options), tmp_path / "merged.onnx"
+    adapter, exact = adapted
+    receipt = loraformat.merge(base, [adapter], merged, on_quantized="dequantize")
+    assert sum(bool(weight.targets) for weight in receipt.weights) == 2
+    model = onnx.load(merged)
+    onnx.checker.check_model(model)
+    (node,) = model.graph.node
+    assert (node.op_type, node.domain) == ("MoE", "com.microsoft")
+    held = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+    assert set(held) == {f"{BUILT}.gate_up_proj.weight", f"{BUILT}.down_proj.weight"}
+    turns, down = held[f"{BUILT}.gate_up_proj.weight"], held[f"{BUILT}.down_proj.weight"]
+    whole = np.concatenate([turns[:, ::2], turns[:, 1::2]], axis=1)
+    for found, wanted, before in ((whole, exact[0], weights[0]), (down, exact[1], weights[1])):
+        noise = _decode(base, found is down) - before
+        np.testing.assert_allclose(found, wanted + noise, atol=1e-6)
+    assert _apart(_run(merged), _tell((whole, down))) < 1e-5
+    found = loraformat.verify(merged, base, [adapter], run=True)
+    assert found.holds
+    assert found.runs[0].difference < 1e-4 * found.runs[0].effect
+
+
+def _decode(path: Path, is_down: bool) -> Array:
+    """Return what the codes of gate and up, or of down, stand for."""
+    graph = onnx.load(path).graph
+    held = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+    bits = next(each.i for each in graph.node[0].attribute if each.name == "expert_weight_bits")
+    name = f"{BUILT}.{'down' if is_down else 'gate_up'}_proj"
+    codes, scales = held[f"{name}.qweight"], held[f"{name}.scales"]
+
+    def unpack(array: Array) -> Array:
+        return array if bits == 8 else np.stack([array & 15, array >> 4], axis=-1).reshape(*array.shape[:-1], -1)
+
+    codes, scales = unpack(codes).astype(np.float64), scales.reshape(*codes.shape[:2], -1).astype(np.float64)
+    size = codes.shape[2] // scales.shape[2]
+    zeros: Any = 1 << (bits - 1)
+    if f"{name}.zero_points" in held:
+        stored = held[f"{name}.zero_points"]
+        apart = stored.reshape(*scales.shape[:2], 1) & 15 if scales.shape[2] == 1 and bits == 4 else unpack(stored)
+        zeros = np.repeat(apart[..., : scales.shape[2]].astype(np.float64), size, axis=2)
+    values = (codes - zeros) * np.repeat(scales, size, axis=2)
+    return values if is_down else np.concatenate([values[:, ::2], values[:, 1::2]], axis=1)

@@ -34,10 +34,12 @@ from loraformat.spans import HeldTensor, Part, StoredTensor
 if TYPE_CHECKING:
     import onnx
 
-_CODES: Final = {"int8": "affine8", "uint8": "affine8", "int4": "affine4", "uint4": "affine4"} | dict.fromkeys(
-    FLOATS, "float8_scaled"
-)
-_BITS: Final = {"affine4": 4, "affine8": 8}
+_CODES: Final = {
+    **{f"{sign}int{bits}": f"affine{bits}" for sign in ("", "u") for bits in (2, 4, 8, 16)},
+    **dict.fromkeys(FLOATS, "float8_scaled"),
+}
+_WIDE: Final = frozenset({"int16", "uint16"})
+"""Codes that DequantizeLinear alone reads."""
 _STATIC: Final = frozenset({"QLinearMatMul", "QLinearConv", "com.microsoft.QGemm"})
 _RANGES: Final = "the ranges of its activations were measured on the base model"
 _NBITS: Final = (("N", 0), ("K", 0), ("bits", 4), ("block_size", 0))
@@ -84,7 +86,7 @@ def find_coding(
         return Problem("LF403", where, found_shape, "one for each channel or block")
     encoding, matrix, block = shape
     packed = holder.op in (MATMUL_NBITS, GATHER, QMOE) and stored.dtype.name == "uint8"
-    zero = 1 << (_BITS[encoding] - 1) if packed else 0
+    zero = 1 << (int(encoding.removeprefix("affine")) - 1) if packed else 0
     fixed = _find_ties(raw, operands["scales"].readers | {holder}, companions["scales"])
     zeros_fixed = _find_zero_ties(companions, readers.get("zero_points", []))
     if holder.op == MATMUL_BNB4:
@@ -212,7 +214,7 @@ def _find_blocks(holder: Visit, raw: RawSite, stored: StoredTensor, scales: tupl
     matrix = (stored.shape[0], math.prod(stored.shape[1:])) if stored.shape else (1, 1)
     if math.prod(scales) == 1:
         return encoding, matrix, matrix
-    if not stored.shape or (encoding == "affine4" and matrix[1] % 2):
+    if not stored.shape or matrix[1] * stored.dtype.bits % 8 or (stored.dtype.name in _WIDE and holder.op != DEQUANTISE):
         return None
     axis = _find_axis(holder, raw, len(stored.shape))
     size = int(read_attribute(holder.node, "block_size", 0))
@@ -238,7 +240,7 @@ def _find_axis(holder: Visit, raw: RawSite, dims: int) -> int:
 
 def _find_nbits(holder: Visit, stored: StoredTensor, scales: int) -> _Shape | None:
     n, k, bits, size = (int(read_attribute(holder.node, name, default)) for name, default in _NBITS)
-    if bits not in (4, 8) or min(n, k, size) <= 0:
+    if bits not in (2, 4, 8) or min(n, k, size) <= 0:
         return None
     blocks = -(-k // size)
     if stored.span.length * 8 != n * blocks * size * bits or scales != n * blocks or stored.shape[0] != n:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loraformat.bases._abilities import name_companion
-from loraformat.bases._onnx.operands import CODE_SUFFIXES, Operand, find_operands
+from loraformat.bases._onnx.operands import CODE_ENDING, Operand, find_operands
 from loraformat.bases._onnx.scopes import Scope, Visit
 from loraformat.bases._onnx.sites import RawSite
 from loraformat.bases._onnx.traces import Trace, hands_on, reshapes
@@ -37,7 +37,8 @@ def name_copies(found: Iterable[RawSite], names: set[str]) -> Mapping[str, str]:
 def _name_after_module(raw: RawSite) -> str:
     """Return the name of the module's parameter, with what quantisers add to the name of one."""
     name = raw.trace.name
-    suffix = next((each for each in CODE_SUFFIXES if name.endswith(each)), "")
+    ending = CODE_ENDING.search(name)
+    suffix = ending[0] if ending else ""
     return f"{raw.module}.{raw.parameter}{suffix}" if raw.module else f"{name}_1"
 
 

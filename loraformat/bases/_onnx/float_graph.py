@@ -12,6 +12,7 @@ import numpy as np
 
 from loraformat.bases import MeasuredValue
 from loraformat.bases._onnx.ranges import FORMS, HANDING_ON, QUANTISED
+from loraformat.bases._onnx.scopes import name_operator
 from loraformat.bases._onnx.uses import read_attribute
 
 if TYPE_CHECKING:
@@ -49,11 +50,6 @@ def make_float_graph(graph: "onnx.GraphProto") -> list[MeasuredValue]:
         if value not in known:
             graph.value_info.append(helper.make_tensor_value_info(value, held[scale].data_type, None))
     return list(_settle(nodes, measured))
-
-
-def name_operator(node: "onnx.NodeProto") -> str:
-    """Return an operator's type, with the domain where it is not ONNX's own."""
-    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
 
 
 def compute_in_floats(node: "onnx.NodeProto", result: str, codes: Set[str]) -> "_Made | None":

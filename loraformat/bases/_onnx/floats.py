@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from loraformat.bases import FloatForm, Weight
-from loraformat.bases._onnx.operands import CODE_SUFFIXES
+from loraformat.bases._onnx.float_experts import replace_experts
+from loraformat.bases._onnx.opened_codes import open_operator
+from loraformat.bases._onnx.operands import CODE_ENDING, QMOE
 from loraformat.bases._onnx.scopes import Visit
 from loraformat.bases._onnx.sites import RawSite
 from loraformat.containers.onnx_file import GraphChange, NodeEdit, TensorFloats
@@ -20,7 +22,13 @@ from loraformat.problems import Problem
 if TYPE_CHECKING:
     import onnx
 
+_BUILT: Final = ".qweight"
+"""What onnxruntime-genai's builder has in the place of `.weight`."""
 _SCALED: Final = ("Cast", "Mul")
+_SECOND_CODES: Final = 3
+"""The input of an operator on codes that has those of its weight."""
+_INTEGERS: Final = {"MatMulInteger": "MatMul", "ConvInteger": "Conv"}
+"""Operators on codes that give whole numbers, and those that do the same with floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,8 @@ def plan_surgery(found: RawSite, weight: Weight, names: set[str]) -> Surgery | P
     readers = [visit for visit, _ in trace.scope.readers.get(trace.name, ())]
     if not readers or trace.name in trace.scope.outputs:
         return Problem("LF619", weight.name, "codes that leave the graph", "codes that nodes read")
+    if readers[0].op == QMOE:
+        return _plan_experts(readers, weight, names)
     return _plan(readers, _describe(readers[0], weight, names, weight.name), weight)
 
 
@@ -84,6 +94,18 @@ def plan_copy(found: Sequence[RawSite], weight: Weight, names: set[str], name: s
     return replace(planned, doomed=(*planned.doomed, *(step for raw in found for step in raw.trace.steps)))
 
 
+def _plan_experts(readers: Sequence[Visit], weight: Weight, names: set[str]) -> Surgery | Problem:
+    """Return what must change for experts; all weights of a node become floats together, and say the same of it."""
+    edits: list[NodeEdit] = []
+    for visit in readers:
+        made = replace_experts(visit, lambda codes: _choose_name(codes, names)) if visit.op == QMOE else "other nodes"
+        if isinstance(made, str) or visit.scope.path != ():
+            found = made if isinstance(made, str) else "codes that a subgraph or function reads"
+            return Problem("LF619", f"{weight.name} at {visit.op} {visit.node.name!r}", found, "a node like MoE")
+        edits.append(NodeEdit(visit.index, (made,)))
+    return Surgery(_describe(readers[0], weight, names, weight.name), weight.tensor.span.path, tuple(edits))
+
+
 def _plan(readers: Sequence[Visit], form: FloatForm, weight: Weight) -> Surgery | Problem:
     edits: list[NodeEdit] = []
     doomed: list[Visit] = []
@@ -104,14 +126,18 @@ def _describe(visit: Visit, weight: Weight, names: set[str], codes: str) -> Floa
     rows, columns = coding.matrix[0], coding.matrix[1] - coding.padding
     turned = visit.op in (_NBITS, _BNB4)
     shape = (columns, rows) if turned else (rows, columns) if visit.op == _GATHER else weight.tensor.shape
+    if visit.op == QMOE:
+        shape = (weight.tensor.shape[0], rows // weight.tensor.shape[0], columns)
     name = visit.node.output[0] if visit.op == _DEQUANTISE else _choose_name(codes, names)
     return FloatForm(name, coding.companions["scales"].dtype, shape, turned, coding.padding)
 
 
 def _choose_name(codes: str, names: set[str]) -> str:
     """Return the name that the weight may have had before it was quantised, or another that is free."""
-    plain = next((codes.removesuffix(suffix) for suffix in CODE_SUFFIXES if codes.endswith(suffix)), codes)
-    if sum(f"{plain}{suffix}" in names for suffix in CODE_SUFFIXES) > 1:
+    plain = CODE_ENDING.sub("", codes)
+    if plain.endswith(_BUILT):
+        plain = f"{plain.removesuffix(_BUILT)}.weight"
+    if any(name != codes and name.startswith(plain) and CODE_ENDING.sub("", name) == plain != name for name in names):
         plain = f"{codes}_float"
     wanted, number = plain, 0
     while wanted in names:
@@ -155,7 +181,7 @@ def _replace_to_float(visit: Visit, name: str) -> _Plan:
 
 
 def _replace_integer(visit: Visit, name: str) -> _Plan:
-    """Y = Mul(Cast(MatMulInteger(xq, W)), sx·sw): the last node becomes the product of floats, the others go."""
+    """Y = Mul(Cast(op(xq, W)), sx·sw): the last node becomes the same operator on floats, the others go."""
     source, chain = _find_quantising(visit), [visit]
     for op in _SCALED:
         readers = chain[-1].scope.readers.get(chain[-1].node.output[0], ())
@@ -167,8 +193,34 @@ def _replace_integer(visit: Visit, name: str) -> _Plan:
     made_by = last.scope.producer(other)
     if source is None or not isinstance(made_by, Visit) or made_by.op != "Mul":
         return None
-    edits = [NodeEdit(each.index, ()) for each in chain[:-1]]
-    return edits + _multiply(last, visit, source.node.input[0], name, 0), [made_by, source]
+    made = _make(visit, _INTEGERS[visit.op], [source.node.input[0], name], last.node.output[0])
+    made.attribute.extend(visit.node.attribute)
+    edits = [*(NodeEdit(each.index, ()) for each in chain[:-1]), NodeEdit(last.index, (made,))]
+    return edits, [made_by, source]
+
+
+def _replace_static(visit: Visit, name: str) -> _Plan:
+    """An operator on codes that rounds its result: X is dequantised, and the result of floats quantised as before."""
+    from onnx import NodeProto
+
+    node = NodeProto()
+    node.CopyFrom(visit.node)
+    node.input[_SECOND_CODES] = name
+    made = open_operator(node, {node.input[0]})
+    return ([NodeEdit(visit.index, tuple(made))], []) if made is not None else None
+
+
+def _replace_attention(visit: Visit, name: str) -> _Plan:
+    """Y = QAttention(xq, W): the same of floats, whose other inputs are the bias, the mask and the past."""
+    source, inputs = _find_quantising(visit), [visit.read_input(position) for position in (2, 5, 8)]
+    if source is None:
+        return None
+    while not inputs[-1]:
+        inputs.pop()
+    made = _make(visit, "Attention", [source.node.input[0], name, *inputs], visit.node.output[0])
+    made.domain, made.output[:] = visit.node.domain, visit.node.output[:]
+    made.attribute.extend(visit.node.attribute)
+    return [NodeEdit(visit.index, (made,))], [source]
 
 
 def _find_quantising(visit: Visit) -> Visit | None:
@@ -215,7 +267,9 @@ _REPLACED: Final[Mapping[str, _Reader]] = {
     "Gather": _replace_codes_lookup,
     "com.microsoft.DynamicQuantizeMatMul": _replace_dynamic,
     "com.microsoft.MatMulIntegerToFloat": _replace_to_float,
-    "MatMulInteger": _replace_integer,
+    **dict.fromkeys(_INTEGERS, _replace_integer),
+    **dict.fromkeys(("QLinearMatMul", "QLinearConv", "com.microsoft.QGemm"), _replace_static),
+    "com.microsoft.QAttention": _replace_attention,
 }
 """Operators on codes, and what they become where the weight stands in floats."""
 

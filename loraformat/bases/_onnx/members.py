@@ -1,7 +1,7 @@
 """One graph of a folder of several: its sites, weights and outputs under names that no other graph has."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -155,6 +155,11 @@ class Member:
             if self.unmark(each.name) != each.name and self.own_key(each.key) in keys
         ]
         return replace(self, graph=self.graph.with_floats(own)) if own else self
+
+    def list_joint_floats(self, keys: Set[str]) -> Iterator[str | Problem]:
+        """Yield the keys of weights that stand in floats with these, or why one cannot."""
+        for each in self.graph.list_joint_floats({self.own_key(key) for key in keys}):
+            yield each if isinstance(each, Problem) else self.key(each.key)
 
     def own_floats(self, wanted: WeightFloats) -> WeightFloats:
         """Return weights in floats by the names that the graph has."""

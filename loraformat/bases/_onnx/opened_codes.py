@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Final
 
-from loraformat.bases._onnx.float_graph import compute_in_floats, name_operator
+from loraformat.bases._onnx.float_graph import compute_in_floats
 from loraformat.bases._onnx.ranges import HANDING_ON, QUANTISED
+from loraformat.bases._onnx.scopes import name_operator
 
 if TYPE_CHECKING:
     import onnx
@@ -30,7 +31,7 @@ def open_codes(graph: "onnx.GraphProto", tensors: Set[str]) -> None:
         if known is not None and node.op_type in HANDING_ON:
             (rows if node.op_type == "Gather" else known).update(node.output)
         factors = _list_codes(node)
-        opened = _open(node) if not (weights | rows).isdisjoint(factors) else None
+        opened = open_operator(node, set(node.input)) if not (weights | rows).isdisjoint(factors) else None
         nodes += [node] if opened is None else opened
     nodes = list(_lift(nodes, weights, rows))
     if nodes != list(graph.node):
@@ -47,13 +48,19 @@ def _list_codes(node: "onnx.NodeProto") -> list[str]:
     return [*own, *node.input[3:4]]
 
 
-def _open(node: "onnx.NodeProto") -> "list[onnx.NodeProto] | None":
+def open_operator(node: "onnx.NodeProto", codes: Set[str]) -> "list[onnx.NodeProto] | None":
+    """Return what computes in floats what an operator on codes does; None for one that is not known.
+
+    Args:
+        node: the operator.
+        codes: which of its factors are codes; others are floats already.
+    """
     from onnx import helper
 
     entry, output = QUANTISED[name_operator(node)], node.output[0]
     numbers = [name for name in node.input[entry.result : entry.result + 2] if name]
     raw = f"{output}#float" if numbers else output
-    made = compute_in_floats(node, raw, set(node.input))
+    made = compute_in_floats(node, raw, codes)
     if made is None or not numbers:
         return made
     return [*made, helper.make_node("QuantizeLinear", [raw, *numbers], [output], f"{node.name}#round")]
@@ -75,7 +82,8 @@ def _lift(nodes: "Sequence[onnx.NodeProto]", weights: Set[str], rows: Set[str]) 
             lifted |= _list_handed(output, readers)
             node.output[0] = f"{output}{_CODES}"
             yield node
-            yield helper.make_node(_DEQUANTISE, [node.output[0], *found.input[1:]], [output], f"{output}{_CODES}")
+            inputs, domain = [node.output[0], *found.input[1:]], found.domain
+            yield helper.make_node(_DEQUANTISE, inputs, [output], f"{output}{_CODES}", domain=domain)
         elif node.op_type == _DEQUANTISE and node.input[0] in lifted:
             yield helper.make_node("Identity", [node.input[0]], [node.output[0]], node.name)
         else:

@@ -32,14 +32,14 @@ def open_experts(graph: "onnx.GraphProto", tensors: Set[str]) -> dict[str, str]:
     for node in graph.node:
         codes = [node.input[position] for position in _list_operands(node)]
         known = all(name in held for name in _list_numbers(node))
-        if tensors.isdisjoint(codes) or not known or len(node.input) > _ROUTER_WEIGHTS:
+        if tensors.isdisjoint(codes) or not known or has_router_weights(node):
             nodes.append(node)
             continue
         for position in _list_operands(node):
             if node.input[position] not in made:
                 nodes += _decode(graph, held, node, position)
                 made[node.input[position]] = f"{node.input[position]}{_SUFFIX}"
-        nodes.append(_plainly(node, made))
+        nodes.append(make_mixture(node, made))
     if made:
         del graph.node[:], graph.value_info[:]
         graph.node.extend(nodes)
@@ -62,8 +62,13 @@ def _list_numbers(node: "onnx.NodeProto") -> Iterator[str]:
             yield node.input[operands.zeros]
 
 
-def _plainly(node: "onnx.NodeProto", floats: Mapping[str, str]) -> "onnx.NodeProto":
-    """Return the MoE that computes what a QMoE does."""
+def has_router_weights(node: "onnx.NodeProto") -> bool:
+    """Say whether a QMoE has inputs that MoE does not have."""
+    return any(node.input[_ROUTER_WEIGHTS:])
+
+
+def make_mixture(node: "onnx.NodeProto", floats: Mapping[str, str]) -> "onnx.NodeProto":
+    """Return the MoE that computes what a QMoE does, with floats by the names of codes."""
     from onnx import helper
 
     inputs = ["" for _ in range(max(_INPUTS.values()) + 1)]

@@ -1,6 +1,7 @@
 """Where the graph has what belongs to the codes of a quantised weight: scales, zero points, a bias in their steps."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -17,10 +18,10 @@ GATHER: Final = "com.microsoft.GatherBlockQuantized"
 ATTENTION: Final = "com.microsoft.QAttention"
 QMOE: Final = "com.microsoft.QMoE"
 INTEGER_PRODUCTS: Final = frozenset({"MatMulInteger", "ConvInteger"})
-CODE_SUFFIXES: Final = ("_Q4", "_Q8", "_Bnb4", "_DQ", "_quantized")
+CODE_ENDING: Final = re.compile(r"(?:(?:_DQ)?_Q\d(?:G\d+)?|_Bnb4|_DQ|_quantized)$")
 """What quantisers add to the name of a weight."""
-_FORMS: Final = frozenset({2, 3, 21, 22, 17, 18, 19, 20})
-"""UINT8, INT8, UINT4, INT4 and the floats of 8 bits, as ONNX numbers them."""
+_FORMS: Final = frozenset({2, 3, 4, 5, 21, 22, 25, 26, 17, 18, 19, 20})
+"""Whole numbers of 8, 16, 4 and 2 bits and the floats of 8 bits, as ONNX numbers them."""
 _NO_INPUT: Final = 1 << 16
 _STEPS: Final = 6
 

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     import onnx
 
 _DEFAULT_DOMAINS: Final = frozenset({"", "ai.onnx"})
+_SAME: Final = frozenset({"com.microsoft.DequantizeLinear", "com.microsoft.QuantizeLinear"})
+"""Operators of onnxruntime that do what ONNX's do, with codes of 4 and 16 bits before ONNX's had them."""
+
+
+def name_operator(node: "onnx.NodeProto") -> str:
+    """Return an operator's type, with the domain where it is not ONNX's own or the same as ONNX's."""
+    name = f"{node.domain}.{node.op_type}"
+    return str(node.op_type) if node.domain in _DEFAULT_DOMAINS or name in _SAME else name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,9 +45,8 @@ class Visit:
 
     @property
     def op(self) -> str:
-        """Operator type, with the domain where it is not ONNX's own."""
-        domain = self.node.domain
-        return self.node.op_type if domain in _DEFAULT_DOMAINS else f"{domain}.{self.node.op_type}"
+        """Operator type, as `name_operator` has it."""
+        return name_operator(self.node)
 
     def read_input(self, position: int) -> str:
         """Return the name of what it reads at `position`; empty where it reads nothing there."""

@@ -102,8 +102,10 @@ def _use_quantised_gemm(node: "onnx.NodeProto", position: int) -> Use:
 
 
 def _use_nbits(node: "onnx.NodeProto", position: int) -> Use:
-    """Y = X·Wᵀ: rows of the codes are those of `(out, in)`."""
-    return Use(_linear(transposed=False))
+    """Y = X·Wᵀ: rows of the codes are those of `(out, in)`, unless they were laid out for CUDA's kernels."""
+    layout = read_attribute(node, "weight_prepacked", 0)
+    refusal = f"codes laid out for CUDA's kernels (weight_prepacked is {layout})" if layout else ""
+    return Use(_linear(transposed=False), refusal=refusal)
 
 
 def _use_bnb4(node: "onnx.NodeProto", position: int) -> Use:

@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from loraformat.containers._onnx.copies import TensorCopy
 from loraformat.containers._onnx.external import read_external
 from loraformat.containers._onnx.floats import GraphChange
@@ -15,7 +17,7 @@ from loraformat.containers._onnx.skeleton import build_skeleton
 from loraformat.containers._onnx.tensors import SharedBytes, iterate_tensors
 from loraformat.containers._onnx.walk import walk_model
 from loraformat.containers._protobuf import Leaf
-from loraformat.dtypes import BY_ONNX, Dtype
+from loraformat.dtypes import BY_NAME, BY_ONNX, Dtype
 from loraformat.errors import LoraformatError, refuse
 from loraformat.files import resolve_inside
 from loraformat.images import FileImage, NewOutput
@@ -133,11 +135,14 @@ class OnnxFile:
 
         dtype = BY_ONNX.get(proto.data_type)
         typed = proto.data_location != _EXTERNAL and not proto.HasField("segment") and proto.int32_data
-        if dtype is None or not typed or dtype.bits < 8:
+        if dtype is None or not typed:
             return None
-        if len(proto.int32_data) != math.prod(proto.dims):
+        per = max(8 // dtype.bits, 1)  # Several lie in one of the numbers, as in a byte.
+        if len(proto.int32_data) != -(-math.prod(proto.dims) // per):
             where = f"{self.path}: tensor {proto.name!r}"
             raise refuse("LF116", where, f"{len(proto.int32_data)} numbers", f"those of {list(proto.dims)[:MAX_DIMS]}")
+        if per > 1:
+            return HeldTensor(proto.name, BY_NAME["uint8"], np.array(proto.int32_data).astype(np.uint8))
         return HeldTensor(proto.name, dtype, numpy_helper.to_array(proto))
 
     def _inline(
