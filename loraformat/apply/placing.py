@@ -64,8 +64,13 @@ class Place:
         """Return where a file is written first; None for a link."""
         if not self.mark:
             return name_part(image.path.absolute(), self.resume)
-        name = image.path.relative_to(self.output)
+        name = _name_inside(self.output, image)
         return None if name in self.links else name_part(self.output.absolute(), self.resume) / name
+
+
+def _name_inside(folder: Path, image: FileImage) -> Path:
+    """Return what a file of an output folder is called in it; either may be named from the working directory."""
+    return image.path.absolute().relative_to(folder.absolute())
 
 
 def check_places(places: Sequence[Place]) -> None:
@@ -79,7 +84,7 @@ def check_places(places: Sequence[Place]) -> None:
 def open_place(place: Place) -> Iterator[PendingOutput | PendingFolder]:
     """Open the files of an output; leaving without `commit` removes what was made."""
     if place.mark:
-        names = [image.path.relative_to(place.output) for image in place.images]
+        names = [_name_inside(place.output, image) for image in place.images]
         with PendingFolder(
             place.output, names, force=place.force, durable=place.durable, resume=place.resume, links=place.links
         ) as folder:
@@ -163,7 +168,7 @@ def list_links(base: BaseModel, output: Path, images: Sequence[FileImage], touch
     copied = base.list_data_files() if isinstance(base, DataFileBase) else frozenset()
     whole = ((image, image.whole_copy()) for image in images)
     return {
-        image.path.relative_to(output): file.path
+        _name_inside(output, image): file.path
         for image, file in whole
         if file is not None and file.path.name not in touched and file.path not in copied
     }

@@ -61,6 +61,17 @@ def test_every_graph_that_has_a_target(tmp_path: Path, files: str) -> None:
     assert loraformat.inspect(out).base.parent_receipt["plan_sha256"] == receipt.plan_sha256
 
 
+def test_an_output_named_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_halves(tmp_path / "base", "one")
+    adapter = write_peft(tmp_path / "adapter", FACTORS, alpha=8.0)
+    monkeypatch.chdir(tmp_path)
+    loraformat.merge("base", ["adapter"], "out", keep_undo=True)
+    loraformat.merge(base, [adapter], tmp_path / "named", keep_undo=True)
+    assert files_below(Path("out")) == files_below(Path("named"))
+    loraformat.unmerge("out", "again")
+    assert all(files_below(Path("again"))[name] == data for name, data in files_below(base).items() if ".data" in name)
+
+
 def test_in_place_and_back(tmp_path: Path) -> None:
     base = write_halves(tmp_path / "base", "one")
     before, adapter = files_below(base), write_peft(tmp_path / "adapter", FACTORS, alpha=8.0)

@@ -10,7 +10,7 @@ import pytest
 import loraformat
 from graphs import make_adapter, read_state
 from loraformat.apply.undo import UNDO_KEY, name_undo
-from models import FORMS, MODULES, copy_base, files_below, read_model, write_adapter, write_base
+from models import FOLDERS, FORMS, MODULES, copy_base, files_below, read_model, write_adapter, write_base
 
 
 @pytest.fixture
@@ -41,6 +41,17 @@ def test_kept_bytes_give_the_base_s_weights(tmp_path: Path, adapter: Path, form:
     assert (undone.output, undone.exact, undone.problem) == (again, True, None)
     assert read_model(again) == read_model(base) != read_model(merged)
     assert files_below(merged.parent) == before
+
+
+@pytest.mark.parametrize("form", FOLDERS)
+def test_folders_named_from_the_working_directory(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    base = write_base(tmp_path, form)
+    monkeypatch.chdir(tmp_path)
+    loraformat.merge(base.name, [adapter], "merged", keep_undo=True)
+    loraformat.unmerge("merged", "again")
+    assert read_model(Path("again")) == read_model(base) != read_model(Path("merged"))
 
 
 @pytest.mark.parametrize("form", FORMS)
