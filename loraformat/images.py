@@ -24,7 +24,7 @@ class NewOutput:
 
     Attributes:
         path: the output's: its folder, or of one or several files the one that names it.
-        blank_bytes: room for the receipt, in the last file.
+        blank_bytes: room for the receipt, in the last file; 0 for an output without one.
         fresh: digits that go into the name of a data file whose usual name is taken.
         is_taken: says whether a path is another file's.
     """

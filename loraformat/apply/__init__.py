@@ -161,14 +161,15 @@ def write_copies(place: Place, receipt: bytes, inputs: Sequence[InputFile]) -> N
 
     Args:
         place: where they go.
-        receipt: what goes into the blank.
+        receipt: what goes into the blank; empty where there is none.
         inputs: the files that they copy from.
     """
     check_places([place])
     with open_place(place) as pending:
         for image, descriptor in zip(place.images, pending.descriptors, strict=True):
             put_image(FileSink(descriptor, image.path), image)
-        _fill_blank(place.images[-1], pending.descriptors[-1], receipt)
+        if receipt:
+            _fill_blank(place.images[-1], pending.descriptors[-1], receipt)
         for file in inputs:
             file.check_unchanged()
         pending.commit()

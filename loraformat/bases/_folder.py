@@ -67,7 +67,7 @@ class StateDictFolder(Checksums, FloatingState, LayeredState):
         """Return the shards, the other files, and last the receipt."""
         folder = output.path
         images = [FileImage(folder / name, [Copy(file, 0, file.size_bytes)]) for name, file in self._copied().items()]
-        return [*images, describe_receipt_file(folder / RECEIPT_NAME, output.blank_bytes)]
+        return [*images, *describe_receipt_file(folder / RECEIPT_NAME, output.blank_bytes)]
 
     def compute_checksums(
         self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1

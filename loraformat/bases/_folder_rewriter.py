@@ -77,7 +77,7 @@ class FolderRewriter:
         images = [self._describe_shard(folder, shard, held) for shard, held in placed.items()]
         images += self._describe_index(folder, placed)
         images += self._describe_others(folder, contents.config_changes, contents.replaced_files)
-        return [*images, describe_receipt_file(folder / RECEIPT_NAME, output.blank_bytes)]
+        return [*images, *describe_receipt_file(folder / RECEIPT_NAME, output.blank_bytes)]
 
     def check_config(self, config_changes: Mapping[str, JsonValue]) -> list[Problem]:
         """Return a warning when the folder has no `config.json`."""

@@ -108,7 +108,7 @@ class JoinedFolder(Checksums):
         folder = output.path
         for name, file in self._travelling.items():
             yield FileImage(folder / name, [Copy(file, 0, file.size_bytes)])
-        yield describe_receipt_file(folder / RECEIPT_NAME, output.blank_bytes)
+        yield from describe_receipt_file(folder / RECEIPT_NAME, output.blank_bytes)
 
     def encode_receipt(self, text: str) -> bytes:
         """Return the text as the receipt's file holds it."""

@@ -42,9 +42,9 @@ def name_receipt(model: Path) -> Path:
     return model.with_name(f"{model.name}.{RECEIPT_NAME}")
 
 
-def describe_receipt_file(path: Path, blank_bytes: int) -> FileImage:
-    """Return the image of a file that holds the receipt, as UTF-8 JSON padded with spaces."""
-    return FileImage(path, [Blank(blank_bytes), Literal(b"\n")])
+def describe_receipt_file(path: Path, blank_bytes: int) -> list[FileImage]:
+    """Return the image of a file that holds the receipt, as UTF-8 JSON padded with spaces; none without room for it."""
+    return [FileImage(path, [Blank(blank_bytes), Literal(b"\n")])] if blank_bytes else []
 
 
 def _note(error: LoraformatError, where: object) -> Problem:

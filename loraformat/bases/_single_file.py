@@ -35,7 +35,7 @@ class SingleFile(Checksums):
         """Return a copy of the file, and last the receipt beside it."""
         file = self._opened.file
         copy = FileImage(output.path, [Copy(file, 0, file.size_bytes)])
-        return [copy, describe_receipt_file(name_receipt(output.path), output.blank_bytes)]
+        return [copy, *describe_receipt_file(name_receipt(output.path), output.blank_bytes)]
 
     def encode_receipt(self, text: str) -> bytes:
         """Return the text as the receipt's file holds it."""

@@ -24,8 +24,8 @@ def escape_for_header(text: str) -> bytes:
 def describe_images(file: TensorFile, output: Path, metadata_key: str, blank_bytes: int) -> list[FileImage]:
     """Return the image of the same file with the metadata entry `metadata_key`, whose value is a blank for now.
 
-    The blank is to be filled with `escape_for_header(text)`. Tensors keep their order and offsets; an older entry of
-    that key gives way.
+    The blank is to be filled with `escape_for_header(text)`; one of 0 bytes stands for no entry. Tensors keep their
+    order and offsets; an older entry of that key gives way.
 
     Raises:
         RefusedError: LF110 a blank or header that readers would refuse.
@@ -49,9 +49,8 @@ def describe_rewritten(
         output: where it will stand.
         tensors: what it holds. Wide number forms come first, so that all are aligned; else the order is kept.
         metadata: its text annotations; an entry `metadata_key` gives way.
-        metadata_key: the entry whose value is a blank, to be filled with `escape_for_header(text)`; None for no such
-            entry.
-        blank_bytes: its length.
+        metadata_key: the entry whose value is a blank, to be filled with `escape_for_header(text)`.
+        blank_bytes: its length; 0 for no such entry.
 
     Raises:
         InputError: LF105 a name given twice, LF301 an unfit name.
@@ -81,8 +80,8 @@ def _describe_header(
     if blank_bytes > MAX_METADATA_BYTES:
         raise refuse("LF110", output, f"a metadata value of {blank_bytes} bytes", f"at most {MAX_METADATA_BYTES}")
     noted = [_write_member(name, write_canonical(text)) for name, text in sorted(metadata.items()) if name != key]
-    blank = [] if key is None else [Blank(blank_bytes)]
-    if key is not None:  # The blank is the last value: its closing quotation mark stands behind it.
+    blank = [Blank(blank_bytes)] if blank_bytes else []
+    if key is not None and blank:  # The blank is the last value: its closing quotation mark stands behind it.
         noted.append(write_canonical(key) + b':"')
     before, after = b"{", b",".join(entries) + b"}"
     if noted:

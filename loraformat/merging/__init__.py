@@ -233,7 +233,8 @@ def unmerge(
 
     Args:
         model: the merged model, or one that a killed merge in place has left half done.
-        output: where the restored model goes; None for a model that was merged in place, which is restored in place.
+        output: where the restored model goes, with the receipt that the base had, if any; None for a model that was
+            merged in place, which is restored in place.
         adapters: what was merged, for a subtraction; used where no bytes were kept.
         options: as in `merge`.
 
@@ -254,7 +255,7 @@ def unmerge(
     if not adapters:
         raise refuse("LF622", str(model), "no journal, no kept bytes and no adapters", "one of them")
     record = find_receipt(opened)
-    statement = read_statement(record, opened.path) if record is not None and "undone" not in record else None
+    statement = read_statement(record, opened.path) if record is not None else None
     weighted = weigh_adapters(_take_weights(adapters, statement), options, opened)
     if statement is not None:
         _check_stated(statement, weighted, opened.path)

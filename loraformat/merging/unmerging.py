@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from loraformat.apply import Work, write_copies
 from loraformat.apply.in_place import find_root, name_files, roll_back
@@ -19,6 +19,9 @@ from loraformat.problems import Problem
 from loraformat.signatures import ZIP_MAGIC
 from loraformat.spans import InputFile, Span
 from loraformat.strict_json import write_canonical
+
+_WIDEST: Final = 4
+"""How many times its text a receipt's room may be: room for the digits of its numbers is less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ def undo_merge(model: BaseModel, output: Path | None, work: Work) -> Undone | No
     if receipt.get("plan_sha256") != undo.plan_sha256:
         raise refuse("LF803", path, f"bytes of the merge {undo.plan_sha256:.12}...", "those of the model's last merge")
     if output is not None:
-        _write_restored(model, output, undo, {file.path: name for name, file in files.items()}, work)
+        _write_restored(model, output, undo, _restore_receipt(model, receipt), work)
         return Undone(output, exact=True, restored_bytes=undo.kept_bytes)
     if not undo.is_in_place:
         raise refuse("LF601", model.path, "a model that was not merged in place", "-o with another name")
@@ -111,14 +114,23 @@ def undo_merge(model: BaseModel, output: Path | None, work: Work) -> Undone | No
     return Undone(model.path, exact=True, restored_bytes=roll_back(model.path, files))
 
 
-def _write_restored(model: BaseModel, output: Path, undo: Undo, names: Mapping[Path, str], work: Work) -> None:
-    """Write a copy of the merged model with the kept bytes; its receipt says so."""
-    record = write_canonical({"version": "1.0", "undone": {"plan_sha256": undo.plan_sha256}})
-    receipt = model.encode_receipt(record.decode())
+def _restore_receipt(model: BaseModel, receipt: Mapping[str, Any]) -> bytes:
+    """Return the receipt that the base of a merge had, with the room that it had; empty for none."""
+    parent = receipt.get("parent")
+    if not isinstance(parent, Mapping):
+        return b""
+    text = model.encode_receipt(write_canonical(parent).decode())
+    room = parent.get("room_bytes")
+    return text.ljust(room) if isinstance(room, int) and room < _WIDEST * len(text) else text
+
+
+def _write_restored(model: BaseModel, output: Path, undo: Undo, receipt: bytes, work: Work) -> None:
+    """Write a copy of the merged model with the kept bytes, and the receipt that stood there."""
     images = model.describe_images(NewOutput(output, len(receipt), undo.plan_sha256[:8]))
-    paths = {name: path for path, name in names.items()}
+    files = name_files(model)
+    names = {file.path: name for name, file in files.items()}
     for kept in undo.spans:
-        span = Span(paths[kept.file], kept.offset, kept.length)
+        span = Span(files[kept.file].path, kept.offset, kept.length)
         if all(image.locate(span) is None for image in images):
             raise refuse("LF803", undo.file.path, f"bytes of {kept.file!r} at {kept.offset}", "bytes of its tensors")
     restored = [restore_pieces(image, names, undo) for image in images]

@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 from loraformat.base_facts import BaseFacts
 from loraformat.problems import Problem
+from loraformat.schemes._flat_names import FlatIndex, refuse_flat
 from loraformat.spellings import Reading, SpellingTable, all_tables, read_names
 from loraformat.strict_json import JsonValue
 
@@ -26,10 +27,6 @@ DENOISERS: Final = frozenset({"unet", "transformer", "transformer_2", "prior", "
 """The components that are what a pipeline is about."""
 _GPT: Final = re.compile(r"transformer\.(?:h\.\d|wte|wpe|ln_f)")
 """What GPT-2 and its descendants call their decoder, which is no component of a pipeline."""
-_OTHER_BASE: Final = (
-    "Give the base that has this module. To merge the rest alone, as into a transformer without its text encoder: "
-    "--allow-unmatched PATTERN."
-)
 _LISTED: Final = 4
 
 
@@ -167,17 +164,15 @@ class ComponentNaming:
             result.problems.append(Problem("LF323", f"{prefix or 'names'}", evidence, severity="note"))
         if not self.flat:
             return paths
-        by_base = _index_flat(facts.modules)
-        by_end = _index_ends(facts.modules)
+        index = FlatIndex.of(facts.modules)
         whole = [reading for reading in whole if self._is_own(reading)] or whole
         dotted: dict[str, str] = {}
         for module, path in paths.items():
-            options = by_base.get(path) or {one for reading in whole for one in _spell(reading, path)}
-            options = options or by_end.get(path, set())
+            options = index.list_options(path, whole)
             if len(options) == 1:
-                dotted[module] = next(iter(options))
+                dotted[module] = options[0]
             else:
-                result.problems.append(_refuse_flat(module, path, options, readings, facts))
+                result.problems.append(refuse_flat(module, path, options, readings, facts))
         return dotted
 
     def _is_own(self, reading: Reading) -> bool:
@@ -242,41 +237,6 @@ def _turn(prefixes: Mapping[str, str]) -> dict[str, str]:
 def _whole(readings: Sequence[Reading]) -> list[Reading]:
     """Return the readings that know every name."""
     return [reading for reading in readings if not reading.missed]
-
-
-def _spell(reading: Reading, flat: str) -> set[str]:
-    found = reading.table.find(flat, reading.spelling, flat=True)
-    return {place.write(reading.spelling)[place.part] for place in found}
-
-
-def _index_flat(modules: frozenset[str]) -> dict[str, set[str]]:
-    """Return flat path to the modules of the base that it may be."""
-    index: dict[str, set[str]] = defaultdict(set)
-    for module in modules:
-        index[module.replace(".", "_")].add(module)
-    return index
-
-
-def _index_ends(modules: frozenset[str]) -> dict[str, set[str]]:
-    """Return flat path to the modules of the base of which it is an end; what stands before it holds no number."""
-    index: dict[str, set[str]] = defaultdict(set)
-    for module in modules:
-        first, dot, rest = module.partition(".")
-        while dot and not first.isdecimal():
-            index[rest.replace(".", "_")].add(module)
-            first, dot, rest = rest.partition(".")
-    return index
-
-
-def _refuse_flat(module: str, path: str, options: set[str], readings: Sequence[Reading], facts: BaseFacts) -> Problem:
-    if options:
-        return Problem("LF314", module, f"{' or '.join(sorted(options))}", "one reading")
-    best = readings[0] if readings else None
-    closest = f"; closest: {best}" if best is not None and path in best.missed else ""
-    if facts.modules:
-        found = f"a flat name in no table, nor in {facts.source}{closest}"
-        return Problem("LF314", module, found, "a module of the base", _OTHER_BASE)
-    return Problem("LF314", module, f"a flat name in no table{closest}", "a name that a table has")
 
 
 def _refuse_name(target: str, component: str, readings: Sequence[Reading]) -> Problem:

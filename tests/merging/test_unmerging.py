@@ -9,7 +9,9 @@ import pytest
 
 import loraformat
 from graphs import make_adapter, read_state
+from loraformat.apply.side_receipt import find_receipt
 from loraformat.apply.undo import UNDO_KEY, name_undo
+from loraformat.loading import open_base
 from models import FOLDERS, FORMS, MODULES, copy_base, files_below, read_model, write_adapter, write_base
 
 
@@ -40,6 +42,7 @@ def test_kept_bytes_give_the_base_s_weights(tmp_path: Path, adapter: Path, form:
     undone = loraformat.unmerge(merged, again)
     assert (undone.output, undone.exact, undone.problem) == (again, True, None)
     assert read_model(again) == read_model(base) != read_model(merged)
+    assert find_receipt(open_base(again)) is None
     assert files_below(merged.parent) == before
 
 
@@ -52,6 +55,26 @@ def test_folders_named_from_the_working_directory(
     loraformat.merge(base.name, [adapter], "merged", keep_undo=True)
     loraformat.unmerge("merged", "again")
     assert read_model(Path("again")) == read_model(base) != read_model(Path("merged"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("in_place", [False, True], ids=["copy", "in place"])
+def test_a_merge_upon_a_merge_is_taken_back_to_the_first(tmp_path: Path, form: str, in_place: bool) -> None:
+    base = write_base(tmp_path / "in", form)
+    first = tmp_path / "first" / f"model{base.suffix}"
+    second = tmp_path / "second" / f"model{base.suffix}"
+    again = tmp_path / "again" / f"model{base.suffix}"
+    for place in (first, second, again):
+        place.parent.mkdir()
+    loraformat.merge(base, [write_adapter(tmp_path / "style")], first)
+    other = [(write_adapter(tmp_path / "style"), 0.5)]
+    if in_place:
+        second = copy_base(first, tmp_path / "work")
+        loraformat.merge_into(second, other, keep_undo=True)
+    else:
+        loraformat.merge(first, other, second, keep_undo=True)
+    loraformat.unmerge(second, again)
+    assert files_below(again.parent) == files_below(first.parent)
 
 
 @pytest.mark.parametrize("form", FORMS)
