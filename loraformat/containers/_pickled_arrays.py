@@ -140,10 +140,11 @@ def read_arrays(file: InputFile) -> Value:
     return ArrayMachine(file).run(_ACTIONS)
 
 
-_ACTIONS: Final[Actions] = ACTIONS | {
+_ACTIONS: Final[Actions] = {
+    **ACTIONS,
     0x95: (ArrayMachine.take_number, (_U64,)),
     ord("C"): (ArrayMachine.push_span, (_U8,)),
     ord("B"): (ArrayMachine.push_span, (_U32,)),
     0x8E: (ArrayMachine.push_span, (_U64,)),
     ord("b"): (ArrayMachine.build, ()),
-}  # type: ignore[dict-item]  # methods of the machine that runs them
+}

@@ -1,4 +1,4 @@
-"""PaddleNLP and PaddleFormers: `<module>.lora_A` as `(in, rank)` and `lora_B` as `(rank, out)`, beside `lora_config.json`.
+"""PaddleNLP and PaddleFormers: `<module>.lora_A` as `(in, rank)`, `lora_B` as `(rank, out)`, and `lora_config.json`.
 
 Paddle has weights as `(in, out)`, and factors likewise. Scale: lora_alpha / r of that configuration, or lora_alpha / √r
 with `rslora`, whatever the rank of the factors: LoRA-GA saves them with twice the rank that it trained with. PaddleNLP
@@ -73,7 +73,10 @@ class _OfTheConfiguration:
             raise refuse("LF213", bundle.path, f"the rank {rank:g}", "a whole number from 1")
         root = config.get("rslora") is True
         rule = ScalingRule.ALPHA_OVER_SQRT_RANK if root else ScalingRule.ALPHA_OVER_RANK
-        plain, other = Scaling(rule, alpha), Scaling(ScalingRule.MULTIPLIER, alpha / (math.sqrt(rank) if root else rank))
+        plain, other = (
+            Scaling(rule, alpha),
+            Scaling(ScalingRule.MULTIPLIER, alpha / (math.sqrt(rank) if root else rank)),
+        )
         return ScalesRead(
             {module.name: (plain if module.rank == rank else other) if module.rank else UNIT for module in modules}
         )

@@ -36,6 +36,6 @@ def test_a_merge_is_what_the_layer_computes(tmp_path: Path, form: str) -> None:
     want = (layer(x) + x @ down @ up * (6 / 4)).numpy()
 
     weight = np.ascontiguousarray(layer.weight.numpy().T)
-    merged = loraformat.merge_state_dict({f"{name}.weight": weight}, tmp_path).state_dict[f"{name}.weight"]
+    merged = loraformat.merge_state_dict({f"{name}.weight": weight}, tmp_path).tensors[f"{name}.weight"]
     got = x.numpy() @ merged.T + layer.bias.numpy()
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()

@@ -19,8 +19,8 @@ from loraformat.schemes import NOT_STATED, Bundle
 from loraformat.schemes.paddle import SCHEME
 from schemes import decoders as d
 
-Q, O = "llama.layers.0.self_attn.q_proj", "llama.layers.0.self_attn.o_proj"
-SHAPES = {Q: (7, 10), O: (10, 10)}
+Q, OUT = "llama.layers.0.self_attn.q_proj", "llama.layers.0.self_attn.o_proj"
+SHAPES = {Q: (7, 10), OUT: (10, 10)}
 CONFIG = {"r": 2, "lora_alpha": 6, "rslora": False, "lora_plus_scale": 1.0, "trainable_bias": None, "scaling": 3.0}
 
 
@@ -72,7 +72,7 @@ def test_the_scale_is_of_the_rank_in_the_configuration(rank: int, config: Mappin
 
 
 def test_without_a_configuration_the_shapes_tell_and_the_scale_is_asked_for() -> None:
-    bundle = bundle_of(arrays_of(names={O: (10, 10)}), None)
+    bundle = bundle_of(arrays_of(names={OUT: (10, 10)}), None)
     assert choose_scheme(bundle, None)[0] is SCHEME
     with pytest.raises(LoraformatError) as caught:
         SCHEME.read(bundle, NOT_STATED)
