@@ -119,16 +119,11 @@ SCHEME: Final = _Paddle(
         [
             Row("lora_A", "lora", "lora_A.weight", TRANSPOSED),
             Row("lora_B", "lora", "lora_B.weight", TRANSPOSED),
-            Row("bias", "replace", "bias"),
         ]
     ),
     naming=PlainNaming(),
     scale=_OfTheConfiguration(),
-    holds=Holds(
-        kinds=frozenset({"lora", "replace"}),
-        slots=frozenset({SlotKind.LINEAR, SlotKind.PARAMETER}),
-        scale="one for all",
-    ),
+    holds=Holds(kinds=frozenset({"lora"}), slots=frozenset({SlotKind.LINEAR}), scale="one for all"),
     marks=Marks(keys=(r".+\.lora_[AB]$",), neutral=(r".+\.(?:bias|weight)$",), asks=(is_of_paddle,)),
     names="peft",
     aliases=(*NOISE, Alias(rf"^{_FAMILIES}\.(layers\.\d+\.|embed_tokens\.)", r"model.\1")),

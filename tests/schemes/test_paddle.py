@@ -41,7 +41,7 @@ class TestPaddle(SchemeLaws):
     scheme = SCHEME
 
     def examples(self) -> Mapping[str, Bundle]:
-        nlp = arrays_of() | {f"{Q}.bias": np.ones(7, np.float32)}
+        nlp = arrays_of()
         formers = {name.replace("llama.", "model."): each for name, each in arrays_of().items()}
         return {"PaddleNLP": bundle_of(nlp), "PaddleFormers": bundle_of(formers, CONFIG | {"rslora": True})}
 
