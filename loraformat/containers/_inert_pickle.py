@@ -18,7 +18,7 @@ _I32: Final = struct.Struct("<i")
 _U8, _U16, _U32, _U64 = (struct.Struct(f"<{letter}") for letter in "BHIQ")
 _F64: Final = struct.Struct(">d")
 
-_ACTIONS: Final[Actions] = {
+ACTIONS: Final[Actions] = {
     0x95: (Machine.take_number, (_U64,)),  # The length of a frame, a hint for reading ahead.
     ord("("): (Machine.mark, ()),
     ord("0"): (Machine.discard, ()),
@@ -79,4 +79,4 @@ def read_pickle(data: bytes, where: str) -> Value:
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise refuse("LF110", where, f"a pickle of {len(data)} bytes", f"at most {MAX_PICKLE_BYTES}")
-    return Machine(data, where).run(_ACTIONS)
+    return Machine(data, where).run(ACTIONS)

@@ -29,6 +29,7 @@ _PROTO: Final = 0x80
 _STOP: Final = ord(".")
 _PROTOCOLS: Final = range(2, 6)
 _EXPECTED: Final = "tensors, numbers, text, lists and dictionaries"
+_CALLS: Final = "calls that writers of tensors make"
 
 _ASK_FOR_CODE: Final = frozenset(b"oiP\x81\x82\x83\x84\x92\x97\x98")
 """Opcodes whose work is to make objects by name, by number or from outside."""
@@ -214,7 +215,7 @@ class Machine:
     def _push_name(self, module: Value, name: Value) -> None:
         if type(module) is not str or type(name) is not str:
             self._fail(f"a name of {_name(module)} and {_name(name)}", "text")
-        found = find_global(module, name)
+        found = self.find_name(module, name)
         if found is None:
             raise refuse("LF901", self._where, f"the name {module}.{name}"[:200], _EXPECTED)
         self._stack.append(found)
@@ -222,11 +223,19 @@ class Machine:
     def reduce(self) -> None:
         function, arguments = self._pop(2)
         try:
-            self._stack.append(call(function, arguments))
+            self._stack.append(self.call(function, arguments))
         except UnfitArgumentsError:
             given = ", ".join(map(_name, arguments[:10])) if isinstance(arguments, tuple) else "no tuple"
             found = f"a call of {_name(function)} with ({given})"
-            raise refuse("LF901", self._where, found, "calls that torch.save writes") from None
+            raise refuse("LF901", self._where, found, _CALLS) from None
+
+    def find_name(self, module: str, name: str) -> Global | None:
+        """Return the record of a name that may stand in the pickle, None for any other."""
+        return find_global(module, name)
+
+    def call(self, function: Value, arguments: Value) -> Value:
+        """Return the record that stands for a call; raises UnfitArgumentsError."""
+        return call(function, arguments)
 
     def push_storage(self) -> None:
         (pid,) = self._pop(1)

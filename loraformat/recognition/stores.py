@@ -51,11 +51,9 @@ STORES: Final = (
         ("model.lora_weights.npy", "model.lora_config.npy"),
     ),
     Store(
-        "an adapter of PaddleNLP or PaddleFormers",
-        "Save it as PEFT's files: every lora_A and lora_B transposed, as base_model.model.NAME.lora_A.weight "
-        "(rank, in) and base_model.model.NAME.lora_B.weight (out, rank) in adapter_model.safetensors, and r and "
-        "lora_alpha of lora_config.json in adapter_config.json.",
-        ("lora_model_state*.pdparams", "peft_model*.safetensors.index.json"),
+        "an adapter of PaddleNLP in parts of parallel training",
+        "Save it with merge_tensor_parallel=True: model.save_pretrained(folder, merge_tensor_parallel=True).",
+        ("lora_model_state.*.pdparams",),
     ),
     Store(
         "an adapter of KerasHub, whose layers have numbers instead of names",

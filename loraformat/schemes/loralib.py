@@ -17,6 +17,7 @@ from loraformat.base_facts import BaseFacts
 from loraformat.errors import refuse
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle, Holds, StatedScale, WrittenBundle
+from loraformat.schemes._facing import are_transposed
 from loraformat.schemes._files import FiledScheme, alpha_of, level_alphas
 from loraformat.schemes._grouped import Groups, place_rows
 from loraformat.schemes._marks import Marks
@@ -31,6 +32,8 @@ _CONV1D: Final = re.compile(r"(?:^|\.)h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.
 """Modules of GPT-2, whose weight is stored `(in, out)`."""
 _TABLES: Final = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte)\.lora_[AB]$")
 _LITGPT: Final = r"transformer\.h\.\d+\.(?:attn\.(?:qkv|attn|proj)|mlp\.(?:fc|fc_1|fc_2|proj))\.lora_[AB]$"
+_CONFIGURED: Final = frozenset({"lora_config", "rslora", "trainable_bias"})
+"""Fields of configurations that stand beside keys of the same form."""
 _HEAD: Final = re.compile(r"lm_head\.(?:lora_[AB]|weight|bias)$")
 
 
@@ -40,8 +43,12 @@ def _has_more_than_a_head(bundle: Bundle) -> bool:
 
 
 def _has_no_configuration(bundle: Bundle) -> bool:
-    """Say whether nothing beside it states a scale, which VoxCPM's files of such keys have."""
-    return "lora_config" not in (bundle.config or {})
+    """Say whether nothing beside it states a scale, which VoxCPM's and Paddle's files of such keys have."""
+    return not _CONFIGURED.intersection(bundle.config or {})
+
+
+def _is_not_transposed(bundle: Bundle) -> bool:
+    return not are_transposed(bundle.tensors)
 
 
 def _is_table(factor: Factor) -> bool:
@@ -144,7 +151,7 @@ SCHEME: Final = _Loralib(
         keys=(r".+\.lora_[AB]$",),
         neutral=(r".+\.(?:weight|bias)$",),
         others=(_LITGPT, r"base_model\.model\.", r".+\.loras\..+", r"blocks\.\d+\..*\.lora_[AB]$"),
-        asks=(_has_more_than_a_head, _has_no_configuration),
+        asks=(_has_more_than_a_head, _has_no_configuration, _is_not_transposed),
     ),
     names="loralib",
     holds=Holds(

@@ -2,15 +2,15 @@
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final
 
-from loraformat.errors import refuse
 from loraformat.problems import Problem
 from loraformat.schemes import Bundle
 from loraformat.schemes._peft.config import PeftConfig
 from loraformat.schemes._peft.groups import REPLACE, Group, compose, list_buffers, note_left_out
+from loraformat.schemes._several import keep_chosen, refuse_several
 from loraformat.schemes._table import Name, NameTable, Row
 
 PREFIX: Final = "base_model.model."
@@ -57,10 +57,7 @@ def group_tensors(bundle: Bundle, config: PeftConfig, table: NameTable) -> tuple
         group.factors[name.row.role] = tensor
         group.kinds.add(name.row.kind)
     if len(reading.adapters) > 1 and any(problem.code == "LF302" for problem in problems):
-        found = f"factors of the adapters {', '.join(sorted(reading.adapters))} for the same modules"
-        first = f"{bundle.path}#{min(reading.adapters)}"
-        mend = f"Name the one that you mean behind a #, as in {first}."
-        problems = [Problem("LF238", str(bundle.path), found, "one adapter for a file", mend)]
+        problems = [refuse_several(bundle, reading.adapters)]
     if reading.stripped:
         found = f"the prefixes {', '.join(sorted(reading.stripped))} in its names, left out"
         problems.append(Problem("LF304", str(bundle.path), found, severity="note"))
@@ -74,20 +71,7 @@ def choose_adapter(bundle: Bundle, table: NameTable) -> tuple[Bundle, list[Probl
     Raises:
         FindingError: LF242 the chosen one is not among them.
     """
-    if not bundle.adapter:
-        return bundle, []
-    names = name_adapters(bundle, table)
-    if bundle.adapter not in names.values():
-        found = (
-            f"the adapters {', '.join(sorted(set(names.values())))}" if names else "no name of an adapter in its keys"
-        )
-        raise refuse("LF242", bundle.path, found, f"one called {bundle.adapter!r}")
-    others = {key: name for key, name in names.items() if name != bundle.adapter}
-    kept = {key: tensor for key, tensor in bundle.tensors.items() if key not in others}
-    if not others:
-        return bundle, []
-    found = f"{len(others)} tensors of {', '.join(sorted(set(others.values())))}, left out"
-    return replace(bundle, tensors=kept), [Problem("LF243", str(bundle.path), found, severity="note")]
+    return keep_chosen(bundle, name_adapters(bundle, table) if bundle.adapter else {})
 
 
 def name_adapters(bundle: Bundle, table: NameTable) -> dict[str, str]:
