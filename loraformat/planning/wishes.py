@@ -74,5 +74,4 @@ def list_unusual(wishes: SettledWishes) -> dict[str, JsonValue]:
     """Return the wishes that are not as usual: not empty, not False."""
     ranges = {name: list(ends) for name, ends in sorted((wishes.get("ranges") or {}).items())}
     named: Mapping[str, Any] = {**wishes, "ranges": ranges}
-    named |= {name: list(named.get(name, ())) for name in ("allow_unmatched", "graphs")}
-    return {name: value for name, value in named.items() if value}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in named.items() if value}
