@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib import import_module
 from numbers import Real
-from types import MappingProxyType
 from typing import Any, Final, Protocol, cast, runtime_checkable
 
 from numpy.typing import NDArray
@@ -140,7 +139,7 @@ class Target:
     rank: int
     scaling: Scaling
     fingerprint: Fingerprint | None = None
-    options: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
+    options: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Say what it is in one line."""
@@ -196,8 +195,8 @@ class Adapter:
     scheme: str = "native"
     source: str = ""
     sha256: str = ""
-    metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     absorbed: tuple[Factor, ...] = ()
 

@@ -3,15 +3,17 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from loraformat.adapter import Adapter
 from loraformat.arguments import AdapterSource, StrPath, weigh_adapter
+from loraformat.arrays import Bytes
 from loraformat.base_spelling import spell_for_base
 from loraformat.containers.safetensors import write_safetensors
 from loraformat.errors import error_for, refuse
 from loraformat.inspection import AdapterInspection, BaseInspection, inspect_adapter, inspect_base
-from loraformat.loading import is_base, list_files, load_adapter, load_tensors, open_base
+from loraformat.loading import is_base, list_files, load_adapter, open_base
+from loraformat.loading.from_memory import load_bytes, load_tensors
 from loraformat.outputs import PendingOutput, check_ending, check_output
 from loraformat.problems import Problem
 from loraformat.rules import check_shapes, watch_numbers
@@ -22,18 +24,19 @@ from loraformat.validation import Verdict, validate_paths
 
 
 def load(
-    source: StrPath | Mapping[str, Any],
+    source: StrPath | Mapping[str, Any] | Bytes | BinaryIO,
     *,
     config: object = None,
     scheme: str | None = None,
     alpha: float | None = None,
     scale: float | None = None,
 ) -> Adapter:
-    """Read an adapter of any naming scheme, from a file or a folder, or from tensors in memory.
+    """Read an adapter of any naming scheme, from a file or a folder, or from memory.
 
     Args:
-        source: the file or folder; or names to arrays of numpy or torch, such as `get_peft_model_state_dict(model)`.
-        config: for tensors in memory, the configuration that a folder would have beside them: a mapping, or PEFT's
+        source: the file or folder; or names to arrays of numpy or torch, such as `get_peft_model_state_dict(model)`; or
+            the bytes of a file of any container, or a binary file to read them from.
+        config: for what is in memory, the configuration that a folder would have beside them: a mapping, or PEFT's
             object, `model.peft_config["default"]`.
         scheme: name of the naming scheme; None finds it from the content.
         alpha: lora_alpha of the training run, for a source that does not state it.
@@ -44,6 +47,8 @@ def load(
     """
     if isinstance(source, Mapping):
         return load_tensors(source, config, scheme, StatedScale(alpha, scale))
+    if not isinstance(source, str | os.PathLike):
+        return load_bytes(source, config, scheme, StatedScale(alpha, scale))
     if config is not None:
         raise refuse("LF832", str(source), "a configuration for a path", "none: a file has its own beside it")
     return load_adapter(Path(source), scheme, StatedScale(alpha, scale))

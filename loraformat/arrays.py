@@ -1,4 +1,4 @@
-"""Tensors that lie in memory, of numpy, of torch, and of whatever numpy takes for an array.
+"""Tensors that lie in memory, of numpy, of torch, and of whatever numpy takes for an array; and files that do.
 
 What is handed over is never written to. Equal addresses tell tensors that are one and the same, as offsets in a file
 do.
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,6 +138,49 @@ def as_numpy(held: HeldArray) -> NDArray[Any]:
     return np.lib.stride_tricks.as_strided(held.read_extent().view(form), held.shape, steps, writeable=False)
 
 
+Bytes: TypeAlias = bytes | bytearray | memoryview
+"""What holds bytes in memory."""
+
+
+class HeldFile(InputFile):
+    """Bytes in memory as if they were a file.
+
+    Args:
+        path: what they are called in messages; what they refer to is looked for in its folder.
+        data: the bytes, which must stay as they are.
+    """
+
+    def __init__(self, path: Path, data: Bytes) -> None:
+        self.path = path
+        self._data = memoryview(data).cast("B").toreadonly()
+        self.size_bytes = len(self._data)
+        self.close = lambda: None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HeldFile, (self.path, bytes(self._data))
+
+    @property
+    def descriptor(self) -> int:
+        """There is none."""
+        raise TypeError("bytes in memory have no descriptor")
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """What no file has."""
+        return -1, id(self)
+
+    def read_into(self, buffer: memoryview | NDArray[Any], offset: int) -> None:
+        """Fill `buffer` from `offset`; LF906 when there are not so many bytes."""
+        view = buffer.cast("B") if isinstance(buffer, memoryview) else buffer.data.cast("B")
+        part = self._data[offset : offset + len(view)]
+        if len(part) != len(view):
+            raise refuse("LF906", self.path, f"the bytes end at {self.size_bytes}", f"{offset + len(view)}")
+        view[:] = part
+
+    def check_unchanged(self) -> None:
+        """Do nothing: what a program does with its own bytes meanwhile is its own affair."""
+
+
 class ArrayFile(InputFile):
     """Arrays of one device as if they were one file, in which an offset is an address.
 
@@ -153,6 +196,9 @@ class ArrayFile(InputFile):
         self._read: dict[int, NDArray[np.uint8]] = {}
         self.size_bytes = sum(held.extent_bytes for held in self._arrays)
         self.close = self._read.clear
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ArrayFile, (self.path, self._arrays)
 
     @property
     def descriptor(self) -> int:

@@ -23,10 +23,10 @@ class BaseFacts:
 
     source: str = ""
     modules: frozenset[str] = frozenset()
-    counts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    counts: Mapping[str, int] = field(default_factory=dict)
     architecture: str = ""
-    config: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
-    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    config: Mapping[str, JsonValue] = field(default_factory=dict)
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def complete(self, other: "BaseFacts") -> "BaseFacts":
         """Return these facts, and the other's where there are none."""

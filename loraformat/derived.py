@@ -127,6 +127,10 @@ class LastRead(threading.local):
     def __init__(self) -> None:
         self._held: list[tuple[Factor, NDArray[Any]]] = []
 
+    def __reduce__(self) -> tuple[type["LastRead"], tuple[()]]:
+        """Pickle, and copy, without what is held."""
+        return LastRead, ()
+
     def read(self, source: Factor) -> NDArray[Any]:
         """Return the tensor's numbers; not to be written to."""
         found = next((values for held, values in self._held if held is source), None)

@@ -125,6 +125,9 @@ NEAR_MISSES: Final = 3
 MAX_TRAVELLING_FILES: Final = 256
 """Files of a model's folder beside its weights. All are open at once, and a process may have some hundred."""
 
+MAX_IDLE_DESCRIPTORS: Final = 128
+"""Files that are open though nobody reads from them. A process may have 256 (macOS) or 1024 (Linux) of all sorts."""
+
 MAX_GRAPHS: Final = 64
 """ONNX models in one folder: a repository for the browser has some eight forms of three or four."""
 

@@ -43,7 +43,7 @@ class TargetEntry:
     scaling: Scaling
     fingerprint: Fingerprint | None
     options: Mapping[str, JsonValue]
-    shared: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    shared: Mapping[str, str] = field(default_factory=dict)
 
 
 Shared = Mapping[str, Mapping[str, str]]

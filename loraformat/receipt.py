@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Final
 
 from loraformat.errors import refuse
@@ -96,7 +95,7 @@ class Receipt:
     problems: tuple[Problem, ...] = ()
     parent: Mapping[str, Any] | None = None
     room_bytes: int = 0
-    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Say what it is in one line."""

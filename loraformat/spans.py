@@ -6,19 +6,18 @@ read it gives an error instead of killing the process, as a memory map would.
 
 import math
 import os
-import stat
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from loraformat.descriptors import Descriptor, read_state, refuse_changed
 from loraformat.dtypes import Dtype
 from loraformat.errors import refuse
-from loraformat.files import advise_missing
 from loraformat.limits import MAX_CONFIG_BYTES
 
 _COMPARE_BYTES: Final = 1 << 20
@@ -69,7 +68,9 @@ class Part:
 
 
 class InputFile:
-    """A regular file, opened once for reading by position; safe to share between threads.
+    """A regular file for reading by position; safe to share between threads, and to hand to other processes.
+
+    A copy is the file itself. Pickled it is its path, and opened where it is unpickled: there it must be unchanged.
 
     Raises:
         InputError: LF100 no such file, LF906 changed while read.
@@ -78,21 +79,29 @@ class InputFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
-        self._descriptor = _open_regular(self.path)
-        state = os.fstat(self._descriptor)
-        self._state = (state.st_size, state.st_mtime_ns, state.st_ino, state.st_dev)
-        self.size_bytes = state.st_size
-        self.close: Callable[[], object] = weakref.finalize(self, os.close, self._descriptor)
+        self._opened = Descriptor(self.path)
+        self.size_bytes = self._opened.state.size_bytes
+        self.close: Callable[[], object] = self._opened.shut
+        weakref.finalize(self, self._opened.shut)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_again, (self.path, self._opened.state[:2])
 
     @property
     def descriptor(self) -> int:
         """The open descriptor, for copying between files."""
-        return self._descriptor
+        return self._opened.pin()
 
     @property
     def identity(self) -> tuple[int, int]:
         """Device and inode: equal for two names of one file."""
-        return self._state[3], self._state[2]
+        return self._opened.state.device, self._opened.state.inode
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`; LF906 when the file no longer has them."""
@@ -103,10 +112,14 @@ class InputFile:
     def read_into(self, buffer: memoryview | NDArray[Any], offset: int) -> None:
         """Fill `buffer` from `offset`; LF906 when the file no longer has the bytes."""
         view = buffer.cast("B") if isinstance(buffer, memoryview) else buffer.data.cast("B")
+        with self._opened.borrow() as descriptor:
+            self._read_view(descriptor, view, offset)
+
+    def _read_view(self, descriptor: int, view: memoryview, offset: int) -> None:
         done = 0
         while done < len(view):
             try:
-                count = os.preadv(self._descriptor, [view[done:]], offset + done)
+                count = os.preadv(descriptor, [view[done:]], offset + done)
             except OSError as error:
                 found = f"cannot be read at byte {offset + done}: {error.strerror or error}"
                 raise refuse("LF100", self.path, found, "a readable file") from error
@@ -117,9 +130,22 @@ class InputFile:
 
     def check_unchanged(self) -> None:
         """Raise LF906 when size, time of change or identity differ from when the file was opened."""
-        state = os.fstat(self._descriptor)
-        if (state.st_size, state.st_mtime_ns, state.st_ino, state.st_dev) != self._state:
-            raise refuse("LF906", self.path, "another size or time of change than at the start", "an unchanged file")
+        with self._opened.borrow() as descriptor:
+            if read_state(descriptor) != self._opened.state:
+                raise refuse_changed(self.path)
+
+
+def _open_again(path: Path, known: tuple[int, int]) -> InputFile:
+    """Open a file in another process; size and time of change tell it, for devices have other numbers elsewhere."""
+    file = InputFile(path)
+    if file._opened.state[:2] != known:
+        raise refuse_changed(path)
+    return file
+
+
+def open_input(source: str | os.PathLike[str] | InputFile) -> InputFile:
+    """Return a file, opened if need be."""
+    return source if isinstance(source, InputFile) else InputFile(source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +184,10 @@ class StoredTensor:
     def extent(self) -> Span:
         """The bytes from its first element to its last, others between them where it is not contiguous."""
         return self.span
+
+    def moved(self, file: InputFile, offset: int) -> "StoredTensor":
+        """Return it as a tensor of a file that holds its own one from `offset`."""
+        return replace(self, span=Span(file.path, self.span.offset + offset, self.span.length), file=file)
 
     def equals(self, other: "StoredTensor") -> bool:
         """Say whether another tensor has the same form, shape and bytes, reading both bit by bit."""
@@ -254,30 +284,3 @@ def read_small(path: Path, limit_bytes: int = MAX_CONFIG_BYTES) -> bytes:
     if file.size_bytes > limit_bytes:
         raise refuse("LF110", path, f"{file.size_bytes} bytes", f"at most {limit_bytes}")
     return file.read(0, file.size_bytes)
-
-
-def _open_regular(path: Path) -> int:
-    """Open for reading without ever blocking on a pipe or a device."""
-    try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
-            raise refuse("LF905", path, f"a {_name_of(mode)}", "a regular file")
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise refuse("LF100", path, "nothing at this path", mend=advise_missing(path)) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise refuse("LF100", path, f"cannot be opened: {reason}", "a readable file") from error
-
-
-_KINDS_OF_FILE = (
-    (stat.S_ISDIR, "folder"),
-    (stat.S_ISFIFO, "pipe"),
-    (stat.S_ISSOCK, "socket"),
-    (stat.S_ISCHR, "device"),
-    (stat.S_ISBLK, "device"),
-)
-
-
-def _name_of(mode: int) -> str:
-    return next((name for test, name in _KINDS_OF_FILE if test(mode)), "special file")

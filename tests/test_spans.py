@@ -170,14 +170,14 @@ class TestChange:
 
     @pytest.mark.parametrize("change", ["grows", "shrinks", "is rewritten"])
     def test_a_change_is_noticed(self, path: Path, change: str) -> None:
-        file = InputFile(path)
+        file, changed_ns = InputFile(path), path.stat().st_mtime_ns
         if change == "is rewritten":
             with path.open("r+b") as stream:
                 stream.write(b"\xff")
             os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
         else:
             os.truncate(path, 101 if change == "grows" else 99)
-            os.utime(path, ns=(0, file._state[1]))
+            os.utime(path, ns=(0, changed_ns))
         with pytest.raises(InputError) as caught:
             file.check_unchanged()
         assert caught.value.codes == ("LF906",)

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
@@ -91,7 +90,7 @@ def concatenate(shares: Sequence[Share]) -> Target:
     bias = add_biases(shares, unit)
     if bias is not None:
         factors[BIAS] = bias
-    return replace(first, factors=MappingProxyType(factors), rank=rank, scaling=Scaling(ScalingRule.MULTIPLIER, unit))
+    return replace(first, factors=factors, rank=rank, scaling=Scaling(ScalingRule.MULTIPLIER, unit))
 
 
 def add_biases(shares: Sequence[Share], unit: float) -> MadeFactor | None:
@@ -103,7 +102,7 @@ def add_differences(shares: Sequence[Share]) -> Target:
     """Return Σ cᵢDᵢ of differences that were saved as a whole; what some lack is summed over the rest."""
     first = shares[0][0]
     roles = sorted({role for target, _ in shares for role in target.factors})
-    factors = MappingProxyType({role: _add_role(shares, role, 1.0) for role in roles})
+    factors = {role: _add_role(shares, role, 1.0) for role in roles}
     return replace(first, factors=factors, scaling=Scaling(ScalingRule.MULTIPLIER, 1.0))
 
 
@@ -170,7 +169,7 @@ def blend_values(shares: Sequence[Share]) -> Target:
         role: _blend(f"{first.name}.{role}", [target.factors[role] for target, _ in shares], parts, whole)
         for role in first.factors
     }
-    return replace(first, factors=MappingProxyType(factors), scaling=Scaling(ScalingRule.MULTIPLIER, whole))
+    return replace(first, factors=factors, scaling=Scaling(ScalingRule.MULTIPLIER, whole))
 
 
 def _blend(name: str, values: Sequence[Factor], parts: Sequence[float], whole: float) -> MadeFactor:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any, Final, cast
 
 import numpy as np
@@ -161,8 +160,8 @@ def with_factors(target: Target, truncated: Truncated, form: Dtype, bias: Factor
     return replace(
         target,
         kind=LORA,
-        factors=MappingProxyType(factors | ({} if bias is None else {BIAS: bias})),
+        factors=factors | ({} if bias is None else {BIAS: bias}),
         rank=rank,
         scaling=Scaling(ScalingRule.ALPHA_OVER_RANK, float(rank)),
-        options=MappingProxyType({}),
+        options={},
     )

@@ -4,7 +4,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Final
 
 from loraformat.adapter import Adapter, BaseBinding, Target
@@ -266,4 +265,4 @@ def _describe(recipe: Recipe, adapters: Sequence[Adapter], weights: Sequence[flo
         record["rank"] = recipe.cut.rank
     if recipe.cut.rule is not None:
         record[recipe.cut.rule] = recipe.cut.threshold
-    return MappingProxyType(shared | {RECORD_KEY: write_canonical(record).decode("utf-8")})
+    return shared | {RECORD_KEY: write_canonical(record).decode("utf-8")}

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 from loraformat.apply.disk_space import check_space, count_held_bytes
 from loraformat.apply.output_folders import PendingFolder, check_output_folder
@@ -38,7 +37,7 @@ class Place:
     force: bool
     durable: bool
     resume: str | None = None
-    links: Mapping[Path, Path] = field(default_factory=lambda: MappingProxyType({}))
+    links: Mapping[Path, Path] = field(default_factory=dict)
 
     def check(self) -> None:
         """Refuse an output that would destroy something; makes nothing."""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from loraformat.adapter import SlotKind
@@ -127,8 +126,8 @@ class NewContents:
     """
 
     tensors: Sequence[OutputTensor]
-    config_changes: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
-    replaced_files: Mapping[str, InputFile] = field(default_factory=lambda: MappingProxyType({}))
+    config_changes: Mapping[str, JsonValue] = field(default_factory=dict)
+    replaced_files: Mapping[str, InputFile] = field(default_factory=dict)
 
 
 class Rewriter(Protocol):

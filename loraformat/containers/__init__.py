@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
 
 from loraformat.errors import LoraformatError
 from loraformat.registry import Registry
-from loraformat.spans import InputFile, StoredTensor
+from loraformat.spans import InputFile, StoredTensor, open_input
 from loraformat.strict_json import JsonValue
 
 if TYPE_CHECKING:
@@ -57,8 +57,12 @@ class Container(Protocol):
         """Say whether a file that starts with `head` (up to 64 bytes) is of this format."""
         ...
 
-    def open(self, path: Path) -> TensorFile:
-        """Check the whole index of the file and return it; raises LoraformatError."""
+    def open(self, path: Path | InputFile) -> TensorFile:
+        """Check the whole index of the file and return it; raises LoraformatError.
+
+        Args:
+            path: the file; or one that is open, such as bytes in memory (`arrays.HeldFile`).
+        """
         ...
 
 
@@ -77,9 +81,9 @@ class WritableContainer(Container, Protocol):
         ...
 
 
-def open_indexed(path: Path, index: Callable[[InputFile], TensorFile]) -> TensorFile:
+def open_indexed(path: Path | InputFile, index: Callable[[InputFile], TensorFile]) -> TensorFile:
     """Open a file and index it; it is closed again when `index` refuses it."""
-    file = InputFile(path)
+    file = open_input(path)
     try:
         return index(file)
     except LoraformatError:

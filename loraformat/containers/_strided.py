@@ -80,6 +80,9 @@ class StridedTensor(StoredTensor):
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StridedTensor, (self.name, self.dtype, self.shape, self._strides, self._extent, self.file)
+
     def __repr__(self) -> str:
         return f"StridedTensor({self.name!r}, {self.dtype.name}, {self.shape}, strides {self._strides})"
 
@@ -125,6 +128,11 @@ class StridedTensor(StoredTensor):
             for place, start in enumerate(across):
                 held[:, place] = self._pick(start + down)
         return held
+
+    def moved(self, file: InputFile, offset: int) -> StoredTensor:
+        """Return it as a tensor of a file that holds its own one from `offset`."""
+        extent = Span(file.path, self._extent.offset + offset, self._extent.length)
+        return StridedTensor(self.name, self.dtype, self.shape, self._strides, extent, file)
 
     def equals(self, other: StoredTensor) -> bool:
         """Say whether another tensor has the same form, shape and numbers, reading both bit by bit."""

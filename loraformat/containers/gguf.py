@@ -47,7 +47,7 @@ class Gguf:
         """Say whether the file begins with the magic."""
         return head.startswith(_MAGIC) and size_bytes >= len(_MAGIC)
 
-    def open(self, path: Path) -> TensorFile:
+    def open(self, path: Path | InputFile) -> TensorFile:
         """Check the whole head, and return the tensors in the order of the file.
 
         The metadata are the key-values, each as JSON text (`_gguf_values`).

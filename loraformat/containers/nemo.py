@@ -6,7 +6,7 @@ model is refused. Source: NVIDIA/NeMo, core/connectors/save_restore_connector.py
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from loraformat.containers.torch_zip import index_checkpoint
 from loraformat.errors import refuse
 from loraformat.limits import MAX_ARCHIVE_MEMBERS
 from loraformat.signatures import HEAD_BYTES, describe_head
-from loraformat.spans import InputFile, Span
+from loraformat.spans import InputFile
 
 _BLOCK: Final = 512
 _FIRST: Final = re.compile(rb"(?:\./)?(?:model_config\.yaml|model_weights\.ckpt|(?:mp|tp)_rank_\d+\w*/?)?\0")
@@ -39,7 +39,7 @@ class Nemo:
         """Say whether the file begins with the name of a member that NeMo writes."""
         return size_bytes >= 2 * _BLOCK and head[:1] != b"\0" and _FIRST.match(head) is not None
 
-    def open(self, path: Path) -> TensorFile:
+    def open(self, path: Path | InputFile) -> TensorFile:
         """Check the archive's headers and the checkpoint in it; return its tensors.
 
         Raises:
@@ -84,10 +84,7 @@ def _index(file: InputFile) -> TensorFile:
         raise refuse("LF135", file.path, names, "one model_weights.ckpt")
     _, offset, length = checkpoints[0]
     inner = index_checkpoint(_Section(file, offset, length))
-    tensors = {
-        name: replace(tensor, span=Span(file.path, tensor.span.offset + offset, tensor.span.length), file=file)
-        for name, tensor in inner.tensors.items()
-    }
+    tensors = {name: tensor.moved(file, offset) for name, tensor in inner.tensors.items()}
     return TensorFile(file, tensors, inner.metadata)
 
 

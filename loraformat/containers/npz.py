@@ -100,7 +100,7 @@ class Npz:
         name = head[LOCAL_HEADER.size :][:name_bytes]
         return name.endswith(_SUFFIX.encode()) if len(name) == name_bytes else not head[_FLAGS_AT] & _STREAMED
 
-    def open(self, path: Path) -> TensorFile:
+    def open(self, path: Path | InputFile) -> TensorFile:
         """Check archive and headers, and return the tensors in the order of the archive.
 
         Arrays in Fortran order are `StridedTensor`s: readable, without a span.

@@ -59,7 +59,7 @@ class OnnxAdapter:
         """Look for the identifier that follows the root's offset."""
         return size_bytes > _VTABLE_AT and head[4:8] == _IDENTIFIER
 
-    def open(self, path: Path) -> TensorFile:
+    def open(self, path: Path | InputFile) -> TensorFile:
         """Check every table, and return the parameters in the order of the file; the metadata are the versions.
 
         Raises:

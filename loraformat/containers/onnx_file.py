@@ -16,7 +16,7 @@ from loraformat.containers._protobuf import Leaf, decode_varint
 from loraformat.errors import LoraformatError, refuse
 from loraformat.problems import Problem
 from loraformat.signatures import HEAD_BYTES, describe_head
-from loraformat.spans import InputFile, StoredTensor
+from loraformat.spans import InputFile, StoredTensor, open_input
 
 __all__ = [
     "CONTAINER",
@@ -62,14 +62,19 @@ class Onnx:
             return False
         return index <= size_bytes and fields > 0
 
-    def open(self, path: Path) -> TensorFile:
+    def open(self, path: Path | InputFile) -> TensorFile:
         """Return the main graph's initializers that are a run of bytes.
 
         Raises:
             InputError: LF111 another file of this name; as `OnnxFile`, LF116 included.
         """
-        _refuse_impostor(path)
-        opened = open_onnx(path)
+        file = open_input(path)
+        try:
+            _refuse_impostor(file)
+        except LoraformatError:
+            file.close()
+            raise
+        opened = open_onnx(file)
         try:
             tensors = _list_initializers(opened)
         except LoraformatError:
@@ -79,14 +84,12 @@ class Onnx:
         return TensorFile(opened.file, tensors, metadata)
 
 
-def _refuse_impostor(path: Path) -> None:
+def _refuse_impostor(file: InputFile) -> None:
     """Refuse a page or pointer under a model's name (LF111); what the walk says of it would help nobody."""
-    file = InputFile(path)
     head = file.read(0, min(HEAD_BYTES, file.size_bytes))
-    file.close()
     described = None if CONTAINER.sniff(head, file.size_bytes) else describe_head(head)
     if described is not None:
-        raise refuse("LF111", path, described.what, "an ONNX model", described.mend)
+        raise refuse("LF111", file.path, described.what, "an ONNX model", described.mend)
 
 
 def _list_initializers(opened: OnnxFile) -> dict[str, StoredTensor]:

@@ -69,7 +69,7 @@ class Safetensors:
         plausible = 2 <= length <= min(size_bytes - _LENGTH_BYTES, MAX_SAFETENSORS_HEADER_BYTES)
         return plausible and head[_LENGTH_BYTES : _LENGTH_BYTES + 1] == b"{"
 
-    def open(self, path: Path) -> TensorFile:
+    def open(self, path: Path | InputFile) -> TensorFile:
         """Check the header and return the tensors in the order of their offsets.
 
         Raises:

@@ -76,7 +76,7 @@ class TorchZip:
         name = head[LOCAL_HEADER.size :][:name_bytes]
         return name.endswith(_PICKLE.encode()) if len(name) == name_bytes else bool(head[_FLAGS_AT] & _STREAMED)
 
-    def open(self, path: Path) -> TensorFile:
+    def open(self, path: Path | InputFile) -> TensorFile:
         """Check archive, pickle and every view, and return the tensors in the order of the dictionary.
 
         Tensors that are views without C order are `StridedTensor`s: readable, without a span.

@@ -66,7 +66,7 @@ def one_of(*values: str) -> Option:
 
 def name_options(**options: Option) -> Mapping[str, Option]:
     """Return options by name."""
-    return MappingProxyType(options)
+    return options
 
 
 class FactoredKind:

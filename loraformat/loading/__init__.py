@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from os.path import isdir, lexists
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from loraformat.adapter import Adapter, Factor, SlotKind
-from loraformat.arrays import as_numpy, hold_arrays, read_config
 from loraformat.base_facts import NO_FACTS, BaseFacts, read_facts
 from loraformat.bases import BASES, TENSOR_NAME, BaseFormat, BaseModel, ToldBase, ViewedBase
 from loraformat.derived import NewFactor, find_origins
@@ -45,8 +44,6 @@ from loraformat.strict_json import JsonValue, parse_json_object
 
 _BASE_CONFIG: Final = "config.json"
 _PIPELINE_INDEX: Final = "model_index.json"
-IN_MEMORY: Final = "adapter in memory"
-"""What one is called in messages that was never in a file."""
 _NEED_BASE: Final = frozenset({"LF311", "LF314"})
 """Problems that a base can solve: counts that are not known, and flat names."""
 
@@ -63,26 +60,6 @@ def load_adapter(path: Path, scheme: str | None = None, stated: StatedScale = NO
         LoraformatError: the file, its scheme or its meaning is not sound.
     """
     return read_adapter(path, scheme, stated)[0]
-
-
-def load_tensors(
-    tensors: Mapping[str, Any], config: object, scheme: str | None = None, stated: StatedScale = NOT_STATED
-) -> Adapter:
-    """Return the adapter that tensors in memory are, as a file of them with its configuration beside it would be.
-
-    Raises:
-        LoraformatError: LF831 no tensors, LF832 no configuration; as `load_adapter`.
-    """
-    held = hold_arrays(tensors)
-    others = sorted(name for name in tensors if name not in held)
-    if others or not held:
-        found = f"values that are no tensors, such as {others[0]!r}" if others else "an empty mapping"
-        raise refuse("LF831", IN_MEMORY, found, "arrays of numpy or torch under their names")
-    factors = {name: NewFactor(name, as_numpy(array)) for name, array in held.items()}
-    bundle = Bundle(Path(IN_MEMORY), factors, config=read_config(config) or None)
-    reader, _ = choose_scheme(bundle, scheme)
-    adapter = read_bundle(reader, bundle, stated)
-    return replace(adapter, problems=(*adapter.problems, *_find_unused(adapter, stated)))
 
 
 def load_for_base(path: Path, scheme: str | None, stated: StatedScale, base: BaseModel) -> Adapter:
@@ -112,7 +89,7 @@ def read_adapter(
     with digest_aside(files) as digest:
         reader, evidence = choose_scheme(bundle, scheme)
         adapter = read_bundle(reader, bundle, stated)
-        problems = (*adapter.problems, *_find_unused(adapter, stated))
+        problems = (*adapter.problems, *find_unused(adapter, stated))
         own = {file.path for file in files}
         beside = {each.path: each for each in list_files(adapter) if each.path not in own} if bundle.beside else {}
         sha256 = digest_files([*files, *(beside[path] for path in sorted(beside))]) if beside else digest()
@@ -137,7 +114,7 @@ def read_bundle(scheme: Scheme, bundle: Bundle, stated: StatedScale) -> Adapter:
         raise error_for(problems) from error
 
 
-def _find_unused(adapter: Adapter, stated: StatedScale) -> list[Problem]:
+def find_unused(adapter: Adapter, stated: StatedScale) -> list[Problem]:
     """Return a note when no target took the scale that the user stated: each states its own."""
     number = stated.alpha if stated.multiplier is None else stated.multiplier
     if number is None or any(target.scaling.value == number for target in adapter.targets):

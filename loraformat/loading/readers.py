@@ -11,7 +11,7 @@ from loraformat.manifest import MANIFEST_KEY
 from loraformat.recognition import PEFT_TYPE, Recognised, recognise_config, recognise_tensors
 from loraformat.schemes import SCHEMES, Bundle, CertainScheme, Scheme
 from loraformat.signatures import HEAD_BYTES, describe_text
-from loraformat.spans import InputFile
+from loraformat.spans import InputFile, open_input
 
 _PEFT: Final = "base_model.model."
 _PEFT_ALONE: Final = (
@@ -36,15 +36,15 @@ _KNOWN_ENDINGS: Final = (
 )
 
 
-def open_tensors(path: Path) -> TensorFile:
+def open_tensors(path: Path | InputFile) -> TensorFile:
     """Index the tensors of a file in the container that it is; raises LoraformatError."""
     return choose_container(path).open(path)
 
 
-def choose_container(path: Path) -> Container:
+def choose_container(path: Path | InputFile) -> Container:
     """Return the container that a file is, by its first bytes; raises LoraformatError for none."""
     head, size = read_head(path)
-    return _choose_container(path, head, size)
+    return _choose_container(path.path if isinstance(path, InputFile) else path, head, size)
 
 
 def choose_scheme(bundle: Bundle, name: str | None) -> tuple[Scheme, str]:
@@ -105,9 +105,9 @@ def is_factors(modules: Collection[str]) -> bool:
     return bool(modules) and all(_FACTOR.search(module) for module in modules)
 
 
-def read_head(path: Path) -> tuple[bytes, int]:
+def read_head(path: Path | InputFile) -> tuple[bytes, int]:
     """Return the first bytes of a file, and its size."""
-    file = InputFile(path)
+    file = open_input(path)
     try:
         return file.read(0, min(HEAD_BYTES, file.size_bytes)), file.size_bytes
     finally:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final, cast
 
 from loraformat.adapter import Adapter
@@ -67,9 +66,9 @@ class Plan:
     weights: tuple[PlannedWeight, ...]
     unmatched: tuple[str, ...]
     problems: tuple[Problem, ...]
-    config_changes: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
+    config_changes: Mapping[str, JsonValue] = field(default_factory=dict)
     rewritten: bool = False
-    options: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
+    options: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Say what it is in one line."""

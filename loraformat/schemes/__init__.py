@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final, Protocol, runtime_checkable
 
 from loraformat.adapter import Adapter, Factor, SlotKind
@@ -30,7 +29,7 @@ class Bundle:
 
     path: Path
     tensors: Mapping[str, Factor]
-    metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, JsonValue] | None = None
     facts: BaseFacts = NO_FACTS
     beside: frozenset[str] = frozenset()
@@ -129,11 +128,11 @@ class WrittenBundle:
     """
 
     tensors: Mapping[str, Factor]
-    metadata: Mapping[str, JsonValue] = field(default_factory=lambda: MappingProxyType({}))
+    metadata: Mapping[str, JsonValue] = field(default_factory=dict)
     config: Mapping[str, JsonValue] | None = None
     container: str = "safetensors"
     file_name: str = ""
-    other_files: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    other_files: Mapping[str, str] = field(default_factory=dict)
     config_name: str = ""
     problems: tuple[Problem, ...] = ()
     stated: StatedScale = NOT_STATED

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Final
 
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, Target
@@ -119,7 +118,7 @@ class FiledScheme(TableScheme):
 
     container: str = "safetensors"
     file_name: str = ""
-    other_files: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    other_files: Mapping[str, str] = field(default_factory=dict)
     config_name: str = ""
     annotates: bool = True
 

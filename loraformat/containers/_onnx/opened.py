@@ -24,7 +24,7 @@ from loraformat.images import FileImage, NewOutput
 from loraformat.limits import MAX_DIMS
 from loraformat.problems import Problem
 from loraformat.receipt import RECEIPT_KEY
-from loraformat.spans import HeldTensor, InputFile, Span, StoredTensor
+from loraformat.spans import HeldTensor, InputFile, Span, StoredTensor, open_input
 from loraformat.strict_json import JsonValue, parse_json_object
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class OnnxFile:
         RefusedError: LF903 a tensor with two locations, LF110 beyond a limit, LF905 not a regular file.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.file = InputFile(path)
+    def __init__(self, path: str | os.PathLike[str] | InputFile) -> None:
+        self.file = open_input(path)
         self.path = self.file.path
         self.problems: list[Problem] = []
         self._data: dict[Path, InputFile] = {}
@@ -286,6 +286,6 @@ class OnnxFile:
         return sorted(path for path in own if path.is_file())
 
 
-def open_onnx(path: str | os.PathLike[str]) -> OnnxFile:
+def open_onnx(path: str | os.PathLike[str] | InputFile) -> OnnxFile:
     """Open an ONNX model; raises as `OnnxFile` does."""
     return OnnxFile(path)

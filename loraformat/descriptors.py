@@ -1,0 +1,144 @@
+"""Descriptors of input files: of thousands of files that are read now and then, only so many are open at once."""
+
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from loraformat.errors import LoraformatError, refuse
+from loraformat.files import advise_missing
+from loraformat.limits import MAX_IDLE_DESCRIPTORS
+
+
+class FileState(NamedTuple):
+    """What tells a file from another, and from itself after a change."""
+
+    size_bytes: int
+    changed_ns: int
+    inode: int
+    device: int
+
+
+class Descriptor:
+    """The descriptor of a regular file, for reading; closed while nobody reads and many others are open.
+
+    It is safe to share between threads. Opened again, the file must be the very one that it was.
+
+    Args:
+        path: the file, absolute.
+
+    Raises:
+        InputError: LF100 no such file.
+        RefusedError: LF905 not a regular file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._readers = 0
+        self._opened = [_open_regular(path)]  # A list: taken from in one step, whichever thread the collector is in.
+        self.state = read_state(self._opened[0])
+        with _POOL.lock:
+            _POOL.rest(self)
+
+    @contextmanager
+    def borrow(self) -> Iterator[int]:
+        """Give the descriptor, open until the context is left; LF906 when the file is no longer the same."""
+        with _POOL.lock:
+            if not self._opened:
+                self._opened.append(self._reopen())
+            descriptor = self._opened[0]
+            self._readers += 1
+            _POOL.idle.pop(self, None)
+        try:
+            yield descriptor
+        finally:
+            with _POOL.lock:
+                self._readers -= 1
+                if not self._readers:
+                    _POOL.rest(self)
+
+    def pin(self) -> int:
+        """Return the descriptor, open as long as the file is."""
+        with _POOL.lock:
+            if not self._opened:
+                self._opened.append(self._reopen())
+            self._readers += 1
+            _POOL.idle.pop(self, None)
+            return self._opened[0]
+
+    def shut(self) -> None:
+        """Close it, if it is open; whoever reads from it afterwards opens it again."""
+        with suppress(IndexError):
+            os.close(self._opened.pop())
+
+    def _reopen(self) -> int:
+        descriptor = _open_regular(self._path)
+        if read_state(descriptor) != self.state:
+            os.close(descriptor)
+            raise refuse_changed(self._path)
+        return descriptor
+
+
+class _Pool:
+    """The descriptors that are open and that nobody reads from, the one that has rested longest first."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # The collector may close a file in a thread that holds it.
+        self.idle: OrderedDict[Descriptor, None] = OrderedDict()
+
+    def rest(self, descriptor: Descriptor) -> None:
+        """Add a descriptor, and close those that have rested longest; the caller holds the lock."""
+        self.idle[descriptor] = None
+        while len(self.idle) > MAX_IDLE_DESCRIPTORS:
+            self.idle.popitem(last=False)[0].shut()
+
+    def renew(self) -> None:
+        """Give a process that was forked a lock that no thread of its parent holds."""
+        self.lock = threading.RLock()
+
+
+_POOL: Final = _Pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_POOL.renew)
+
+
+def refuse_changed(path: Path) -> LoraformatError:
+    """Return the error for a file that is not what it was when it was opened (LF906)."""
+    return refuse("LF906", path, "another size or time of change than at the start", "an unchanged file")
+
+
+def read_state(descriptor: int) -> FileState:
+    """Return the state of an open file."""
+    state = os.fstat(descriptor)
+    return FileState(state.st_size, state.st_mtime_ns, state.st_ino, state.st_dev)
+
+
+def _open_regular(path: Path) -> int:
+    """Open for reading without ever blocking on a pipe or a device."""
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise refuse("LF905", path, f"a {_name_of(mode)}", "a regular file")
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise refuse("LF100", path, "nothing at this path", mend=advise_missing(path)) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise refuse("LF100", path, f"cannot be opened: {reason}", "a readable file") from error
+
+
+_KINDS_OF_FILE = (
+    (stat.S_ISDIR, "folder"),
+    (stat.S_ISFIFO, "pipe"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "device"),
+)
+
+
+def _name_of(mode: int) -> str:
+    return next((name for test, name in _KINDS_OF_FILE if test(mode)), "special file")
