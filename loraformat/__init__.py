@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from loraformat.inspection import AdapterInspection, BaseInspection
     from loraformat.merging import merge, merge_each, merge_into, plan_merge, resolve_targets, unmerge, verify
     from loraformat.merging.in_memory import MergedState, merge_state_dict
+    from loraformat.merging.model_in_memory import MergedModel, merge_model
     from loraformat.merging.unmerging import Undone
     from loraformat.plan import Plan
     from loraformat.problems import Problem
@@ -46,6 +47,7 @@ __all__ = [
     "Initialisation",
     "InputError",
     "LoraformatError",
+    "MergedModel",
     "MergedState",
     "OutputError",
     "Plan",
@@ -71,6 +73,7 @@ __all__ = [
     "merge",
     "merge_each",
     "merge_into",
+    "merge_model",
     "merge_state_dict",
     "plan_conversion",
     "plan_merge",
@@ -100,6 +103,7 @@ _HOMES = {
     "loraformat.inspection": ("AdapterInspection", "BaseInspection"),
     "loraformat.merging": ("merge", "merge_each", "merge_into", "plan_merge", "resolve_targets", "unmerge", "verify"),
     "loraformat.merging.in_memory": ("MergedState", "merge_state_dict"),
+    "loraformat.merging.model_in_memory": ("MergedModel", "merge_model"),
     "loraformat.merging.unmerging": ("Undone",),
     "loraformat.plan": ("Plan",),
     "loraformat.problems": ("Problem",),

@@ -144,6 +144,22 @@ class StateOptions(AdapterOptions, HintOptions, NumberWishes, EffortOptions, tot
     warn_retained: float
 
 
+class ModelOptions(AdapterOptions, HintOptions, NumberWishes, EffortOptions, total=False):
+    """What a merge into an ONNX model in memory depends on besides the model and adapters.
+
+    Attributes:
+        base_dir: the folder that its external data are looked for in.
+        new_biases: as in `PlanOptions`.
+        min_retained: as in `WorkOptions`.
+        warn_retained: as in `WorkOptions`.
+    """
+
+    base_dir: StrPath | None
+    new_biases: bool
+    min_retained: float
+    warn_retained: float
+
+
 class VerifyOptions(AdapterOptions, HintOptions, EffortOptions, total=False):
     """What a verification depends on besides models and adapters.
 

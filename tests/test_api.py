@@ -107,6 +107,7 @@ OPTIONS: dict[str, tuple[Any, int]] = {
     "merge_each": (loraformat.merge_each, 3),
     "merge_into": (loraformat.merge_into, 2),
     "merge_state_dict": (loraformat.merge_state_dict, 2),
+    "merge_model": (loraformat.merge_model, 2),
     "resolve_targets": (loraformat.resolve_targets, 2),
     "verify": (loraformat.verify, 3),
     "unmerge": (loraformat.unmerge, 1),

@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 
 import loraformat
+from graphs import linear_net
 from loraformat import runtime
-from models import make_state, write_adapter, write_base
+from models import make_state, make_weights, write_adapter, write_base
+
+
+def make_model() -> Any:
+    return linear_net(make_weights()).model()
+
 
 CALLS: dict[str, Callable[..., Any]] = {
     "plan_merge": lambda base, adapter, out, **o: loraformat.plan_merge(base, adapter, out, **o),
@@ -16,6 +22,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "merge_each": lambda base, adapter, out, **o: loraformat.merge_each(base, adapter, out, **o),
     "merge_into": lambda base, adapter, out, **o: loraformat.merge_into(base, adapter, **o),
     "merge_state_dict": lambda base, adapter, out, **o: loraformat.merge_state_dict(make_state(), adapter, **o),
+    "merge_model": lambda base, adapter, out, **o: loraformat.merge_model(make_model(), adapter, **o),
 }
 OTHERS: dict[str, Callable[..., Any]] = {
     "verify": lambda base, adapter, out, **o: loraformat.verify(base, base, adapter, **o),

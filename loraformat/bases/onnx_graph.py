@@ -71,7 +71,7 @@ class OnnxGraph(Checksums):
     folder_mark = ""
     rewriter = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | InputFile) -> None:
         self._opened: OnnxFile = open_onnx(path)
         self.path = self._opened.path
         self._tensors = _list_tensors(self._opened)
