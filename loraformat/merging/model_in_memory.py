@@ -21,8 +21,8 @@ from loraformat.arguments import (
 )
 from loraformat.arrays import Bytes, HeldFile
 from loraformat.bases.onnx_graph import OnnxGraph
-from loraformat.containers._onnx_external import read_external
-from loraformat.containers._onnx_tensors import iterate_tensors
+from loraformat.containers._onnx.external import read_external
+from loraformat.containers._onnx.tensors import iterate_tensors
 from loraformat.containers.onnx_file import open_onnx
 from loraformat.engine import carry_out
 from loraformat.engine.jobs import Assignment
