@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from loraformat.dtypes import Dtype
 from loraformat.fingerprint import Fingerprint
+from loraformat.frozen_mapping import FrozenMapping
 from loraformat.limits import STREAM_BYTES
 from loraformat.problems import Problem
 from loraformat.strict_json import JsonValue
@@ -139,7 +140,7 @@ class Target:
     rank: int
     scaling: Scaling
     fingerprint: Fingerprint | None = None
-    options: Mapping[str, JsonValue] = field(default_factory=dict)
+    options: Mapping[str, JsonValue] = field(default_factory=FrozenMapping)
 
     def __repr__(self) -> str:
         """Say what it is in one line."""
@@ -195,8 +196,8 @@ class Adapter:
     scheme: str = "native"
     source: str = ""
     sha256: str = ""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=FrozenMapping)
+    provenance: Mapping[str, Any] = field(default_factory=FrozenMapping)
     problems: tuple[Problem, ...] = ()
     absorbed: tuple[Factor, ...] = ()
 

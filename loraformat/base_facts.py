@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
+from loraformat.frozen_mapping import FrozenMapping
 from loraformat.strict_json import JsonValue
 
 
@@ -23,10 +23,10 @@ class BaseFacts:
 
     source: str = ""
     modules: frozenset[str] = frozenset()
-    counts: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=FrozenMapping)
     architecture: str = ""
-    config: Mapping[str, JsonValue] = field(default_factory=dict)
-    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    config: Mapping[str, JsonValue] = field(default_factory=FrozenMapping)
+    kernels: Mapping[str, tuple[int, ...]] = field(default_factory=FrozenMapping)
 
     def complete(self, other: "BaseFacts") -> "BaseFacts":
         """Return these facts, and the other's where there are none."""
@@ -48,7 +48,7 @@ class BaseFacts:
 
 NO_FACTS = BaseFacts()
 
-_COUNT_FIELDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+_COUNT_FIELDS: Mapping[str, tuple[str, ...]] = FrozenMapping(
     {
         "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
         "kv_heads": ("num_key_value_heads", "n_kv_heads", "n_query_groups", "num_query_groups"),

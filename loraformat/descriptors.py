@@ -61,6 +61,11 @@ class Descriptor:
                 if not self._readers:
                     _POOL.rest(self)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes up a descriptor of the process."""
+        return bool(self._opened)
+
     def pin(self) -> int:
         """Return the descriptor, open as long as the file is."""
         with _POOL.lock:
@@ -87,13 +92,19 @@ class _Pool:
     """The descriptors that are open and that nobody reads from, the one that has rested longest first."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()  # The collector may close a file in a thread that holds it.
+        self.lock = threading.RLock()  # A handler of a signal may read in a thread that holds it.
         self.idle: OrderedDict[Descriptor, None] = OrderedDict()
 
     def rest(self, descriptor: Descriptor) -> None:
-        """Add a descriptor, and close those that have rested longest; the caller holds the lock."""
+        """Add a descriptor, and close the one that has rested longest if there are too many; the caller holds the lock.
+
+        Those that were shut meanwhile, by whom the collector told to, leave only here: it may come at any moment.
+        """
         self.idle[descriptor] = None
-        while len(self.idle) > MAX_IDLE_DESCRIPTORS:
+        if len(self.idle) > MAX_IDLE_DESCRIPTORS:
+            for shut in [each for each in self.idle if not each.is_open]:
+                del self.idle[shut]
+        if len(self.idle) > MAX_IDLE_DESCRIPTORS:
             self.idle.popitem(last=False)[0].shut()
 
     def renew(self) -> None:

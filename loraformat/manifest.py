@@ -8,12 +8,12 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from loraformat.adapter import Adapter, BaseBinding, Scaling, ScalingRule, SlotKind, Target
 from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.fingerprint import SAMPLES, Fingerprint
+from loraformat.frozen_mapping import FrozenMapping
 from loraformat.limits import MAX_DIMS
 from loraformat.problems import Problem
 from loraformat.strict_json import JsonValue, parse_json_object, write_canonical
@@ -43,13 +43,13 @@ class TargetEntry:
     scaling: Scaling
     fingerprint: Fingerprint | None
     options: Mapping[str, JsonValue]
-    shared: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=FrozenMapping)
 
 
 Shared = Mapping[str, Mapping[str, str]]
 """Target to the roles whose tensors are stored with another target, each with that target's name."""
 
-NOT_SHARED: Final[Shared] = MappingProxyType({})
+NOT_SHARED: Final[Shared] = FrozenMapping()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from loraformat.errors import refuse
+from loraformat.frozen_mapping import FrozenMapping
 from loraformat.limits import MAX_SAFETENSORS_HEADER_BYTES
 from loraformat.problems import Problem, count_problems
 from loraformat.strict_json import as_object, write_canonical
@@ -95,7 +96,7 @@ class Receipt:
     problems: tuple[Problem, ...] = ()
     parent: Mapping[str, Any] | None = None
     room_bytes: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=FrozenMapping)
 
     def __repr__(self) -> str:
         """Say what it is in one line."""

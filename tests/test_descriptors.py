@@ -112,3 +112,13 @@ def test_a_copy_is_the_file_and_a_pickle_opens_it_again(tmp_path: Path) -> None:
     with pytest.raises(LoraformatError) as caught:
         pickle.loads(data)
     assert caught.value.codes == ("LF906",)
+
+
+def test_files_that_are_closed_push_none_out(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_bytes(b"kept")
+    (tmp_path / "passing").write_bytes(b"passing")
+    kept = InputFile(tmp_path / "kept")
+    for _ in range(MAX_IDLE_DESCRIPTORS + 50):
+        InputFile(tmp_path / "passing").close()
+    (tmp_path / "kept").unlink()
+    assert kept.read(0, 4) == b"kept"

@@ -29,6 +29,7 @@ from loraformat.algebra._targets import (
     round_once,
 )
 from loraformat.dtypes import Dtype
+from loraformat.frozen_mapping import FrozenMapping
 
 _HALF: Final = 16
 DIFFERENCE: Final = "diff"
@@ -90,7 +91,7 @@ def concatenate(shares: Sequence[Share]) -> Target:
     bias = add_biases(shares, unit)
     if bias is not None:
         factors[BIAS] = bias
-    return replace(first, factors=factors, rank=rank, scaling=Scaling(ScalingRule.MULTIPLIER, unit))
+    return replace(first, factors=FrozenMapping(factors), rank=rank, scaling=Scaling(ScalingRule.MULTIPLIER, unit))
 
 
 def add_biases(shares: Sequence[Share], unit: float) -> MadeFactor | None:
@@ -102,7 +103,7 @@ def add_differences(shares: Sequence[Share]) -> Target:
     """Return Σ cᵢDᵢ of differences that were saved as a whole; what some lack is summed over the rest."""
     first = shares[0][0]
     roles = sorted({role for target, _ in shares for role in target.factors})
-    factors = {role: _add_role(shares, role, 1.0) for role in roles}
+    factors = FrozenMapping({role: _add_role(shares, role, 1.0) for role in roles})
     return replace(first, factors=factors, scaling=Scaling(ScalingRule.MULTIPLIER, 1.0))
 
 
@@ -169,7 +170,7 @@ def blend_values(shares: Sequence[Share]) -> Target:
         role: _blend(f"{first.name}.{role}", [target.factors[role] for target, _ in shares], parts, whole)
         for role in first.factors
     }
-    return replace(first, factors=factors, scaling=Scaling(ScalingRule.MULTIPLIER, whole))
+    return replace(first, factors=FrozenMapping(factors), scaling=Scaling(ScalingRule.MULTIPLIER, whole))
 
 
 def _blend(name: str, values: Sequence[Factor], parts: Sequence[float], whole: float) -> MadeFactor:

@@ -12,6 +12,7 @@ from loraformat.adapter import Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.algebra._lowrank import Truncated
 from loraformat.dtypes import BY_NAME, Dtype
 from loraformat.errors import refuse
+from loraformat.frozen_mapping import FrozenMapping
 from loraformat.kinds import KINDS, AdditiveKind, Change, Delta, Nature
 from loraformat.spans import InputFile
 
@@ -160,8 +161,8 @@ def with_factors(target: Target, truncated: Truncated, form: Dtype, bias: Factor
     return replace(
         target,
         kind=LORA,
-        factors=factors | ({} if bias is None else {BIAS: bias}),
+        factors=FrozenMapping(factors | ({} if bias is None else {BIAS: bias})),
         rank=rank,
         scaling=Scaling(ScalingRule.ALPHA_OVER_RANK, float(rank)),
-        options={},
+        options=FrozenMapping(),
     )

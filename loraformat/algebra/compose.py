@@ -17,6 +17,7 @@ from loraformat.algebra.methods import METHODS, Elementwise, Linear, Method, pai
 from loraformat.algebra.reduction import Reduction
 from loraformat.dtypes import BY_NAME
 from loraformat.errors import error_for
+from loraformat.frozen_mapping import FrozenMapping
 from loraformat.kinds import Delta, Nature
 from loraformat.problems import Problem
 from loraformat.strict_json import JsonValue, write_canonical
@@ -265,4 +266,4 @@ def _describe(recipe: Recipe, adapters: Sequence[Adapter], weights: Sequence[flo
         record["rank"] = recipe.cut.rank
     if recipe.cut.rule is not None:
         record[recipe.cut.rule] = recipe.cut.threshold
-    return shared | {RECORD_KEY: write_canonical(record).decode("utf-8")}
+    return FrozenMapping(shared | {RECORD_KEY: write_canonical(record).decode("utf-8")})

@@ -11,6 +11,7 @@ from loraformat.apply.side_receipt import name_side_receipt
 from loraformat.apply.undo import name_undo
 from loraformat.bases import BaseModel, DataFileBase
 from loraformat.errors import refuse
+from loraformat.frozen_mapping import FrozenMapping
 from loraformat.images import FileImage
 from loraformat.outputs import PendingOutput, check_output, name_part, output_errors, remove
 
@@ -37,7 +38,7 @@ class Place:
     force: bool
     durable: bool
     resume: str | None = None
-    links: Mapping[Path, Path] = field(default_factory=dict)
+    links: Mapping[Path, Path] = field(default_factory=FrozenMapping)
 
     def check(self) -> None:
         """Refuse an output that would destroy something; makes nothing."""

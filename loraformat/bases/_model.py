@@ -8,6 +8,7 @@ from typing import Any, Final, Protocol
 from loraformat.adapter import SlotKind
 from loraformat.dtypes import Dtype
 from loraformat.encodings import Coding
+from loraformat.frozen_mapping import FrozenMapping
 from loraformat.images import FileImage, NewOutput, OutputTensor
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Part, Span, StoredTensor
@@ -126,8 +127,8 @@ class NewContents:
     """
 
     tensors: Sequence[OutputTensor]
-    config_changes: Mapping[str, JsonValue] = field(default_factory=dict)
-    replaced_files: Mapping[str, InputFile] = field(default_factory=dict)
+    config_changes: Mapping[str, JsonValue] = field(default_factory=FrozenMapping)
+    replaced_files: Mapping[str, InputFile] = field(default_factory=FrozenMapping)
 
 
 class Rewriter(Protocol):

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loraformat.adapter import Factor, ScalingRule, SlotKind, Target
+from loraformat.frozen_mapping import FrozenMapping
 from loraformat.kinds import FLOATS, REST, UNKNOWN, Change, Delta, Nature, RoleSet
 from loraformat.kinds._axes import Axes, Layout, bind_axes, check_factors, count_rank, merge_role_sets
 from loraformat.kinds._matrices import Values
@@ -66,7 +66,7 @@ def one_of(*values: str) -> Option:
 
 def name_options(**options: Option) -> Mapping[str, Option]:
     """Return options by name."""
-    return options
+    return FrozenMapping(options)
 
 
 class FactoredKind:
@@ -85,7 +85,7 @@ class FactoredKind:
     formula: ClassVar[str]
     source: ClassVar[str]
     layouts: ClassVar[tuple[Layout, ...]]
-    options: ClassVar[Mapping[str, Option]] = MappingProxyType({})
+    options: ClassVar[Mapping[str, Option]] = FrozenMapping()
     is_scaled: ClassVar[bool] = True
     rank_axis: ClassVar[str] = "rank"
     is_flat: ClassVar[bool] = False

@@ -9,7 +9,7 @@ from typing import Final
 from loraformat.adapter import Adapter, Factor, SlotKind
 from loraformat.base_facts import NO_FACTS, BaseFacts, read_facts
 from loraformat.bases import BASES, TENSOR_NAME, BaseFormat, BaseModel, ToldBase, ViewedBase
-from loraformat.derived import NewFactor, find_origins
+from loraformat.derived import find_origins
 from loraformat.errors import LoraformatError, error_for, refuse
 from loraformat.files import find_snapshot
 from loraformat.loading.adapter_folders import (

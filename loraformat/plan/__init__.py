@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 from loraformat.adapter import Adapter
 from loraformat.bases import AddedBias, WeightCopy, WeightFloats
 from loraformat.dtypes import BY_NAME
+from loraformat.frozen_mapping import FrozenMapping
 from loraformat.plan.weights import PlannedWeight
 from loraformat.problems import Problem, count_problems, escape_surrogates
 from loraformat.strict_json import JsonValue, as_object, write_canonical
@@ -66,9 +67,9 @@ class Plan:
     weights: tuple[PlannedWeight, ...]
     unmatched: tuple[str, ...]
     problems: tuple[Problem, ...]
-    config_changes: Mapping[str, JsonValue] = field(default_factory=dict)
+    config_changes: Mapping[str, JsonValue] = field(default_factory=FrozenMapping)
     rewritten: bool = False
-    options: Mapping[str, JsonValue] = field(default_factory=dict)
+    options: Mapping[str, JsonValue] = field(default_factory=FrozenMapping)
 
     def __repr__(self) -> str:
         """Say what it is in one line."""

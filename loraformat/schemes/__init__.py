@@ -8,6 +8,7 @@ from typing import Final, Protocol, runtime_checkable
 from loraformat.adapter import Adapter, Factor, SlotKind
 from loraformat.base_facts import NO_FACTS, BaseFacts
 from loraformat.errors import refuse
+from loraformat.frozen_mapping import FrozenMapping
 from loraformat.problems import Problem
 from loraformat.registry import Registry
 from loraformat.strict_json import JsonValue
@@ -29,7 +30,7 @@ class Bundle:
 
     path: Path
     tensors: Mapping[str, Factor]
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=FrozenMapping)
     config: Mapping[str, JsonValue] | None = None
     facts: BaseFacts = NO_FACTS
     beside: frozenset[str] = frozenset()
@@ -128,11 +129,11 @@ class WrittenBundle:
     """
 
     tensors: Mapping[str, Factor]
-    metadata: Mapping[str, JsonValue] = field(default_factory=dict)
+    metadata: Mapping[str, JsonValue] = field(default_factory=FrozenMapping)
     config: Mapping[str, JsonValue] | None = None
     container: str = "safetensors"
     file_name: str = ""
-    other_files: Mapping[str, str] = field(default_factory=dict)
+    other_files: Mapping[str, str] = field(default_factory=FrozenMapping)
     config_name: str = ""
     problems: tuple[Problem, ...] = ()
     stated: StatedScale = NOT_STATED

@@ -12,6 +12,7 @@ from typing import Final
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, Target
 from loraformat.base_facts import BaseFacts
 from loraformat.derived import derive
+from loraformat.frozen_mapping import FrozenMapping
 from loraformat.operations import Pad
 from loraformat.problems import Problem
 from loraformat.rescaling import rescale
@@ -118,7 +119,7 @@ class FiledScheme(TableScheme):
 
     container: str = "safetensors"
     file_name: str = ""
-    other_files: Mapping[str, str] = field(default_factory=dict)
+    other_files: Mapping[str, str] = field(default_factory=FrozenMapping)
     config_name: str = ""
     annotates: bool = True
 
