@@ -4,8 +4,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -44,36 +43,26 @@ class Descriptor:
         with _POOL.lock:
             _POOL.rest(self)
 
-    @contextmanager
-    def borrow(self) -> Iterator[int]:
-        """Give the descriptor, open until the context is left; LF906 when the file is no longer the same."""
-        with _POOL.lock:
-            if not self._opened:
-                self._opened.append(self._reopen())
-            descriptor = self._opened[0]
-            self._readers += 1
-            _POOL.idle.pop(self, None)
-        try:
-            yield descriptor
-        finally:
-            with _POOL.lock:
-                self._readers -= 1
-                if not self._readers:
-                    _POOL.rest(self)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it takes up a descriptor of the process."""
-        return bool(self._opened)
-
-    def pin(self) -> int:
-        """Return the descriptor, open as long as the file is."""
+    def take(self) -> int:
+        """Return the descriptor, open until it is put back; LF906 when the file is no longer the same."""
         with _POOL.lock:
             if not self._opened:
                 self._opened.append(self._reopen())
             self._readers += 1
             _POOL.idle.pop(self, None)
             return self._opened[0]
+
+    def put_back(self) -> None:
+        """Say that what was taken is not read from any more."""
+        with _POOL.lock:
+            self._readers -= 1
+            if not self._readers:
+                _POOL.rest(self)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes up a descriptor of the process."""
+        return bool(self._opened)
 
     def shut(self) -> None:
         """Close it, if it is open; whoever reads from it afterwards opens it again."""

@@ -95,8 +95,8 @@ class InputFile:
 
     @property
     def descriptor(self) -> int:
-        """The open descriptor, for copying between files."""
-        return self._opened.pin()
+        """The open descriptor, for copying between files; it stays open as long as the file is."""
+        return self._opened.take()
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -112,8 +112,11 @@ class InputFile:
     def read_into(self, buffer: memoryview | NDArray[Any], offset: int) -> None:
         """Fill `buffer` from `offset`; LF906 when the file no longer has the bytes."""
         view = buffer.cast("B") if isinstance(buffer, memoryview) else buffer.data.cast("B")
-        with self._opened.borrow() as descriptor:
+        descriptor = self._opened.take()
+        try:
             self._read_view(descriptor, view, offset)
+        finally:
+            self._opened.put_back()
 
     def _read_view(self, descriptor: int, view: memoryview, offset: int) -> None:
         done = 0
@@ -130,9 +133,12 @@ class InputFile:
 
     def check_unchanged(self) -> None:
         """Raise LF906 when size, time of change or identity differ from when the file was opened."""
-        with self._opened.borrow() as descriptor:
+        descriptor = self._opened.take()
+        try:
             if read_state(descriptor) != self._opened.state:
                 raise refuse_changed(self.path)
+        finally:
+            self._opened.put_back()
 
 
 def _open_again(path: Path, known: tuple[int, int]) -> InputFile:
