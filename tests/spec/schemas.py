@@ -33,7 +33,7 @@ def close(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     closed = {name: close(item) for name, item in value.items()}
-    if "properties" in closed and closed.get("type") == "object" and "additionalProperties" not in closed:
+    if "properties" in closed and "object" in closed.get("type", ()) and "additionalProperties" not in closed:
         closed["additionalProperties"] = False
     return closed
 
