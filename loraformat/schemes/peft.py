@@ -94,7 +94,7 @@ class Peft:
     title = "PEFT: adapter_config.json and adapter_model.safetensors"
     names = "peft"
     holds = Holds(
-        kinds=frozenset({row.kind for row in TABLE.rows} - {BASE, COPY, "kasa"} | {"lora and replace"} | _OTHER_KINDS),
+        kinds=frozenset({row.kind for row in TABLE.rows} - {BASE, COPY} | {"lora and replace"} | _OTHER_KINDS),
         slots=ALL_SLOTS,
     )
 
