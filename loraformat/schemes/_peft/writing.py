@@ -40,6 +40,11 @@ _REGULARISATION: Final[Mapping[str, JsonValue]] = {"beta": 1e-4, "gamma": 1e-3}
 """PEFT's defaults of KaSA's configuration, which only training reads; an empty one is none."""
 _FOR_ALL: Final = {"lora_magnitude_vector": "use_dora", _DIAGONAL: _KASA}
 """Roles that all targets have or none, and the fields that say so."""
+_TRAINED: Final = "base_layer.bias"
+_OF_TARGETS: Final = "lora_only"
+_OF_ALL: Final = "all"
+"""PEFT's words for biases that were trained beside the factors, and for those of other modules too: of a module that is
+listed as saved, PEFT wants every parameter."""
 _EVERYWHERE: Final = "all-linear"
 Targets: TypeAlias = Mapping[str, Target]
 """Targets by the path of their module in the model."""
@@ -118,6 +123,24 @@ def fill_lora(adapter: Adapter, targets: Targets, ends: Mapping[str, str]) -> Fo
     return Folder(tensors | packed.tensors, config, against)
 
 
+def is_saved_alone(adapter: Adapter) -> bool:
+    """Say whether an adapter only replaces weights and biases: as LORA, without a factor, PEFT does not load it."""
+    kinds = {target.kind for target in adapter.targets}
+    roles = {role for target in adapter.targets for role in target.factors}
+    return kinds == {REPLACE} and roles <= {"weight", "bias"} and not find_raw(adapter)
+
+
+def fill_saved(adapter: Adapter, targets: Targets) -> Folder:
+    """Return the folder of `peft_type` LN_TUNING, which has trained copies of modules of whatever class."""
+    tensors = {
+        f"{name}.ln_tuning_layers.{role}": factor
+        for name, target in targets.items()
+        for role, factor in target.factors.items()
+    }
+    own: dict[str, JsonValue] = {"peft_type": "LN_TUNING", "target_modules": sorted(targets), "modules_to_save": None}
+    return Folder(tensors, begin_config(adapter) | own, [])
+
+
 def find_raw(adapter: Adapter) -> Mapping[str, Any]:
     """Return the configuration that an adapter came with; empty where it came without."""
     raw = adapter.provenance.get("peft")
@@ -176,8 +199,14 @@ def _write_config(adapter: Adapter, kept: Mapping[str, Any], packed: Packed) -> 
         for name, target in packed.plain.items()
         if "token_indices" in target.options
     }
-    saved = sorted(name for name, target in packed.plain.items() if not target.rank and target.kind == "replace")
+    whole = {name: target for name, target in packed.plain.items() if not target.rank and target.kind == REPLACE}
+    biases = {name for name, target in whole.items() if set(target.factors) == {"bias"}}
+    saved = sorted(whole.keys() - biases if low_rank else whole)
     extra: dict[str, JsonValue] = {"modules_to_save": saved or None}
+    if low_rank and biases:
+        extra["bias"] = _OF_ALL
+    elif any(_TRAINED in target.factors for target in low_rank.values()):
+        extra["bias"] = _OF_TARGETS
     if _has_diagonal(low_rank):
         extra[_KASA] = kept.get(_KASA) or dict(_REGULARISATION)
     elif kept.get(_KASA):
