@@ -94,7 +94,7 @@ class Peft:
     title = "PEFT: adapter_config.json and adapter_model.safetensors"
     names = "peft"
     holds = Holds(
-        kinds=frozenset({row.kind for row in TABLE.rows} - {BASE, COPY, "kasa"} | {"lora and replace"} | _OTHER_KINDS),
+        kinds=frozenset({row.kind for row in TABLE.rows} - {BASE, COPY} | {"lora and replace"} | _OTHER_KINDS),
         slots=ALL_SLOTS,
     )
 
@@ -160,9 +160,11 @@ class Peft:
         # here: what only writes is much, and most adapters are only read
         from loraformat.schemes._engine import check_holds
         from loraformat.schemes._peft.other import fill_other, find_type
-        from loraformat.schemes._peft.writing import fill_lora, write_folder
+        from loraformat.schemes._peft.writing import fill_lora, fill_saved, is_saved_alone, write_folder
 
         against = check_holds(self.name, self.holds, adapter)
+        if is_saved_alone(adapter):
+            return write_folder(adapter, fill_saved, against)
         other = find_type(adapter, TYPES)
         if other is not None:
             return write_folder(adapter, lambda of, targets: fill_other(of, targets, other, TYPES[other]), against)

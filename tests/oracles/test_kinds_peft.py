@@ -240,11 +240,9 @@ def test_in_a_graph(lab: "Lab", tmp_path: Path, model: str, kind: str, exporter:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("specimen", ["vera", "vera turned", "vera drawn", "pvera", "vblora", "unilora"])
-def test_what_all_targets_share_is_written_as_peft_reads_it(
-    trained: "Callable[[str], Trained]", tmp_path: Path, specimen: str
-) -> None:
-    """By way of our own file, which stores it once as well."""
+@pytest.mark.parametrize("specimen", names())
+def test_it_is_written_as_peft_reads_it(trained: "Callable[[str], Trained]", tmp_path: Path, specimen: str) -> None:
+    """By way of our own file, which stores what targets share once as well."""
     import peft
     import torch
     from kind_zoo import SPECIMENS, Parts, make_inputs, run
@@ -253,6 +251,11 @@ def test_what_all_targets_share_is_written_as_peft_reads_it(
     left, form = trained(specimen), SPECIMENS[specimen].form
     own = loraformat.save(loraformat.load(left.folder), tmp_path / "adapter.safetensors")
     loraformat.convert(own, "peft", tmp_path / "again")
+    stored, written = (load_file(folder / "adapter_model.safetensors") for folder in (left.folder, tmp_path / "again"))
+    assert written.keys() == stored.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in stored.items())
+    if specimen == "vblora topk":  # PEFT itself does not read it in float64.
+        return
     model = Parts().to(form).eval()
     model.load_state_dict(load_file(left.base))
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "again", autocast_adapter_dtype=False).to(form).eval()

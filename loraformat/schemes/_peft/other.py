@@ -9,15 +9,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-import numpy as np
-
 from loraformat.adapter import Adapter, Factor, ScalingRule, Target
 from loraformat.errors import LoraformatError
 from loraformat.problems import Problem
 from loraformat.schemes._lora_config import exact_pattern
 from loraformat.schemes._peft.config import PeftConfig
-from loraformat.schemes._peft.groups import REPLACE, SHARED
+from loraformat.schemes._peft.groups import REPLACE
 from loraformat.schemes._peft.kronecker import stated_rank
+from loraformat.schemes._peft.order import take_once
 from loraformat.schemes._peft.type import PeftType
 from loraformat.schemes._peft.writing import Folder, begin_config, find_raw, is_covered, place
 from loraformat.strict_json import JsonValue
@@ -41,12 +40,11 @@ def find_type(adapter: Adapter, types: Mapping[str, PeftType]) -> str | None:
 def fill_other(adapter: Adapter, targets: Targets, name: str, row: PeftType) -> Folder:
     """Return the folder of `peft_type` `name` for targets by the path of their module."""
     where = adapter.source or "the adapter"
-    if row.is_sharing:
-        return Folder({}, {}, [Problem("LF312", where, f"peft_type {name!r}", "a type whose factors are stored once")])
     raw = find_raw(adapter)
     own = ("weight", "bias", BASE_BIAS) if raw.get("bias", "none") != "none" else ("weight", "bias")
     tensors, problems = place(targets, {role: role for role in own} | {role: end for end, role in row.roles.items()})
-    shared, torn = _take_shared(tensors, row)
+    stow = row.stow or take_once(row.shared)
+    shared, torn = stow(tensors, PeftConfig(raw, "adapter_config.json", True))
     problems += torn
     if raw and not _find_against(row, raw, targets):
         return Folder(tensors, dict(raw), problems, shared)
@@ -57,20 +55,6 @@ def fill_other(adapter: Adapter, targets: Targets, name: str, row: PeftType) -> 
     factored = {each: target for each, target in targets.items() if target.kind != REPLACE}
     against = row.complete(factored, config) or _find_against(row, config, targets)
     return Folder(tensors, config, [*problems, *against])
-
-
-def _take_shared(tensors: dict[str, Factor], row: PeftType) -> tuple[dict[str, Factor], list[Problem]]:
-    """Take what all targets share out of their tensors; return it, and the roles in which they do not agree."""
-    shared: dict[str, Factor] = {}
-    problems: list[Problem] = []
-    for role in row.shared:
-        keys = [key for key in tensors if key.endswith(f".{role}")]
-        own = [*{id(factor): factor for factor in map(tensors.pop, keys)}.values()]
-        if len(own) > 1 and not all(np.array_equal(own[0].read(), other.read()) for other in own[1:]):
-            problems.append(Problem("LF312", keys[0], f"{len(own)} tensors of {role}", "one that all targets share"))
-        if own:
-            shared[f"{SHARED}.{role}"] = own[0]
-    return shared, problems
 
 
 def _find_against(row: PeftType, fields: Mapping[str, Any], targets: Targets) -> list[Problem]:

@@ -30,6 +30,8 @@ _REPLACED: Final = (
 Factors = Mapping[str, Factor]
 Options = Callable[[PeftConfig, str, Factors], Mapping[str, JsonValue]]
 """Configuration, target and factors to the target's options."""
+Stow = Callable[[dict[str, Factor], "PeftConfig"], tuple[dict[str, Factor], list[Problem]]]
+"""Tensors by key, from which it takes what is stored elsewhere, and configuration to what was taken, by whole key."""
 Complete = Callable[[Mapping[str, Target], dict[str, JsonValue]], Sequence[Problem]]
 """Targets and the configuration that is made for them to what stands against it."""
 
@@ -71,9 +73,8 @@ class PeftType:
         obstacles: fields under which it cannot be merged.
         drawn: roles that all targets share, and that are drawn again from a seed where they were not saved.
         shared: roles that all targets share, which PEFT stores once.
-        is_sharing: whether targets share factors that are stored in another way: of a name for each group, or again at
-            every target.
         arrange: gives targets what they share in groups, each under a name of its own.
+        stow: takes it out of their tensors again, to be written; None for what all targets share.
         complete: adds to a configuration made for targets what a type with rank and alpha has besides, and returns what
             PEFT cannot hold; None for a type that is only written with the configuration it came with.
     """
@@ -91,8 +92,8 @@ class PeftType:
     obstacles: Sequence["Barrier"] = ()
     drawn: Sequence[str] = ()
     shared: Sequence[str] = ()
-    is_sharing: bool = False
     arrange: Callable[[Factors, PeftConfig], Factors | Problem] = field(default=lambda tensors, config: tensors)
+    stow: Stow | None = None
     complete: Complete | None = None
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from loraformat.schemes._peft.kronecker import complete_lokr
-from loraformat.schemes._peft.order import give_factors, give_vectors
+from loraformat.schemes._peft.order import give_factors, give_vectors, take_factors, take_once, take_vectors
 from loraformat.schemes._peft.readings import (
     choose_miss,
     complete_loha,
@@ -116,7 +116,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         rank=(("randlora_lambda", 0),),
         alpha="randlora_alpha",
         obstacles=(_NOT_SAVED,),
-        is_sharing=True,
+        stow=take_once(("randlora_A", "randlora_B"), is_left=True),
     ),
     "VBLORA": PeftType(
         "vblora",
@@ -191,7 +191,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         _same("frod_V", "frod_lambda_l", "frod_lambda_s_values", "frod_s_indices", "frod_s_size"),
         obstacles=(_NOT_SAVED,),
         arrange=give_factors,
-        is_sharing=True,
+        stow=take_factors,
     ),
     "BEFT": PeftType("beft", _same("beft_bias")),
     "LN_TUNING": PeftType(
@@ -204,7 +204,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         rank=(("tinylora_P", 1),),
         obstacles=(_NOT_SAVED,),
         arrange=give_vectors,
-        is_sharing=True,
+        stow=take_vectors,
     ),
     "SUPERTUNING": PeftType(
         "supertuning",

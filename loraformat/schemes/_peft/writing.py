@@ -34,6 +34,17 @@ _SURE_OF_SIDES: Final = "0.19.1"
 """The first PEFT that reads packed parameters by the module, not by the place of their axes."""
 _OWN_TYPES: Final = ("LORA", "TRAINABLE_TOKENS")
 _FLAGS: Final = ("use_dora", "lora_bias", "fan_in_fan_out")
+_KASA: Final = "kasa_config"
+_DIAGONAL: Final = "lora_diag"
+_REGULARISATION: Final[Mapping[str, JsonValue]] = {"beta": 1e-4, "gamma": 1e-3}
+"""PEFT's defaults of KaSA's configuration, which only training reads; an empty one is none."""
+_FOR_ALL: Final = {"lora_magnitude_vector": "use_dora", _DIAGONAL: _KASA}
+"""Roles that all targets have or none, and the fields that say so."""
+_TRAINED: Final = "base_layer.bias"
+_OF_TARGETS: Final = "lora_only"
+_OF_ALL: Final = "all"
+"""PEFT's words for biases that were trained beside the factors, and for those of other modules too: of a module that is
+listed as saved, PEFT wants every parameter."""
 _EVERYWHERE: Final = "all-linear"
 Targets: TypeAlias = Mapping[str, Target]
 """Targets by the path of their module in the model."""
@@ -108,7 +119,26 @@ def fill_lora(adapter: Adapter, targets: Targets, ends: Mapping[str, str]) -> Fo
         kept = {name: value for name, value in kept.items() if name != "use_bdlora"}
     tensors, problems = place(packed.plain, ends)
     config = _write_config(adapter, kept, packed)
-    return Folder(tensors | packed.tensors, config, [*_find_slices(adapter, kept), *packed.problems, *problems])
+    against = [*_find_slices(adapter, kept), *_find_uneven(packed.plain), *packed.problems, *problems]
+    return Folder(tensors | packed.tensors, config, against)
+
+
+def is_saved_alone(adapter: Adapter) -> bool:
+    """Say whether an adapter only replaces weights and biases: as LORA, without a factor, PEFT does not load it."""
+    kinds = {target.kind for target in adapter.targets}
+    roles = {role for target in adapter.targets for role in target.factors}
+    return kinds == {REPLACE} and roles <= {"weight", "bias"} and not find_raw(adapter)
+
+
+def fill_saved(adapter: Adapter, targets: Targets) -> Folder:
+    """Return the folder of `peft_type` LN_TUNING, which has trained copies of modules of whatever class."""
+    tensors = {
+        f"{name}.ln_tuning_layers.{role}": factor
+        for name, target in targets.items()
+        for role, factor in target.factors.items()
+    }
+    own: dict[str, JsonValue] = {"peft_type": "LN_TUNING", "target_modules": sorted(targets), "modules_to_save": None}
+    return Folder(tensors, begin_config(adapter) | own, [])
 
 
 def find_raw(adapter: Adapter) -> Mapping[str, Any]:
@@ -123,6 +153,18 @@ def _find_slices(adapter: Adapter, kept: Mapping[str, Any]) -> list[Problem]:
         return []
     where = adapter.source or "the adapter"
     return [Problem("LF312", where, f"{_SLICES} of the source, whose tensors were taken apart", "plain factors")]
+
+
+def _find_uneven(targets: Targets) -> list[Problem]:
+    """Return the targets without a factor that one field of the configuration gives all: PEFT would make one up."""
+    factored = {name: target for name, target in targets.items() if target.rank}
+    return [
+        Problem("LF312", target.name, f"no {role}", f"one, as other targets have it: {field} is of the whole folder")
+        for role, field in _FOR_ALL.items()
+        if any(role in target.factors for target in factored.values())
+        for target in factored.values()
+        if role not in target.factors
+    ]
 
 
 def _name_modules(adapter: Adapter, problems: list[Problem]) -> dict[str, str]:
@@ -157,8 +199,18 @@ def _write_config(adapter: Adapter, kept: Mapping[str, Any], packed: Packed) -> 
         for name, target in packed.plain.items()
         if "token_indices" in target.options
     }
-    saved = sorted(name for name, target in packed.plain.items() if not target.rank and target.kind == "replace")
+    whole = {name: target for name, target in packed.plain.items() if not target.rank and target.kind == REPLACE}
+    biases = {name for name, target in whole.items() if set(target.factors) == {"bias"}}
+    saved = sorted(whole.keys() - biases if low_rank else whole)
     extra: dict[str, JsonValue] = {"modules_to_save": saved or None}
+    if low_rank and biases:
+        extra["bias"] = _OF_ALL
+    elif any(_TRAINED in target.factors for target in low_rank.values()):
+        extra["bias"] = _OF_TARGETS
+    if _has_diagonal(low_rank):
+        extra[_KASA] = kept.get(_KASA) or dict(_REGULARISATION)
+    elif kept.get(_KASA):
+        extra[_KASA] = None
     if tokens:
         extra["trainable_token_indices"] = tokens
     ranked = low_rank | packed.parameters
@@ -169,6 +221,10 @@ def _write_config(adapter: Adapter, kept: Mapping[str, Any], packed: Packed) -> 
         extra.setdefault("peft_version", kept.get("peft_version") or _SURE_OF_SIDES)
     own: dict[str, JsonValue] = {"peft_type": "LORA"}
     return begin_config(adapter) | dict(kept) | own | numbers | extra
+
+
+def _has_diagonal(targets: Targets) -> bool:
+    return any(_DIAGONAL in target.factors for target in targets.values())
 
 
 def _says_tokens(fields: Mapping[str, Any], targets: Targets) -> bool:
@@ -188,6 +244,7 @@ def says_the_same(fields: Mapping[str, Any], targets: Targets, parameters: Targe
             for name, target in every.items()
         )
         named = all(is_covered(config, name) for name in targets) and _names_parameters(config, parameters)
+        named = named and bool(fields.get(_KASA)) == _has_diagonal(every)
         return numbers and named and all(config.flag(flag) == bool(wanted.get(flag)) for flag in _FLAGS if every)
     except LoraformatError:
         return False
