@@ -33,8 +33,11 @@ _PREFIXES: Final = {
     "": "",
     **{name: name for name in ("transformer", "transformer_2", "unet", "text_encoder", "text_encoder_2")},
 }
-_PAYLOAD: Final = r".*\.(?:hada_\w+|lokr_\w+|oft_blocks|rescale|diff|diff_b|w_norm|b_norm|(?:a1|a2|b1|b2)\.weight)$"
+_PAYLOAD: Final = (
+    r".*\.(?:hada_\w+|lokr_\w+|oft_blocks|oft_R\.\w+|rescale|diff|diff_b|w_norm|b_norm|(?:a1|a2|b1|b2)\.weight)$"
+)
 _TENSOR: Final = r".*\.(?:lora[_.]|hada_|lokr_|diff|oft_|w_norm|b_norm|dora_scale|a1\.|set_weight|on_input$|rescale$)"
+_CONTROL: Final = f"{QUERY_NORM}.scale"
 _BARE: Final = re.compile(rf"{BARE}{BARE_TENSOR}")
 _NATIVE: Final = (
     r"(?:double_blocks|single_blocks|joint_blocks|input_blocks|middle_block|output_blocks|final_layer)(?=\.)"
@@ -54,7 +57,7 @@ class _Dotted(LycorisScheme):
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter, rows of fused q, k and v as other files have them."""
         adapter = super().read(bundle, stated)
-        adapter = pad_first_layer(adapter) if any(key.endswith(f"{QUERY_NORM}.scale") for key in bundle.tensors) else adapter
+        adapter = pad_first_layer(adapter) if any(key.endswith(_CONTROL) for key in bundle.tensors) else adapter
         return stack_heads(adapter) if are_by_heads(bundle.tensors) else adapter
 
     def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
