@@ -62,11 +62,9 @@ _OPEN_CLIP: Final = (
     ("text_encoder", "conditioner.embedders.0"),
     ("text_encoder_2", "conditioner.embedders.1"),
 )
-_LANGUAGE_MODELS: Final = (
-    *("qwen3_06b", "qwen3_4b", "qwen3_8b", "qwen25_3b", "qwen25_7b"),
-    *("gemma2_2b", "gemma3_12b", "llama", "mistral3_24b"),
-)
-"""What ComfyUI calls text encoders that are language models without a head: Anima's, Lumina 2's and others."""
+_ENCODER: Final = re.compile(r"^text_encoders\.[^.]+(?=\.transformer\.)")
+_ANY_ENCODER: Final = "text_encoders.*"
+"""A text encoder in one file, whatever ComfyUI calls its architecture."""
 _BODY: Final = ("layers", "embed_tokens", "norm")
 
 RENAMES: Final = (
@@ -90,7 +88,7 @@ RENAMES: Final = (
         "cond_stage_model.transformer",
         "conditioner.embedders.0.transformer",
         "text_encoders.clip_l.transformer",
-        *(f"text_encoders.{name}.transformer.model" for name in _LANGUAGE_MODELS),
+        f"{_ANY_ENCODER}.transformer.model",  # A language model without a head: Anima's, Lumina 2's and others.
     ),
     Rename("one file", re.compile(r"^text_encoder(?=\.(?:layers\.\d|embed_tokens$))"), "model"),
     *_in_one_file("text_encoder_2", "text_encoders.clip_g.transformer", "text_encoders.t5xxl.transformer"),
@@ -104,8 +102,13 @@ RENAMES: Final = (
 )
 
 
+def generalise(name: str) -> str:
+    """Return a module's name with `*` for what `list_names` leaves open; the name itself where that is nothing."""
+    return _ENCODER.sub(_ANY_ENCODER, name)
+
+
 def list_names(name: str) -> Iterator[str]:
-    """Yield the other names that a module has had, the nearest first; not its own."""
+    """Yield the other names that a module has had, the nearest first; not its own; some as `generalise` has them."""
     seen = {name}
     fresh: list[tuple[str, frozenset[str]]] = [(name, frozenset())]
     while fresh:

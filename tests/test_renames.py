@@ -2,7 +2,7 @@
 
 import pytest
 
-from loraformat.renames import list_names
+from loraformat.renames import generalise, list_names
 
 PAIRS = [
     ("language_model.model.layers.0.q", "model.language_model.layers.0.q"),
@@ -49,3 +49,10 @@ def test_names_that_nobody_changed(name: str) -> None:
 
 def test_a_name_of_many_parts_comes_to_an_end() -> None:
     assert len(list(list_names("model." * 400 + "layers.mlp." * 400 + "x"))) < 50
+
+
+@pytest.mark.parametrize("encoder", ["qwen25_7b", "llama", "an_encoder_of_next_year"])
+def test_a_language_model_in_one_file_is_found_whatever_it_is_called(encoder: str) -> None:
+    name = f"text_encoders.{encoder}.transformer.model.layers.0.mlp.up_proj"
+    assert generalise(name) in list(list_names("text_encoder.layers.0.mlp.up_proj"))
+    assert generalise("text_encoders.transformer.model.layers.0") == "text_encoders.transformer.model.layers.0"

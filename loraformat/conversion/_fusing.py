@@ -33,6 +33,7 @@ _SHARED: Final[Mapping[str, tuple[str, ...]]] = {
     "lora": ("lora_A.weight",),
     "dora": ("lora_A.weight",),
     "loha": ("hada_w1_b", "hada_w2_b"),
+    "onetrainer_oft": ("oft_R.weight",),
 }
 """Kind to the roles that all outputs share."""
 _LOW_RANK: Final = frozenset({"lora", "dora"})
@@ -78,7 +79,9 @@ def split(target: Target, row: ModuleRow, paths: Sequence[str], facts: BaseFacts
     if not divisible or not set(target.factors) <= divisible:
         found = f"factors {', '.join(sorted(target.factors))} of the kind {target.kind!r}"
         return Made(problems=[Problem("LF315", target.name, found, f"factors that split into {len(paths)} parts")])
-    sizes, problem = _divide(row, facts, _count_rows(target), target.name)
+    sizes, problem = [0] * len(paths), None
+    if row_roles(target):  # Without them the parts are all alike, whatever rows they have.
+        sizes, problem = _divide(row, facts, _count_rows(target), target.name)
     if problem:
         return Made(problems=[problem])
     ranks = _find_blocks(target, sizes, known)
@@ -152,7 +155,7 @@ def _take_part(target: Target, name: str, sizes: Sequence[int], ranks: list[int]
     start = sum(sizes[:part])
     factors: dict[str, Factor] = {}
     for role, factor in target.factors.items():
-        if role not in _ROWS[target.kind]:
+        if role not in _ROWS.get(target.kind, ()):
             factors[role] = factor
         else:
             factors[role] = derive(Take(start, start + sizes[part]), factor)

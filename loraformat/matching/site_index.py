@@ -9,7 +9,7 @@ from typing import Final
 
 from loraformat.bases import Site
 from loraformat.limits import NEAR_MISSES
-from loraformat.renames import list_names
+from loraformat.renames import generalise, list_names
 
 _HALVES: Final = frozenset({"encoder", "decoder"})
 _NUMBERED: Final = re.compile(r"\d")
@@ -48,6 +48,10 @@ class SiteIndex:
             if site.module and site.parameter == parameter:
                 self._by_path[site.module].append(site)
         self.paths = sorted(self._by_path)
+        self._by_name: dict[str, list[Site]] = defaultdict(list)
+        for path in self.paths:
+            for name in {path, generalise(path)}:
+                self._by_name[name] += self._by_path[path]
         self._by_end: dict[str, list[str]] = defaultdict(list)
         for path in self.paths:
             for end in _short_ends(path):
@@ -58,7 +62,9 @@ class SiteIndex:
         if name in self._by_path:
             return [Candidate(site, "") for site in self._by_path[name]]
         others = list(list_names(name))
-        renamed = [Candidate(site, f"{RENAMED}{other}") for other in others for site in self._by_path.get(other, ())]
+        renamed = [
+            Candidate(site, f"{RENAMED}{site.module}") for other in others for site in self._by_name.get(other, ())
+        ]
         if renamed:
             return renamed
         found = self._find_nested(name)

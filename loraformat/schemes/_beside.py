@@ -101,6 +101,6 @@ def recall_form(remembered: Mapping[str, JsonValue], name: str) -> Form:
 def parse_form(text: JsonValue, otherwise: Form) -> Form:
     """Return the form that a text of `form_of` says, with sizes of 1; `otherwise` for any other text."""
     dtype, bracket, sizes = text.partition("[") if isinstance(text, str) else ("", "", "")
-    if not bracket or dtype not in BY_NAME or BY_NAME[dtype].family not in ("float", "int", "uint"):
+    if not bracket or dtype not in BY_NAME or BY_NAME[dtype].family not in ("float", "int", "uint", "bool"):
         return otherwise
     return dtype, (1,) * len([size for size in sizes.removesuffix("]").split(",") if size])

@@ -10,7 +10,8 @@ from loraformat.spellings import Reading, read_names
 
 _ENDS: Final = re.compile(
     r"\.(?:lora_(?:A|B|down|up|mid)(?:\.[^.]+)?(?:\.(?:weight|bias))?|lora\.(?:down|up)\.weight|lora_magnitude_vector"
-    r"|alpha|dora_scale|diff|diff_b|reshape_weight|hada_\w+|lokr_\w+|oft_blocks|rescale|(?:a1|a2|b1|b2)\.weight)$"
+    r"|alpha|dora_scale|diff|diff_b|reshape_weight|hada_\w+|lokr_\w+|oft_blocks|oft_R\.weight|rescale"
+    r"|(?:a1|a2|b1|b2)\.weight)$"
 )
 _PREFIXED: Final = ("model.", "lora_", "lycoris_", "oft_")
 """Beginnings of names that no model of a pipeline has, and no table need be asked about."""

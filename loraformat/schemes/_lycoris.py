@@ -19,7 +19,7 @@ from loraformat.schemes._engine import TableScheme
 from loraformat.schemes._groups import TOKEN
 from loraformat.schemes._memory import find_memory
 from loraformat.schemes._naming import BUNDLED
-from loraformat.schemes._options import ON_INPUT
+from loraformat.schemes._options import ON_INPUT, SCALED
 from loraformat.schemes._padding import PADDED, SHAPE, state_shapes, take_shapes
 from loraformat.schemes._table import COLUMN, Row
 
@@ -76,6 +76,8 @@ LYCORIS_ROWS: Final = (
     Row("oft_blocks", "lycoris_oft", "oft_blocks", fits=_is_diagonal),
     Row("oft_blocks", "lycoris_boft", "oft_blocks"),
     Row("rescale", "rescaled", "rescale"),
+    Row("oft_R.weight", "onetrainer_oft", "oft_R.weight"),
+    Row(SCALED, "", SCALED),
     Row("set_weight", "replace", "weight"),
     Row("weight", "lycoris_ia3", "weight"),
     Row(ON_INPUT, "", ON_INPUT),
@@ -86,7 +88,8 @@ LYCORIS_ROWS: Final = (
 
 LYCORIS_KINDS: Final = frozenset(
     {"lora", "locon", "dora", "loha", "lokr", "dora_loha", "dora_lokr", "lycoris_glora", "lycoris_ia3"}
-    | {PADDED, TOKEN, "lycoris_oft", "lycoris_boft", "diff", "replace", "diff and lora", "diff and dora", "diff and locon"}
+    | {"lycoris_oft", "lycoris_boft", "onetrainer_oft", PADDED, TOKEN, "diff", "replace"}
+    | {"diff and lora", "diff and dora", "diff and locon"}
 )
 """What these rows can hold: the kinds, and the kinds that they make together."""
 

@@ -1,8 +1,8 @@
 """LoRAs whose weight has more inputs than the base's: readers fill the base's up with zeros.
 
 ComfyUI does it where `reshape_weight` beside the factors says so, and for BFL's control adapters of FLUX.1, known by
-their norms; diffusers for the first layer of FLUX.1 in every file. Source: comfyanonymous/ComfyUI, comfy/lora_convert.py
-and comfy/weight_adapter/lora.py; huggingface/diffusers 0.42, loaders/lora_pipeline.py.
+their norms; diffusers for the first layer of FLUX.1 in every file. Source: comfyanonymous/ComfyUI,
+comfy/lora_convert.py and comfy/weight_adapter/lora.py; huggingface/diffusers 0.42, loaders/lora_pipeline.py.
 """
 
 from dataclasses import replace
@@ -40,7 +40,7 @@ def _is_wider(target: Target) -> bool:
 
 
 def take_shapes(adapter: Adapter) -> Adapter:
-    """Return an adapter without the shapes that are stated beside factors; LF203 where one is not that of its factors."""
+    """Return an adapter without the shapes that are stated beside factors; LF203 where one is not the factors'."""
     stated = [target for target in adapter.targets if target.kind == PADDED and SHAPE in target.factors]
     if not stated:
         return adapter

@@ -148,7 +148,7 @@ SCHEME: Final = _Diffusers(
     scale=_AdapterMetadata(AlphaTensors()),
     marks=Marks(
         keys=tuple(f"{start}{BARE_TENSOR}" for start in (_WHOLE, _TRANSFORMER, BARE)),
-        others=(r"base_model\.model\.(?!unet)", r".*\.processor\.(?:qkv|proj)_lora"),
+        others=(r"base_model\.model\.(?!unet)", r".*\.processor\.(?:qkv|proj)_lora", r".*\.dora_scale$"),
     ),
     holds=Holds(
         kinds=frozenset({"lora", "dora", "replace", PADDED}),

@@ -22,6 +22,7 @@ from loraformat.schemes._padding import pad_first_layer
 from loraformat.schemes._scales import AlphaTensors, fold_rankless
 from loraformat.schemes._table import NameTable, Row
 
+_COMPONENTS: Final = ("transformer", "transformer_2", "unet", "text_encoder", "text_encoder_2", "text_encoder_3")
 _PREFIXES: Final = {
     "diffusion_model": "diffusion_model",
     "diffusion_model.llm_adapter": "text_conditioner",
@@ -31,10 +32,16 @@ _PREFIXES: Final = {
     "text_encoders.clip_g.transformer": "text_encoder_2",
     "text_encoders.t5xxl.transformer": "text_encoder_3",
     "": "",
-    **{name: name for name in ("transformer", "transformer_2", "unet", "text_encoder", "text_encoder_2")},
+    **{name: name for name in _COMPONENTS},
 }
-_PAYLOAD: Final = r".*\.(?:hada_\w+|lokr_\w+|oft_blocks|rescale|diff|diff_b|w_norm|b_norm|(?:a1|a2|b1|b2)\.weight)$"
+_PAYLOAD: Final = (
+    r".*\.(?:hada_\w+|lokr_\w+|oft_blocks|oft_R\.\w+|rescale|diff|diff_b|w_norm|b_norm|(?:a1|a2|b1|b2)\.weight)$"
+)
 _TENSOR: Final = r".*\.(?:lora[_.]|hada_|lokr_|diff|oft_|w_norm|b_norm|dora_scale|a1\.|set_weight|on_input$|rescale$)"
+_DECOMPOSED: Final = re.compile(
+    rf"(?:{'|'.join(_COMPONENTS)})\..*\.(?:lora_[AB]\.weight|lora\.(?:down|up)\.weight|alpha|dora_scale)$"
+)
+_CONTROL: Final = f"{QUERY_NORM}.scale"
 _BARE: Final = re.compile(rf"{BARE}{BARE_TENSOR}")
 _NATIVE: Final = (
     r"(?:double_blocks|single_blocks|joint_blocks|input_blocks|middle_block|output_blocks|final_layer)(?=\.)"
@@ -43,8 +50,14 @@ _NATIVE: Final = (
 
 class _Dotted(LycorisScheme):
     def detect(self, bundle: Bundle) -> str | None:
-        """Recognise the prefixes, or names alone that a table has of a pipeline's model."""
+        """Recognise the prefixes, or names alone that a table has of a pipeline's model.
+
+        So are diffusers' names with `dora_scale`, which diffusers leaves out: OneTrainer's, with one for each input.
+        """
         marked = self.marks.find(bundle)
+        magnitude = next((key for key in bundle.tensors if key.endswith(".dora_scale")), None)
+        if magnitude and not marked and all(map(_DECOMPOSED.match, bundle.tensors)):
+            return f"names as diffusers has them, and magnitudes such as {magnitude}, which it does not read"
         others = {MANIFEST_KEY, ADAPTER_METADATA} & set(bundle.metadata)
         if marked or others or any(map(_BARE.match, bundle.tensors)):
             return marked
@@ -54,7 +67,7 @@ class _Dotted(LycorisScheme):
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter, rows of fused q, k and v as other files have them."""
         adapter = super().read(bundle, stated)
-        adapter = pad_first_layer(adapter) if any(key.endswith(f"{QUERY_NORM}.scale") for key in bundle.tensors) else adapter
+        adapter = pad_first_layer(adapter) if any(key.endswith(_CONTROL) for key in bundle.tensors) else adapter
         return stack_heads(adapter) if are_by_heads(bundle.tensors) else adapter
 
     def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:

@@ -46,9 +46,10 @@ _PIPELINE: Final = (
 """How keys of diffusion pipelines begin, which have schemes of their own."""
 _OTHERS: Final = re.compile(
     r".*\.lora_[ab](?:\.weight)?$|.*\.loras\.[^.]+\.|layers\.\d+\.(?:attention|feed_forward)\.|w_[ab]_\d{3,}$"
-    r"|.*\.(?:experts\.w[123]|unembed_tokens)\.lora_[AB]\."
+    r"|.*\.(?:experts\.w[123]|unembed_tokens)\.lora_[AB]\.|.*\.dora_scale$"
 )
-"""Keys of schemes that share PEFT's file names or endings: torchtune, mlx-lm, AdapterHub, mistral, SAMed, Tinker."""
+"""Keys of schemes that share PEFT's file names or endings: torchtune, mlx-lm, AdapterHub, mistral, SAMed, Tinker, and
+of LyCORIS."""
 
 TABLE: Final = NameTable(
     [

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import loraformat
 from builders import MemoryFactor
+from graphs import linear_net, write_model
 from laws.kind_laws import Example, KindLaws
 from loraformat.adapter import Scaling, ScalingRule, SlotKind, Target
 from loraformat.errors import LoraformatError
@@ -87,7 +88,8 @@ def test_what_is_merged_can_be_verified(tmp_path: Path) -> None:
     make_adapter(tmp_path / "a.safetensors")
     make_base(tmp_path / "b.safetensors")
     loraformat.merge(tmp_path / "b.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
-    assert loraformat.verify(tmp_path / "out.safetensors", tmp_path / "b.safetensors", tmp_path / "a.safetensors")
+    found = loraformat.verify(tmp_path / "out.safetensors", tmp_path / "b.safetensors", [tmp_path / "a.safetensors"])
+    assert found.holds
 
 
 def test_a_weight_of_more_inputs_is_refused(tmp_path: Path) -> None:
@@ -102,3 +104,19 @@ def test_a_stated_shape_must_be_that_of_the_factors(tmp_path: Path) -> None:
     make_base(tmp_path / "b.safetensors")
     with pytest.raises(LoraformatError, match=r"LF203(?s:.*)reshape_weight"):
         loraformat.merge(tmp_path / "b.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+
+
+def test_in_place_there_is_no_room_for_more_inputs(tmp_path: Path) -> None:
+    make_adapter(tmp_path / "a.safetensors")
+    base = make_base(tmp_path / "b.safetensors")
+    with pytest.raises(LoraformatError, match="LF6"):
+        loraformat.merge_into(tmp_path / "b.safetensors", [tmp_path / "a.safetensors"])
+    np.testing.assert_array_equal(load_file(tmp_path / "b.safetensors")["img_in.weight"], base["img_in.weight"])
+
+
+def test_a_graph_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    make_adapter(tmp_path / "a.safetensors")
+    net = linear_net({"img_in": np.ones((OUT, OWN), np.float32)})
+    graph = write_model(tmp_path / "model.onnx", net.model())
+    with pytest.raises(LoraformatError, match=r"LF405(?s:.*)more inputs"):
+        loraformat.merge(graph, tmp_path / "a.safetensors", tmp_path / "out.onnx", allow_unmatched=["*.bias"])

@@ -151,3 +151,15 @@ def test_the_conditioner_of_anima_is_a_component_of_its_own() -> None:
         "transformer.blocks.0.self_attn.q_proj",
     ]
     assert set(SCHEME.write(adapter, NO_FACTS).tensors) == {f"{name}.{role}" for name in names for role in (A, B)}
+
+
+@pytest.mark.parametrize(("down", "up"), [(A, B), ("lora.down.weight", "lora.up.weight")])
+@pytest.mark.parametrize("component", ["transformer", "text_encoder", "text_encoder_3"])
+def test_magnitudes_of_inputs_under_the_names_of_diffusers(component: str, down: str, up: str) -> None:
+    """OneTrainer's format for diffusers, which leaves such magnitudes out: here they count."""
+    name = f"{component}.encoder.block.0.layer.0.SelfAttention.q"
+    tensors = m.lora({name: (6, 5)}, down, up) | m.tensors({f"{name}.dora_scale": np.ones((1, 5), np.float32)})
+    scheme, evidence = choose_scheme(bundle_of(tensors), None)
+    (target,) = scheme.read(bundle_of(tensors), NOT_STATED).targets
+    assert (scheme.name, target.name, target.kind) == ("dotted", name, "dora")
+    assert f"{name}.dora_scale" in evidence
