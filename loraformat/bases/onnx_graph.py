@@ -268,6 +268,11 @@ class OnnxGraph(Checksums):
         """Return the data files and, last, the model: the same bytes and a metadata entry for the receipt."""
         return self._opened.images(output, *self.changes)
 
+    @property
+    def sharing_form(self) -> "OnnxGraph":
+        """What a model beside it is that refers to its files: one as it is itself."""
+        return self
+
     def describe_sharing_images(self, output: NewOutput, touched: Sequence[Span]) -> list[FileImage]:
         """Return a data file with the tensors that differ, and the model, which refers to the base's files too."""
         return self._opened.sharing_images(output, touched, *self.changes)
