@@ -247,9 +247,11 @@ def check_sharing(plan: Plan, base: BaseModel, options: Mapping[str, object]) ->
     if not plan.is_sharing:
         return
     require_shared(base)
-    if plan.rewritten or options.get("keep_undo"):
-        raise refuse("LF444", plan.output, "--external-data share with --dtype, --to or --keep-undo", "one of the two")
-    folder, own = plan.output.absolute().parent, base.path.absolute().parent
+    if plan.rewritten or options.get("keep_undo") or options.get("link"):
+        found = "--external-data share with --dtype, --to, --link or --keep-undo"
+        raise refuse("LF444", plan.output, found, "one of the two")
+    folder, path = plan.output.absolute().parent, base.path.absolute()
+    own = path if base.folder_mark else path.parent
     if not (folder.is_dir() and os.path.samefile(folder, own)):
         raise refuse("LF444", plan.output, f"an output outside {own}", "one beside the base, whose data it refers to")
     if os.path.lexists(plan.output) and os.path.samefile(plan.output, base.path):

@@ -12,6 +12,7 @@ from loraformat.bases import (
     CopyingBase,
     DequantisingBase,
     NewContents,
+    OutputForm,
     Rewriter,
     SharedBase,
     Weight,
@@ -74,8 +75,10 @@ def add_biases(plan: Plan, base: BaseModel) -> BaseModel:
     return base.with_biases(plan.biases)
 
 
-def choose_form(plan: Plan, base: BaseModel) -> BaseModel | Rewriter:
-    """Return what describes the output."""
+def choose_form(plan: Plan, base: BaseModel) -> OutputForm:
+    """Return what the output is."""
+    if plan.is_sharing:
+        return require_shared(base).sharing_form
     return require_rewriter(base) if plan.rewritten else base
 
 

@@ -119,7 +119,12 @@ def resolve(
     if lost:  # Then what the strategy has to say for itself is why.
         problems = [replace(each, severity="error") if each.code in _OF_STRATEGIES else each for each in problems]
     problems += report_missing(lost, sites) + shared + report_collisions(matches)
-    problems += report_left_out(elsewhere) + report_dropped(matches) + report_renamed(matches) + report_lacking(lacking, wanted=new_biases)
+    problems += (
+        report_left_out(elsewhere)
+        + report_dropped(matches)
+        + report_renamed(matches)
+        + report_lacking(lacking, wanted=new_biases)
+    )
     left_out = tuple(want.name for want in (*allowed, *elsewhere))
     return Resolution(tuple(matches), left_out, tuple(problems), tuple(each for each in lacking if each.want in made))
 

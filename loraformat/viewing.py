@@ -136,7 +136,9 @@ def report_left_out(wants: Sequence[Want]) -> list[Problem]:
     if not wants:
         return []
     said = ", ".join(want.name for want in wants[:LISTED]) + (" ..." if len(wants) > LISTED else "")
-    return [Problem("LF634", "--graphs", f"{len(wants)} targets of graphs that were not chosen: {said}", severity="note")]
+    return [
+        Problem("LF634", "--graphs", f"{len(wants)} targets of graphs that were not chosen: {said}", severity="note")
+    ]
 
 
 def _choose_name(name: str, view: View, components: Iterable[str], index: SiteIndex) -> tuple[str | None, int]:

@@ -108,7 +108,9 @@ def matching_options(function: Decorated) -> Decorated:
 def graphs_option(function: Decorated) -> Decorated:
     """Add --graphs."""
     told = "Of a folder of several models, the files that are meant, or folders of them; repeatable.  [default: all]"
-    add = click.option("--graphs", multiple=True, metavar="GLOB", callback=lambda _, __, given: given or None, help=told)
+    add = click.option(
+        "--graphs", multiple=True, metavar="GLOB", callback=lambda _, __, given: given or None, help=told
+    )
     return add(function)
 
 

@@ -22,9 +22,25 @@ class ToldBase(Protocol):
         ...
 
 
+class OutputForm(Protocol):
+    """What an output is; the attributes are those of `BaseModel`."""
+
+    suffix: str
+    folder_mark: str
+
+    def encode_receipt(self, text: str) -> bytes:
+        """Return the bytes that put `text` into a blank."""
+        ...
+
+
 @runtime_checkable
 class SharedBase(Protocol):
     """A base beside which another model can stand that refers to its data files, where most of its numbers are."""
+
+    @property
+    def sharing_form(self) -> OutputForm:
+        """What that model is."""
+        ...
 
     def describe_sharing_images(self, output: NewOutput, touched: Sequence[Span]) -> list[FileImage]:
         """Return the files that such a model adds, the one with the receipt last.

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
@@ -54,6 +54,7 @@ class JoinedFolder(Checksums):
         path: the folder.
         entry: a file of it, which tells where the others may be.
         members: the models.
+        apart: files that neither belong to them nor travel with them.
     """
 
     suffix = ""
@@ -63,13 +64,13 @@ class JoinedFolder(Checksums):
     _members: Sequence[FolderMember]
     _all_views: Sequence[View]
 
-    def __init__(self, path: Path, entry: Path, members: Sequence[FolderMember]) -> None:
+    def __init__(self, path: Path, entry: Path, members: Sequence[FolderMember], apart: Collection[str] = ()) -> None:
         self.path = path
         self._members = members
         digests = "".join(f"{member.name}\0{member.structure_sha256}\n" for member in members)
         self.structure_sha256 = hashlib.sha256(digests.encode()).hexdigest()
         own = {name for member in members for name in member.name_files()}
-        self._travelling, left_out = find_travelling(entry, own | {RECEIPT_NAME, FOLDER_UNDO})
+        self._travelling, left_out = find_travelling(entry, own.union({RECEIPT_NAME, FOLDER_UNDO}, apart))
         self.parent_receipt: Mapping[str, Any] | None
         self.parent_receipt, unread = read_receipt_file(path / RECEIPT_NAME)
         self._own_problems = [*left_out, *unread]
@@ -113,6 +114,10 @@ class JoinedFolder(Checksums):
     def encode_receipt(self, text: str) -> bytes:
         """Return the text as the receipt's file holds it."""
         return text.encode("utf-8")
+
+    def locate_graph(self, graph: str) -> Path:
+        """Return where the file of one of the models is."""
+        return self.path / graph
 
     def list_stale(self, output: Path) -> list[Path]:
         """Return nothing: the whole folder is replaced."""

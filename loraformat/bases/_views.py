@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, Self, runtime_checkable
 
 from loraformat.bases._abilities import RunnableBase
@@ -43,6 +44,10 @@ class ViewedBase(BaseModel, Protocol):
 
     def choose_graphs(self, graphs: Set[str]) -> Self:
         """Return the base, of which a merge is about these graphs alone; its outputs have the others as they are."""
+        ...
+
+    def locate_graph(self, graph: str) -> Path:
+        """Return where the file of a graph is."""
         ...
 
     def list_runnable(self) -> Mapping[str, RunnableBase]:

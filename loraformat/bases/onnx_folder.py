@@ -6,7 +6,7 @@ The output is a folder: every graph with its adapted weights rewritten, every ot
 
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -25,6 +25,7 @@ from loraformat.bases import (
 from loraformat.bases._joined_folder import PIPELINE, JoinedFolder
 from loraformat.bases._onnx.members import Member, find_shared
 from loraformat.bases._onnx.ranges import Ranges
+from loraformat.bases._onnx.thin_sets import SUFFIX, SetForm, describe_set, is_thin, list_written, name_set
 from loraformat.bases.checkpoint_folder import BASE as SAFETENSORS_FOLDER
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.bases.pipeline_folder import has_components
@@ -35,6 +36,7 @@ from loraformat.images import FileImage, NewOutput
 from loraformat.limits import MAX_FOLDER_DEPTH, MAX_GRAPHS
 from loraformat.outputs import is_unfinished
 from loraformat.problems import Problem
+from loraformat.spans import InputFile, Span
 from loraformat.strict_json import JsonValue
 
 _SUFFIX: Final = ".onnx"
@@ -47,15 +49,18 @@ class OnnxFolder(JoinedFolder):
     format = "onnx folder"
     _members: Sequence[Member]
 
-    def __init__(self, path: Path) -> None:
-        names = [found.relative_to(path).as_posix() for found in _list_graphs(path)]
-        if len(names) > MAX_GRAPHS:
-            raise refuse("LF110", path, f"{len(names)} ONNX models in one folder", f"at most {MAX_GRAPHS}")
-        entry = _choose_entry(path.absolute())
-        self._members = [Member(name, OnnxGraph(resolve_inside(entry, name))) for name in names]
-        self._shared = find_shared(self._members)
-        self.sites: Sequence[Site] = [site for member in self._members for site in member.list_sites(self._shared)]
-        super().__init__(path.absolute(), entry, self._members)
+    def __init__(self, folder: Path, members: Sequence[Member], apart: Collection[str] = ()) -> None:
+        """Index a folder's graphs.
+
+        Args:
+            folder: absolute path.
+            members: the graphs.
+            apart: files that neither belong to them nor travel with them.
+        """
+        self._members = members
+        self._shared = find_shared(members)
+        self.sites: Sequence[Site] = [site for member in members for site in member.list_sites(self._shared)]
+        super().__init__(folder, choose_entry(folder), members, apart)
         self._all_views = self._list_views()
 
     def _list_views(self) -> Sequence[View]:
@@ -141,6 +146,26 @@ class OnnxFolder(JoinedFolder):
         changed.__dict__.update(self.__dict__, _members=list(members))
         return changed
 
+    sharing_form = SetForm()
+    """What a set of its graphs is that refer to its data files."""
+
+    def describe_sharing_images(self, output: NewOutput, touched: Sequence[Span]) -> list[FileImage]:
+        """Return the graphs that change once more, what differs, and the file that lists the set."""
+        return describe_set(self._members, output, touched)
+
+    def list_shared(self) -> Mapping[str, InputFile]:
+        """Return the data files that graphs beside these may refer to, by their paths; none where some are links."""
+        found = [(member, member.graph.list_shared()) for member in self._members]
+        if any(len(member.graph.files) > 1 and not files for member, files in found):
+            return {}
+        return {member.place(name): file for member, files in found for name, file in files.items()}
+
+    def list_stale(self, output: Path) -> list[Path]:
+        """Return the files of a set that is about to be replaced."""
+        if not output.is_file() or not output.name.endswith(SUFFIX):
+            return []
+        return [path for path in list_written(output.parent, name_set(output)) if path.is_file()]
+
     def describe_images(self, output: NewOutput) -> list[FileImage]:
         """Return the graphs with their data files, the other files, and last the receipt."""
         graphs = (image for member in self._members for image in member.describe_images(output.path, output.fresh))
@@ -148,7 +173,7 @@ class OnnxFolder(JoinedFolder):
         return [*images.values(), *self.describe_beside(output)]
 
 
-def _choose_entry(folder: Path) -> Path:
+def choose_entry(folder: Path) -> Path:
     """Return a file that tells where the folder's files may be: in a cache of the hub all of them are links."""
     files = [item for item in sorted(folder.iterdir()) if item.is_file()]
     return next((item for item in files if not item.is_symlink()), files[0] if files else folder / PIPELINE)
@@ -187,8 +212,17 @@ class OnnxFolderFormat:
         return not has_components(path) and bool(_list_graphs(path))
 
     def open(self, path: Path) -> BaseModel:
-        """Index the graphs."""
-        return OnnxFolder(path)
+        """Index the graphs; sets that refer to their data are none of them."""
+        names = [found.relative_to(path).as_posix() for found in _list_graphs(path)]
+        if len(names) > MAX_GRAPHS:
+            raise refuse("LF110", path, f"{len(names)} ONNX models in one folder", f"at most {MAX_GRAPHS}")
+        folder = path.absolute()
+        entry = choose_entry(folder)
+        found = [Member(name, OnnxGraph(resolve_inside(entry, name))) for name in names]
+        members = [member for member in found if not is_thin(member)]
+        thin = {name for member in found if is_thin(member) for name in member.name_files()}
+        sets = {each.name for each in folder.glob(f"*{SUFFIX}")}
+        return OnnxFolder(folder, members, thin | sets)
 
 
 BASE: Final = OnnxFolderFormat()

@@ -5,8 +5,7 @@ branches.
 """
 
 import copy
-import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -22,16 +21,16 @@ from loraformat.bases import (
     Weight,
     WeightCopy,
     WeightFloats,
-    name_companion,
 )
 from loraformat.bases._finishing import Checksums
 from loraformat.bases._onnx.biases import PlacedBias, add_biases, insert_biases, offer_biases, place_biases
 from loraformat.bases._onnx.coded import find_ranges
-from loraformat.bases._onnx.copies import apply_edits, list_edits, name_copies
+from loraformat.bases._onnx.copies import apply_edits
 from loraformat.bases._onnx.experts import find_experts
-from loraformat.bases._onnx.operands import find_operands
+from loraformat.bases._onnx.offered_copies import describe_copy, offer_copies
 from loraformat.bases._onnx.packed import expand_packed
 from loraformat.bases._onnx.ranges import Ranges, check_ranges, find_measured, set_ranges
+from loraformat.bases._onnx.remarks import find_branches, find_halves
 from loraformat.bases._onnx.scopes import GraphIndex, Visit
 from loraformat.bases._onnx.sites import RawSite, find_sites
 from loraformat.bases._onnx.traces import Trace
@@ -50,17 +49,6 @@ if TYPE_CHECKING:
 
 _FREE_INITIALIZERS: Final = 4
 """The version of the IR from which an initializer need not be an input of the model."""
-_INLINE: Final = (
-    "A function's nodes are those of all its callers: inline functions first (onnx.inliner.inline_local_functions), or "
-    "export with the weight untied."
-)
-_RAISE_VERSION: Final = (
-    "A copy in the data file would have to be an input of the model, which those who run it would see. Where nobody "
-    "feeds initializers, raise ir_version to 4 or later and take them out of the graph's inputs."
-)
-_HALF: Final = re.compile(r"(?:encoder|decoder)(?:[_.-]|$)")
-_LISTED: Final = 8
-_BRANCHES: Final = frozenset({"base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 
 
 class OnnxGraph(Checksums):
@@ -78,7 +66,8 @@ class OnnxGraph(Checksums):
         index = GraphIndex(self._opened.model, self.path)
         caveat = find_ranges(index.visits)
         found = self._find_sites(index.visits)
-        sites = self._name_copies(found, list_weight_sites(self._opened, found, caveat), index.names)
+        sites = list_weight_sites(self._opened, found, caveat)
+        sites, self._shared = offer_copies(found, sites, index.names, is_old=self._is_old)
         self.sites: Sequence[Site] = offer_biases(found, sites, index.names, is_old=self._is_old)
         self._copies: Sequence[tuple[TensorCopy, Trace]] = ()
         self._biases: Sequence[PlacedBias] = ()
@@ -92,49 +81,21 @@ class OnnxGraph(Checksums):
         inputs = {entry.name for entry in model.graph.input}
         return expand_packed([*find_sites(visits), *find_experts(visits)], model.producer_name, inputs)
 
-    def _name_copies(self, found: Sequence[RawSite], sites: Sequence[Site], names: set[str]) -> list[Site]:
-        """Return the sites, those that share a weight with the name that a copy of it would have."""
-        pairs = [(raw, site) for raw, site in zip(found, sites, strict=True) if _is_shared(site)]
-        chosen = name_copies((raw for raw, _ in pairs if self._may_add(raw)), names)
-        self._shared = {site.id: raw for raw, site in pairs if site.id in chosen}
-        mend = {site.id: _INLINE if self._may_add(raw) else _RAISE_VERSION for raw, site in pairs}
-        return [
-            replace(site, own_name=chosen.get(site.id, ""), part_mend="" if site.id in chosen else mend[site.id])
-            if site.id in mend
-            else site
-            for site in sites
-        ]
-
     @property
     def _is_old(self) -> bool:
         """Whether every initializer must be an input of the model."""
         return self._opened.model.ir_version < _FREE_INITIALIZERS
 
-    def _may_add(self, raw: RawSite) -> bool:
-        """Say whether a tensor can be there once more: in an old model as a Constant, whose numbers stand in it."""
-        return not self._is_old or (raw.trace.tensor is not None and not raw.trace.tensor.external_data)
-
     def with_copies(self, copies: Sequence[WeightCopy]) -> "OnnxGraph":
         """Return the graph with initializers more, each read by some of a weight's sites instead of the weight."""
         weights = {site.weight.key: site.weight for site in self.sites if site.weight is not None}
         graph = copy.copy(self)
-        graph._copies = [each for wanted in copies for each in self._describe(wanted, weights[wanted.key])]
+        graph._copies = [
+            each
+            for wanted in copies
+            for each in describe_copy(wanted, weights[wanted.key], self._shared, is_old=self._is_old)
+        ]
         return graph
-
-    def _describe(self, wanted: WeightCopy, source: Weight) -> Iterator[tuple[TensorCopy, Trace]]:
-        """Yield a copy of a weight, and of what goes with its codes, each with where the tensor is."""
-        found = [self._shared[site] for site in wanted.readers]
-        traces = {"": found[0].trace} | {role: each.trace for role, each in find_operands(found[0]).items()}
-        names = {"": wanted.name} | {role: name_companion(wanted.name, role) for role in wanted.roles}
-        beside = source.coding.companions if source.coding is not None else {}
-        for role, edits in list_edits(found, names).items():
-            stored, tensor = (beside[role] if role else source.tensor), traces[role].tensor
-            assert tensor is not None, "a site with a weight has one"
-            assert isinstance(stored, StoredTensor), "others are not written"
-            made = TensorCopy(
-                names[role], tensor.data_type, tuple(tensor.dims), stored.span, tuple(edits), is_node=self._is_old
-            )
-            yield made, traces[role]
 
     def with_biases(self, biases: Sequence[AddedBias]) -> "OnnxGraph":
         """Return the graph with initializers more, each read as a bias where it had none."""
@@ -258,7 +219,7 @@ class OnnxGraph(Checksums):
     @property
     def problems(self) -> Sequence[Problem]:
         """What is odd about the files, and what stands against any merge."""
-        return [*self._opened.problems, *_find_branches(self.sites), *self._beside]
+        return [*self._opened.problems, *find_branches(self.sites), *self._beside]
 
     def list_tensors(self) -> Sequence[StoredTensor]:
         """Return every stored tensor, in graphs, attributes and functions."""
@@ -267,6 +228,11 @@ class OnnxGraph(Checksums):
     def describe_images(self, output: NewOutput) -> list[FileImage]:
         """Return the data files and, last, the model: the same bytes and a metadata entry for the receipt."""
         return self._opened.images(output, *self.changes)
+
+    @property
+    def sharing_form(self) -> "OnnxGraph":
+        """What a model beside it is that refers to its files: one as it is itself."""
+        return self
 
     def describe_sharing_images(self, output: NewOutput, touched: Sequence[Span]) -> list[FileImage]:
         """Return a data file with the tensors that differ, and the model, which refers to the base's files too."""
@@ -293,28 +259,6 @@ class OnnxGraph(Checksums):
         return [path for path in self._opened.stale_data(output) if not path.name[len(output.stem)].isalnum()]
 
 
-def _is_shared(site: Site) -> bool:
-    """Say whether others read a site's weight."""
-    return site.weight is not None and not site.weight.consumers <= {site.id}
-
-
-def _find_branches(sites: Sequence[Site]) -> list[Problem]:
-    """Return a problem when the graph was exported with an adapter beside its weights."""
-    module = next((site.module for site in sites if not _BRANCHES.isdisjoint(site.module.split("."))), None)
-    if module is None:
-        return []
-    return [Problem("LF423", module, "a graph that already holds an adapter's branches", "the base model alone")]
-
-
-def _find_halves(path: Path) -> list[Problem]:
-    """Return a note where a graph is one of several that a model was exported as, and the others stay as they are."""
-    others = [each.name for each in sorted(path.parent.glob("*.onnx")) if _HALF.match(each.name) and each != path]
-    if not (_HALF.match(path.name) and others):
-        return []
-    found = f"beside it {', '.join(others[:_LISTED])}"
-    return [Problem("LF462", str(path), found, "the folder as the base, for all of them alike", severity="note")]
-
-
 def _list_tensors(opened: OnnxFile) -> list[StoredTensor]:
     """Return every stored tensor; this also checks each against its file and opens all data files."""
     stored = (opened.stored_tensor(proto) for _, proto in opened.tensors())
@@ -334,7 +278,7 @@ class OnnxFormat:
     def open(self, path: Path) -> BaseModel:
         """Index the graph; said is what else of the same model stands beside it."""
         graph = OnnxGraph(path)
-        graph._beside = _find_halves(path)
+        graph._beside = find_halves(path)
         return graph
 
 

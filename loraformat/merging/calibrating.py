@@ -6,7 +6,7 @@ sample. What it finds becomes part of the plan; the model is then merged with th
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path, PurePosixPath
@@ -78,9 +78,7 @@ def describe_data(data: Path) -> str:
         return f"{data.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
 
-def check_measured(
-    merged: BaseModel, plan: Plan, data: Path, method: str = MINMAX
-) -> Iterator[Problem]:
+def check_measured(merged: BaseModel, plan: Plan, data: Path, method: str = MINMAX) -> Iterator[Problem]:
     """Yield the ranges of a merged model that its data give otherwise than its receipt has them."""
     for scale, (low, high) in measure_ranges(merged, plan, data, method).items():
         first, last = plan.ranges.get(scale, (math.nan, math.nan))

@@ -29,9 +29,9 @@ from loraformat.evidence import Hints
 from loraformat.limits import RETAINED_REFUSE, RETAINED_WARN
 from loraformat.loading import list_files, open_base
 from loraformat.merging.calibrating import MINMAX, describe_data, make_room, measure_merged
-from loraformat.output_forms import Order, require_rewriter
+from loraformat.output_forms import Order, require_rewriter, require_shared
 from loraformat.outputs import check_apart, check_ending
-from loraformat.plan import WeightedAdapter
+from loraformat.plan import SHARE, WeightedAdapter
 from loraformat.planning import build_plan, default_output
 from loraformat.planning.layers import arrange_layers
 
@@ -93,11 +93,18 @@ def choose_output(
     base: BaseModel, weighted: Sequence[WeightedAdapter], output: StrPath | None, options: MergeOptions
 ) -> Path:
     """Return where the merged model goes."""
-    return Path(output) if output is not None else default_output(base.path, form_suffix(base, options), weighted)
+    if output is not None:
+        return Path(output)
+    suffix = form_suffix(base, options)
+    if suffix == base.suffix or wants_anew(options.get("to")):
+        return default_output(base.path, suffix, weighted)
+    return base.path / ("-".join(item.name for item in weighted) + suffix)
 
 
 def form_suffix(base: BaseModel, options: MergeOptions) -> str:
     """Return the file name ending of the output."""
+    if options.get("external_data") == SHARE:
+        return require_shared(base).sharing_form.suffix
     return require_rewriter(base).suffix if wants_anew(options.get("to")) else base.suffix
 
 

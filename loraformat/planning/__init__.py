@@ -140,7 +140,7 @@ def _is_anew(weight: PlannedWeight, base: BaseModel) -> bool:
 
 def describe_base(base: BaseModel) -> dict[str, Any]:
     """Return what a plan and a receipt say about the base: names, sizes, and the digest of its structure."""
-    root = base.path if base.folder_mark else base.path.parent
+    root = base.path if base.path.is_dir() else base.path.parent
     files = sorted((os.path.relpath(file.path, root), file.size_bytes) for file in base.files)
     return {
         "name": escape_surrogates(base.path.name),

@@ -123,7 +123,7 @@ def add_runs(
     changes = list_changes(order, base)
     runs: list[RunResult] = []
     problems: list[Problem] = []
-    for mark, graph, path in _list_graphs(order.plan, base, merged.path):
+    for mark, graph, path in _list_graphs(order.plan, base, merged):
         own = [replace(each, tensor=each.tensor.removeprefix(mark)) for each in changes if each.tensor.startswith(mark)]
         if own or not mark:
             results, odd = compare_runs(graph, path, own, sizes)
@@ -132,13 +132,13 @@ def add_runs(
     return replace(found, runs=tuple(runs), problems=(*found.problems, *problems))
 
 
-def _list_graphs(plan: Plan, base: BaseModel, merged: Path) -> list[tuple[str, RunnableBase, Path]]:
+def _list_graphs(plan: Plan, base: BaseModel, merged: BaseModel) -> list[tuple[str, RunnableBase, Path]]:
     """Return each graph of a base with what a plan adds: the mark of its names, itself, its merged file."""
     copied = add_biases(plan, add_copies(plan, base) if isinstance(base, CopyingBase) else base)
-    if isinstance(copied, ViewedBase):
-        return [(f"{name}:", graph, merged / name) for name, graph in copied.list_runnable().items()]
+    if isinstance(copied, ViewedBase) and isinstance(merged, ViewedBase):
+        return [(f"{name}:", graph, merged.locate_graph(name)) for name, graph in copied.list_runnable().items()]
     if isinstance(copied, RunnableBase):
-        return [("", copied, merged)]
+        return [("", copied, merged.path)]
     raise refuse("LF446", base.path, f"a base of the format {base.format!r}", "an ONNX model")
 
 

@@ -65,7 +65,7 @@ _ONLY_MERGING: Final = frozenset(
 @click.option(
     "--calibration",
     type=_FILE,
-    metavar="NPZ|DIR",
+    metavar="PATH",
     help="Measure activation ranges anew, on an array of samples for each input of the graph; of a folder, on one such "
     "file for each graph.",
 )

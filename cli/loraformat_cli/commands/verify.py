@@ -41,7 +41,7 @@ _FILE: Final = click.Path(path_type=Path)
     help="With --run: a dimension's size.",
 )
 @click.option(
-    "--calibration", type=_FILE, metavar="NPZ|DIR", help="Measure activation ranges once more, on the merge's data."
+    "--calibration", type=_FILE, metavar="PATH", help="Measure activation ranges once more, on the merge's data."
 )
 @json_option
 @adapter_options

@@ -16,9 +16,9 @@ from loraformat.bases._onnx.flow import (
     Slice,
     find_rows,
     multiply_scalars,
-    read_last_size,
     sizes,
 )
+from loraformat.bases._onnx.numbers import read_last_size
 from loraformat.bases._onnx.scopes import Visit
 from loraformat.bases._onnx.uses import read_attribute
 

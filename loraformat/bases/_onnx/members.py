@@ -9,6 +9,8 @@ from typing import Final
 from loraformat.bases import AddedBias, Anchors, FreeBias, Roles, Site, Weight, WeightCopy, WeightFloats
 from loraformat.bases._onnx.ranges import Ranges
 from loraformat.bases.onnx_graph import OnnxGraph
+from loraformat.containers._onnx.images import Wanted, describe_sharer
+from loraformat.containers._onnx.sharing import OwnData
 from loraformat.containers._onnx.tensors import SharedBytes
 from loraformat.containers.onnx_file import GraphChange
 from loraformat.images import Copy, FileImage, Fresh, NewOutput, Piece
@@ -65,6 +67,10 @@ class Member:
         """Return the graph's files by their paths from the folder."""
         parent = self.graph.path.parent
         return {self._folder + file.path.relative_to(parent).as_posix(): file for file in self.graph.files}
+
+    def place(self, location: str) -> str:
+        """Return the path from the folder of a file beside the graph."""
+        return self._folder + location
 
     def mark(self, text: str) -> str:
         """Return an id or name of the graph as the folder has it."""
@@ -195,6 +201,18 @@ class Member:
         output = NewOutput(folder / self.name, 0, fresh, lambda path: False)
         images = self.graph.describe_images(output)
         return [FileImage(image.path, [self._mark_piece(piece) for piece in image.pieces]) for image in images]
+
+    def describe_thin(self, path: Path, own: OwnData, metadata: Mapping[str, str]) -> FileImage:
+        """Return the graph once more, referring to its data files, and to one with what differs.
+
+        Args:
+            path: where it will stand, in the graph's folder.
+            own: the file with what differs; room for what the graph has more is appended.
+            metadata: entries that it has more.
+        """
+        wanted = Wanted(NewOutput(path, 0, "", lambda path: False), *self.graph.changes, metadata)
+        image = describe_sharer(self.graph.opened.parts(), wanted, own, self.mark(""))
+        return FileImage(image.path, [self._mark_piece(piece) for piece in image.pieces])
 
     def _mark_piece(self, piece: Piece) -> Piece:
         return replace(piece, key=self.mark(piece.key)) if isinstance(piece, Fresh) else piece

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Final
 
 from loraformat.containers._onnx.copies import NewTensor, TensorCopy, add_copies, leave_room
@@ -42,6 +43,17 @@ class ModelParts:
     receipts: Sequence[Field]
     data: Mapping[str, InputFile]
 
+    @property
+    def shareable(self) -> Mapping[Path, InputFile]:
+        """The files that another model may have numbers in; its own is one where it holds them itself."""
+        own = [self.file] if self.inlines else []
+        return {file.path: file for file in (*self.data.values(), *own)}
+
+    def list_movable(self, touched: Sequence[Span]) -> list[Span]:
+        """Return those of the bytes that another model may have elsewhere; small tensors stay in the model."""
+        inside = {site.numbers.begin for site in self.inlines}
+        return [span for span in touched if span.path != self.file.path or span.offset in inside]
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -51,11 +63,13 @@ class Wanted:
         output: where it will stand, and with how much room.
         copies: tensors of their own for some readers of others.
         change: what else changes in the graph.
+        metadata: entries that it has more, beside the receipt.
     """
 
     output: NewOutput
     copies: Sequence[TensorCopy] = field(default=())
     change: GraphChange = field(default=GraphChange())
+    metadata: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def added(self) -> "Sequence[NewTensor]":
@@ -131,31 +145,40 @@ def describe_sharing(model: ModelParts, wanted: Wanted, touched: Sequence[Span])
         touched: the bytes that differ, those of whole tensors.
     """
     output = wanted.output.path.absolute()
-    files = {file.path: file for file in (*model.data.values(), *([model.file] if model.inlines else []))}
-    inside = {site.numbers.begin for site in model.inlines}
-    own = OwnData(files, [span for span in touched if span.path != model.file.path or span.offset in inside])
     names = DataNames(output.name, output, wanted.output.fresh, wanted.output.is_taken)
     taken = {name.casefold() for name in (*model.data, model.file.path.name)}
     location = names.choose(PurePosixPath(f"{output.name}.data"), taken)
-    leaves = _drop_receipts(model)
+    own = OwnData(str(location), model.shareable, model.list_movable(touched))
+    sharer = describe_sharer(model, wanted, own)
+    data = [FileImage(output.parent / location, own.pieces)] if own.pieces else []
+    return [*data, sharer]
+
+
+def describe_sharer(model: ModelParts, wanted: Wanted, own: OwnData, mark: str = "") -> FileImage:
+    """Return the file of a model that shares the data files of this one, and has what differs in `own`.
+
+    Args:
+        model: the base.
+        wanted: its output is in the base's folder.
+        own: the data file of its own, with what differs; room for what is added is appended.
+        mark: goes before the names of what is added in the keys of its room there.
+    """
+    location, leaves = own.location, _drop_receipts(model)
     dropped = find_dropped(model.file, model.graph, wanted.change)
     for site in (site for site in model.externals if not _lies_in(site, dropped)):
         entries = read_entries(model.file, site)
         length = int(entries["length"]) if "length" in entries else None
         place = own.find(model.data[site.location].path, int(entries.get("offset", 0)), length)
         if place is not None:
-            leaves += redirect(site, str(location), *place)
+            leaves += redirect(site, location, *place)
     for inline in (inline for inline in model.inlines if not _holds(dropped, inline.tensor.field.begin)):
         begin, end = inline.numbers.begin, inline.numbers.end
         place = own.find(model.file.path, begin, end - begin)
-        leaves.append(move_out(inline, *((str(location), place[0]) if place else (model.file.path.name, begin))))
-    room, offsets = leave_room((c for c in wanted.added if c.beside in files), own.size_bytes)
-    places = {name: (str(location), offset) for name, offset in offsets.items()}
+        leaves.append(move_out(inline, *((location, place[0]) if place else (model.file.path.name, begin))))
+    places = own.leave_room([each for each in wanted.added if each.beside in model.shareable], mark)
     leaves += add_copies(model.file, model.graph, wanted.copies, places)
     leaves += change_graph(model.file, model.graph, wanted.change, dropped, places)
-    pieces = [*own.pieces, *room]
-    data = [FileImage(output.parent / location, pieces)] if pieces else []
-    return [*data, _make_model(model, leaves, wanted)]
+    return _make_model(model, leaves, wanted)
 
 
 def _lies_in(site: ExternalSite, dropped: Iterable[Field]) -> bool:
@@ -172,7 +195,8 @@ def _drop_receipts(model: ModelParts) -> list[Leaf]:
 
 
 def _make_model(model: ModelParts, leaves: Sequence[Leaf], wanted: Wanted) -> FileImage:
-    room = _receipt_entry(wanted.output.blank_bytes) if wanted.output.blank_bytes else []
+    room = [_metadata_entry(*entry) for entry in wanted.metadata.items()]
+    room += _receipt_entry(wanted.output.blank_bytes) if wanted.output.blank_bytes else []
     pieces = edit_file(model.file, splice(leaves), room)
     image = FileImage(wanted.output.path.absolute(), pieces)
     if wanted.added and image.size_bytes > MAX_PROTOBUF_BYTES:
@@ -180,6 +204,11 @@ def _make_model(model: ModelParts, leaves: Sequence[Leaf], wanted: Wanted) -> Fi
         found = f"a file of {image.size_bytes} bytes with {names}"
         raise refuse("LF419", image.path, found, f"at most {MAX_PROTOBUF_BYTES}")
     return image
+
+
+def _metadata_entry(key: str, value: str) -> Piece:
+    entry = encode_bytes(_KEY, key.encode()) + encode_bytes(_VALUE, value.encode())
+    return Literal(encode_bytes(_METADATA_PROPS, entry))
 
 
 def _receipt_entry(blank_bytes: int) -> list[Piece]:

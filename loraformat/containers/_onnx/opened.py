@@ -222,7 +222,7 @@ class OnnxFile:
             copies: tensors of their own for some readers of others.
             change: what else changes in the graph.
         """
-        return describe_copy(self._parts(), Wanted(output, copies, change))
+        return describe_copy(self.parts(), Wanted(output, copies, change))
 
     def extended_images(self, output: NewOutput, edits: Sequence[Leaf], *, share: bool) -> list[FileImage]:
         """Return the files of a model with more in its graph, without a receipt: data files first, the model last.
@@ -232,7 +232,7 @@ class OnnxFile:
             edits: what is new in the model's file.
             share: whether it refers to the data files of this one rather than to copies.
         """
-        return describe_extended(self._parts(), Wanted(output), edits, share=share)
+        return describe_extended(self.parts(), Wanted(output), edits, share=share)
 
     def sharing_images(
         self,
@@ -249,9 +249,10 @@ class OnnxFile:
             copies: as in `images`.
             change: as in `images`.
         """
-        return describe_sharing(self._parts(), Wanted(output, copies, change), touched)
+        return describe_sharing(self.parts(), Wanted(output, copies, change), touched)
 
-    def _parts(self) -> ModelParts:
+    def parts(self) -> ModelParts:
+        """Return what outputs are made of."""
         return ModelParts(self.file, self._graph, self._externals, self._inlines, self._receipts, self.data_files())
 
     def data_files(self) -> Mapping[str, InputFile]:

@@ -4,12 +4,14 @@ A base that holds its weights itself is such a data file: external data may lie 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from loraformat.containers._onnx.copies import NewTensor, leave_room
 from loraformat.containers._onnx.walk import ExternalSite, InlineSite
 from loraformat.containers._protobuf import VARINT, Field, Leaf, encode_bytes, encode_tag, encode_varint
-from loraformat.images import Copy, Edit, Literal, Piece
+from loraformat.images import Copy, Edit, Fresh, Literal, Piece
 from loraformat.spans import InputFile, Span
 
 _EXTERNAL_DATA: Final = 13
@@ -22,14 +24,16 @@ _ALIGNMENT: Final = 64
 
 
 class OwnData:
-    """The data file of a sharing model: room for tensors of the base that change, one after another.
+    """The data file of a sharing model, or of several in one folder: room for tensors of the base that change.
 
     Args:
+        location: its name, beside the models.
         files: the open data files of the base.
         touched: the bytes of the base that change.
     """
 
-    def __init__(self, files: Mapping[Path, InputFile], touched: Sequence[Span]) -> None:
+    def __init__(self, location: str, files: Mapping[Path, InputFile], touched: Sequence[Span]) -> None:
+        self.location = location
         self.pieces: list[Piece] = []
         self._offsets: dict[Span, int] = {}
         self.size_bytes = 0
@@ -39,6 +43,18 @@ class OwnData:
                 self.pieces += [Literal(bytes(padding)), Copy(files[span.path], span.offset, span.length)]
                 self._offsets[span] = self.size_bytes + padding
                 self.size_bytes += padding + span.length
+
+    def leave_room(self, added: Sequence[NewTensor], mark: str) -> dict[str, tuple[str, int]]:
+        """Append room for new tensors; return location and offset of each.
+
+        Args:
+            added: the tensors.
+            mark: goes before their names in the keys of their room.
+        """
+        room, offsets = leave_room(added, self.size_bytes)
+        self.pieces += [replace(each, key=mark + each.key) if isinstance(each, Fresh) else each for each in room]
+        self.size_bytes += sum(each.length for each in room)
+        return {name: (self.location, offset) for name, offset in offsets.items()}
 
     def find(self, path: Path, offset: int, length: int | None) -> tuple[int, int] | None:
         """Return where the bytes of a tensor of the base lie here, offset and length; None for one that is shared."""
