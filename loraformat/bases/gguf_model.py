@@ -1,12 +1,15 @@
 """A GGUF model of llama.cpp as a base: weights of float32, float16, bfloat16 and Q8_0 are merged in place.
 
+Those of fewer bits are decoded, and stand in float16 where the merge is told so (`--on-quantized dequantize`).
+
 Modules are known by llama.cpp's names and, by the tables of `spec/names/`, by transformers'. Where the architecture has
 interleaved rotary rows, q and k of a PEFT adapter are applied to the rows that they are of. The output is the same file
 with spans rewritten, and the receipt in a file beside it.
 """
 
+import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -14,17 +17,19 @@ from typing import Any, Final
 import numpy as np
 
 from loraformat.adapter import SlotKind
-from loraformat.bases import TENSOR_NAME, BaseModel, Rewriter, Site, Weight
+from loraformat.bases import TENSOR_NAME, BaseModel, FloatForm, Rewriter, Site, Weight, WeightFloats
 from loraformat.bases._single_file import SingleFile
 from loraformat.containers import TensorFile
-from loraformat.containers.gguf import CONTAINER
-from loraformat.dtypes import BlockDtype
+from loraformat.containers.gguf import CONTAINER, describe_retyped
+from loraformat.dtypes import BY_NAME, BlockDtype, Dtype
 from loraformat.encodings import Coding
+from loraformat.images import FileImage, NewOutput
 from loraformat.limits import MAX_EXPERTS
 from loraformat.problems import Problem
 from loraformat.row_orders import Permute
 from loraformat.spans import Part, StoredTensor
 from loraformat.spellings import Order, Place, SpellingTable, all_tables
+from loraformat.strict_json import JsonValue
 
 _ARCHITECTURE: Final = "general.architecture"
 _SPELLINGS: Final = ("transformers", "transformers-5")
@@ -32,6 +37,16 @@ _OWN: Final = "gguf"
 _INTERLEAVED: Final = "rotary-interleaved"
 _HEADS: Final = {"heads": "attention.head_count", "kv_heads": "attention.head_count_kv"}
 _MATRIX: Final = {SlotKind.LINEAR: False, SlotKind.LINEAR_TRANSPOSED: False, SlotKind.EMBEDDING: True}
+_ENCODINGS: Final = {"q8_0": "ggml_q8_0"} | dict.fromkeys(
+    (
+        *("q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+        *("iq4_nl", "iq4_xs", "mxfp4", "tq2_0"),
+    ),
+    "ggml_blocks",
+)
+"""Forms of blocks, and what reads them."""
+_FLOATS: Final = BY_NAME["float16"]
+"""What stands in the place of codes: llama.cpp's own choice for models that are not quantised."""
 _EXPERTS_DIMS: Final = 3
 _MEND: Final = "Merge into the model that it was quantised from (F16, BF16 or Q8_0), and quantise the merged one."
 
@@ -44,12 +59,38 @@ class GgufModel(SingleFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, CONTAINER.open(path))
+        self._floats: Mapping[str, Dtype] = {}
         self.sites: Sequence[Site] = list(_list_sites(self._opened))
 
     @property
     def rewriter(self) -> Rewriter | None:
-        """Nothing: only copies are written."""
+        """Nothing: only copies are written, some of their tensors in floats."""
         return None
+
+    def find_float_form(self, wanted: WeightFloats) -> FloatForm | Problem:
+        """Return how a quantised tensor stands in floats."""
+        return FloatForm(wanted.name, _FLOATS, self._opened.tensors[wanted.name].shape, False, 0)
+
+    def list_joint_floats(self, keys: Set[str]) -> Sequence[Weight | Problem]:
+        """Return nothing: each tensor says of itself what it is."""
+        return ()
+
+    def tell_floats(self) -> Mapping[str, JsonValue]:
+        """Return nothing: there is no configuration."""
+        return {}
+
+    def with_floats(self, floats: Sequence[WeightFloats]) -> "GgufModel":
+        """Return the model, whose outputs have these tensors in floats."""
+        changed = copy.copy(self)
+        changed._floats = {each.name: _FLOATS for each in floats}
+        return changed
+
+    def describe_images(self, output: NewOutput) -> list[FileImage]:
+        """Return the file, with room for the tensors in floats, and last the receipt beside it."""
+        whole, *others = super().describe_images(output)
+        if not self._floats:
+            return [whole, *others]
+        return [FileImage(output.path, list(describe_retyped(self._opened.file, self._floats))), *others]
 
 
 def _list_sites(opened: TensorFile) -> Iterator[Site]:
@@ -82,21 +123,22 @@ def _make_site(tensor: StoredTensor, name: str, part: Part | None) -> Site:
     """Return the site under llama.cpp's own name."""
     obstacle, coding = None, None
     if isinstance(tensor.dtype, BlockDtype):
-        coding = _find_coding(tensor)
+        coding = _find_coding(tensor, tensor.dtype)
         if coding is None:
             found = f"numbers stored as {tensor.dtype.name}"
-            obstacle = Problem("LF403", name, found, "float32, float16, bfloat16 or q8_0", _MEND)
+            expected = f"float32, float16, bfloat16 or one of {', '.join(_ENCODINGS)}"
+            obstacle = Problem("LF403", name, found, expected, _MEND)
     weight = Weight(tensor.name, tensor.name, tensor, frozenset({tensor.name}), coding)
     held = None if obstacle is not None else weight
     return Site(tensor.name, name, TENSOR_NAME, _MATRIX, held, obstacle=obstacle, part=part)
 
 
-def _find_coding(tensor: StoredTensor) -> Coding | None:
+def _find_coding(tensor: StoredTensor, form: BlockDtype) -> Coding | None:
     """Return how a quantised tensor is read; None for a form that is not."""
-    if tensor.dtype.name != "q8_0":
+    encoding, columns = _ENCODINGS.get(form.name), tensor.shape[-1]
+    if encoding is None:
         return None
-    columns = tensor.shape[-1]
-    return Coding("ggml_q8_0", (tensor.elements // columns, columns), (1, 32), {})
+    return Coding(encoding, (tensor.elements // columns, columns), (1, form.block_elements), {})
 
 
 def _name_again(site: Site, table: SpellingTable, counts: Mapping[str, Any]) -> Iterator[Site]:

@@ -7,7 +7,7 @@ are indexed (`BlockDtype`); their numbers are not read by this container.
 
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from loraformat.containers._new_tensors import NewTensor, check_new, payload_byt
 from loraformat.containers._strided import check_name, check_shape
 from loraformat.dtypes import BY_GGML, BlockDtype, Dtype
 from loraformat.errors import refuse
+from loraformat.images import Copy, Fresh, Literal, Piece
 from loraformat.limits import MAX_DIMS, MAX_KEY_VALUES, MAX_TENSORS
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile, Span, StoredTensor
@@ -80,7 +81,26 @@ class _Entry:
         return self.dtype.count_bytes(math.prod(self.shape))
 
 
-def _index(file: InputFile) -> TensorFile:
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What stands before the data.
+
+    Attributes:
+        metadata: the key-values.
+        entries: the tensor descriptions.
+        entries_at: where these begin.
+        start: where the data begin.
+        alignment: of the data, in bytes.
+    """
+
+    metadata: Mapping[str, str]
+    entries: Sequence[_Entry]
+    entries_at: int
+    start: int
+    alignment: int
+
+
+def _read_head(file: InputFile) -> _Head:
     _check_magic(file)
     cursor = Cursor(file)
     cursor.skip(len(_MAGIC))
@@ -89,17 +109,44 @@ def _index(file: InputFile) -> TensorFile:
     _check_count(file, "tensors", tensor_count, MAX_TENSORS, _LEAST_TENSOR_BYTES)
     _check_count(file, "key-values", key_count, MAX_KEY_VALUES, _LEAST_KEY_VALUE_BYTES)
     metadata = _read_key_values(cursor, key_count)
+    entries_at = cursor.position
     entries = _read_entries(cursor, tensor_count)
     alignment = _find_alignment(file, metadata)
     start = _align(cursor.position, alignment)
     _check_tiling(file, entries, start, alignment)
+    return _Head(metadata, entries, entries_at, start, alignment)
+
+
+def _index(file: InputFile) -> TensorFile:
+    head = _read_head(file)
     tensors = {
         entry.name: StoredTensor(
-            entry.name, entry.dtype, entry.shape, Span(file.path, start + entry.offset, entry.length), file
+            entry.name, entry.dtype, entry.shape, Span(file.path, head.start + entry.offset, entry.length), file
         )
-        for entry in entries
+        for entry in head.entries
     }
-    return TensorFile(file, tensors, metadata)
+    return TensorFile(file, tensors, head.metadata)
+
+
+def describe_retyped(file: InputFile, forms: Mapping[str, Dtype]) -> Iterator[Piece]:
+    """Yield the pieces of a file in which some tensors have another number form; `Fresh` has the room for these.
+
+    Key-values stay as they are, and tensors where they were in the order. Descriptions keep their sizes.
+
+    Args:
+        file: the file.
+        forms: the new number forms, by the names of tensors.
+    """
+    head = _read_head(file)
+    formed = [(each.name, forms.get(each.name, each.dtype), each.shape) for each in head.entries]
+    yield Copy(file, 0, head.entries_at)
+    described = b"".join(_describe_tensors(formed, head.alignment))
+    yield Literal(described + bytes(head.start - head.entries_at - len(described)))
+    for entry, (name, form, shape) in zip(head.entries, formed, strict=True):
+        length = form.count_bytes(math.prod(shape))
+        is_same = name not in forms
+        yield Copy(file, head.start + entry.offset, length) if is_same else Fresh(name, length)
+        yield Literal(bytes(-length % head.alignment))
 
 
 def _check_magic(file: InputFile) -> None:
@@ -222,7 +269,7 @@ def write_gguf(sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Map
         raise refuse("LF130", f"new file, {_ALIGNMENT_KEY}", f"{alignment!r:.40}", "a power of two from 8")
     values = [write_value(key, value) for key, value in metadata.items()]
     head = struct.pack("<4sIQQ", _MAGIC, _VERSIONS[-1], len(tensors), len(values))
-    head += b"".join(values) + b"".join(_describe_tensors(tensors, alignment))
+    head += b"".join(values) + b"".join(_describe_tensors((each[:3] for each in tensors), alignment))
     with open(sink, "wb", closefd=False) if isinstance(sink, int) else nullcontext(sink) as stream:
         stream.write(head + bytes(-len(head) % alignment))
         for tensor in tensors:
@@ -231,9 +278,9 @@ def write_gguf(sink: int | BinaryIO, tensors: Sequence[NewTensor], metadata: Map
             stream.write(bytes(-len(data) % alignment))
 
 
-def _describe_tensors(tensors: Sequence[NewTensor], alignment: int) -> Iterator[bytes]:
+def _describe_tensors(tensors: Iterable[tuple[str, Dtype, Sequence[int]]], alignment: int) -> Iterator[bytes]:
     offset = 0
-    for name, dtype, shape, _ in tensors:
+    for name, dtype, shape in tensors:
         _check_ggml_holds(name, dtype, shape)
         raw = name.encode()
         yield struct.pack("<Q", len(raw)) + raw

@@ -92,19 +92,24 @@ def _may_be_coded(want: Want, site: Site, lookup: Lookup) -> bool:
     if not is_coded(site):
         return False
     columns = _choose_columns(want)
-    reference = _read_reference(want, lookup, columns)
-    return is_alike(_keep(lookup, site, want, columns), reference[slice(*(site.section or (None,)))])
+    reference = _arrange(site, _read_reference(want, lookup, columns))
+    return is_alike(_keep(lookup, site, want, columns), reference)
+
+
+def _arrange(site: Site, reference: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the rows of the checkpoint's weight that a site has, where the base knows their order in this."""
+    own = reference[slice(*(site.section or (None,)))]
+    return own[list(site.row_order)] if len(site.row_order) == len(own) else own
 
 
 def _verify(want: Want, candidate: Candidate, lookup: Lookup) -> Candidate | None:
     site = candidate.site
     columns = _choose_columns(want)
     stored = _keep(lookup, site, want, columns)
-    reference = _read_reference(want, lookup, columns)
-    if site.section is not None:
-        reference = reference[slice(*site.section)]
+    whole = _read_reference(want, lookup, columns)
+    reference = whole[slice(*site.section)] if site.section is not None else whole
     if is_coded(site):
-        rounded = is_rounded(stored, _keep_steps(lookup, site, want, columns), reference)
+        rounded = is_rounded(stored, _keep_steps(lookup, site, want, columns), _arrange(site, whole))
         return replace(candidate, verified=VERIFIED) if rounded else None
     slack = _slack(site, want, lookup)
     factors = find_factors(stored * np.float32(site.divisor), reference, slack)

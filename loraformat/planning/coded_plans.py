@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Final
 
 from loraformat.bases import BaseModel, DequantisingBase, FloatForm, Weight, WeightFloats, name_companion
+from loraformat.dtypes import BlockDtype
 from loraformat.encodings import CODED, CodedEncoding, choose_encoding
 from loraformat.matching import Match
 from loraformat.plan.changes import PlannedChange, PlannedReference
@@ -21,7 +22,7 @@ def check_codes(changes: Iterable[tuple[Match, Weight, PlannedChange]]) -> Itera
     """Yield a problem for every change of a weight whose codes are too few to hold a small one, without float ones."""
     for match, weight, change in changes:
         if weight.coding is not None and _find_encoding(weight).is_read_only:
-            found = f"{weight.name!r} is stored as {weight.coding.encoding}, which is only decoded"
+            found = f"{weight.name!r} is stored as {_name_form(weight)}, which is only decoded"
             yield Problem("LF471", match.want.name, found, "--on-quantized dequantize, or the float model")
         elif has_few_bits(weight) and not change.references:
             found = f"{weight.name!r} is stored in codes of {_find_encoding(weight).bits} significant bits"
@@ -37,6 +38,12 @@ def _find_encoding(weight: Weight) -> CodedEncoding:
     encoding = CODED.find(weight.coding.encoding) if weight.coding is not None else None
     assert encoding is not None, "the base names it"
     return encoding
+
+
+def _name_form(weight: Weight) -> str:
+    """Return what people call the codes of a weight."""
+    assert weight.coding is not None, "asked before"
+    return weight.tensor.dtype.name if isinstance(weight.tensor.dtype, BlockDtype) else weight.coding.encoding
 
 
 def plan_references(match: Match, found: Sequence[Match]) -> tuple[PlannedReference, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import loraformat
-from graphs import Array, dyadic_factors, product, write_peft
+from graphs import Array, dyadic, dyadic_factors, product, write_peft
 from loraformat.bases import BASES
 from loraformat.bases.gguf_model import BASE
 from loraformat.containers.gguf import CONTAINER, write_gguf
@@ -100,7 +100,7 @@ def test_blocks_of_8_bits_are_encoded_again_and_others_refused(tmp_path: Path) -
     blocks["scale"], blocks["codes"] = 0.5, rng.integers(-127, 128, blocks["codes"].shape)
     tensors: list[Any] = [
         ("blk.0.ffn_up.weight", Q8_0, (48, WIDTH), blocks.tobytes),
-        ("blk.1.ffn_up.weight", BY_GGML[2], (48, WIDTH), lambda: bytes(48 * WIDTH // 32 * 18)),
+        ("blk.1.ffn_up.weight", BY_GGML[16], (1, 256), lambda: bytes(66)),
     ]
     base = tmp_path / "base.gguf"
     with base.open("wb") as sink:
@@ -111,10 +111,36 @@ def test_blocks_of_8_bits_are_encoded_again_and_others_refused(tmp_path: Path) -
     values = (stored["codes"] * stored["scale"].astype(np.float32)[..., None]).reshape(48, WIDTH)
     wanted = (blocks["codes"] * np.float32(0.5)).reshape(48, WIDTH) + deltas[module]
     assert np.abs(values - wanted).max() <= np.abs(wanted).max() / 127 * 0.58  # Half a step, and float16 of the scale.
-    with pytest.raises(LoraformatError, match="q4_0"):
+    with pytest.raises(LoraformatError, match="iq2_xxs"):
         merge(tmp_path / "b", base, {"model.layers.1.mlp.up_proj": 48})
-    with pytest.raises(LoraformatError, match="LF619"):
-        merge(tmp_path / "c", base, {module: 48}, on_quantized="dequantize")
+
+
+@pytest.mark.parametrize("alignment", [32, 128])
+def test_blocks_become_floats_and_the_rest_stays(tmp_path: Path, alignment: int) -> None:
+    """What stands behind them moves, each tensor to a multiple of the alignment."""
+    rng = np.random.default_rng(3)
+    blocks = np.zeros((7, WIDTH // 32), np.dtype([("scale", "<f2"), ("codes", "u1", 16)]))
+    blocks["scale"], blocks["codes"] = 0.5, rng.integers(0, 256, blocks["codes"].shape)
+    last = dyadic(rng, 7, WIDTH).astype(np.float16)
+    tensors: list[Any] = [
+        ("blk.0.ffn_gate.weight", BY_GGML[2], (7, WIDTH), blocks.tobytes),
+        ("blk.0.ffn_up.weight", BY_GGML[2], (7, WIDTH), blocks.tobytes),
+        ("blk.0.ffn_norm.weight", BY_NAME["float32"], (3,), lambda: np.arange(3, dtype=np.float32).tobytes()),
+        ("blk.1.ffn_up.weight", BY_NAME["float16"], (7, WIDTH), last.tobytes),
+    ]
+    with (base := tmp_path / "base.gguf").open("wb") as sink:
+        write_gguf(sink, tensors, FACTS | {"general.alignment": alignment})
+    modules = {"model.layers.0.mlp.up_proj": 7, "model.layers.1.mlp.up_proj": 7}
+    deltas, merged = merge(tmp_path, base, modules, on_quantized="dequantize")
+    found = CONTAINER.open(merged)
+    assert found.metadata == CONTAINER.open(base).metadata
+    codes = np.concatenate([blocks["codes"] & 15, blocks["codes"] >> 4], axis=2).astype(np.float32)
+    up, other = (found.tensors[f"blk.{layer}.ffn_up.weight"].read() for layer in (0, 1))
+    wanted = ((codes - 8) * 0.5).reshape(7, WIDTH) + deltas["model.layers.0.mlp.up_proj"]
+    np.testing.assert_array_equal(up, wanted.astype(np.float16))
+    np.testing.assert_array_equal(other, (last + deltas["model.layers.1.mlp.up_proj"]).astype(np.float16))
+    assert found.tensors["blk.0.ffn_gate.weight"].read_bytes().tobytes() == blocks.tobytes()
+    np.testing.assert_array_equal(found.tensors["blk.0.ffn_norm.weight"].read(), np.arange(3))
 
 
 def test_heads_that_do_not_divide_the_rows_are_refused(tmp_path: Path) -> None:
