@@ -125,9 +125,13 @@ def weight_change(target: Target) -> Change:
 
 def is_weight_alone(target: Target) -> bool:
     """Say whether an additive target changes a weight that a LoRA could change, and nothing beside it."""
-    changes = list_changes(target)
-    known = all(size > 0 for change in changes for size in change.shape)
-    return known and target.slot in LORA_SLOTS and [change.parameter for change in changes] == ["weight"]
+    alone = [change.parameter for change in list_changes(target)] == ["weight"]
+    return alone and tells_size(target) and target.slot in LORA_SLOTS
+
+
+def tells_size(target: Target) -> bool:
+    """Say whether a target tells the sizes of what it changes; of others only the base's weights do."""
+    return all(size > 0 for change in list_changes(target) for size in change.shape)
 
 
 def open_delta(target: Target, change: Change | None = None) -> Delta:

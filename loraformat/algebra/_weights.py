@@ -30,6 +30,10 @@ _FORMS: Final[Mapping[str, tuple[int, int]]] = {
 """Binary digits behind the point, and the exponent of the smallest normal number."""
 
 
+_LARGEST: Final = float(1 << 40)
+"""Sums of the squares of a weight's numbers are in float32: so much they hold, and no weight has."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Difference:
     """W′ − W of one parameter.
@@ -71,7 +75,7 @@ def read_tiles(tensor: StoredTensor) -> Iterator[tuple[slice, NDArray[np.float32
     """Yield the stored matrix in order, some rows at a time in float32, each with its place.
 
     Raises:
-        FindingError: LF723 a number that is not finite.
+        FindingError: LF723 a number that is not finite, or larger than any of a weight.
     """
     encoding = find_encoding(tensor)
     if encoding is None:
@@ -85,8 +89,9 @@ def read_tiles(tensor: StoredTensor) -> Iterator[tuple[slice, NDArray[np.float32
         stored = StoredTensor(tensor.name, tensor.dtype, (stop - start, columns), span, tensor.file).read()
         tile = np.empty(stored.shape, encoding.work_dtype(tensor.dtype))
         encoding.decode(stored, tile)
-        if not np.isfinite(tile).all():
-            raise refuse("LF723", f"{tensor.file.path}, tensor {tensor.name!r}", "NaN or infinity", "finite numbers")
+        if not max(tile.max(initial=0.0), -tile.min(initial=0.0)) <= _LARGEST:  # NaN is not either.
+            found = "numbers beyond 2^40" if np.isfinite(tile).all() else "NaN or infinity"
+            raise refuse("LF723", f"{tensor.file.path}, tensor {tensor.name!r}", found, "numbers of a model's weight")
         yield slice(start, stop), tile
 
 

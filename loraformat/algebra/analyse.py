@@ -14,7 +14,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from loraformat.adapter import Adapter
+from loraformat.adapter import Adapter, Target
 from loraformat.algebra._directions import (
     MAX_RANK,
     NUMBER,
@@ -28,7 +28,7 @@ from loraformat.algebra._directions import (
 from loraformat.algebra._maps import compare_subjects, map_layers
 from loraformat.algebra._random import generator
 from loraformat.algebra._randomised import leading_svd
-from loraformat.algebra._targets import nature_of
+from loraformat.algebra._targets import nature_of, tells_size
 from loraformat.algebra._weights import read_weight
 from loraformat.algebra.analysis import AdapterAnalysis, Amplification, Analysis, LayerMap, TargetAnalysis
 from loraformat.algebra.subspaces import effective_rank, project, stable_rank
@@ -73,18 +73,23 @@ def analyse_adapters(
 
 def _choose_targets(name: str, adapter: Adapter) -> Subject:
     """Return the targets that have singular values; LF725 when there are none."""
-    chosen = replace(adapter, targets=tuple(each for each in adapter.targets if nature_of(each) is Nature.ADDITIVE))
+    chosen = replace(adapter, targets=tuple(each for each in adapter.targets if _has_values(each)))
     if not chosen.targets:
         kinds = ", ".join(sorted({target.kind for target in adapter.targets})) or "no targets"
-        raise error_for([Problem("LF725", name, kinds, "targets whose change is added")])
+        raise error_for([Problem("LF725", name, kinds, "targets whose change is added, and tells its size")])
     errors = [problem for problem in check_adapter(chosen, allow_zero=True) if problem.severity == "error"]
     if errors:
         raise error_for(errors)
     return Subject(name, chosen, name_modules([target.name for target in chosen.targets]))
 
 
+def _has_values(target: Target) -> bool:
+    """Say whether a target has singular values that it tells by itself."""
+    return nature_of(target) is Nature.ADDITIVE and tells_size(target)
+
+
 def _list_left_out(name: str, adapter: Adapter) -> Iterator[Problem]:
-    counts = Counter(target.kind for target in adapter.targets if nature_of(target) is not Nature.ADDITIVE)
+    counts = Counter(target.kind for target in adapter.targets if not _has_values(target))
     for kind, count in sorted(counts.items()):
         yield Problem("LF726", name, f"{count} targets of the kind {kind!r}", severity="warning")
 

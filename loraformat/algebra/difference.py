@@ -14,7 +14,7 @@ from loraformat.algebra._dense import Tile, walk
 from loraformat.algebra._lowrank import Svd, compare_subspaces
 from loraformat.algebra._refusals import check_alike, check_numbers
 from loraformat.algebra._sums import VALUES
-from loraformat.algebra._targets import list_changes, nature_of, open_delta, pair_roles
+from loraformat.algebra._targets import list_changes, nature_of, open_delta, pair_roles, tells_size
 from loraformat.bases import BaseModel
 from loraformat.encodings import choose_encoding
 from loraformat.errors import error_for, refuse
@@ -49,10 +49,11 @@ class Compared:
 
     @property
     def relative(self) -> float:
-        """The difference relative to the first; infinite where that is zero and the second is not."""
-        if self.first:
-            return self.difference / self.first
-        return math.inf if self.difference else 0.0
+        """The difference relative to the first; infinite where that is zero, or no number measures it."""
+        if not self.difference:
+            return 0.0
+        relative = self.difference / self.first if self.first else math.inf
+        return math.inf if math.isnan(relative) else relative
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +117,10 @@ def compare_adapters(one: Adapter, other: Adapter) -> Difference:
     first, second = ({target.name: target for target in adapter.targets} for adapter in (one, other))
     odd = {problem.where: problem for problem in check_alike([one, other])}
     for name in first.keys() & second.keys() - odd.keys():
-        kinds = {first[name].kind, second[name].kind}
-        natures = {nature_of(first[name]), nature_of(second[name])}
-        if Nature.FUNCTION_OF_BASE in natures or (Nature.REPLACEMENT in natures and kinds != {VALUES}):
+        pair = first[name], second[name]
+        kinds, natures = {target.kind for target in pair}, set(map(nature_of, pair))
+        strange = Nature.FUNCTION_OF_BASE in natures or (Nature.REPLACEMENT in natures and kinds != {VALUES})
+        if strange or not all(map(tells_size, pair)):
             found = f"the kind {' and '.join(sorted(kinds))}, whose effect depends on the base"
             odd[name] = Problem("LF702", name, found, "merged models to compare", severity="note")
     common = sorted(first.keys() & second.keys() - odd.keys())
@@ -230,6 +232,27 @@ def _sum_up(name: str, pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> Co
     parts = []
     for pair in pairs:
         one, other = (piece.reshape(-1).astype(np.float64) for piece in pair)
-        apart = other - one
-        parts.append((float(one @ one), float(other @ other), float(apart @ apart)))
-    return Compared(name, *(math.sqrt(math.fsum(column)) for column in zip(*parts, strict=True)))
+        parts.append((_norm(one), _norm(other), _norm(_subtract(other, one))))
+    return Compared(name, *(math.hypot(*column) for column in zip(*parts, strict=True)))
+
+
+def _subtract(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the difference; zero between two NaN and between equal infinities."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        apart = one - other
+    if not np.isfinite(apart).all():
+        apart[(one == other) | (np.isnan(one) & np.isnan(other))] = 0.0
+    return apart
+
+
+def _norm(values: NDArray[np.float64]) -> float:
+    """Return a vector's norm, also where the squares are beyond float64; infinite where a number is none."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = float(values @ values)
+    if math.isfinite(squares):
+        return math.sqrt(squares)
+    largest = float(np.max(np.abs(values)))
+    if not math.isfinite(largest):
+        return math.inf
+    scaled = values / largest
+    return largest * math.sqrt(float(scaled @ scaled))

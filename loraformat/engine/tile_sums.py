@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 from loraformat.dtypes import is_all_finite
 
 _NARROW_BYTES: Final = 2
+_MOST_SQUARES: Final = 1e290
+"""What the sums of all tiles of a weight add up to is finite when each is below."""
+_LARGEST: Final = 1e140
+"""Of larger numbers, which only float64 has, the squares are not summed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ def sum_up(base: NDArray[Any], delta: NDArray[Any], merged: NDArray[Any], found:
         error = difference / largest if largest and math.isfinite(difference / largest) else 0.0
     np.subtract(f, w, out=f)
     sums = float(np.dot(f, d)), float(np.dot(d, d)), float(np.dot(w, w))
-    if math.isfinite(sum(sums)):
+    if abs(sum(sums)) < _MOST_SQUARES:
         return TileSums(*sums, error=error)
     before = np.isfinite(w)
     overflowed = int(np.count_nonzero(before & ~np.isfinite(f)))
@@ -125,8 +129,8 @@ def _largest(values: NDArray[Any]) -> float:
 
 
 def _sum_wide(w: NDArray[Any], d: NDArray[Any], change: NDArray[Any]) -> tuple[float, float, float]:
-    """Return the sums in float64, without the places that are not finite."""
+    """Return the sums in float64, without the places that are not finite or have squares that are not."""
     wide_d, wide_w, wide_change = d.astype(np.float64), w.astype(np.float64), change.astype(np.float64)
-    good = np.isfinite(wide_change) & np.isfinite(wide_w)
+    good = np.logical_and.reduce([np.abs(each) <= _LARGEST for each in (wide_change, wide_w, wide_d)])
     wide_d[~good] = wide_w[~good] = wide_change[~good] = 0.0
     return float(wide_change @ wide_d), float(wide_d @ wide_d), float(wide_w @ wide_w)

@@ -1,5 +1,6 @@
 """Comparing adapters and models: against dense matrices in float64."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,3 +145,16 @@ def test_models_that_cannot_be_compared(rng: np.random.Generator, tmp_path: Path
         with pytest.raises(LoraformatError) as caught:
             loraformat.diff(*pair)
         assert caught.value.codes == ("LF707",)
+
+
+def test_numbers_that_are_none_and_squares_that_no_float64_holds(tmp_path: Path) -> None:
+    arrays = {"nan": [1.0, np.nan], "infinite": [np.inf, 2.0], "large": [1e300, 3.0], "plain": [1.0, 2.0]}
+    paths = {
+        name: write_tensors(tmp_path / f"{name}.safetensors", {"w": np.array(values)})
+        for name, values in arrays.items()
+    }
+    for one, other in itertools.product(paths, paths):
+        found = loraformat.diff(paths[one], paths[other])
+        assert found.is_same == (one == other)
+        assert found.relative == 0.0 if one == other else found.relative > 0.0
+    assert loraformat.diff(paths["plain"], paths["large"]).shared[0].difference == 1e300

@@ -325,14 +325,17 @@ def test_what_no_adapter_holds_is_said(tmp_path: Path) -> None:
 def test_refusals(models: tuple[Arrays, Arrays], tmp_path: Path) -> None:
     base, tuned = models
     _tuned_path, base_path = write_models(tmp_path, base, tuned)
-    broken = tuned | {"model.layers.0.q_proj.weight": np.full((48, 32), np.nan, np.float32)}
+    broken, vast = (
+        tuned | {"model.layers.0.q_proj.weight": np.full((48, 32), number, np.float32)} for number in (np.nan, 1e30)
+    )
     narrow = tuned | {"model.layers.0.q_proj.weight": np.ones((48, 31), np.float32)}
-    cases = {
-        "LF720": base_path,
-        "LF721": write_tensors(tmp_path / "narrow.safetensors", narrow),
-        "LF723": write_tensors(tmp_path / "broken.safetensors", broken),
-    }
-    for code, path in cases.items():
+    cases = [
+        ("LF720", base_path),
+        ("LF721", write_tensors(tmp_path / "narrow.safetensors", narrow)),
+        ("LF723", write_tensors(tmp_path / "broken.safetensors", broken)),
+        ("LF723", write_tensors(tmp_path / "vast.safetensors", vast)),
+    ]
+    for code, path in cases:
         with pytest.raises(loraformat.LoraformatError) as caught:
             loraformat.extract(path, base_path)
         assert caught.value.codes == (code,)

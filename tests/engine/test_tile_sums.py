@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
 from graphs import FORMS
-from loraformat.engine.tile_sums import is_in_range
+from loraformat.engine.tile_sums import TileSums, is_in_range, sum_up
 
 WIDE = ("float32", "float64")
 
@@ -36,3 +36,19 @@ def test_a_tile_of_weights_is_in_range(form: str) -> None:
     for broken in (np.nan, -np.nan, np.inf, -np.inf):
         values[3, 2] = broken
         assert not tell(values)
+
+
+def test_numbers_whose_squares_no_float64_holds_are_left_out_of_the_sums() -> None:
+    base, delta = np.array([1e300, 2.0, -1e145, 3.0]), np.array([1e290, 0.5, 1e150, np.nan])
+    merged = base + delta
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = sum_up(base, delta, merged.copy(), merged)
+    assert (sums.kept, sums.wanted, sums.base) == (0.25, 0.25, 4.0)
+    assert (sums.overflowed, sums.retained) == (1, 1.0)
+
+
+def test_sums_of_many_tiles_are_finite() -> None:
+    base, delta = np.full(9, 3e143), np.full(9, 1e140)
+    merged = base + delta
+    tile = sum_up(base, delta, merged.copy(), merged)
+    assert np.isfinite([getattr(sum([tile] * 1000, TileSums()), name) for name in ("retained", "relative")]).all()

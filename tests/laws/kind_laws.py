@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from builders import MemoryFactor
-from loraformat.adapter import Scaling, ScalingRule, SlotKind, Target
+from loraformat.adapter import Adapter, Scaling, ScalingRule, SlotKind, Target
+from loraformat.algebra.difference import compare_adapters
 from loraformat.kinds import (
     KINDS,
     UNKNOWN,
@@ -37,6 +38,7 @@ from loraformat.kinds import (
 
 # One law runs for several classes, on purpose.
 _law = settings(suppress_health_check=list(HealthCheck), max_examples=settings.default.max_examples // 4)
+_few = settings(_law, max_examples=4)
 
 TINY = 1e-37
 """Below the smallest normal float32, rounding is no longer relative."""
@@ -134,6 +136,14 @@ class CommonKindLaws:
     def test_it_says_what_it_does_and_where_that_stands(self) -> None:
         assert self.kind.formula
         assert self.kind.source
+
+    @_few
+    @given(st.data())
+    def test_it_does_not_differ_from_itself(self, data: st.DataObject) -> None:
+        adapter = Adapter((data.draw(self.examples()).target,))
+        found = compare_adapters(adapter, adapter)
+        assert {problem.code for problem in found.incomparable} <= {"LF702"}
+        assert not any(item.difference for item in found.shared)
 
     def test_each_slot_has_one_role_set(self) -> None:
         slots = [slot for roles in self.kind.role_sets for slot in roles.slots]
