@@ -33,11 +33,7 @@ _CONVERT: Final = (
     'sys.argv[2])" OLD NEW'
 )
 
-FROM_KERAS: Final = (
-    "Load it in KerasHub (backbone.load_lora_weights), and save lora_kernel_a and lora_kernel_b of every layer by its "
-    "name as safetensors."
-)
-_NAMED: Final = f"Save its arrays by name as safetensors. Layers of an adapter of KerasHub have none: {FROM_KERAS}"
+_NAMED: Final = "An adapter of KerasHub (.lora.h5) is read as it is. Of anything else save the arrays as safetensors."
 
 _SIGNATURES: Final = (
     Signature(b"version https://git-lfs", "a git-LFS pointer, not the file itself", "Fetch the file: git lfs pull"),

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
 
-from loraformat.signatures import FROM_KERAS
-
 
 @dataclass(frozen=True, slots=True)
 class Store:
@@ -56,8 +54,8 @@ STORES: Final = (
         ("lora_model_state.*.pdparams",),
     ),
     Store(
-        "an adapter of KerasHub, whose layers have numbers instead of names",
-        FROM_KERAS,
+        "an adapter of KerasHub",
+        "Name the file itself, and give the base that it was trained on: its layers have numbers instead of names.",
         ("*.lora.h5",),
     ),
 )

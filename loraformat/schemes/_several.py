@@ -1,4 +1,4 @@
-"""Files with the tensors of several adapters, told apart by a name in their keys: `PATH#NAME` says which one is meant."""
+"""Files with tensors of several adapters, told apart by a name in their keys: `PATH#NAME` says which one is meant."""
 
 from collections.abc import Mapping
 from dataclasses import replace

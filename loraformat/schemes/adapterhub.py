@@ -1,8 +1,8 @@
 """AdapterHub's `adapters`: `<module>.loras.<name>.lora_A` beside an `adapter_config.json` of its own form.
 
 Scale: alpha / r of that configuration. Of a fused query, key and value, as GPT-2 has it, `attn_matrices` says which
-parts have factors, one part below the other. (IA)³ has the same names and B alone, of which `composition_mode` tells; it
-multiplies outputs, and with them the bias, as the library's layer does (its own merge leaves the bias). Source:
+parts have factors, one part below the other. (IA)³ has the same names and B alone, of which `composition_mode` tells;
+it multiplies outputs, and with them the bias, as the library's layer does (its own merge leaves the bias). Source:
 adapter-hub/adapters 1.3, methods/lora.py, configuration.
 """
 
