@@ -81,7 +81,7 @@ class AdapterInspection:
             "path": str(self.path),
             "scheme": self.scheme,
             "evidence": self.evidence,
-            "base": asdict(self.adapter.base),
+            "base": asdict(self.adapter.base) | {"layers": [list(run) for run in self.adapter.base.layers]},
             "sha256": self.adapter.sha256,
             "kinds": _count(target.kind for target in self.targets),
             "ranks": _count(target.rank for target in self.targets if target.rank),

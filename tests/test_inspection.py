@@ -62,7 +62,7 @@ def test_the_record_of_an_adapter(tmp_path: Path) -> None:
     assert record["scales"] == {"8": 2, "5.33333": 1}
     assert record["dtypes"] == {"float32": 4, "float16": 2}
     assert record["parameters"] == sum(factor.size for pair in (FACTORS | wide).values() for factor in pair)
-    assert record["base"] == {"name": "a/base", "revision": None}
+    assert record["base"] == {"name": "a/base", "revision": None, "layers": []}
     assert [target["name"] for target in record["targets"]] == ["model.q", "model.v", "model.w"]
 
 

@@ -690,7 +690,7 @@ def test_a_metadata_value_too_long_is_not_written() -> None:
     metadata=METADATA,
     key=st.one_of(TEXTS, st.just("loraformat.receipt")),
     text=TEXTS.map(str.rstrip),
-    room=st.integers(0, 50),
+    room=st.integers(1, 50),
 )
 def test_the_image_is_the_same_file_with_one_entry_more(
     tensors: list[NewTensor], metadata: dict[str, str], key: str, text: str, room: int, tmp_path: Path

@@ -17,7 +17,6 @@ from loraformat.recognition.stores import recognise_store
         (("__0_0.distcp", ".metadata"), "torch"),
         (("zero_pp_rank_0_mp_rank_00_optim_states.pt",), "DeepSpeed"),
         (("model.lora_config.npy", "model.lora_weights.npy"), "TensorRT"),
-        (("lora_config.json", "lora_model_state.pdparams"), "Paddle"),
         (("gemma.lora.h5",), "KerasHub"),
     ],
 )
