@@ -48,7 +48,7 @@ class Hdf5:
         """Say whether the file begins as those of HDF5 do."""
         return head.startswith(_MAGIC)
 
-    def open(self, path: Path) -> TensorFile:
+    def open(self, path: Path | InputFile) -> TensorFile:
         """Return the arrays by their paths, in the order in which the library lists them.
 
         Raises:

@@ -46,7 +46,7 @@ class Paddle:
         """Say whether the file begins as a pickled dictionary does."""
         return _BEGINNING.match(head) is not None
 
-    def open(self, path: Path) -> TensorFile:
+    def open(self, path: Path | InputFile) -> TensorFile:
         """Read the pickle without executing it, and return the arrays in the order of the dictionary.
 
         Raises:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from loraformat.arrays import HeldFile
 from loraformat.containers import CONTAINERS, Container, TensorFile
 from loraformat.containers._strided import StridedTensor
 from loraformat.errors import LoraformatError
@@ -123,6 +124,12 @@ class ContainerLaws:
             return [(t.name, t.dtype, t.shape, t.span) for t in opened.tensors.values()], dict(opened.metadata)
 
         assert index(self.container.open(example[0])) == index(self.container.open(example[0]))
+
+    def test_bytes_in_memory_are_as_good_as_a_file(self, example: tuple[Path, dict[str, NDArray[Any]]]) -> None:
+        path, expected = example
+        tensors = self.container.open(HeldFile(path, path.read_bytes())).tensors
+        assert list(tensors) == list(self.container.open(path).tensors)
+        assert all(same_bits(tensors[name].read(), array) for name, array in expected.items())
 
     def test_the_suffix_does_not_matter(self, example: tuple[Path, Any]) -> None:
         path, expected = example

@@ -1,6 +1,7 @@
 """What our commands print under `--json` is what its JSON Schema says, and nothing beside it."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from graphs import Net, write_model
 from loraformat.containers.safetensors import CONTAINER
 from loraformat.receipt import RECEIPT_KEY
 from loraformat_cli.group import root
-from spec.cases import vectors
+from spec.cases import SPEC, vectors
 from spec.schemas import NAMES, errors, validator
 
 
@@ -142,6 +143,15 @@ def test_every_command_and_every_schema_has_its_row() -> None:
     printing = {name for name, command in commands.items() if command and "json" in {p.name for p in command.params}}
     assert {words.split()[0] for _, words in RUNS} == printing
     assert {name for name, _ in RUNS} | {"expected", "header", "manifest", "problem"} == set(NAMES)
+
+
+def test_the_page_for_users_has_the_same_table() -> None:
+    """In it a command stands with the options that choose its document, one row for each schema."""
+    page = (SPEC.parent / "docs" / "json.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*`|any that fails) \| `([a-z-]+)` \|$", page, re.MULTILINE)
+    said = {(name, command) for commands, name in rows for command in re.findall(r"`([a-z-]+)[^`]*`", commands)}
+    assert said == {(name, words.split()[0]) for name, words in RUNS if name != "problems"}
+    assert ("any that fails", "problems") in rows
 
 
 def test_a_field_that_a_schema_lacks_is_found(printed: dict[str, Any]) -> None:
