@@ -78,6 +78,7 @@ class FactoredKind:
         is_scaled: whether its formula has a scale; otherwise the target's must be 1.
         rank_axis: the axis that is its rank; empty for a kind without one.
         is_flat: whether factors for a matrix may as well be those of a kernel.
+        is_beside_bias: whether a trained bias may stand beside the factors: where these change nothing but the weight.
     """
 
     name: ClassVar[str]
@@ -89,6 +90,7 @@ class FactoredKind:
     is_scaled: ClassVar[bool] = True
     rank_axis: ClassVar[str] = "rank"
     is_flat: ClassVar[bool] = False
+    is_beside_bias: ClassVar[bool] = True
 
     @property
     def role_sets(self) -> tuple[RoleSet, ...]:
@@ -100,11 +102,6 @@ class FactoredKind:
             replace(each, optional=(*each.optional, BASE_BIAS)) if set(each.slots) & set(_BESIDE) else each
             for each in merged
         )
-
-    @property
-    def is_beside_bias(self) -> bool:
-        """Whether a trained bias may stand beside the factors: where these change nothing but the weight."""
-        return type(self).changes is FactoredKind.changes
 
     def check(self, target: Target) -> list[Problem]:
         """Return problems of slot, roles, number forms, axes, options, rank, scale, and what the kind adds."""

@@ -70,6 +70,7 @@ class AdapterV2(FactoredKind):
     layouts = (Layout(MATRICES, {_SCALE: "out", _BIAS: "out"}),)
     rank_axis = ""
     is_scaled = False
+    is_beside_bias = False
 
     def changes(self, target: Target) -> tuple[Change, ...]:
         """Return the change of the weight, `(out, in)`, and that of the bias."""

@@ -21,6 +21,7 @@ class Beft(FactoredKind):
     source = "PEFT BEFT"
     layouts = (Layout(MATRICES, {"beft_bias": "1 out"}),)
     rank_axis = ""
+    is_beside_bias = False
 
     def changes(self, target: Target) -> tuple[Change, ...]:
         """Return the change of the bias."""

@@ -45,6 +45,7 @@ class Glora(FactoredKind):
     layouts = (Layout(MATRICES, {}, {**_WEIGHT_ROLES, **_BIAS_ROLES, **_C_ROLES}),)
     is_scaled = False
     rank_axis = ""
+    is_beside_bias = False
 
     def check_more(self, target: Target, axes: Axes) -> list[Problem]:
         """Return problems of halves, of two forms at once, and of C."""

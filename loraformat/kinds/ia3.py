@@ -32,6 +32,7 @@ class Ia3(FactoredKind):
     options = name_options(is_feedforward=flag(False))
     is_scaled = False
     rank_axis = ""
+    is_beside_bias = False
 
     def check_more(self, target: Target, axes: Axes) -> list[Problem]:
         """Return a problem of a vector that lies the wrong way round."""

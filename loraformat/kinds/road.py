@@ -41,6 +41,7 @@ class Road(FactoredKind):
     )
     is_scaled = False
     rank_axis = ""
+    is_beside_bias = False
 
     def check_more(self, target: Target, axes: Axes) -> list[Problem]:
         """Return a problem of numbers that make no whole groups."""

@@ -10,6 +10,7 @@ from builders import MemoryFactor
 from kind_examples import make_target
 from loraformat.adapter import SlotKind, Target
 from loraformat.kinds import KINDS, Nature
+from loraformat.kinds._factored import FactoredKind
 
 OUT, IN, RANK = 6, 10, 2
 FACTORS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -62,3 +63,9 @@ def test_a_kind_that_changes_the_bias_itself_has_none() -> None:
     target = make_target("ia3", SlotKind.LINEAR, {}, options={"is_feedforward": False})
     codes = [problem.code for problem in own.check(replace(target, factors={**factors, "base_layer.bias": bias}))]
     assert codes == ["LF202"]
+
+
+def test_every_kind_with_changes_of_its_own_says_so() -> None:
+    kinds = [each for name in KINDS.names() if isinstance(each := KINDS.find(name), FactoredKind)]
+    own = {each.name for each in kinds if type(each).changes is not FactoredKind.changes}
+    assert own == {each.name for each in kinds if not each.is_beside_bias}

@@ -11,12 +11,14 @@ import pytest
 
 import loraformat
 from loraformat.recognition import recognise_type
-from loraformat.schemes._peft.fields import NEWEST, list_heeded, list_ignored
+from loraformat.schemes._peft.fields import NEWEST, OF_LORA
+from loraformat.schemes._peft.types import TYPES
 
 pytestmark = pytest.mark.oracle
 for _package in ("torch", "peft", "transformers"):
     pytest.importorskip(_package, reason=f"the oracle tests need {_package}")
 
+FIELDS = OF_LORA | {name: row.fields for name, row in TYPES.items()}
 OTHERWISE: dict[str, Any] = {
     **dict.fromkeys(("beta1", "beta2", "orth_reg_weight", "d_initial", "init_scale"), 0.37),
     **dict.fromkeys(("init_v_bound", "init_theta_d_bound", "init_vector_bank_bound", "init_logits_std"), 0.37),
@@ -45,7 +47,7 @@ def test_every_field_of_every_type_is_known() -> None:
     assert "LORA" in list_types()
     for peft_type in list_types():
         own = {each.name for each in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type])}
-        assert own <= list_heeded(peft_type) | list_ignored(peft_type), peft_type
+        assert own <= FIELDS[peft_type].heeded | FIELDS[peft_type].ignored, peft_type
 
 
 def choose() -> dict[str, str]:
@@ -71,9 +73,9 @@ def test_what_is_ignored_changes_no_output(peft_type: str, tmp_path: Path) -> No
     left = train(specimen, tmp_path)
     path = left.folder / "adapter_config.json"
     fields = json.loads(path.read_text())
-    altered = {each: OTHERWISE.get(each, 0.25 if "dropout" in each else None) for each in list_ignored(peft_type)}
+    altered = {each: OTHERWISE.get(each, 0.25 if "dropout" in each else None) for each in FIELDS[peft_type].ignored}
     altered = {each: value for each, value in altered.items() if value is not None and each in fields}
-    if "init_weights" in list_ignored(peft_type) and isinstance(fields.get("init_weights"), bool):
+    if "init_weights" in FIELDS[peft_type].ignored and isinstance(fields.get("init_weights"), bool):
         altered["init_weights"] = not fields["init_weights"]
     assert altered
     path.write_text(json.dumps(fields | altered))

@@ -17,7 +17,7 @@ from loraformat.problems import Problem
 from loraformat.recognition.unmergeable import UNMERGEABLE
 from loraformat.schemes import NOT_STATED, Bundle, StatedScale
 from loraformat.schemes._peft.config import _OBSTACLES, PeftConfig, read_config
-from loraformat.schemes._peft.fields import list_heeded, list_ignored
+from loraformat.schemes._peft.fields import OF_LORA
 from loraformat.schemes._peft.patterns import fits, fits_whole
 from loraformat.schemes._peft.types import TYPES
 
@@ -184,12 +184,10 @@ def test_a_field_of_next_year(peft_type: str, version: str | None, value: Any, s
     assert all(each.where.endswith(": use_trick") for each in problems)
 
 
-def test_what_a_type_reads_is_listed_as_heeded() -> None:
+def test_no_field_is_both_heeded_and_ignored() -> None:
     for name, row in TYPES.items():
-        own = {row.alpha, row.scale, *row.options, *(each.field for each in row.obstacles)} - {""}
-        assert own <= list_heeded(name), name
-        assert not list_heeded(name) & list_ignored(name), name
-    assert {item.field for item in _OBSTACLES} <= list_heeded("LORA")
+        assert not set(row.ignores.split()) & row.fields.heeded, name
+    assert {item.field for item in _OBSTACLES} <= OF_LORA["LORA"].heeded
 
 
 # --- patterns --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from loraformat.limits import MAX_LAYERS
 from loraformat.problems import Problem
 from loraformat.recognition import recognise_fields, recognise_type, spell_type
 from loraformat.schemes import Bundle, StatedScale
-from loraformat.schemes._peft.fields import find_unknown
+from loraformat.schemes._peft.fields import OF_LORA, find_unknown
 from loraformat.schemes._peft.patterns import fits, fits_whole
 from loraformat.strict_json import JsonValue
 
@@ -120,12 +120,8 @@ class PeftConfig:
                 for item in _OBSTACLES
                 if item.field in self.fields and item.holds(self.fields[item.field])
             ),
-            *self.find_unknown(),
+            *find_unknown(self.fields, self.where, OF_LORA[str(self.fields.get("peft_type", _LORA))]),
         ]
-
-    def find_unknown(self) -> list[Problem]:
-        """Return the fields that are set, and that no PEFT known to this version has."""
-        return find_unknown(self.fields, self.where)
 
     def tokens_of(self, target: str) -> list[JsonValue] | None:
         """Return the numbers of the tokens whose rows were trained in a table, None where they are not stated."""

@@ -1,12 +1,14 @@
-"""Every field that PEFT's configurations have, by type: those that are heeded, and those that change no number.
+"""The fields that PEFT's configurations have: those that are heeded, and those that change no number.
 
-What is in neither list, and set, is a field of a newer PEFT or of somebody else. PEFT leaves such a field out, with a
-warning, when it loads a configuration; what a newer one computes by it no one here can know. Source: the dataclasses of
-huggingface/peft 0.21.2, and what its layers read of them; ms-swift and vLLM for what is theirs.
+What of a type is its own stands in its row of the table in `types.py`. What is in neither list, and set, is a field of
+a newer PEFT or of somebody else. PEFT leaves such a field out, with a warning, when it loads a configuration; what a
+newer one computes by it no one here can know. Source: the dataclasses of huggingface/peft 0.21.2, and what its layers
+read of them; ms-swift and vLLM for what is theirs.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from loraformat.problems import Problem
@@ -27,97 +29,51 @@ _OTHERS: Final = (
     "vllm_long_context_scaling_factor lora_plus_lr_ratio"
 )
 """Fields by which training or serving goes: of PEFT 0.2, ms-swift, vLLM, and those who train with LoRA+."""
-_OF_TRAINING: Final = (
+LORA_IGNORED: Final = (
     "lora_dropout megatron_config megatron_core eva_config corda_config lora_ga_config velora_config monteclora_config "
     "qalora_group_size runtime_config"
 )
-_OF_LORA: Final = (
+LORA_HEEDED: Final = (
     "lora_alpha r rank_pattern alpha_pattern use_rslora use_dora lora_bias trainable_token_indices target_parameters "
     "use_bdlora kasa_config enable_lora ensure_weight_tying init_lora_weights loftq_config layer_replication "
     "arrow_config alora_invocation_tokens use_qalora"
 )
 
-_BY_TYPE: Final[Mapping[str, tuple[str, str]]] = {
-    "LORA": (_OF_LORA, _OF_TRAINING),
-    "TRAINABLE_TOKENS": ("token_indices", ""),
-    "ADALORA": (
-        f"init_r {_OF_LORA}",
-        f"target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step {_OF_TRAINING}",
-    ),
-    "IA3": ("feedforward_modules", "init_ia3_weights"),
-    "LOHA": ("r alpha rank_pattern alpha_pattern", "rank_dropout module_dropout use_effective_conv2d"),
-    "LOKR": (
-        "r alpha rank_pattern alpha_pattern decompose_both decompose_factor",
-        "rank_dropout module_dropout use_effective_conv2d rank_dropout_scale",
-    ),
-    "OFT": (
-        "block_share use_cayley_neumann num_cayley_neumann_terms coft eps",
-        "r oft_block_size module_dropout rank_pattern alpha_pattern",
-    ),
-    "VERA": ("projection_prng_key save_projection", "r vera_dropout d_initial"),
-    "PVERA": ("projection_prng_key save_projection sample_at_inference", "r pvera_dropout d_initial generator_seed"),
-    "BOFT": ("", "boft_block_size boft_block_num boft_n_butterfly_factor boft_dropout"),
-    "HRA": ("apply_GS", "r"),
-    "FOURIERFT": ("scaling random_loc_seed", "n_frequency n_frequency_pattern"),
-    "WAVEFT": (
-        "scaling random_loc_seed use_idwt wavelet_family",
-        "n_frequency n_frequency_pattern proportional_parameters",
-    ),
-    "RANDLORA": ("randlora_alpha save_projection", "r projection_prng_key sparse very_sparse randlora_dropout"),
-    "VBLORA": (
-        "topk",
-        "r num_vectors vector_length save_only_topk_weights vblora_dropout init_vector_bank_bound init_logits_std",
-    ),
-    "MISS": ("init_weights", "r mini_r miss_dropout"),
-    "BONE": ("init_weights", "r"),
-    "SHIRA": ("", "r mask_type random_seed"),
-    "C3A": ("", "block_size block_size_pattern"),
-    "ROAD": ("variant group_size", ""),
-    "DELORA": ("", "r rank_pattern delora_lambda module_dropout lambda_pattern"),
-    "GRALORA": ("alpha", "r hybrid_r gralora_dropout gralora_k"),
-    "HIRA": ("", "r rank_pattern hira_dropout"),
-    "GLORA": ("", "r config_A_B config_C config_D_E"),
-    "DEFT": ("alpha decomposition_method", "r init_scale para deft_dropout"),
-    "OSF": ("", "effective_rank rank_pattern target_svd_config"),
-    "PEANUT": ("scaling act_fn", "r depth"),
-    "UNILORA": ("save_indices", "r proj_seed theta_d_length unilora_dropout init_theta_d_bound"),
-    "FROD": (
-        "save_projection",
-        "projection_prng_key frod_dropout sparse_rate regularization_alpha progressbar runtime_offload_base_weight",
-    ),
-    "BEFT": ("", ""),
-    "LN_TUNING": ("", ""),
-    "TINYLORA": ("weight_tying projection_seed save_projection", "r u init_v_bound tinylora_dropout"),
-    "SUPERTUNING": ("r lora_alpha save_precomputed_indices", "sparsity select_top lora_dropout"),
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """The fields that configurations of a type have.
+
+    Attributes:
+        heeded: those that say how tensors become a change, or stand against it.
+        ignored: those that change no number of a trained adapter.
+    """
+
+    heeded: frozenset[str]
+    ignored: frozenset[str]
+
+
+def name_fields(heeded: str, ignored: str) -> Fields:
+    """Return the fields of a type: its own, by their names with spaces between, and those that all types have."""
+    own = frozenset(f"{_HEEDED} {heeded}".split())
+    return Fields(own, frozenset(f"{_IGNORED} {_OTHERS} {ignored}".split()) - own)
+
+
+OF_LORA: Final[Mapping[str, Fields]] = {
+    "LORA": name_fields(LORA_HEEDED, LORA_IGNORED),
+    "TRAINABLE_TOKENS": name_fields("token_indices", ""),
 }
-"""`peft_type` to the fields that are its own: heeded, and ignored; the shape of a tensor says what most ranks do."""
-
-_NOTHING: Final = ("", "")
+"""Of the types that are not rows of the table in `types.py`."""
 
 
-def list_heeded(peft_type: str) -> frozenset[str]:
-    """Return the fields that say how tensors of a type become a change, or stand against it."""
-    return frozenset(f"{_HEEDED} {_BY_TYPE.get(peft_type, _NOTHING)[0]}".split())
-
-
-def list_ignored(peft_type: str) -> frozenset[str]:
-    """Return the fields of a type that change no number of a trained adapter."""
-    own = _BY_TYPE.get(peft_type, _NOTHING)[1]
-    return frozenset(f"{_IGNORED} {_OTHERS} {own}".split()) - list_heeded(peft_type)
-
-
-def find_unknown(fields: Mapping[str, JsonValue], where: str) -> list[Problem]:
-    """Return the fields that are set and that no list has.
+def find_unknown(fields: Mapping[str, JsonValue], where: str, own: Fields) -> list[Problem]:
+    """Return the fields that are set and that neither list has.
 
     Of a PEFT newer than the lists, a switch (`true`, a list, an object, text) may change what its layers compute: an
     error. A number qualifies some switch. PEFT of the versions that the lists are of would leave the field out, as it
     is left out here: a warning.
     """
-    peft_type = str(fields.get("peft_type"))
-    if peft_type not in _BY_TYPE:
-        return []
-    known = list_heeded(peft_type) | list_ignored(peft_type)
-    unknown = {name: value for name, value in fields.items() if value and name not in known}
+    unknown = {name: value for name, value in fields.items() if value and name not in own.heeded | own.ignored}
     version = fields.get("peft_version")
     newer = _is_newer(version)
     stopping = {name for name, value in unknown.items() if newer and (value is True or not _is_number(value))}

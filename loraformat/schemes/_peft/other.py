@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from loraformat.adapter import Adapter, Factor, ScalingRule, Target
+from loraformat.adapter import Adapter, ScalingRule, Target
 from loraformat.errors import LoraformatError
 from loraformat.problems import Problem
 from loraformat.schemes._lora_config import exact_pattern

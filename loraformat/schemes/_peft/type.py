@@ -12,6 +12,7 @@ from loraformat.adapter import Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.errors import refuse
 from loraformat.problems import Problem
 from loraformat.schemes._peft.config import PeftConfig, fits_pattern
+from loraformat.schemes._peft.fields import Fields, find_unknown, name_fields
 from loraformat.schemes._peft.groups import BASE, COPY, REPLACE, SHARED
 from loraformat.schemes._table import NameTable, Row
 from loraformat.strict_json import JsonValue
@@ -61,6 +62,8 @@ class PeftType:
 
     Attributes:
         kind: what its targets are.
+        heeds: fields of its configuration that count besides those which other attributes name.
+        ignores: those that change no number; the shape of a tensor says what most ranks do.
         roles: its tensors, each by the end of its key and with its role.
         rank: roles and the axis of theirs that is the rank; the first that a target has counts.
         alpha: the field that is divided by the rank to give the scale, and goes by `alpha_pattern`; or none.
@@ -95,6 +98,17 @@ class PeftType:
     arrange: Callable[[Factors, PeftConfig], Factors | Problem] = field(default=lambda tensors, config: tensors)
     stow: Stow | None = None
     complete: Complete | None = None
+    heeds: str = ""
+    ignores: str = ""
+
+    @property
+    def fields(self) -> Fields:
+        """The fields that its configurations have."""
+        alpha = f"{self.alpha} r rank_pattern alpha_pattern" if self.alpha else ""
+        barriers = " ".join(each.field for each in self.obstacles)
+        seed = "projection_prng_key save_projection" if self.drawn else ""
+        read = f"{alpha} {self.scale} {' '.join(self.options)} {barriers} {seed} {self.heeds}"
+        return name_fields(read, self.ignores)
 
     @property
     def table(self) -> NameTable:
@@ -128,7 +142,7 @@ class PeftType:
                 for each in self.obstacles
                 if each.holds(config.fields.get(each.field, each.default))
             ),
-            *config.find_unknown(),
+            *find_unknown(config.fields, config.where, self.fields),
         ]
 
     def _slot(self, factors: Factors, config: PeftConfig) -> SlotKind:

@@ -6,6 +6,7 @@ Names of fields, their defaults and what they do are those of PEFT 0.21.
 from collections.abc import Mapping
 from typing import Final
 
+from loraformat.schemes._peft.fields import LORA_HEEDED, LORA_IGNORED
 from loraformat.schemes._peft.kronecker import complete_lokr
 from loraformat.schemes._peft.order import give_factors, give_vectors, take_factors, take_once, take_vectors
 from loraformat.schemes._peft.readings import (
@@ -46,7 +47,14 @@ def _same(*roles: str) -> dict[str, str]:
 
 
 TYPES: Final[Mapping[str, PeftType]] = {
-    "IA3": PeftType("ia3", _same("ia3_l"), more=see_feedforward, convolves=("ia3_l",)),
+    "IA3": PeftType(
+        "ia3",
+        _same("ia3_l"),
+        more=see_feedforward,
+        convolves=("ia3_l",),
+        heeds="feedforward_modules",
+        ignores="init_ia3_weights",
+    ),
     "LOHA": PeftType(
         "loha",
         _same("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
@@ -54,6 +62,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         alpha="alpha",
         convolves=("hada_t1",),
         complete=complete_loha,
+        ignores="rank_dropout module_dropout use_effective_conv2d",
     ),
     "LOKR": PeftType(
         "lokr",
@@ -63,6 +72,8 @@ TYPES: Final[Mapping[str, PeftType]] = {
         more=count_lokr_axes,
         convolves=("lokr_w2", "lokr_t2"),
         complete=complete_lokr,
+        heeds="decompose_both decompose_factor",
+        ignores="rank_dropout module_dropout use_effective_conv2d rank_dropout_scale",
     ),
     "OFT": PeftType(
         "oft",
@@ -75,6 +86,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
             "eps": 6e-5,
         },
         more=read_oft_generation,
+        ignores="r oft_block_size module_dropout rank_pattern alpha_pattern",
     ),
     "VERA": PeftType(
         "vera",
@@ -82,6 +94,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         rank=(("vera_lambda_d", 0),),
         drawn=("vera_A", "vera_B"),
         shared=("vera_A", "vera_B"),
+        ignores="r vera_dropout d_initial",
     ),
     "PVERA": PeftType(
         "pvera",
@@ -91,6 +104,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         obstacles=(Barrier("sample_at_inference", bool, "it draws new noise for every input, which no weight can do"),),
         drawn=("pvera_A", "pvera_B"),
         shared=("pvera_A", "pvera_B"),
+        ignores="r pvera_dropout d_initial generator_seed",
     ),
     "ADALORA": PeftType(
         "adalora",
@@ -99,16 +113,36 @@ TYPES: Final[Mapping[str, PeftType]] = {
         scaling=scale_adalora,
         adjust=drop_empty,
         obstacles=[Barrier(field, bool, "an option of LoRA that AdaLoRA has no place for") for field in _LORA_ONLY],
+        heeds=f"init_r {LORA_HEEDED}",
+        ignores=f"target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step {LORA_IGNORED}",
     ),
-    "BOFT": PeftType("boft", _same("boft_R", "boft_s"), adjust=see_convolution),
-    "HRA": PeftType("hra", _same("hra_u"), rank=(("hra_u", 1),), options={"apply_GS": False}),
-    "FOURIERFT": PeftType("fourierft", _same("fourierft_spectrum"), scale="scaling", options={"random_loc_seed": 777}),
+    "BOFT": PeftType(
+        "boft",
+        _same("boft_R", "boft_s"),
+        adjust=see_convolution,
+        ignores="boft_block_size boft_block_num boft_n_butterfly_factor boft_dropout",
+    ),
+    "HRA": PeftType(
+        "hra",
+        _same("hra_u"),
+        rank=(("hra_u", 1),),
+        options={"apply_GS": False},
+        ignores="r",
+    ),
+    "FOURIERFT": PeftType(
+        "fourierft",
+        _same("fourierft_spectrum"),
+        scale="scaling",
+        options={"random_loc_seed": 777},
+        ignores="n_frequency n_frequency_pattern",
+    ),
     "WAVEFT": PeftType(
         "waveft",
         _same("waveft_spectrum"),
         scale="scaling",
         options={"random_loc_seed": 777, "use_idwt": True, "wavelet_family": "db1"},
         obstacles=(Barrier("wavelet_family", lambda name: str(name).startswith("coif"), _COIFLET, "db1"),),
+        ignores="n_frequency n_frequency_pattern proportional_parameters",
     ),
     "RANDLORA": PeftType(
         "randlora",
@@ -117,6 +151,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         alpha="randlora_alpha",
         obstacles=(_NOT_SAVED,),
         stow=take_once(("randlora_A", "randlora_B"), is_left=True),
+        ignores="projection_prng_key sparse very_sparse randlora_dropout",
     ),
     "VBLORA": PeftType(
         "vblora",
@@ -132,27 +167,57 @@ TYPES: Final[Mapping[str, PeftType]] = {
         rank=(("vblora_logits_A", 0), ("vblora_logits_A_topk_indices", 0)),
         options={"topk": 2},
         shared=("vblora_vector_bank",),
+        ignores="r num_vectors vector_length save_only_topk_weights vblora_dropout init_vector_bank_bound "
+        "init_logits_std",
     ),
     "MISS": PeftType(
-        "miss", _same("miss_block"), rank=(("miss_block", 0),), more=read_miss_variant, adjust=choose_miss
+        "miss",
+        _same("miss_block"),
+        rank=(("miss_block", 0),),
+        more=read_miss_variant,
+        adjust=choose_miss,
+        heeds="init_weights",
+        ignores="r mini_r miss_dropout",
     ),
-    "BONE": PeftType("miss", {"bone_block": "miss_block"}, rank=(("miss_block", 0),), adjust=choose_miss),
-    "SHIRA": PeftType("shira", _same("shira_weight", "shira_indices"), adjust=count_indices),
-    "C3A": PeftType("c3a", _same("c3a_kernel")),
+    "BONE": PeftType(
+        "miss",
+        {"bone_block": "miss_block"},
+        rank=(("miss_block", 0),),
+        adjust=choose_miss,
+        heeds="init_weights",
+        ignores="r",
+    ),
+    "SHIRA": PeftType(
+        "shira",
+        _same("shira_weight", "shira_indices"),
+        adjust=count_indices,
+        ignores="r mask_type random_seed",
+    ),
+    "C3A": PeftType(
+        "c3a",
+        _same("c3a_kernel"),
+        ignores="block_size block_size_pattern",
+    ),
     "ROAD": PeftType("road", _same("road_theta", "road_alpha"), options={"variant": "road_1", "group_size": 64}),
     "DELORA": PeftType(
-        "delora", _same("delora_A", "delora_B", "delora_lambda", "delora_w_norm"), rank=(("delora_A", 0),)
+        "delora",
+        _same("delora_A", "delora_B", "delora_lambda", "delora_w_norm"),
+        rank=(("delora_A", 0),),
+        ignores="r rank_pattern delora_lambda module_dropout lambda_pattern",
     ),
     "GRALORA": PeftType(
         "gralora",
         _same("gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight"),
         scaling=scale_gralora,
+        heeds="alpha",
+        ignores="r hybrid_r gralora_dropout gralora_k",
     ),
     "HIRA": PeftType(
         "hira",
         _same("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
         rank=(("hira_A", 0), ("hira_embedding_A", 0)),
         convolves=("hira_A",),
+        ignores="r rank_pattern hira_dropout",
     ),
     "GLORA": PeftType(
         "glora",
@@ -160,6 +225,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
             *(f"glora_{path}.{form}" for path in "ABCDE" for form in ("X", "zeros")),
             *(f"glora_{path}.{form}" for path in "ABC" for form in ("Xd", "Xu")),
         ),
+        ignores="r config_A_B config_C config_D_E",
     ),
     "DEFT": PeftType(
         "deft",
@@ -167,8 +233,14 @@ TYPES: Final[Mapping[str, PeftType]] = {
         rank=(("deft_P", 1),),
         scaling=scale_deft,
         options={"decomposition_method": "relu"},
+        heeds="alpha",
+        ignores="r init_scale para deft_dropout",
     ),
-    "OSF": PeftType("osf", _same(*(f"osf_svd_params.{part}" for part in ("U_low", "S_low", "V_low")))),
+    "OSF": PeftType(
+        "osf",
+        _same(*(f"osf_svd_params.{part}" for part in ("U_low", "S_low", "V_low"))),
+        ignores="effective_rank rank_pattern target_svd_config",
+    ),
     "PEANUT": PeftType(
         "peanut",
         _same(
@@ -178,6 +250,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         rank=(("peanut_A.weight", 0),),
         scale="scaling",
         options={"act_fn": "relu"},
+        ignores="r depth",
     ),
     "UNILORA": PeftType(
         "unilora",
@@ -185,6 +258,7 @@ TYPES: Final[Mapping[str, PeftType]] = {
         rank=(("unilora_indices_A", 0),),
         obstacles=(Barrier("save_indices", lambda saved: saved is not True, _PLACES, False, "LF232"),),
         shared=("unilora_theta_d",),
+        ignores="r proj_seed theta_d_length unilora_dropout init_theta_d_bound",
     ),
     "FROD": PeftType(
         "frod",
@@ -192,6 +266,8 @@ TYPES: Final[Mapping[str, PeftType]] = {
         obstacles=(_NOT_SAVED,),
         arrange=give_factors,
         stow=take_factors,
+        ignores="projection_prng_key frod_dropout sparse_rate regularization_alpha progressbar "
+        "runtime_offload_base_weight",
     ),
     "BEFT": PeftType("beft", _same("beft_bias")),
     "LN_TUNING": PeftType(
@@ -205,6 +281,8 @@ TYPES: Final[Mapping[str, PeftType]] = {
         obstacles=(_NOT_SAVED,),
         arrange=give_vectors,
         stow=take_vectors,
+        heeds="weight_tying projection_seed",
+        ignores="r u init_v_bound tinylora_dropout",
     ),
     "SUPERTUNING": PeftType(
         "supertuning",
@@ -221,6 +299,8 @@ TYPES: Final[Mapping[str, PeftType]] = {
                 "save_precomputed_indices", lambda saved: saved is False, "its indices were not saved", True, "LF232"
             ),
         ),
+        heeds="r lora_alpha",
+        ignores="sparsity select_top lora_dropout",
     ),
 }
 """`peft_type` to what it is."""
