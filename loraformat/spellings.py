@@ -106,6 +106,7 @@ class SpellingTable:
         components: the components that it may be, the usual one first (`transformer`, `text_encoder_2`).
         spellings: the first is the one that orders are told against.
         widths: sizes that only this architecture has among those with the same names.
+        inputs: all numbers of inputs that its modules have, where every published model has the same.
         depths: beginnings of paths, before a number, to how many blocks the largest model has there.
         classes: what configurations call it.
         schemes: how schemes call its components.
@@ -118,6 +119,7 @@ class SpellingTable:
         self.components: tuple[str, ...] = tuple(fields["components"])
         self.spellings: tuple[str, ...] = tuple(fields["spellings"])
         self.widths: frozenset[int] = frozenset(fields.get("widths", ()))
+        self.inputs: frozenset[int] = frozenset(fields.get("inputs", ()))
         self.depths: Mapping[str, int] = fields.get("depths", {})
         self.classes: frozenset[str] = frozenset(fields.get("classes", ()))
         self.schemes: Mapping[str, SchemeNames] = {

@@ -43,7 +43,10 @@ def choose_route(
     routes = [route for route in routes if route in unchanged or route.table.name not in settled]
     if unchanged and len(unchanged) == len(routes):
         return unchanged[0], None
-    tests = (_by_name(remembered), _by_class(facts), _by_rows(targets), _by_aspect(targets), _by_width(targets))
+    tests = (
+        *(_by_name(remembered), _by_class(facts), _by_inputs(targets)),
+        *(_by_rows(targets), _by_aspect(targets), _by_width(targets)),
+    )
     for test in tests:
         chosen = [route for route in routes if test(route)]
         routes = chosen or routes
@@ -94,6 +97,13 @@ def _by_name(remembered: JsonValue) -> Callable[[Route], bool]:
 
 def _by_class(facts: BaseFacts) -> Callable[[Route], bool]:
     return lambda route: bool(facts.architecture) and facts.architecture in route.table.classes
+
+
+def _by_inputs(targets: Sequence[Target]) -> Callable[[Route], bool]:
+    """Keep routes whose tables have modules of as many inputs as each target, or do not say how many they have."""
+    shapes = [_shape_of(target) for target in targets]
+    inputs = {shape[1] for shape in shapes if len(shape) > 1}
+    return lambda route: not route.table.inputs or inputs <= route.table.inputs
 
 
 def _by_width(targets: Sequence[Target]) -> Callable[[Route], bool]:

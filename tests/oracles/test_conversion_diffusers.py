@@ -360,6 +360,20 @@ MODELS: Mapping[str, tuple[str, Callable[[], Any]]] = {
         lambda: diffusers.WanTransformer3DModel(num_layers=2, image_dim=1280, added_kv_proj_dim=5120),
     ),
     "qwen-image-transformer": ("diffusers", lambda: diffusers.QwenImageTransformer2DModel(num_layers=2)),
+    "hunyuan-image-transformer": (
+        "diffusers",
+        lambda: diffusers.HunyuanImageTransformer2DModel(
+            num_layers=2, num_single_layers=2, text_embed_2_dim=1472, guidance_embeds=True, use_meanflow=True
+        ),
+    ),
+    "hunyuan-video-1-5-transformer": (
+        "diffusers",
+        lambda: diffusers.HunyuanVideo15Transformer3DModel(num_layers=2, use_meanflow=True),
+    ),
+    "pixart-transformer": (
+        "diffusers",
+        lambda: diffusers.PixArtTransformer2DModel(num_layers=2, sample_size=128, caption_channels=4096),
+    ),
     "flux2-transformer": ("diffusers", lambda: diffusers.Flux2Transformer2DModel(num_layers=2, num_single_layers=2)),
     "hunyuan-video-transformer": (
         "diffusers",
