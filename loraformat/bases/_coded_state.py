@@ -173,12 +173,44 @@ def describe(tensors: Mapping[str, StoredTensor]) -> str:
     return ", ".join(f"{name.lstrip('._')} {each.dtype.name} {list(each.shape)}" for name, each in tensors.items())
 
 
+_SIGNS: Final = (
+    ("HQQ", "W_q", "scale"),
+    ("AQLM", "codebooks", "codes"),
+    ("VPTQ", "centroids", "indices"),
+    ("SpQR", "dense_weights", "row_offsets"),
+    ("EXL2", "q_weight", "q_scale"),
+    ("EXL3", "trellis", "svh"),
+    ("Marlin", "B", "s"),
+    ("QQQ", "B", "s_channel"),
+    ("SVDQuant", "qweight", "wscales"),
+    ("FP-Quant", "qweight", "forward_hadamard_matrix"),
+    ("blocks of GGUF", "qweight", "qweight_type"),
+    ("torchao", "_weight_qdata", "_weight_qdata"),
+    ("Quanto's codes of few bits", "weight._data._data", "weight._scale"),
+)
+"""Quantisers whose codes are not read, and two tensors by which each is known, whatever the configuration says."""
+
+
+def _list_signed(state: CodedState) -> Iterator[tuple[str, str]]:
+    """Yield modules that have a quantiser's tensors, and its name."""
+    for who, first, other in _SIGNS:
+        for name in state.tensors:
+            module = name.removesuffix(f".{first}")
+            if module != name and name not in state.found and f"{module}.{other}" in state.tensors:
+                yield module, who
+
+
 def list_unknown(state: CodedState) -> Iterator[tuple[str, Problem]]:
     """Yield modules without a weight of their own, in a model that is quantised in a way that is not known."""
+    signed = dict(_list_signed(state))
+    for module, who in signed.items():
+        held = [name for name in state.tensors if name.startswith(f"{module}.")]
+        found = f"{state.method or who}, with the tensors {', '.join(held)[:120]}"
+        yield module, Problem("LF470", module, found, "a form of quantisation that is known")
     if not state.settings:
         return
     known = {name.rpartition(".")[0] for name in (*state.found, *state.tensors) if name.endswith(".weight")}
-    known |= {name.rpartition(".")[0] for name in (*state.found, *state.owned)}
+    known |= {*signed, *(name.rpartition(".")[0] for name in (*state.found, *state.owned))}
     modules = dict.fromkeys(name.rpartition(".")[0] for name in state.tensors if not name.endswith(".bias"))
     for module in modules:
         if module and module not in known:

@@ -13,6 +13,9 @@ _ROLES: Final = {
     ".scale_weight": "scales",
     "_scales": "scales",
     ".weight_zero_point": "zero_points",
+    "._weight_scale": "scales",
+    "._weight_zero_point": "zero_points",
+    ".weight._scale": "scales",
     ".weight_global_scale": "global_divisor",
     ".weight_scale_2": "global_factor",
 }
@@ -68,6 +71,14 @@ def _read_scaled(parts: Parts) -> Outcome | None:
     return CodedTensor(f"{parts.stem}.weight", codes, Coding(encoding, matrix, block, companions))
 
 
+def _read_torchao(parts: Parts) -> Outcome | None:
+    """Read torchao's int8 and 8-bit floats; whole numbers in groups are of fewer bits, each in a byte of its own."""
+    scales = parts.companions(_ROLES)["scales"]
+    if parts.codes.dtype.name == "int8" and scales.shape not in ((), (1,), (1, 1), (parts.codes.shape[0], 1)):
+        return f"codes of few bits that lie in bytes: {describe({'qdata': parts.codes, **parts.beside})}"
+    return _read_scaled(parts)
+
+
 def _read_bnb8(parts: Parts) -> Outcome | None:
     """Read bitsandbytes' int8, beside which is the largest number of each row: 127 steps."""
     codes, largest = parts.codes, parts.beside[".SCB"]
@@ -117,6 +128,8 @@ RECIPES: Final = (
     Recipe("bitsandbytes int8", ".weight", (".SCB",), (".weight_format",), _read_bnb8),
     Recipe("8-bit floats", ".weight", (".weight_scale_inv",), _INPUTS, _read_scaled),
     Recipe("8-bit floats", ".weight", (".scale_weight",), _INPUTS, _read_scaled),
+    Recipe("torchao", "._weight_qdata", ("._weight_scale",), ("._weight_zero_point",), _read_torchao),
+    Recipe("Quanto", ".weight._data", (".weight._scale",), (".input_scale", ".output_scale"), _read_scaled),
     Recipe("scaled codes", ".weight", (".weight_scale",), _BESIDE_SCALES, _read_scaled),
 )
 PACKED_FLOATS: Final = _read_float4

@@ -92,9 +92,24 @@ def _read_gptq(parts: Parts) -> Outcome | None:
         return _odd(parts)
     if order is not None and (order.elements != rows or order.dtype.name not in ("int32", "int64")):
         return _odd(parts)
-    first = settings.get("checkpoint_format", "gptq") != "gptq_v2"
-    coding = Coding("gptq", (rows, codes.shape[1]), (size, 1), companions, int(first), rows_together=_WORD_BITS // bits)
+    first = _find_first_zero(settings)
+    if first is None:
+        return "AutoRound's words, without a packing_format that says from what number zero points count"
+    coding = Coding("gptq", (rows, codes.shape[1]), (size, 1), companions, first, rows_together=_WORD_BITS // bits)
     return CodedTensor(f"{parts.stem}.weight", held, coding, turned=True)
+
+
+def _find_first_zero(settings: Mapping[str, Any]) -> int | None:
+    """Return what a stored zero point of 0 stands for: 1, or 0 in GPTQ's second version; None where nothing tells.
+
+    AutoRound's own form has 0, and what it packs for AutoGPTQ 1 (`export_to_autoround/export.py`, 2026).
+    """
+    if not str(settings.get("quant_method", "")).endswith("auto-round"):
+        return int(settings.get("checkpoint_format", "gptq") != "gptq_v2")
+    packing = str(settings.get("packing_format") or settings.get("backend") or "")
+    if not packing.startswith("auto_round"):
+        return None
+    return int("gptq" in packing and "gptqmodel" not in packing)
 
 
 def _read_awq(parts: Parts, companions: Mapping[str, StoredTensor]) -> Outcome:

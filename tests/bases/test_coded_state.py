@@ -188,3 +188,58 @@ def test_packed_experts_are_turned_one_by_one(tmp_path: Path) -> None:
     assert found.shape == (experts, inner, out)
     np.testing.assert_array_equal(found[1].T, values[1] + product(factors).astype(np.float32))
     np.testing.assert_array_equal(found[0].T, values[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({"quant_method": "gptq"}, 1),
+        ({"quant_method": "gptq", "checkpoint_format": "gptq_v2"}, 0),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, 1),
+        ({"quant_method": "auto-round", "packing_format": "auto_round"}, 0),
+        ({"quant_method": "intel/auto-round", "backend": "auto_round:gptqmodel:exllamav2"}, 0),
+        ({"quant_method": "auto-round"}, None),
+    ],
+    ids=lambda each: str(each)[:60],
+)
+def test_zero_points_of_gptq_count_from_what_the_packer_says(
+    tmp_path: Path, settings: dict[str, Any], first: int | None
+) -> None:
+    """Words of one code and one zero point; a step too many would be in every number."""
+    codes, zeros = np.full((INNER // 8, OUT), 0x77777777, np.int32), np.full((1, OUT // 8), 0x33333333, np.int32)
+    own = {"qweight": codes, "qzeros": zeros, "scales": np.full((1, OUT), 0.5, np.float16)}
+    config = {"quantization_config": {"bits": 4, "group_size": INNER, **settings}}
+    base = write_model_folder(
+        tmp_path / "base", name(Q, own), "model.safetensors", 0, write_state, dtype="float32", **config
+    )
+    if first is None:
+        with pytest.raises(LoraformatError, match="packing_format"):
+            merge(tmp_path, base, Q, on_quantized="dequantize")
+        return
+    _, output = merge(tmp_path, base, Q, on_quantized="dequantize")
+    wanted = (7 - 3 - first) * 0.5 + delta_of(Q, Q)
+    np.testing.assert_allclose(read_state(output / "model.safetensors")[f"{Q}.weight"], wanted, rtol=1e-6)
+
+
+UNREAD = {
+    "HQQ": ("W_q", "scale", "zero", "meta"),
+    "AQLM": ("codes", "codebooks", "scales"),
+    "VPTQ": ("centroids", "indices", "perm"),
+    "SpQR": ("dense_weights", "row_offsets", "col_vals"),
+    "EXL2": ("q_weight", "q_scale", "q_groups"),
+    "EXL3": ("trellis", "suh", "svh"),
+    "Marlin": ("B", "s"),
+    "SVDQuant": ("qweight", "wscales", "proj_down"),
+    "Quanto": ("weight._data._data", "weight._scale", "weight._shift"),
+}
+
+
+@pytest.mark.parametrize("who", UNREAD)
+def test_what_is_not_read_is_refused_by_its_makers_name(tmp_path: Path, who: str) -> None:
+    """Also of a bare file, which no configuration says anything of."""
+    own = {suffix: np.ones((4, 4), np.uint8) for suffix in UNREAD[who]}
+    base = write_state(tmp_path / "base.safetensors", {**name(Q, own), "norm.weight": np.ones(3, np.float32)})
+    with pytest.raises(LoraformatError, match=who) as caught:
+        merge(tmp_path, base, Q)
+    assert caught.value.codes == ("LF470",)
+    assert "float model" in str(caught.value)

@@ -6,6 +6,9 @@ dequantize` in float32, the weight must be the package's own decoding plus the d
 
 import importlib.util
 import json
+import sys
+import types
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -174,6 +177,39 @@ def awq() -> Made:
     return {"qweight": qweight, "qzeros": qzeros, "scales": scales}, decoded, {"quantization_config": settings}
 
 
+def torchao(config: str, **options: Any) -> Made:
+    """Return what torchao stores of a tensor of its own."""
+    spec = importlib.util.find_spec("torchao")
+    if spec is None:
+        pytest.skip("needs torchao")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchao import quantization
+        from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+        whole = torch.nn.Sequential(torch.nn.Linear(INNER, OUT, bias=False))
+        whole[0].weight.data = weight()
+        quantization.quantize_(whole, getattr(quantization, config)(**options))
+        tensors, _ = flatten_tensor_state_dict(whole.state_dict())
+        decoded = whole[0].weight.dequantize()
+    return {name.removeprefix("0."): each for name, each in tensors.items()}, decoded.float(), {"quantization_config": {"quant_method": "torchao"}}
+
+
+def quanto(form: str) -> Made:
+    """Return what Quanto saves; its part for transformers asks for an older one."""
+    if importlib.util.find_spec("optimum") is None or importlib.util.find_spec("optimum.quanto") is None:
+        pytest.skip("needs optimum-quanto")
+    sys.modules.setdefault("optimum.quanto.models", types.ModuleType("optimum.quanto.models"))
+    from optimum import quanto
+
+    whole = torch.nn.Sequential(torch.nn.Linear(INNER, OUT, bias=False))
+    whole[0].weight.data = weight()
+    quanto.quantize(whole, weights=getattr(quanto, form))
+    quanto.freeze(whole)
+    tensors = {name.removeprefix("0."): tensor.detach() for name, tensor in whole.state_dict().items()}
+    return tensors, whole[0].weight.detach().dequantize(), {"quantization_config": {"quant_method": "quanto"}}
+
+
 def deepseek() -> Made:
     """Return blocks of 128 x 128 as transformers' own quantiser has them, decoded by torch."""
     tiles = torch.nn.functional.pad(weight(), (0, 0, 0, 128 - OUT)).reshape(1, 128, INNER // 128, 128)
@@ -221,6 +257,10 @@ MADE: dict[str, Callable[[], Made]] = {
     "gptq2": lambda: gptq(2),
     "gptq4-moved": lambda: gptq(4, moved=True),
     "awq": awq,
+    "torchao-int8": lambda: torchao("Int8WeightOnlyConfig"),
+    "torchao-float8": lambda: torchao("Float8WeightOnlyConfig"),
+    "quanto-int8": lambda: quanto("qint8"),
+    "quanto-float8": lambda: quanto("qfloat8"),
 }
 
 
@@ -235,7 +275,10 @@ def test_a_merge_in_floats_is_the_package_s_decoding_and_the_delta(name: str, tm
     assert not {"quantization_config", "quantization"} & set(config)
 
 
-IN_PLACE = ("int8", "ct-int8-channel", "ct-int8-tensor", "ct-int8-zeros", "ct-packed-int8")
+IN_PLACE = (
+    *("int8", "ct-int8-channel", "ct-int8-tensor", "ct-int8-zeros", "ct-packed-int8"),
+    *("torchao-int8", "quanto-int8"),
+)
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -270,6 +313,9 @@ def decode_of(name: str) -> Callable[[Mapping[str, Any]], Any]:
 
         shape = torch.Size((OUT, INNER))
         return lambda own: unpack_from_int32(own["weight_packed"], 8, shape).float() * own["weight_scale"]
+    if name in ("torchao-int8", "quanto-int8"):
+        codes, scales = {"t": ("_weight_qdata", "_weight_scale"), "q": ("weight._data", "weight._scale")}[name[0]]
+        return lambda own: own[codes].float() * own[scales]
     return lambda own: (own["weight"].float() - own.get("weight_zero_point", 0)) * own["weight_scale"]
 
 
@@ -279,6 +325,19 @@ def test_others_are_refused_by_name(name: str, tmp_path: Path) -> None:
         merge(tmp_path, MADE[name]())
     assert {problem.code for problem in caught.value.problems} <= {"LF440", "LF471"}
     assert "--on-quantized dequantize" in str(caught.value)
+
+
+def test_torchao_s_codes_of_few_bits_are_refused_by_name(tmp_path: Path) -> None:
+    """They lie in bytes, as those of 8 bits do."""
+    if importlib.util.find_spec("torchao") is None:
+        pytest.skip("needs torchao")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchao.quantization import PerGroup
+    made = torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, granularity=PerGroup(32))
+    with pytest.raises(loraformat.LoraformatError, match="few bits") as caught:
+        merge(tmp_path, made)
+    assert set(caught.value.codes) == {"LF470"}
 
 
 @pytest.mark.parametrize("name", ["ct-int4", "ct-float8-channel", "ct-float8-tensor", "ct-float8-block", "deepseek"])
