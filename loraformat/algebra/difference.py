@@ -229,7 +229,7 @@ def _walk_tensor(tensor: StoredTensor) -> Iterator[NDArray[Any]]:
 
 def _sum_up(name: str, pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> Compared:
     """Return the norms of two arrays and of their difference, given in pieces; float64."""
-    parts = []
+    parts = [(0.0, 0.0, 0.0)]
     for pair in pairs:
         one, other = (piece.reshape(-1).astype(np.float64) for piece in pair)
         parts.append((_norm(one), _norm(other), _norm(_subtract(other, one))))

@@ -91,7 +91,7 @@ def open_place(place: Place) -> Iterator[PendingOutput | PendingFolder]:
             yield folder
         return
     inputs = [file.path for file in place.base.files]
-    with _data_folders(place.images):
+    with make_folders([image.path for image in place.images[:-1]]):
         for image in place.images[:-1]:
             check_output(image.path, inputs, force=place.force)
         stale = _list_stale(place) if place.force else []
@@ -117,14 +117,14 @@ def _remove_orphans(place: Place) -> None:
 
 
 @contextmanager
-def _data_folders(images: Sequence[FileImage]) -> Iterator[None]:
-    """Make the sub-folders that data files stand in; when the merge fails they go again."""
+def make_folders(paths: Sequence[Path]) -> Iterator[None]:
+    """Make the folders that files are to stand in; when what follows fails they go again."""
     made: list[Path] = []
     try:
-        for image in images[:-1]:
-            missing = [folder for folder in image.path.parents if not folder.exists()]
+        for path in paths:
+            missing = [folder for folder in path.parents if not folder.exists()]
             for folder in reversed(missing):
-                with output_errors(image.path):
+                with output_errors(path):
                     folder.mkdir()
                 made.append(folder)
         yield

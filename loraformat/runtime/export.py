@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
-from loraformat.apply.placing import Place, check_places, open_place
+from loraformat.apply.placing import Place, check_places, make_folders, open_place
 from loraformat.arguments import (
     AdapterArguments,
     AdapterOptions,
@@ -25,7 +25,7 @@ from loraformat.errors import error_for, refuse
 from loraformat.images import NewOutput
 from loraformat.loading import list_files
 from loraformat.output_forms import require_shared
-from loraformat.outputs import PendingOutput, check_apart, check_output, output_errors
+from loraformat.outputs import PendingOutput, check_apart, check_output
 from loraformat.plan import SHARE
 from loraformat.problems import Problem
 from loraformat.receipt import RUNTIME_KEY
@@ -210,20 +210,18 @@ def _write(place: Place, base: OnnxGraph, stacks: Sequence[_Stack]) -> None:
     """Write the model and the adapters' files; they appear when all are whole."""
     check_places([place])
     paths = [Path(stack.report.output) for stack in stacks]
-    if paths:
-        with output_errors(paths[0].parent):
-            paths[0].parent.mkdir(exist_ok=True)
-    for path in paths:
-        check_output(path, [file.path for file in base.files], force=place.force)
-    with open_place(place) as pending, PendingOutput(paths, force=place.force, durable=place.durable) as beside:
-        for stack, descriptor in zip(stacks, beside.descriptors, strict=True):
-            write_pairs(descriptor, stack.pairs)
-        for image, descriptor in zip(place.images, pending.descriptors, strict=True):
-            put_image(FileSink(descriptor, image.path), image)
-        for file in base.files:
-            file.check_unchanged()
-        beside.commit()
-        pending.commit()
+    with make_folders(paths):
+        for path in paths:
+            check_output(path, [file.path for file in base.files], force=place.force)
+        with open_place(place) as pending, PendingOutput(paths, force=place.force, durable=place.durable) as beside:
+            for stack, descriptor in zip(stacks, beside.descriptors, strict=True):
+                write_pairs(descriptor, stack.pairs)
+            for image, descriptor in zip(place.images, pending.descriptors, strict=True):
+                put_image(FileSink(descriptor, image.path), image)
+            for file in base.files:
+                file.check_unchanged()
+            beside.commit()
+            pending.commit()
 
 
 def _extend(

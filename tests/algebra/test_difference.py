@@ -110,16 +110,19 @@ def test_two_models_piece_by_piece(rng: np.random.Generator, tmp_path: Path, mon
     a = {
         "q.weight": rng.standard_normal((7, 5)).astype(np.float32),
         "k.weight": np.arange(12, dtype=np.int64).reshape(3, 4),
+        "none": np.zeros((0, 4), np.float32),
     }
     b = {
         "q.weight": a["q.weight"].astype(ml_dtypes.bfloat16),
         "k.weight": a["k.weight"],
+        "none": a["none"],
         "v.weight": np.ones((2, 2), np.float32),
     }
     paths = [write_tensors(tmp_path / f"{name}.safetensors", arrays) for name, arrays in (("a", a), ("b", b))]
     found = loraformat.diff(*paths)
     assert (found.kind, found.only_first, found.only_second) == ("base", (), ("v.weight",))
-    k, q = found.shared
+    k, none, q = found.shared
+    assert (none.first, none.second, none.difference) == (0.0, 0.0, 0.0)
     assert (k.difference, k.first) == (0.0, pytest.approx(np.linalg.norm(np.arange(12.0))))
     expected = np.linalg.norm(b["q.weight"].astype(float) - a["q.weight"].astype(float))
     assert q.difference == pytest.approx(expected, rel=1e-9)

@@ -491,6 +491,16 @@ class MappingKindLaws(CommonKindLaws):
         found = self.run(weight_map, example.base, step)
         np.testing.assert_allclose(found, example.mapped, rtol=1e-9, atol=example.slack * 1e-6)
 
+    @_few
+    @given(data=st.data(), number=st.sampled_from([np.nan, np.inf, -np.inf, 3e38]))
+    def test_a_base_with_a_number_that_is_none_is_no_accident(self, data: st.DataObject, number: float) -> None:
+        example = data.draw(self.examples())
+        base = example.base.astype(np.float32)
+        base.flat[data.draw(st.integers(0, base.size - 1))] = number
+        with np.errstate(all="ignore"):
+            found = self.run(self.make_map(example, np.float32), base, len(base))
+        assert found.shape == base.shape
+
     @_law
     @given(data=st.data(), step=st.integers(1, 4))
     def test_float32_is_close(self, data: st.DataObject, step: int) -> None:

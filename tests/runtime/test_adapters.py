@@ -1,5 +1,6 @@
 """Adapters for models with run-time inputs: ranks and targets that differ, sums, files, what fits and what does not."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from graphs import (
 from loraformat import runtime
 from loraformat.adapter import Adapter, Scaling, ScalingRule, SlotKind, Target
 from loraformat.containers.onnx_adapter import CONTAINER
+from models import files_below
 
 SHAPES = {"model.a": (12, 10), "model.b": (7, 9), "model.c": (5, 8)}
 WEIGHTS = {name: dyadic(np.random.default_rng(1), *shape) for name, shape in SHAPES.items()}
@@ -111,6 +113,20 @@ def test_both_are_made_at_once(base: Path, tmp_path: Path) -> None:
         later = runtime.export_adapter(path, [source], tmp_path / "later.onnx_adapter", force=True)
         assert Path(later.output).read_bytes() == Path(each.output).read_bytes()
         assert later.ranks == each.ranks
+
+
+def test_a_full_disk_leaves_nothing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    named = loraformat.save(ONE, tmp_path / "x.safetensors")
+    before = files_below(tmp_path)
+    monkeypatch.setattr("loraformat.runtime.export.put_image", fill)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        runtime.export_runtime(base, [named], tmp_path / "model.onnx", adapters_out=tmp_path / "adapters")
+    assert caught.value.codes == ("LF604",)
+    assert files_below(tmp_path) == before
+    assert not (tmp_path / "adapters").exists()
 
 
 def test_a_target_without_an_input_is_refused_by_name(base: Path, tmp_path: Path) -> None:
