@@ -150,9 +150,13 @@ class SpellingTable:
         """Return the places that a path may mean in a spelling; `flat` takes `_` for every dot."""
         return self._find(path, _NUMBER.sub("#", path), spelling, flat)
 
-    def find_missing(self, paths: Mapping[str, str], spelling: str, *, flat: bool = False) -> tuple[str, ...]:
-        """Return the paths that a spelling does not have; `paths` has each with `#` for its numbers."""
-        return tuple(path for path, skeleton in paths.items() if not self._find(path, skeleton, spelling, flat))
+    def find_missing(self, paths: Mapping[str, Sequence[str]], spelling: str, *, flat: bool = False) -> list[str]:
+        """Return the paths that a spelling does not have; `paths` has them by what they are with `#` for numbers."""
+        missed: list[str] = []
+        for skeleton, group in paths.items():  # Far fewer than paths, and most tables have none of them.
+            known = (spelling, flat, skeleton) in self._index
+            missed += [path for path in group if not known or not self._find(path, skeleton, spelling, flat)]
+        return missed
 
     def _find(self, path: str, skeleton: str, spelling: str, flat: bool) -> list[Place]:
         found = []
@@ -187,13 +191,16 @@ class Reading:
 
 def read_names(paths: Iterable[str], *, flat: bool = False) -> list[Reading]:
     """Return every table and spelling that knows some of the paths, those that know most first."""
-    listed = {path: _NUMBER.sub("#", path) for path in sorted(set(paths))}
+    distinct = set(paths)
+    listed: dict[str, list[str]] = {}
+    for path in distinct:
+        listed.setdefault(_NUMBER.sub("#", path), []).append(path)
     readings = []
     for table in all_tables():
         for spelling in table.spellings:
             missed = table.find_missing(listed, spelling, flat=flat)
-            if len(missed) < len(listed):
-                readings.append(Reading(table, spelling, missed, len(listed)))
+            if len(missed) < len(distinct):
+                readings.append(Reading(table, spelling, tuple(sorted(missed)), len(distinct)))
     return sorted(readings, key=lambda reading: (len(reading.missed), reading.table.name, reading.spelling))
 
 

@@ -59,10 +59,11 @@ def _name_origins(factor: Factor) -> Iterator[str]:
 def account(sources: Mapping[str, Factor], adapter: Adapter, written: Iterable[Factor]) -> Account:
     """Return where every tensor of a source went."""
     used = {id(origin) for factor in written for origin in find_origins(factor)}
-    absorbed = {id(origin) for factor in adapter.absorbed for origin in find_origins(factor)}
+    absorbed = {id(origin) for factor in adapter.absorbed for origin in find_origins(factor)} - used
+    known = used | absorbed
     converted = [name for name, factor in sources.items() if id(factor) in used]
-    carried = [name for name, factor in sources.items() if id(factor) in absorbed - used]
-    refused = [name for name, factor in sources.items() if id(factor) not in used | absorbed]
+    carried = [name for name, factor in sources.items() if id(factor) in absorbed]
+    refused = [name for name, factor in sources.items() if id(factor) not in known]
     return Account(tuple(sorted(converted)), tuple(sorted(carried)), tuple(sorted(refused)))
 
 

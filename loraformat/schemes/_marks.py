@@ -37,11 +37,10 @@ class Marks:
         """Return the evidence in words, or None: more than half of the keys that count must be of the scheme."""
         if MANIFEST_KEY in bundle.metadata or not all(ask(bundle) for ask in self.asks):
             return None
-        matches = [_joined(self.keys).match(key) and key for key in bundle.tensors]
-        hits = [key for key in matches if key]
+        hits = {key for key in bundle.tensors if _joined(self.keys).match(key)}
         if not hits or any(_joined(self.others).match(key) for key in bundle.tensors if self.others):
             return None
-        counted = [key for key in bundle.tensors if key in set(hits) or not _joined(self.neutral).match(key)]
+        counted = [key for key in bundle.tensors if key in hits or not _joined(self.neutral).match(key)]
         if 2 * len(hits) <= len(counted):
             return None
         return f"{len(hits)} of {len(bundle.tensors)} tensors are called like {min(hits)}"

@@ -1,7 +1,7 @@
 """What a merge leaves when it is killed, interrupted, or runs out of disk.
 
-A child process merges once, so that all is imported, and forks for each attempt; the fork kills itself at the n-th
-call of a function that writes or moves, for every n until the merge completes.
+A child process merges into a base of each form, so that all is imported, and forks for each attempt; the fork kills
+itself at the n-th call of a function that writes or moves, for every n until the merge completes.
 """
 
 import json
@@ -43,7 +43,12 @@ FORKER = (
 import json, os, signal, sys
 import loraformat
 
-loraformat.merge(sys.argv[1], [sys.argv[2]], jobs=1)
+adapter, *bases = sys.argv[1:]
+for base in bases:
+    loraformat.merge(base, [adapter], jobs=1, resume=True)
+    loraformat.merge_into(base, [adapter], jobs=1, keep_undo=True)
+    loraformat.unmerge(base)
+loraformat.merge_each(bases[0], [adapter], f"{adapter}-each", jobs=1)
 FUNCTIONS = ("pwrite", "copy_file_range", "link", "replace", "rename", "unlink", "mkdir", "ftruncate", "open")
 
 def attempt(number, act, arguments, options):
@@ -90,9 +95,10 @@ class Forker:
 
 @contextmanager
 def _forking(folder: Path) -> Iterator[Forker]:
-    base, adapter = models.write_base(folder, "one"), models.write_adapter(folder / "style")
+    bases = [models.write_base(folder / f"base{number}", form) for number, form in enumerate(models.FORMS)]
+    adapter = models.write_adapter(folder / "style")
     with subprocess.Popen(
-        [sys.executable, "-c", FORKER, base, adapter],
+        [sys.executable, "-c", FORKER, adapter, *bases],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

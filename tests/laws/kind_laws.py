@@ -7,8 +7,9 @@ inherited.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -35,6 +36,7 @@ from loraformat.kinds import (
     WeightMap,
     fits_shape,
 )
+from loraformat.problems import Problem
 
 # One law runs for several classes, on purpose.
 _law = settings(suppress_health_check=list(HealthCheck), max_examples=settings.default.max_examples // 4)
@@ -109,6 +111,20 @@ def floats(arrays: Mapping[str, NDArray[Any]]) -> Any:
     return next(array.dtype for array in arrays.values() if array.dtype.kind == "f")
 
 
+@cache
+def draw_some(suite: type["CommonKindLaws"]) -> tuple["Held", ...]:
+    """Return some examples of a suite, for laws that draw nothing else: drawing is what takes the time."""
+    drawn: list[Held] = []
+
+    @_law
+    @given(held=suite().examples())
+    def draw(held: Held) -> None:
+        drawn.append(held)
+
+    draw()
+    return tuple(drawn)
+
+
 def draw_slices(data: st.DataObject, size: int) -> slice:
     """Return some of `size` rows or columns, with a step."""
     start = data.draw(st.integers(0, size - 1))
@@ -151,51 +167,77 @@ class CommonKindLaws:
         assert len(slots) == len(set(slots))
         assert all(roles.required or roles.optional for roles in self.kind.role_sets)
 
-    @_law
-    @given(data=st.data())
-    def test_role_sets_cover_the_factors(self, data: st.DataObject) -> None:
-        target = data.draw(self.examples()).target
-        roles = next(roles for roles in self.kind.role_sets if target.slot in roles.slots)
-        assert set(roles.required) <= set(target.factors) <= {*roles.required, *roles.optional}
+    def targets(self) -> list[Target]:
+        """Return the targets of some examples."""
+        return [held.target for held in draw_some(type(self))]
 
-    @_law
-    @given(data=st.data())
-    def test_check_accepts_what_is_sound_without_reading_it(self, data: st.DataObject) -> None:
-        target = data.draw(self.examples()).target
-        factors = {role: replace(factor, sealed=True) for role, factor in target.factors.items()}
-        assert not [p for p in self.kind.check(replace(target, factors=factors)) if p.severity == "error"]
+    def test_role_sets_cover_the_factors(self) -> None:
+        for target in self.targets():
+            roles = next(roles for roles in self.kind.role_sets if target.slot in roles.slots)
+            assert set(roles.required) <= set(target.factors) <= {*roles.required, *roles.optional}
 
-    @_law
-    @given(data=st.data())
-    def test_check_names_a_role_that_it_does_not_have(self, data: st.DataObject) -> None:
-        target = data.draw(self.examples()).target
+    def test_check_accepts_what_is_sound_without_reading_it(self) -> None:
+        for target in self.targets():
+            factors = {role: replace(factor, sealed=True) for role, factor in target.factors.items()}
+            assert not [p for p in self.kind.check(replace(target, factors=factors)) if p.severity == "error"], target
+
+    def test_check_names_a_role_that_it_does_not_have(self) -> None:
         stray = MemoryFactor("stray", np.ones((2, 3), np.float32))
-        problems = self.kind.check(replace(target, factors={**target.factors, self.unknown_role: stray}))
-        assert [problem.code for problem in problems if problem.severity == "error"] == ["LF202"]
-        assert self.unknown_role in problems[0].found
+        for target in self.targets():
+            problems = self.kind.check(replace(target, factors={**target.factors, self.unknown_role: stray}))
+            assert [problem.code for problem in problems if problem.severity == "error"] == ["LF202"], target
+            assert self.unknown_role in problems[0].found
 
-    @_law
-    @given(data=st.data())
-    def test_check_refuses_slots_that_it_has_no_roles_for(self, data: st.DataObject) -> None:
+    def test_check_refuses_slots_that_it_has_no_roles_for(self) -> None:
         known = {slot for roles in self.kind.role_sets for slot in roles.slots}
-        target = data.draw(self.examples()).target
-        for slot in set(SlotKind) - known:
-            assert [problem.code for problem in self.kind.check(replace(target, slot=slot))] == ["LF408"]
+        for target in self.targets():
+            for slot in set(SlotKind) - known:
+                assert [problem.code for problem in self.kind.check(replace(target, slot=slot))] == ["LF408"], target
 
-    @_law
-    @given(data=st.data())
-    def test_check_refuses_numbers_that_are_not_floats(self, data: st.DataObject) -> None:
-        target = data.draw(self.examples()).target
-        role = data.draw(st.sampled_from(sorted(target.factors)))
-        whole_numbers = target.factors[role].dtype.family != "float"
-        wrong = [np.float32, np.float16] if whole_numbers else [np.int8, np.int64, np.uint8]
-        form = data.draw(st.sampled_from([*wrong, np.bool_, np.complex64]))
-        factor = MemoryFactor(role, np.ones(target.factors[role].shape, form))
-        problems = self.kind.check(replace(target, factors={**target.factors, role: factor}))
-        assert [problem.code for problem in problems] == ["LF210"]
+    def test_check_refuses_numbers_that_are_not_floats(self) -> None:
+        for target in self.targets():
+            for role, sound in target.factors.items():
+                wrong = (np.int8, np.int64, np.uint8) if sound.dtype.family == "float" else (np.float32, np.float16)
+                for form in (*wrong, np.bool_, np.complex64):
+                    factor = MemoryFactor(role, np.ones(sound.shape, form))
+                    problems = self.kind.check(replace(target, factors={**target.factors, role: factor}))
+                    assert [problem.code for problem in problems] == ["LF210"], (target, role, form)
 
 
-class KindLaws(CommonKindLaws):
+class FactoredKindLaws(CommonKindLaws):
+    """The laws of kinds that compute something from factors."""
+
+    kind: AdditiveKind | MappingKind
+
+    def test_each_target_has_roles_that_it_needs(self) -> None:
+        assert all(map(self.needs, self.targets()))
+
+    def test_check_names_a_role_that_is_missing(self) -> None:
+        for target in self.targets():
+            for gone in self.needs(target):
+                problems = self.check_without(target, gone)
+                assert [problem.code for problem in problems] == ["LF201"], (target, gone)
+
+    def check_without(self, target: Target, gone: str) -> Sequence[Problem]:
+        """Return the problems of a target without one of its factors."""
+        left = {role: factor for role, factor in target.factors.items() if role != gone}
+        return self.kind.check(replace(target, factors=left))
+
+    def test_check_compares_the_stated_rank_with_the_factors(self) -> None:
+        for target in self.targets():
+            assert self.kind.rank(target.factors) == target.rank
+            for wrong in {target.rank + 1, abs(target.rank - 1)}:
+                assert [p.code for p in self.kind.check(replace(target, rank=wrong))] == ["LF205"], (target, wrong)
+
+    def test_the_shape_that_the_base_has_is_accepted(self) -> None:
+        for held in draw_some(type(self)):
+            assert isinstance(held, Example | MapExample)
+            if held.shape:
+                assert isinstance(self.kind, SizedByBase)
+                assert not self.kind.check_size(held.target, main_change(self.kind, held.target, shape=held.shape))
+
+
+class KindLaws(FactoredKindLaws):
     """The laws of additive kinds."""
 
     kind: AdditiveKind
@@ -211,40 +253,16 @@ class KindLaws(CommonKindLaws):
         change = main_change(self.kind, example.target, shape=example.shape)
         return self.kind.delta(example.target, change, arrays, scale), floats(arrays)
 
-    @_law
-    @given(data=st.data())
-    def test_check_names_a_role_that_is_missing(self, data: st.DataObject) -> None:
-        target = data.draw(self.examples()).target
-        gone = data.draw(st.sampled_from(self.needs(target)))
-        problems = self.kind.check(
-            replace(target, factors={role: factor for role, factor in target.factors.items() if role != gone})
-        )
-        assert [problem.code for problem in problems] == ["LF201"]
-        assert gone in problems[0].expected
+    def test_check_says_which_role_is_missing(self) -> None:
+        for target in self.targets():
+            assert all(gone in self.check_without(target, gone)[0].expected for gone in self.needs(target)), target
 
-    @_law
-    @given(data=st.data())
-    def test_check_compares_the_stated_rank_with_the_factors(self, data: st.DataObject) -> None:
-        target = data.draw(self.examples()).target
-        assert self.kind.rank(target.factors) == target.rank
-        for wrong in {target.rank + 1, abs(target.rank - 1)}:
-            assert [p.code for p in self.kind.check(replace(target, rank=wrong))] == ["LF205"]
-
-    @_law
-    @given(data=st.data())
-    def test_weight_shape_is_that_of_the_change(self, data: st.DataObject) -> None:
-        example = data.draw(self.examples())
-        shape = main_change(self.kind, example.target, shape=example.shape).shape
-        delta, _ = self.make_delta(example, 1.0)
-        assert (shape[0], int(np.prod(shape[1:]))) == delta.shape == example.dense.shape
-
-    @_law
-    @given(data=st.data())
-    def test_the_shape_that_the_base_has_is_accepted(self, data: st.DataObject) -> None:
-        example = data.draw(self.examples())
-        if example.shape:
-            assert isinstance(self.kind, SizedByBase)
-            assert not self.kind.check_size(example.target, main_change(self.kind, example.target, shape=example.shape))
+    def test_weight_shape_is_that_of_the_change(self) -> None:
+        for example in draw_some(type(self)):
+            assert isinstance(example, Example)
+            shape = main_change(self.kind, example.target, shape=example.shape).shape
+            delta, _ = self.make_delta(example, 1.0)
+            assert (shape[0], int(np.prod(shape[1:]))) == delta.shape == example.dense.shape
 
     @_law
     @given(data=st.data(), scale=st.floats(-8, 8))
@@ -323,11 +341,6 @@ class KindLaws(CommonKindLaws):
         slack = 1e-7 * abs(example.target.scale) * float(np.linalg.norm(example.bound))
         assert self.kind.norm(example.target, arrays) == pytest.approx(expected, rel=1e-9, abs=slack)
 
-    @_law
-    @given(data=st.data())
-    def test_each_target_has_roles_that_it_needs(self, data: st.DataObject) -> None:
-        assert self.needs(data.draw(self.examples()).target)
-
 
 class ReplacingKindLaws(CommonKindLaws):
     """The laws of kinds that bring the values themselves: nothing is computed, so that all holds to the bit."""
@@ -347,14 +360,12 @@ class ReplacingKindLaws(CommonKindLaws):
         saved = held.arrays[parameter]
         return held, parameter, saved.reshape(len(saved), -1)
 
-    @_law
-    @given(data=st.data())
-    def test_each_parameter_has_the_shape_that_was_saved(self, data: st.DataObject) -> None:
-        held = data.draw(self.examples())
-        parameters = {change.parameter: change.shape for change in self.kind.changes(held.target)}
-        assert parameters == {role: array.shape for role, array in held.arrays.items()}
-        for parameter, shape in parameters.items():
-            assert self.values(held, parameter).shape == (shape[0], int(np.prod(shape[1:])))
+    def test_each_parameter_has_the_shape_that_was_saved(self) -> None:
+        for held in draw_some(type(self)):
+            parameters = {change.parameter: change.shape for change in self.kind.changes(held.target)}
+            assert parameters == {role: array.shape for role, array in held.arrays.items()}
+            for parameter, shape in parameters.items():
+                assert self.values(held, parameter).shape == (shape[0], int(np.prod(shape[1:])))
 
     @_law
     @given(data=st.data())
@@ -388,19 +399,15 @@ class ReplacingKindLaws(CommonKindLaws):
         np.testing.assert_array_equal(part, expected.T[cut:])
         np.testing.assert_array_equal(whole(turned.transposed(), expected.dtype), expected)
 
-    @_law
-    @given(data=st.data())
-    def test_zeros_are_values_like_others(self, data: st.DataObject) -> None:
-        target = data.draw(self.examples()).target
-        zeros = {role: MemoryFactor(role, np.zeros(factor.shape)) for role, factor in target.factors.items()}
-        assert not self.kind.check(replace(target, factors=zeros))
+    def test_zeros_are_values_like_others(self) -> None:
+        for target in self.targets():
+            zeros = {role: MemoryFactor(role, np.zeros(factor.shape)) for role, factor in target.factors.items()}
+            assert not self.kind.check(replace(target, factors=zeros))
 
-    @_law
-    @given(data=st.data())
-    def test_check_refuses_a_target_without_tensors(self, data: st.DataObject) -> None:
+    def test_check_refuses_a_target_without_tensors(self) -> None:
         """It would be carried out without a change, and nobody would know."""
-        target = data.draw(self.examples()).target
-        assert [problem.code for problem in self.kind.check(replace(target, factors={}))] == ["LF201"]
+        for target in self.targets():
+            assert [problem.code for problem in self.kind.check(replace(target, factors={}))] == ["LF201"]
 
     @_law
     @given(data=st.data(), shape=st.sampled_from([(), (0,), (3, 0), (0, 3), (2, 0, 2), (1,) * 9]))
@@ -454,7 +461,7 @@ def prepare(weight_map: WeightMap, base: NDArray[Any], step: int) -> WeightMap:
     return weight_map.prepare(tiles())
 
 
-class MappingKindLaws(CommonKindLaws):
+class MappingKindLaws(FactoredKindLaws):
     """The laws of kinds whose merged weight is a function of the base weight."""
 
     kind: MappingKind
@@ -518,35 +525,11 @@ class MappingKindLaws(CommonKindLaws):
         found = self.run(turned, np.ascontiguousarray(example.base.T), step)
         np.testing.assert_allclose(found, example.mapped.T, rtol=1e-9, atol=example.slack * 1e-6)
 
-    @_law
-    @given(data=st.data())
-    def test_it_says_beforehand_which_rows_it_must_see_together(self, data: st.DataObject) -> None:
-        example = data.draw(self.examples())
-        change = main_change(self.kind, example.target, shape=example.shape)
-        weight_map = self.make_map(example, np.float64)
-        for turned, found in ((False, weight_map), (True, weight_map.transposed())):
-            assert self.kind.count_rows_together(example.target, change, transposed=turned) == found.row_block >= 1
-            assert found.shape[0] % found.row_block == 0
-
-    @_law
-    @given(data=st.data())
-    def test_check_names_a_role_that_is_missing(self, data: st.DataObject) -> None:
-        target = data.draw(self.examples()).target
-        gone = data.draw(st.sampled_from(self.needs(target)))
-        left = {role: factor for role, factor in target.factors.items() if role != gone}
-        assert [problem.code for problem in self.kind.check(replace(target, factors=left))] == ["LF201"]
-
-    @_law
-    @given(data=st.data())
-    def test_check_compares_the_stated_rank_with_the_factors(self, data: st.DataObject) -> None:
-        target = data.draw(self.examples()).target
-        assert self.kind.rank(target.factors) == target.rank
-        assert [p.code for p in self.kind.check(replace(target, rank=target.rank + 1))] == ["LF205"]
-
-    @_law
-    @given(data=st.data())
-    def test_the_shape_that_the_base_has_is_accepted(self, data: st.DataObject) -> None:
-        example = data.draw(self.examples())
-        if example.shape:
-            assert isinstance(self.kind, SizedByBase)
-            assert not self.kind.check_size(example.target, main_change(self.kind, example.target, shape=example.shape))
+    def test_it_says_beforehand_which_rows_it_must_see_together(self) -> None:
+        for example in draw_some(type(self)):
+            assert isinstance(example, MapExample)
+            change = main_change(self.kind, example.target, shape=example.shape)
+            weight_map = self.make_map(example, np.float64)
+            for turned, found in ((False, weight_map), (True, weight_map.transposed())):
+                assert self.kind.count_rows_together(example.target, change, transposed=turned) == found.row_block >= 1
+                assert found.shape[0] % found.row_block == 0
