@@ -146,7 +146,7 @@ def test_a_peft_folder_is_known_by_its_type(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "words"), [("LORA", "to_peft_format"), ("PART", "Swift.from_pretrained")])
 def test_a_folder_of_ms_swift_is_known_by_its_type(tmp_path: Path, kind: str, words: str) -> None:
-    write_config(tmp_path, {"swift_type": kind, "r": 2, "lora_alpha": 4})
+    write_config(tmp_path, {"peft_type": ..., "swift_type": kind, "r": 2, "lora_alpha": 4})
     write_tensors(tmp_path / "adapter_model.safetensors", {"m.lora_A.default.weight": np.ones((2, 3), np.float32)})
     problem = refusal(tmp_path)
     assert problem.code == "LF209"
