@@ -19,11 +19,13 @@ class Signature:
         magic: the first bytes.
         what: what such a file is.
         mend: what to do about it; empty for the reason code's own advice.
+        at: where these bytes stand, if not first.
     """
 
     magic: bytes
     what: str
     mend: str = ""
+    at: int = 0
 
 
 _UNPACK: Final = "Unpack it, and give what is in it: the folder of the adapter or model, or its file."
@@ -49,6 +51,12 @@ _SIGNATURES: Final = (
     Signature(b"\x1f\x8b", "a gzip archive", _UNPACK),
     Signature(b"\x89HDF\r\n\x1a\n", "an HDF5 file", _NAMED),
     Signature(b"\x93NUMPY", "one array without a name", "Save the arrays by name, as safetensors or .npz."),
+    Signature(
+        b"TFL3",
+        "a graph of LiteRT (TensorFlow Lite), as MediaPipe has adapters",
+        "It is compiled for a phone. Give the PEFT folder that it was converted from.",
+        at=4,
+    ),
     Signature(b"{", "JSON text", "Name the file with the tensors, or its folder."),
 )
 
@@ -56,7 +64,11 @@ _SIGNATURES: Final = (
 def describe_head(head: bytes) -> Signature | None:
     """Return what a file that starts with `head` is, None when it is none of these."""
     text = head.lstrip()
-    return next((known for known in _SIGNATURES if head.startswith(known.magic) or text.startswith(known.magic)), None)
+    return next((known for known in _SIGNATURES if known.magic in (_cut(head, known), _cut(text, known))), None)
+
+
+def _cut(head: bytes, known: Signature) -> bytes:
+    return head[known.at : known.at + len(known.magic)]
 
 
 def describe_text(head: bytes) -> Signature | None:

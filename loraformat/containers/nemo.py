@@ -1,7 +1,8 @@
 """NeMo 1's `.nemo` files: a tar archive of `model_config.yaml` and a torch checkpoint, `model_weights.ckpt`.
 
 Nothing is unpacked: the checkpoint is read where it lies in the archive. One that was saved in shards of a parallel
-model is refused. Source: NVIDIA/NeMo, core/connectors/save_restore_connector.py; POSIX.1-1988 for the headers.
+model is refused. Of the settings, which OmegaConf writes one to a line, indented, only plain numbers are looked for,
+those of `_SETTINGS`; they become annotations. Source: NVIDIA/NeMo, core/connectors/save_restore_connector.py; POSIX.1-1988 for the headers.
 """
 
 import re
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from loraformat.containers import TensorFile, open_indexed
 from loraformat.containers.torch_zip import index_checkpoint
 from loraformat.errors import refuse
-from loraformat.limits import MAX_ARCHIVE_MEMBERS
+from loraformat.limits import MAX_ARCHIVE_MEMBERS, MAX_CONFIG_BYTES
 from loraformat.signatures import HEAD_BYTES, describe_head
 from loraformat.spans import InputFile
 
@@ -23,6 +24,16 @@ _BLOCK: Final = 512
 _FIRST: Final = re.compile(rb"(?:\./)?(?:model_config\.yaml|model_weights\.ckpt|(?:mp|tp)_rank_\d+\w*/?)?\0")
 """How an archive of NeMo begins: with the name of its first member, which is often the folder `./`."""
 _CHECKPOINT: Final = re.compile(r"(?:.*/)?model_weights\.ckpt")
+_CONFIG: Final = re.compile(r"(?:.*/)?model_config\.yaml")
+_LINE: Final = re.compile(r"( *)([A-Za-z_]\w*):(?: +([^\s#]+))? *(?:#.*)?")
+_SETTINGS: Final = frozenset(
+    {
+        *("peft.lora_tuning.alpha", "peft.lora_tuning.adapter_dim", "hidden_size", "num_layers"),
+        *("num_attention_heads", "num_query_groups", "kv_channels"),
+    }
+)
+"""The settings that say what the tensors are, each by its path."""
+PREFIX: Final = "nemo."
 _REGULAR: Final = b"0\0"
 _DIGITS: Final = re.compile(rb" *([0-7]+)[ \0]*")
 
@@ -78,14 +89,37 @@ def _index(file: InputFile) -> TensorFile:
         described = describe_head(head)
         found, mend = (described.what, described.mend) if described else ("a file of no known format", "")
         raise refuse("LF111" if described else "LF121", file.path, found, "an archive of NeMo", mend)
-    checkpoints = [member for member in _list_members(file) if _CHECKPOINT.fullmatch(member[0])]
+    members = list(_list_members(file))
+    checkpoints = [member for member in members if _CHECKPOINT.fullmatch(member[0])]
     if len(checkpoints) != 1:
         names = ", ".join(name for name, _, _ in checkpoints[:4]) or "no model_weights.ckpt"
         raise refuse("LF135", file.path, names, "one model_weights.ckpt")
     _, offset, length = checkpoints[0]
     inner = index_checkpoint(_Section(file, offset, length))
     tensors = {name: tensor.moved(file, offset) for name, tensor in inner.tensors.items()}
-    return TensorFile(file, tensors, inner.metadata)
+    settings = [member for member in members if _CONFIG.fullmatch(member[0])][:1]
+    read = {name: text for _, start, size in settings for name, text in _read_settings(file, start, size).items()}
+    return TensorFile(file, tensors, {**inner.metadata, **read})
+
+
+def _read_settings(file: InputFile, offset: int, length: int) -> dict[str, str]:
+    """Return the settings that count, as they are written; a path that stands twice counts for nothing."""
+    if length > MAX_CONFIG_BYTES:
+        raise refuse("LF110", file.path, f"settings of {length} bytes", f"at most {MAX_CONFIG_BYTES}")
+    found: dict[str, list[str]] = {}
+    above: list[tuple[int, str]] = []
+    for line in file.read(offset, length).decode("utf-8", "replace").splitlines():
+        match = _LINE.fullmatch(line)
+        if match is None:
+            continue
+        indent = len(match[1])
+        above = [parent for parent in above if parent[0] < indent]
+        path = ".".join([*(name for _, name in above), match[2]])
+        if match[3] is None:
+            above.append((indent, match[2]))
+        elif path in _SETTINGS:
+            found.setdefault(path, []).append(match[3])
+    return {f"{PREFIX}{path}": values[0] for path, values in found.items() if len(values) == 1}
 
 
 def _list_members(file: InputFile) -> Iterator[tuple[str, int, int]]:

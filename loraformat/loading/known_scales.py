@@ -59,6 +59,16 @@ KNOWN: Final = (
         "x-flux trains with --scale 1 and asks for a strength when it is used",
     ),
     KnownScale(
+        "mlx-vlm",
+        r"\.(?:layers|blocks|h)\.\d+\..+\.[AB]$",
+        "the alpha of its adapter_config.json was --scale until its pull request 986, and is --alpha since",
+    ),
+    KnownScale(
+        "DeepSpeed-Chat",
+        r"\.lora_(?:right|left)_weight$",
+        "its scripts use --alpha 1 unless their user says otherwise",
+    ),
+    KnownScale(
         "cloneofsimo/lora",
         r"^(?:unet|text_encoder):\d+:down$",
         "its files act with --scale 1 unless their user says otherwise",

@@ -54,6 +54,31 @@ STORES: Final = (
         ("lora_model_state.*.pdparams",),
     ),
     Store(
+        "an adapter for Apple's on-device model (.fmadapter)",
+        "Its base is in no file, and its tensors are in the order of Apple's toolkit: load it with that model alone.",
+        ("adapter_weights.bin", "*.fmadapter"),
+    ),
+    Store(
+        "a package of Core ML",
+        "It is a compiled program. Merge into the model that it was converted from, and convert that again.",
+        ("*.mlpackage", "*.mlmodelc", "*.mlmodel"),
+    ),
+    Store(
+        "an adapter as vLLM's tensorizer has it",
+        "Give the PEFT folder that it was made of; vLLM serialises adapter_model.safetensors as it is.",
+        ("adapter_model.tensors",),
+    ),
+    Store(
+        "an adapter in shards of optimum-neuron",
+        "Make one of them: optimum-cli neuron consolidate FOLDER OUTPUT",
+        ("adapter_shards",),
+    ),
+    Store(
+        "an adapter of MediaPipe",
+        "It is a compiled graph for a phone. Give the PEFT folder that it was converted from.",
+        ("*lora*.tflite", "*lora*.task"),
+    ),
+    Store(
         "an adapter of KerasHub",
         "Name the file itself, and give the base that it was trained on: its layers have numbers instead of names.",
         ("*.lora.h5",),

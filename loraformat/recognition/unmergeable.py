@@ -54,6 +54,10 @@ def _is_given(value: JsonValue) -> bool:
     return value is not None
 
 
+def _is_of_swift(value: JsonValue) -> bool:
+    return isinstance(value, str) and value != "LORA"
+
+
 _ARCHITECTURE: Final = "config.architecture"
 _LOAD_PEFT: Final = "Load it with PEFT beside the model: PeftModel.from_pretrained(model, path)."
 _MERGE_THERE: Final = "Merge it in PEFT: load it with PeftModel.from_pretrained, then merge_and_unload."
@@ -135,6 +139,37 @@ UNMERGEABLE: Final = (
         "it acts only on what follows its invocation tokens",
         "Load it with PEFT, which finds the tokens in the input. Merged, it would act on all of it.",
         fields=(Field("alora_invocation_tokens", _is_given),),
+    ),
+    Unmergeable(
+        "control vector",
+        "it is added to the activations between layers, and changes no weight",
+        "Load it with llama.cpp beside the model: --control-vector FILE.",
+        keys=(r"^direction\.\d+$",),
+    ),
+    Unmergeable(
+        "an adapter of SpeechBrain",
+        "its LoRA and Houlsby's adapters, which have a nonlinearity, have the same names there",
+        "If it is LoRA: save adapter_down_proj as lora_A and adapter_up_proj as lora_B, both with .weight behind it, and "
+        "put an adapter_config.json of PEFT's with r and lora_alpha beside them.",
+        keys=(r"\.adapter_(?:down|up)_proj\.weight$",),
+    ),
+    Unmergeable(
+        "candle-lora",
+        "its factors have numbers in the place of names: a0 and b0 are of the layer that was made first",
+        "Save them under the names of their layers, in the order in which the program makes these.",
+        keys=(r"(?:^|\.)[ab]0\.weight$",),
+    ),
+    Unmergeable(
+        "ms-swift's tuner of its own",
+        "it adds layers, memory or prompts to the model, or weights that another number of layers belongs to",
+        "Load it with ms-swift: Swift.from_pretrained(model, path).",
+        fields=(Field("swift_type", _is_of_swift),),
+    ),
+    Unmergeable(
+        "ms-swift's own form of LoRA",
+        "its names and options are not PEFT's",
+        "Make PEFT's files of it: swift export --adapters FOLDER --to_peft_format true.",
+        fields=(Field("swift_type", _is("LORA")),),
     ),
     Unmergeable(
         "QALoRA",

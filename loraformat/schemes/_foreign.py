@@ -15,9 +15,7 @@ _SCALED: Final = (
     "The factors are 8-bit floats that count times this scale. Multiply them by it and save them as bfloat16 or "
     "float16, or take the file before it was quantised.",
 )
-_ENDS: Final = (
-    (re.compile(r"(?:^|\.)(?:scale_weight|weight_scale|scale_input|input_scale|scaled_fp8)$"), *_SCALED),
-)
+_ENDS: Final = ((re.compile(r"(?:^|\.)(?:scale_weight|weight_scale|scale_input|input_scale|scaled_fp8)$"), *_SCALED),)
 
 
 def refuse_tensor(key: str, tensor: Factor) -> Problem:

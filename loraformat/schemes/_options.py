@@ -54,7 +54,10 @@ def read_options(kind: str, module: Module) -> dict[str, JsonValue]:
 def remember_options(sidecars: Mapping[str, Mapping[str, Factor]]) -> dict[str, JsonValue]:
     """Return the forms of tensors that hold options, target to form, where `write_options` writes another."""
     forms = {
-        name: form_of(beside[role]) for name, beside in sidecars.items() for role in (ON_INPUT, SCALED) if role in beside
+        name: form_of(beside[role])
+        for name, beside in sidecars.items()
+        for role in (ON_INPUT, SCALED)
+        if role in beside
     }
     odd: dict[str, JsonValue] = {name: form for name, form in forms.items() if form != "int64[]"}
     return {"side_forms": odd} if odd else {}

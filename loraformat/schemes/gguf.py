@@ -16,6 +16,7 @@ import numpy as np
 
 from loraformat.adapter import Adapter, Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.base_facts import BaseFacts
+from loraformat.errors import refuse
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
 from loraformat.schemes import DECODERS, Bundle, Holds, StatedScale, WrittenBundle
@@ -33,6 +34,9 @@ from loraformat.strict_json import JsonValue
 
 _ARCHITECTURE: Final = "general.architecture"
 _ALPHA: Final = "adapter.lora.alpha"
+_TYPE: Final = "adapter.type"
+_TOKENS: Final = "adapter.alora.invocation_tokens"
+_IN_LLAMA_CPP: Final = "Load it with llama.cpp beside the model: --lora FILE. Merged, it would act on all of the input."
 _FIXED: Final[Mapping[str, JsonValue]] = {"general.type": "adapter", "adapter.type": "lora"}
 _NAMES: Final = r"blk\.\d+\.[a-z0-9_.]+|token_embd|output(?:_norm)?|cls(?:\.output)?|position_embd"
 
@@ -92,6 +96,12 @@ class _Gguf(FiledScheme):
 
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter; every expert of a stack is a target of its own, `blk.0.ffn_up_exps.3`."""
+        if _TOKENS in bundle.metadata:
+            found = "aLoRA: it acts only on what follows its invocation tokens"
+            raise refuse("LF209", f"{bundle.path}: {_TOKENS}", found, "changes of weights", _IN_LLAMA_CPP)
+        kind = _read_text(bundle.metadata.get(_TYPE))
+        if kind not in ("", "lora"):
+            raise refuse("LF209", f"{bundle.path}: {_TYPE}", f"{kind!r:.60}", "lora, the only one that llama.cpp has")
         said = _read_text(bundle.metadata.get(PROVENANCE_KEY))
         texts = {name: text for name, text in bundle.metadata.items() if name != PROVENANCE_KEY}
         known = replace(bundle, metadata=texts | ({PROVENANCE_KEY: said} if said else {}))

@@ -2,18 +2,16 @@
 
 from typing import Final
 
-from loraformat.schemes._engine import TableReader
 from loraformat.schemes._marks import Marks
-from loraformat.schemes._megatron import ALIASES, CANONICAL, HOLDS, KEYS, ROWS
+from loraformat.schemes._megatron import ALIASES, CANONICAL, HOLDS, KEYS, ROWS, ArchiveScale, MegatronReader
 from loraformat.schemes._naming import PlainNaming
-from loraformat.schemes._scales import StatedAlone
 
-SCHEME: Final = TableReader(
+SCHEME: Final = MegatronReader(
     name="megatron",
     title="NeMo and Megatron-Bridge: linear_in and linear_out of fused weights, without a scale",
     rows=ROWS,
     naming=PlainNaming(),
-    scale=StatedAlone(),
+    scale=ArchiveScale(),
     holds=HOLDS,
     marks=Marks(keys=KEYS, others=CANONICAL),
     names="megatron",

@@ -121,3 +121,53 @@ def test_a_member_does_not_reach_beyond_its_end(tmp_path: Path) -> None:
     path.write_bytes(archive({"./model_weights.ckpt": whole[:-30], "./rest": whole[-30:]}))
     with pytest.raises(LoraformatError):
         CONTAINER.open(path)
+
+
+SETTINGS = """\
+num_attention_heads: 4
+num_query_groups: 2
+hidden_size: 10 # of the base
+exp_manager:
+  alpha: 99
+peft:
+  peft_scheme: lora
+  lora_tuning:
+    variant: nemo
+    adapter_dim: 3
+    alpha: {alpha}
+  adapter_tuning:
+    adapter_dim: 32
+    alpha: 77
+alpha: 55
+"""
+
+
+def test_the_alpha_of_the_settings(tmp_path: Path) -> None:
+    settings = SETTINGS.format(alpha=6).encode()
+    path = tmp_path / "a.nemo"
+    path.write_bytes(archive({"./model_config.yaml": settings, "./model_weights.ckpt": checkpoint(arrays_of())}))
+    found = dict(CONTAINER.open(path).metadata)
+    assert found["nemo.peft.lora_tuning.alpha"] == "6"
+    assert found["nemo.num_query_groups"] == "2"
+    (target,) = loraformat.load(path).targets
+    assert target.scale == 2.0
+    (target,) = loraformat.load(path, alpha=3.0).targets
+    assert target.scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        (SETTINGS.format(alpha="${.adapter_dim}"), "LF211"),
+        (SETTINGS.format(alpha="&a 6"), "LF211"),
+        (SETTINGS.format(alpha=6).replace("dim: 3", "dim: 4"), "LF203"),
+        (SETTINGS.format(alpha=6) + "peft:\n  lora_tuning:\n    alpha: 7\n", "LF211"),
+    ],
+)
+def test_settings_that_do_not_say_it(tmp_path: Path, settings: str, code: str) -> None:
+    path = tmp_path / "a.nemo"
+    members = {"./model_config.yaml": settings.encode(), "./model_weights.ckpt": checkpoint(arrays_of())}
+    path.write_bytes(archive(members))
+    with pytest.raises(LoraformatError) as caught:
+        loraformat.load(path)
+    assert caught.value.codes == (code,)

@@ -104,7 +104,9 @@ def test_flat_names_that_the_base_lacks_may_be_left_out(tmp_path: Path) -> None:
     np.testing.assert_allclose(merged[f"{UNET}.layers.0.attention.out.weight"], 1 + added[unet], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("ahead", ["", "model.", "model.language_model.", "text_encoders.of_next_year.transformer.model."])
+@pytest.mark.parametrize(
+    "ahead", ["", "model.", "model.language_model.", "text_encoders.of_next_year.transformer.model."]
+)
 def test_a_language_model_by_itself_is_the_text_encoder(ahead: str, tmp_path: Path) -> None:
     added = write_kohya(tmp_path / "lora.safetensors", {"lora_te_layers_0_self_attn_q_proj": (OUT, IN)})
     place = f"{ahead}layers.0.self_attn.q_proj.weight"

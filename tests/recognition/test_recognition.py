@@ -17,6 +17,9 @@ from loraformat.recognition.unmergeable import UNMERGEABLE
 from loraformat.validation import validate_path
 
 TENSORS = {
+    "direction.1": "control vector",
+    "encoder.layers.0.q_proj.adapter_down_proj.weight": "an adapter of SpeechBrain",
+    "lora_llama.a0.weight": "candle-lora",
     "prompt_embeddings": "prompt tuning, prefix tuning or P-tuning",
     "base_model.model.prefix_task_cols": "prompt tuning",
     "roberta.prompt_tuning.base_model_embeddings.prompt_tunings.sst.prompt_embedding.weight": "prompt tuning",
@@ -111,7 +114,7 @@ def refusal(path: Path) -> Problem:
 
 def test_every_row_is_tried() -> None:
     names = {row.name for row in UNMERGEABLE}
-    tried = {*TENSORS.values(), *TYPES.values(), *HUB_CONFIGS, *FILES.values(), "aLoRA", "Arrow", "QALoRA"}
+    tried = {*TENSORS.values(), *TYPES.values(), *HUB_CONFIGS, *FILES.values(), "aLoRA", "Arrow", "QALoRA", "ms-swift"}
     assert {name for name in names if not any(name.startswith(each) for each in tried)} == set()
 
 
@@ -139,6 +142,15 @@ def test_a_peft_folder_is_known_by_its_type(tmp_path: Path, kind: str) -> None:
     assert problem.code == "LF209"
     assert problem.found.startswith(TYPES[kind])
     assert f"(peft_type {kind!r})" in problem.found
+
+
+@pytest.mark.parametrize(("kind", "words"), [("LORA", "to_peft_format"), ("PART", "Swift.from_pretrained")])
+def test_a_folder_of_ms_swift_is_known_by_its_type(tmp_path: Path, kind: str, words: str) -> None:
+    write_config(tmp_path, {"peft_type": ..., "swift_type": kind, "r": 2, "lora_alpha": 4})
+    write_tensors(tmp_path / "adapter_model.safetensors", {"m.lora_A.default.weight": np.ones((2, 3), np.float32)})
+    problem = refusal(tmp_path)
+    assert problem.code == "LF209"
+    assert words in problem.mend
 
 
 def test_a_type_that_may_be_merged_is_left_to_its_scheme() -> None:

@@ -17,7 +17,13 @@ from loraformat.recognition.stores import recognise_store
         (("__0_0.distcp", ".metadata"), "torch"),
         (("zero_pp_rank_0_mp_rank_00_optim_states.pt",), "DeepSpeed"),
         (("model.lora_config.npy", "model.lora_weights.npy"), "TensorRT"),
+        (("lora_config.json", "lora_model_state.tp00.pdparams"), "Paddle"),
         (("gemma.lora.h5",), "KerasHub"),
+        (("metadata.json", "adapter_weights.bin"), "Apple"),
+        (("model.mlpackage",), "Core ML"),
+        (("adapter_model.tensors",), "tensorizer"),
+        (("adapter_shards",), "neuron"),
+        (("lora_gpu.tflite",), "MediaPipe"),
     ],
 )
 def test_a_folder_is_refused_by_the_name_of_its_framework(tmp_path: Path, names: tuple[str, ...], words: str) -> None:

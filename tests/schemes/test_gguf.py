@@ -15,6 +15,7 @@ from laws.scheme_laws import SchemeLaws, find_against
 from loraformat.adapter import Scaling, ScalingRule, SlotKind
 from loraformat.base_facts import NO_FACTS, BaseFacts
 from loraformat.conversion import convert
+from loraformat.errors import LoraformatError
 from loraformat.loading import load_adapter
 from loraformat.schemes import NOT_STATED, Bundle, WrittenBundle
 from loraformat.schemes.gguf import SCHEME
@@ -33,7 +34,7 @@ VALUES = {
     "adapter.type": '"lora"',
     "adapter.lora.alpha": "16.0",
     "general.name": '"Größe"',
-    "adapter.alora.invocation_tokens": '{"array": "uint32", "items": [1, 2]}',
+    "general.numbers": '{"array": "uint32", "items": [1, 2]}',
 }
 
 
@@ -216,3 +217,13 @@ def test_stacks_become_modules_and_parameters_and_come_back(tmp_path: Path) -> N
     }
     configs = [json.loads((each / "adapter_config.json").read_text()) for each in (folder, tmp_path / "back")]
     assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"adapter.alora.invocation_tokens": '{"array": "uint32", "items": [1, 2]}'}, {"adapter.type": '"dora"'}],
+)
+def test_what_is_no_lora_is_refused(values: Mapping[str, str]) -> None:
+    with pytest.raises(LoraformatError) as caught:
+        SCHEME.read(bundle_of(d.factors(d.blocks(NAMES), A, B), VALUES | values), NOT_STATED)
+    assert caught.value.codes == ("LF209",)

@@ -332,3 +332,36 @@ def test_slices_of_a_fused_weight() -> None:
 )
 def test_slices_that_are_not_stated(shapes: Mapping[str, Any], stated: Any, code: str) -> None:
     assert code in codes({"m.q": shapes}, r=2, enable_lora=stated)
+
+
+BY_EXPERT = {"lora_B_layout": "grouped_by_expert"}
+UNSLOTH = {"auto_mapping": {"unsloth_fixed": True}, "target_parameters": BOTH[1:]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "by_expert"),
+    [
+        (BY_EXPERT, True),
+        ({"auto_mapping": {"unsloth_fixed": True, **BY_EXPERT}}, True),
+        ({"unsloth_fused_expert_lora": {"parameters": {"down_proj": BY_EXPERT}}}, True),
+        ({"lora_B_layout": "rank_major"}, False),
+        ({"unsloth_fused_expert_lora": {"parameters": {"gate_up_proj": BY_EXPERT}}}, False),
+    ],
+)
+def test_columns_of_unsloth(fields: Mapping[str, Any], by_expert: bool) -> None:
+    adapter = read({X: PACKED}, **{**UNSLOTH, **fields})
+    packed = make_bundle({X: PACKED}, NAMED).tensors[f"base_model.model.{X}.lora_B.weight"].read()
+    second = packed[:, R : 2 * R] if by_expert else packed[:, 1::E]
+    target = next(target for target in adapter.targets if ".1." in target.name)
+    assert np.array_equal(target.factors["lora_B.weight"].read(), second)
+    written = SCHEME.write(adapter, NO_FACTS)
+    assert written.config is not None
+    assert written.config["lora_B_layout"] == "rank_major"
+    again = Bundle(Path("again"), dict(written.tensors), config=written.config)
+    found = {target.name: target for target in SCHEME.read(again, NOT_STATED).targets}
+    assert np.array_equal(found[target.name].factors["lora_B.weight"].read(), second)
+
+
+@pytest.mark.parametrize("fields", [{}, {"lora_B_layout": "odd"}])
+def test_columns_that_nothing_tells(fields: Mapping[str, Any]) -> None:
+    assert codes({X: PACKED}, **{**UNSLOTH, **fields}) == ["LF647"]

@@ -3,7 +3,7 @@
 What of a type is its own stands in its row of the table in `types.py`. What is in neither list, and set, is a field of
 a newer PEFT or of somebody else. PEFT leaves such a field out, with a warning, when it loads a configuration; what a
 newer one computes by it no one here can know. Source: the dataclasses of huggingface/peft 0.21.2, and what its layers
-read of them; ms-swift and vLLM for what is theirs.
+read of them; ms-swift, vLLM and Unsloth for what is theirs.
 """
 
 import re
@@ -36,7 +36,7 @@ LORA_IGNORED: Final = (
 LORA_HEEDED: Final = (
     "lora_alpha r rank_pattern alpha_pattern use_rslora use_dora lora_bias trainable_token_indices target_parameters "
     "use_bdlora kasa_config enable_lora ensure_weight_tying init_lora_weights loftq_config layer_replication "
-    "arrow_config alora_invocation_tokens use_qalora"
+    "arrow_config alora_invocation_tokens use_qalora lora_B_layout unsloth_fused_expert_lora"
 )
 
 

@@ -15,6 +15,7 @@ from loraformat.derived import KeptFactor, LastRead, derive
 from loraformat.errors import refuse
 from loraformat.limits import MAX_EXPERTS
 from loraformat.problems import Problem
+from loraformat.schemes._peft.column_orders import BY_EXPERT
 from loraformat.schemes._peft.config import PeftConfig, fits_whole_pattern
 
 A: Final = "lora_A.weight"
@@ -94,7 +95,7 @@ def name_parameter(name: str, levels: Mapping[str, Mapping[str, Factor]], config
 
 
 def split_experts(
-    name: str, factors: Mapping[str, Factor], rank: int, last: LastRead
+    name: str, factors: Mapping[str, Factor], rank: int, order: str, last: LastRead
 ) -> list[tuple[str, dict[str, Factor]]] | Problem:
     """Return each expert's name and factors; the parameter's alone where it is not packed.
 
@@ -102,6 +103,7 @@ def split_experts(
         name: `<module>.<parameter>`.
         factors: A and B of all experts.
         rank: that of one expert.
+        order: that of the columns of B (`column_orders`).
         last: keeps what was read.
     """
     down, up = factors.get(A), factors.get(B)
@@ -119,7 +121,8 @@ def split_experts(
     from loraformat.row_orders import Permute  # here, as operations below: most adapters need none
 
     module, _, parameter = name.rpartition(".")
-    kept = KeptFactor(down, last), KeptFactor(derive(Permute((rank, experts), (1, 0), axis=1), up), last)
+    by_expert = up if order == BY_EXPERT else derive(Permute((rank, experts), (1, 0), axis=1), up)
+    kept = KeptFactor(down, last), KeptFactor(by_expert, last)
     return [
         (f"{module}.{expert}.{parameter}", _take_expert(kept, slice(expert * rank, (expert + 1) * rank)))
         for expert in range(experts)

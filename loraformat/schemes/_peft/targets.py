@@ -9,6 +9,7 @@ from loraformat.adapter import Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.derived import LastRead
 from loraformat.problems import Problem, Severity
 from loraformat.schemes import Bundle, StatedScale
+from loraformat.schemes._peft.column_orders import find_order
 from loraformat.schemes._peft.config import PeftConfig
 from loraformat.schemes._peft.groups import BASE, LORA, REPLACE, TOKENS, Group
 from loraformat.schemes._peft.packed import (
@@ -97,7 +98,11 @@ class TargetReader:
     def _read_packed(self, name: str, factors: Mapping[str, Factor], kind: str) -> list[Target]:
         """Return the targets of all experts of a parameter."""
         rank = self._config.rank_of(name, 0)
-        split = split_experts(name, factors, rank, self._last)
+        order = find_order(name.rpartition(".")[2], self._config)
+        if isinstance(order, Problem):
+            self._problems.append(order)
+            return []
+        split = split_experts(name, factors, rank, order, self._last)
         if isinstance(split, Problem):
             self._problems.append(split)
             return []

@@ -18,6 +18,7 @@ from loraformat.schemes import NOT_STATED, WrittenBundle
 from loraformat.schemes._lora_config import describe_lora
 from loraformat.schemes._memory import COMPONENT_KEY, annotate
 from loraformat.schemes._naming import find_denoiser, split_component
+from loraformat.schemes._peft.column_orders import state_rank_major
 from loraformat.schemes._peft.config import PeftConfig
 from loraformat.schemes._peft.groups import REPLACE
 from loraformat.schemes._peft.keys import PREFIX
@@ -119,6 +120,7 @@ def fill_lora(adapter: Adapter, targets: Targets, ends: Mapping[str, str]) -> Fo
         kept = {name: value for name, value in kept.items() if name != "use_bdlora"}
     tensors, problems = place(packed.plain, ends)
     config = _write_config(adapter, kept, packed)
+    config = state_rank_major(config) if packed.parameters else config
     against = [*_find_slices(adapter, kept), *_find_uneven(packed.plain), *packed.problems, *problems]
     return Folder(tensors | packed.tensors, config, against)
 
