@@ -20,7 +20,8 @@ _MAIN: Final = DENOISERS | {""}
 def spell_for_base(adapter: Adapter, base: BaseModel) -> Adapter:
     """Return the adapter with its modules spelled as the base has them, if that finds the whole UNet or transformer.
 
-    Where the base has its names, or not all of them in one other spelling, it is returned as it is.
+    Where the base has its names, or not all of them in one other spelling, it is returned as it is; with what stands
+    against it, where the base has all of them, but one weight for parts that cannot be joined.
     """
     paths = list(_list_paths(adapter))
     if not paths:
@@ -48,8 +49,9 @@ def spell_for_base(adapter: Adapter, base: BaseModel) -> Adapter:
         return new if is_known and component in _MAIN else None
 
     spelled, problems = respell_by(adapter, spell, facts)
-    if any(problem.severity == "error" for problem in problems):
-        return adapter
+    errors = tuple(problem for problem in problems if problem.severity == "error")
+    if errors:  # The base has the modules, in a spelling in which the adapter cannot be.
+        return replace(adapter, problems=(*adapter.problems, *errors))
     return replace(spelled, problems=(*adapter.problems, _report(paths, spelled)))
 
 

@@ -91,6 +91,7 @@ RENAMES: Final = (
         f"{_ANY_ENCODER}.transformer.model",  # A language model without a head: Anima's, Lumina 2's and others.
     ),
     Rename("one file", re.compile(r"^text_encoder(?=\.(?:layers\.\d|embed_tokens$))"), "model"),
+    *_in_one_file("connectors", "text_embedding_projection"),  # LTX-2's.
     *_in_one_file("text_encoder_2", "text_encoders.clip_g.transformer", "text_encoders.t5xxl.transformer"),
     *_in_one_file("text_encoder_3", "text_encoders.t5xxl.transformer"),
     *(row for name in ("q_proj", "k_proj", "v_proj") for row in _of_open_clip(f"attn.{name}", f"self_attn.{name}")),

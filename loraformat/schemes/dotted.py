@@ -27,6 +27,7 @@ _PREFIXES: Final = {
     "diffusion_model": "diffusion_model",
     "diffusion_model.llm_adapter": "text_conditioner",
     "conditional_transformer": "transformer",
+    "text_embedding_projection": "connectors",
     "pipe.dit": "transformer",
     "text_encoders.clip_l.transformer": "text_encoder",
     "text_encoders.clip_g.transformer": "text_encoder_2",
@@ -103,7 +104,7 @@ SCHEME: Final = _Dotted(
     scale=AlphaTensors(),
     marks=Marks(
         keys=(
-            rf"(?:diffusion_model|conditional_transformer|pipe\.dit|text_encoders\.\w+)\.{_TENSOR}",
+            rf"(?:diffusion_model|conditional_transformer|text_embedding_projection|pipe\.dit|text_encoders\.\w+)\.{_TENSOR}",
             rf"{_NATIVE}{_TENSOR}",
             rf"(?:transformer(?:_2)?\.(?!(?:double|single)_blocks\.)|unet\.|text_encoder(?:_2)?\.){_PAYLOAD}",
         ),

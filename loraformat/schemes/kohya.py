@@ -5,6 +5,7 @@ module may have a tensor `alpha`, in whatever form the file was saved in. What t
 `spec/names/` has them.
 """
 
+import re
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -34,6 +35,8 @@ _PREFIXES: Final = {
 OneTrainer's, `oft_unet` that of sd-scripts' networks/oft.py."""
 
 _SPLIT: Final = "split_qkv=True"
+_PART: Final = re.compile(r"(oft_unet_[^.]+)\.oft_blocks\.(\d+)")
+"""Blocks of one part of a fused weight (sd-scripts' networks/oft_flux.py); of a weight in one piece there is only 0."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Kohya(LycorisScheme):
         With `split_qkv` sd-scripts trains q, k and v apart with alpha / rank each, and saves them fused, at three times
         the rank, under the same alpha. Every reader then divides by the rank that it sees.
         """
-        adapter = super().read(bundle, stated)
+        adapter = super().read(_part_rotations(bundle), stated)
         arguments = bundle.metadata.get("ss_network_args", "").replace('"', "").replace(" ", "")
         if not any(form in arguments for form in (_SPLIT, _SPLIT.replace("=", ":"), "split_qkv:true")):
             return adapter
@@ -54,6 +57,21 @@ class Kohya(LycorisScheme):
         return replace(
             adapter, problems=(*adapter.problems, Problem("LF324", adapter.source, found, severity="warning"))
         )
+
+
+def _part_rotations(bundle: Bundle) -> Bundle:
+    """Return a file with the rotations of a fused weight's parts as those of modules, each with the alpha of all."""
+    found = {key: match for key in bundle.tensors if (match := _PART.fullmatch(key))}
+    fused = {match[1] for match in found.values() if match[2] != "0"}
+    if not fused:
+        return bundle
+    tensors = {key: tensor for key, tensor in bundle.tensors.items() if key.removesuffix(".alpha") not in fused}
+    for key, match in found.items():
+        if match[1] in fused:
+            part = f"{match[1]}_{match[2]}"
+            tensors[f"{part}.oft_blocks"] = tensors.pop(key)
+            tensors |= {f"{part}.alpha": each for name, each in bundle.tensors.items() if name == f"{match[1]}.alpha"}
+    return replace(bundle, tensors=tensors)
 
 
 SCHEME: Final = Kohya(

@@ -42,6 +42,7 @@ _PIPELINE: Final = (
     *("double_blocks.", "single_blocks.", "joint_blocks.", "transformer_blocks.", "single_transformer_blocks."),
     *("down_blocks.", "up_blocks.", "mid_block.", "input_blocks.", "middle_block.", "output_blocks.", "final_layer."),
     *("lora_unet_", "lora_te", "lycoris_", "oft_unet_", "conditional_transformer.", "pipe.dit."),
+    "text_embedding_projection.",
 )
 """How keys of diffusion pipelines begin, which have schemes of their own."""
 _OTHERS: Final = re.compile(

@@ -543,6 +543,10 @@ def main() -> None:
     named = {name: {"spelling": "native"} for name in ("kohya", "dotted", "diffusers", "peft")}
     fields = {"classes": ["AnimaTextConditioner"], "schemes": named}
     table("anima-text-conditioner", "Anima's text conditioner", ["text_conditioner"], anima_conditioner(), **fields)
+    projection = [("aggregate_embed", "text_proj_in")]
+    named = schemes("native", kohya={}, dotted={"text_embedding_projection": "connectors"})
+    fields = {"classes": ["LTX2TextConnectors"], "schemes": named}
+    table("ltx2-connectors", "LTX-2's projection of texts", ["connectors"], rows("native", projection), **fields)
 
 
 WIDTHS = {"Lumina 2": [2304, 9216], "Z-Image": [3840, 10240], "Ideogram 4": [4608, 12288]}

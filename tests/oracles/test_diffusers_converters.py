@@ -232,6 +232,13 @@ LTX2: Shapes = {
         for layer in ("linear", "emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2")
     },
 }
+CONNECTORS: Shapes = {"text_embedding_projection.aggregate_embed": (H, W)}
+
+
+def ltx2_name(path: str) -> str:
+    return path if path in CONNECTORS else f"diffusion_model.{path}"
+
+
 ANIMA_ATTENTION = [f"{each}_attn.{name}_proj" for each in ("self", "cross") for name in ("q", "k", "v", "output")]
 ANIMA_MODULATIONS = [
     f"adaln_modulation_{name}.{each}" for name in ("self_attn", "cross_attn", "mlp") for each in (1, 2)
@@ -337,6 +344,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "ideogram4_kohya": Layout("Ideogram4", IDEOGRAM4, behind("conditional_transformer."), **DOTTED_KOHYA),
     "ltx": Layout("LTXVideo", LTX, COMFY),
     "ltx2": Layout("LTX2", LTX2, COMFY),
+    "ltx2_connectors": Layout("LTX2", {**LTX2, **CONNECTORS}, ltx2_name),
     "anima": Layout("Anima", ANIMA, COMFY),
     "krea2_comfy": Layout("Krea2", KREA2, COMFY),
     "krea2_ai_toolkit": Layout("Krea2", KREA2, behind("base_model.model.")),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import loraformat
 from builders import MemoryFactor, write_tensors
@@ -14,6 +14,7 @@ from laws.scheme_laws import SchemeLaws, store
 from loraformat.adapter import Scaling, ScalingRule, SlotKind
 from loraformat.base_facts import NO_FACTS, BaseFacts
 from loraformat.conversion._engine import Rounding, Source, convert_source
+from loraformat.errors import LoraformatError
 from loraformat.kinds import KINDS
 from loraformat.problems import Problem
 from loraformat.schemes import NOT_STATED, Bundle, StatedScale
@@ -375,3 +376,45 @@ def test_embeddings_of_tokens_are_carried_and_not_merged(tmp_path: Path) -> None
         source = output
     plan = loraformat.plan_conversion(source, "diffusers")
     assert [problem.where for problem in plan.problems if problem.severity == "error"] == ["bundle_emb.my.token"]
+
+
+def rotate(blocks: np.ndarray, weight: np.ndarray, alpha: float) -> np.ndarray:
+    """Return a part of a weight as sd-scripts' networks/oft_flux.py merges it."""
+    skew = blocks.astype(np.float64) - blocks.astype(np.float64).swapaxes(1, 2)
+    length = np.linalg.norm(skew)
+    skew *= (min(length, alpha * len(weight)) + 1e-8) / (length + 1e-8)
+    one = np.eye(blocks.shape[1])
+    turns = [(one + each) @ np.linalg.inv(one - each) for each in skew]
+    size = blocks.shape[1]
+    return np.concatenate([turn.T @ weight[n * size : (n + 1) * size] for n, turn in enumerate(turns)])
+
+
+def test_rotations_of_the_parts_of_a_fused_weight(tmp_path: Path) -> None:
+    """FLUX.1's q, k, v and the rows of linear1 are turned one by one, each within its own bound."""
+    dice = np.random.default_rng(2)
+    double, single = "transformer_blocks.0.attn", "single_transformer_blocks.0"
+    parts = {
+        "double_blocks_0_img_attn_qkv": [(f"{double}.to_{part}", 4) for part in "qkv"],
+        "single_blocks_0_linear1": [*((f"{single}.attn.to_{part}", 4) for part in "qkv"), (f"{single}.proj_mlp", 16)],
+        "double_blocks_0_img_attn_proj": [(f"{double}.to_out.0", 4)],
+    }
+    base: dict[str, np.ndarray] = {}
+    tensors: dict[str, np.ndarray] = {}
+    expected: dict[str, np.ndarray] = {}
+    for stem, modules in parts.items():
+        tensors[f"oft_unet_{stem}.alpha"] = np.array(0.1, np.float32)
+        for n, (module, rows) in enumerate(modules):
+            weight = base[f"{module}.weight"] = dice.standard_normal((rows, 6)).astype(np.float32)
+            blocks = 0.3 * dice.standard_normal((2, rows // 2, rows // 2)).astype(np.float32)
+            tensors[f"oft_unet_{stem}.oft_blocks.{n}"] = blocks
+            expected[f"{module}.weight"] = rotate(blocks, weight, float(tensors[f"oft_unet_{stem}.alpha"]))
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tensors, tmp_path / "oft.safetensors")
+    loraformat.merge(tmp_path / "base.safetensors", tmp_path / "oft.safetensors", tmp_path / "out.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")
+    for name, weight in expected.items():
+        np.testing.assert_allclose(merged[name], weight, atol=1e-5, err_msg=name)
+    fused = {f"{stem.replace('_0_', '.0.').replace('_attn_', '_attn.')}.weight": 0 for stem in parts}
+    save_file(dict.fromkeys(fused, np.ones((28, 6), np.float32)), tmp_path / "bfl.safetensors")
+    with pytest.raises(LoraformatError, match=r"LF315(?s:.*)lycoris_oft"):
+        loraformat.merge(tmp_path / "bfl.safetensors", tmp_path / "oft.safetensors", tmp_path / "no.safetensors")
