@@ -187,7 +187,8 @@ def _family_of(config: Mapping[str, JsonValue]) -> JsonValue:
 def _list_parameters(sites: Sequence[Site]) -> Iterator[Site]:
     """Yield parameters that are no module's weight under their whole names, and attention's under its module's.
 
-    These are matrices, and tables of several axes for all rows alike: the modulations of Wan are `(1, 6, dim)`.
+    These are vectors, such as the `scale` of FLUX.1's norms, matrices, and tables of several axes for all rows alike: the
+    modulations of Wan are `(1, 6, dim)`.
     """
     modules = {(site.module, site.parameter) for site in sites}
     for site in sites:
@@ -196,7 +197,7 @@ def _list_parameters(sites: Sequence[Site]) -> Iterator[Site]:
         alias = _ATTENTION.get(site.parameter, "")
         if not alias and len(site.stored_shape()) == 2:
             yield replace(site, module=site.id, parameter="weight", transposed=_MATRIX)
-        elif not alias and len(site.stored_shape()) > 2 and site.stored_shape()[0] == 1:
+        elif not alias and (len(site.stored_shape()) == 1 or site.stored_shape()[:1] == (1,)):
             yield replace(site, module=site.id, parameter="weight", transposed=_TABLE)
         elif alias and (site.module, alias) not in modules:
             orientation = _MATRIX if alias == "weight" else site.transposed

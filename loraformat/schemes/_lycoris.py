@@ -20,7 +20,7 @@ from loraformat.schemes._groups import TOKEN
 from loraformat.schemes._memory import find_memory
 from loraformat.schemes._naming import BUNDLED
 from loraformat.schemes._options import ON_INPUT, SCALED
-from loraformat.schemes._padding import PADDED, SHAPE, state_shapes, take_shapes
+from loraformat.schemes._padding import PADDED, SHAPE, SHAPES, state_shapes, take_shapes
 from loraformat.schemes._table import COLUMN, Row
 
 QUERY_NORM: Final = ".norm.query_norm"
@@ -106,7 +106,7 @@ class LycorisScheme(TableScheme):
 
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter, biases beside a LoRA as it has them."""
-        adapter = take_shapes(super().read(bundle, stated))
+        adapter = take_shapes(super().read(bundle, stated), self.name)
         if not any(_is_biased(target) for target in adapter.targets):
             return adapter
         targets = tuple(_divide(target) if _is_biased(target) else target for target in adapter.targets)
@@ -117,7 +117,8 @@ class LycorisScheme(TableScheme):
         """Return the tensors; biases beside a LoRA are called as they were."""
         if self.only_added or _were_added(adapter.provenance):
             adapter = replace(adapter, targets=tuple(map(_multiply, adapter.targets)))
-        return super().write(adapter if _are_by_bfl(adapter) else state_shapes(adapter), facts)
+        stated = find_memory(adapter.provenance, self.name).get(SHAPES)
+        return super().write(adapter if _are_by_bfl(adapter) and not stated else state_shapes(adapter), facts)
 
 
 def _are_by_bfl(adapter: Adapter) -> bool:

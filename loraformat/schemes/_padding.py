@@ -13,12 +13,15 @@ import numpy as np
 from loraformat.adapter import Adapter, Target
 from loraformat.derived import NewFactor
 from loraformat.problems import Problem
+from loraformat.schemes._memory import find_memory
 from loraformat.schemes._naming import find_denoiser
 
 PADDED: Final = "padded_lora"
 """The kind of such a LoRA."""
 SHAPE: Final = "reshape_weight"
 """The role of a tensor that states the shape, `(out, in)`."""
+SHAPES: Final = "shapes"
+"""The part of a provenance that says whether shapes were stated."""
 _CHANNELS: Final = 64
 """Of FLUX.1's latents, four pixels together. More inputs are of a control image, or of a mask, beside them."""
 _FIRST: Final = frozenset({"transformer.img_in", "transformer.x_embedder"})
@@ -27,11 +30,14 @@ _TABLE: Final = "flux1-transformer"
 
 def pad_first_layer(adapter: Adapter) -> Adapter:
     """Return an adapter of FLUX.1 whose first layer, where it has more inputs, is one that bases are filled up for."""
-    found = {target.name for target in adapter.targets if _is_wider(target)}
-    if not found or [table.name for table in find_denoiser(target.name for target in adapter.targets)] != [_TABLE]:
-        return adapter
-    targets = (replace(target, kind=PADDED) if target.name in found else target for target in adapter.targets)
+    targets = (replace(target, kind=PADDED) if _is_wider(target) else target for target in adapter.targets)
     return replace(adapter, targets=tuple(targets))
+
+
+def is_of_flux1(adapter: Adapter) -> bool:
+    """Say whether an adapter's first layer has more inputs than FLUX.1's, and its names are of no other model."""
+    names = (target.name for target in adapter.targets)
+    return any(map(_is_wider, adapter.targets)) and [table.name for table in find_denoiser(names)] == [_TABLE]
 
 
 def _is_wider(target: Target) -> bool:
@@ -39,17 +45,22 @@ def _is_wider(target: Target) -> bool:
     return target.name in _FIRST and "base_layer.weight" not in target.factors and shape[1:] > (_CHANNELS,)
 
 
-def take_shapes(adapter: Adapter) -> Adapter:
-    """Return an adapter without the shapes that are stated beside factors; LF203 where one is not the factors'."""
+def take_shapes(adapter: Adapter, scheme: str) -> Adapter:
+    """Return an adapter without the shapes that are stated beside factors; LF203 where one is not the factors'.
+
+    That they were is remembered for the scheme.
+    """
     stated = [target for target in adapter.targets if target.kind == PADDED and SHAPE in target.factors]
     if not stated:
         return adapter
     problems = [problem for target in stated for problem in _check_shape(target)]
     targets = (_without_shape(target) if target in stated else target for target in adapter.targets)
     absorbed = (target.factors[SHAPE] for target in stated)
+    memory = {**find_memory(adapter.provenance, scheme), SHAPES: True}
     return replace(
         adapter,
         targets=tuple(targets),
+        provenance={**adapter.provenance, scheme: memory},
         problems=(*adapter.problems, *problems),
         absorbed=(*adapter.absorbed, *absorbed),
     )

@@ -24,7 +24,7 @@ from loraformat.schemes._lycoris import LYCORIS_ROWS
 from loraformat.schemes._marks import BARE, BARE_TENSOR, NOISE, Alias, Marks
 from loraformat.schemes._memory import find_texts
 from loraformat.schemes._naming import COMPONENTS, ComponentNaming, split_component
-from loraformat.schemes._padding import PADDED, pad_first_layer
+from loraformat.schemes._padding import PADDED, is_of_flux1, pad_first_layer
 from loraformat.schemes._peft.writing import says_the_same
 from loraformat.schemes._scales import AlphaTensors, ScalesRead, ScalesWritten
 from loraformat.schemes._table import NameTable, Row
@@ -117,7 +117,8 @@ class _Diffusers(TableScheme):
 
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter; FLUX.1's first layer may have more inputs than the base's, as diffusers lets it."""
-        return pad_first_layer(super().read(bundle, stated))
+        adapter = super().read(bundle, stated)
+        return pad_first_layer(adapter) if is_of_flux1(adapter) else adapter
 
 
 SCHEME: Final = _Diffusers(

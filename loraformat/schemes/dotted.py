@@ -42,7 +42,7 @@ _TENSOR: Final = r".*\.(?:lora[_.]|hada_|lokr_|diff|oft_|w_norm|b_norm|dora_scal
 _DECOMPOSED: Final = re.compile(
     rf"(?:{'|'.join(_COMPONENTS)})\..*\.(?:lora_[AB]\.weight|lora\.(?:down|up)\.weight|alpha|dora_scale)$"
 )
-_CONTROL: Final = f"{QUERY_NORM}.scale"
+_CONTROL: Final = (f"{QUERY_NORM}.scale", f"{QUERY_NORM}.scale.set_weight")
 _BARE: Final = re.compile(rf"{BARE}{BARE_TENSOR}")
 _NATIVE: Final = (
     r"(?:double_blocks|single_blocks|joint_blocks|input_blocks|middle_block|output_blocks|final_layer)(?=\.)"
@@ -117,6 +117,7 @@ SCHEME: Final = _Dotted(
     aliases=(
         *NOISE,
         Alias(r"^(.*)\.lora_([AB])$", r"\1.lora_\2.weight"),
+        Alias(r"^(.*\.(?:query|key)_norm\.scale)\.set_weight$", r"\1"),  # BFL's, as ComfyUI has them.
         Alias(r"^(.*)\.diff_m$", r"\1.modulation.diff"),  # LightX2V's, of Wan's modulations.
     ),
 )

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+import loraformat
 from laws.scheme_laws import SchemeLaws
 from loraformat.base_facts import NO_FACTS
+from loraformat.loading import load_adapter
 from loraformat.loading.readers import choose_scheme
 from loraformat.schemes import NOT_STATED, Bundle
 from loraformat.schemes.dotted import SCHEME
@@ -163,3 +166,30 @@ def test_magnitudes_of_inputs_under_the_names_of_diffusers(component: str, down:
     (target,) = scheme.read(bundle_of(tensors), NOT_STATED).targets
     assert (scheme.name, target.name, target.kind) == ("dotted", name, "dora")
     assert f"{name}.dora_scale" in evidence
+
+
+def test_a_control_adapter_as_comfyui_saves_it(tmp_path: Path) -> None:
+    """Norms behind `set_weight`, and the shape of the first layer: each comes back, and says what BFL's file says."""
+    dice = np.random.default_rng(6)
+    arrays = {
+        "img_in.lora_A.weight": dice.standard_normal((2, 128)),
+        "img_in.lora_B.weight": dice.standard_normal((12, 2)),
+        "single_blocks.0.linear1.lora_A.weight": dice.standard_normal((2, 12)),
+        "single_blocks.0.linear1.lora_B.weight": dice.standard_normal((84, 2)),
+    }
+    norm, scale = "double_blocks.0.img_attn.norm.query_norm.scale", dice.standard_normal(4)
+    theirs = {f"diffusion_model.{key}": array for key, array in arrays.items()}
+    theirs |= {f"diffusion_model.{norm}.set_weight": scale, "diffusion_model.img_in.reshape_weight": np.array([12, 128])}
+    save_file(theirs, tmp_path / "comfy.safetensors")
+    save_file({**arrays, norm: scale}, tmp_path / "bfl.safetensors")
+    adapters = [load_adapter(tmp_path / f"{name}.safetensors") for name in ("comfy", "bfl")]
+    kinds = [{target.name: target.kind for target in adapter.targets} for adapter in adapters]
+    assert kinds[0] == kinds[1]
+    assert kinds[0]["transformer.img_in"] == "padded_lora"
+    for name, tensors in (("comfy", theirs), ("bfl", {**arrays, norm: scale})):
+        loraformat.convert(tmp_path / f"{name}.safetensors", "native", tmp_path / "native.safetensors", force=True)
+        loraformat.convert(tmp_path / "native.safetensors", "dotted", tmp_path / "again.safetensors", force=True)
+        found = load_file(tmp_path / "again.safetensors")
+        assert set(found) == set(tensors)
+        for key, array in tensors.items():
+            np.testing.assert_array_equal(found[key], array)
