@@ -187,7 +187,7 @@ def _family_of(config: Mapping[str, JsonValue]) -> JsonValue:
 def _list_parameters(sites: Sequence[Site]) -> Iterator[Site]:
     """Yield parameters that are no module's weight under their whole names, and attention's under its module's.
 
-    These are vectors, such as the `scale` of FLUX.1's norms, matrices, and tables of several axes for all rows alike: the
+    These are vectors, such as the `scale` of norms, matrices, and tables of several axes for all rows alike: the
     modulations of Wan are `(1, 6, dim)`.
     """
     modules = {(site.module, site.parameter) for site in sites}

@@ -2,8 +2,8 @@
 
     oft_R.weight    (blocks, b·(b−1)/2): the entries above the diagonal of a skew matrix Q of every block
 
-R is I + 2Q + 2Q² + 2Q³ + Q⁴, which is near (I + Q)·(I − Q)⁻¹; D has R on its diagonal, and one block stands for all that
-there are. A linear layer turns what it is given, which makes W·Dᵀ of its weight; a convolution turns its kernel,
+R is I + 2Q + 2Q² + 2Q³ + Q⁴, which is near (I + Q)·(I − Q)⁻¹; D has R on its diagonal, and one block stands for all
+that there are. A linear layer turns what it is given, which makes W·Dᵀ of its weight; a convolution turns its kernel,
 `(out, in * kernel)`, to W·D. With the option `scaled`, Q is divided by 2·√(b−1) first.
 """
 

@@ -5,8 +5,8 @@
     b    lora_B.bias        (out)
 
 The base's weight is filled up with columns of zeros to `(out, in)` first, so that what it computed of its own inputs
-stays, and the others are new. A base that has the larger weight already is changed as by `lora`. b adds s·b to the bias of
-the module.
+stays, and the others are new. A base that has the larger weight already is changed as by `lora`. b adds s·b to the bias
+of the module.
 """
 
 import math

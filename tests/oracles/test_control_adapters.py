@@ -1,4 +1,4 @@
-"""Control adapters of FLUX.1, whose first layer has more inputs than the model: what diffusers makes of them, and we."""
+"""Control adapters of FLUX.1, whose first layer has more inputs than the model, against diffusers' fusing."""
 
 import json
 from pathlib import Path

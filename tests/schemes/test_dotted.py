@@ -179,7 +179,8 @@ def test_a_control_adapter_as_comfyui_saves_it(tmp_path: Path) -> None:
     }
     norm, scale = "double_blocks.0.img_attn.norm.query_norm.scale", dice.standard_normal(4)
     theirs = {f"diffusion_model.{key}": array for key, array in arrays.items()}
-    theirs |= {f"diffusion_model.{norm}.set_weight": scale, "diffusion_model.img_in.reshape_weight": np.array([12, 128])}
+    theirs[f"diffusion_model.{norm}.set_weight"] = scale
+    theirs["diffusion_model.img_in.reshape_weight"] = np.array([12, 128])
     save_file(theirs, tmp_path / "comfy.safetensors")
     save_file({**arrays, norm: scale}, tmp_path / "bfl.safetensors")
     adapters = [load_adapter(tmp_path / f"{name}.safetensors") for name in ("comfy", "bfl")]
