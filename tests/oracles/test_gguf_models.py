@@ -173,9 +173,7 @@ def test_forms_of_few_bits_are_decoded_as_the_package_does(form: str, tmp_path: 
         loraformat.merge(tmp_path / "base.gguf", [adapter], tmp_path / "merged.gguf")
     assert caught.value.codes == ("LF471",)
     assert f"stored as {form.lower()}," in str(caught.value)
-    receipt = loraformat.merge(
-        tmp_path / "base.gguf", [adapter], tmp_path / "merged.gguf", on_quantized="dequantize"
-    )
+    receipt = loraformat.merge(tmp_path / "base.gguf", [adapter], tmp_path / "merged.gguf", on_quantized="dequantize")
     assert receipt.weights[0].retained == pytest.approx(1, abs=1e-3)
     found = {each.name: each for each in gguf.GGUFReader(tmp_path / "merged.gguf").tensors}
     before = gguf.quants.dequantize(stored[name], kind)

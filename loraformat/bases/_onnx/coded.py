@@ -214,7 +214,11 @@ def _find_blocks(holder: Visit, raw: RawSite, stored: StoredTensor, scales: tupl
     matrix = (stored.shape[0], math.prod(stored.shape[1:])) if stored.shape else (1, 1)
     if math.prod(scales) == 1:
         return encoding, matrix, matrix
-    if not stored.shape or matrix[1] * stored.dtype.bits % 8 or (stored.dtype.name in _WIDE and holder.op != DEQUANTISE):
+    if (
+        not stored.shape
+        or matrix[1] * stored.dtype.bits % 8
+        or (stored.dtype.name in _WIDE and holder.op != DEQUANTISE)
+    ):
         return None
     axis = _find_axis(holder, raw, len(stored.shape))
     size = int(read_attribute(holder.node, "block_size", 0))
