@@ -13,7 +13,9 @@ from loraformat.problems import Problem
 from loraformat.spans import StoredTensor
 from loraformat.strict_json import JsonValue
 
-FILES_OF_CODES: Final = frozenset({"quantize_config.json", "quant_config.json", "hf_quant_config.json", "quanto_qmap.json"})
+FILES_OF_CODES: Final = frozenset(
+    {"quantize_config.json", "quant_config.json", "hf_quant_config.json", "quanto_qmap.json"}
+)
 """Files beside a model that say how it is quantised, which readers believe."""
 
 _MARKS: Final = frozenset({"scaled_fp8"})

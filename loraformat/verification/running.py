@@ -127,7 +127,7 @@ def compare_runs(
         for each in changes
         if each.tensor not in reached
     ]
-    sessions = [_open(base.path), _open(merged), _open(base.path, model)]
+    sessions = _open_all((base.path, None), (merged, None), (base.path, model))
     outputs = _run_all(sessions, feeds_apart, sizes)
     names = [output.name for output in sessions[0].get_outputs()]
     results = [
@@ -140,15 +140,30 @@ def compare_runs(
     return results, [problem for result in results for problem in _judge(result)]
 
 
-def _open(path: Path, model: "onnx.ModelProto | None" = None) -> Any:
-    """Return a session of a model file, or of a model whose data files stand beside that file."""
+def _open_all(*models: tuple[Path, "onnx.ModelProto | None"]) -> list[Any]:
+    """Return sessions that all multiply alike: without saturation, where onnxruntime has kernels for that."""
+    try:
+        return [_open(path, model, _EXACT_PRODUCTS) for path, model in models]
+    except LoraformatError:
+        return [_open(path, model) for path, model in models]
+
+
+def _open(path: Path, model: "onnx.ModelProto | None" = None, *entries: str) -> Any:
+    """Return a session of a model file, or of a model whose data files stand beside that file.
+
+    Args:
+        path: the file.
+        model: the model, if it is another than the file's.
+        entries: of the session's configuration, which are to be 1.
+    """
     try:
         import onnxruntime
     except ImportError as error:
         raise refuse("LF446", path, "no onnxruntime", "it installed: pip install loraformat[cpu]") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # What goes wrong is reported once, by us.
-    options.add_session_config_entry(_EXACT_PRODUCTS, "1")
+    for entry in entries:
+        options.add_session_config_entry(entry, "1")
     source: str | bytes = str(path)
     if model is not None:
         options.add_session_config_entry(_FOLDER_KEY, str(path.absolute().parent))

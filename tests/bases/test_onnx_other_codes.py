@@ -123,13 +123,21 @@ def test_float_zero_points_stay_where_all_is_rounded_afresh(tmp_path: Path) -> N
     assert np.abs(weight_of(merged) - (W + DELTA)).max() <= np.abs(kept["w_scales"]).max() * 0.51
 
 
-@pytest.mark.parametrize(("op", "code"), [("MatMulFpQ4", "LF403"), ("MatMulNBits", "LF403")])
-def test_others_are_refused_by_name(op: str, code: str, tmp_path: Path) -> None:
-    """FpQ4's blobs, and MatMulNBits of 3 bits."""
+@pytest.mark.parametrize(
+    ("op", "odd", "why"),
+    [
+        ("MatMulFpQ4", {}, "MatMulFpQ4"),
+        ("MatMulNBits", {"bits": 3}, "scales of the shape"),
+        ("MatMulNBits", {"weight_prepacked": 2}, "weight_prepacked is 2"),
+    ],
+)
+def test_others_are_refused_by_name(op: str, odd: dict[str, int], why: str, tmp_path: Path) -> None:
+    """FpQ4's blobs, MatMulNBits of 3 bits, and codes that are laid out for CUDA's kernels."""
     net = Net()
     inputs = [net.feed("x", rank=2), net.weight("w_Q", np.ones((OUT, 4, 4), np.uint8))]
     inputs.append(net.weight("s", np.ones(OUT * 4, np.float32)))
-    sizes = {"K": INNER, "N": OUT, "bits": 3, "block_size": 16}
+    sizes = {"K": INNER, "N": OUT, "bits": 2, "block_size": 16, **odd}
     net.op(op, inputs, net.result("y", rank=2), "/model/layers.0/q_proj/MatMul", domain="com.microsoft", **sizes)
-    with pytest.raises(LoraformatError, match=code):
+    with pytest.raises(LoraformatError, match=why) as caught:
         merge(tmp_path, net.model(check=False), on_quantized="dequantize")
+    assert caught.value.codes == ("LF403",)

@@ -30,6 +30,11 @@ MADE: dict[str, Callable[[Path, Path], None]] = {
     "QDQ symmetric": nbits(4, block_size=32, is_symmetric=True, quant_format=QDQ),
     "QDQ asymmetric": nbits(4, block_size=16, is_symmetric=False, quant_format=QDQ),
 }
+COARSE = {
+    "2 bits": nbits(2, block_size=32, is_symmetric=True),
+    "2 bits asymmetric": nbits(2, block_size=16, is_symmetric=False),
+}
+"""What is left of a small change there is noise."""
 TOUCHED = ("fc1", "fc2")
 """The quantiser leaves fc3, a Gemm, in floats."""
 
@@ -42,7 +47,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def quantise(case: Case, name: str, source: Path) -> Path:
     target = case.folder / f"{name.replace(' ', '-')}-{source.name}"
     if not target.exists():
-        MADE[name](source, target)
+        (MADE | COARSE)[name](source, target)
     return target
 
 
@@ -50,7 +55,7 @@ def tensors(path: Path) -> dict[str, NDArray[Any]]:
     return {each.name: numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer}
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", [*MADE, *COARSE])
 @pytest.mark.parametrize("tile_bytes", [1 << 20, 4096])
 def test_codes_are_those_of_the_quantiser_that_saw_the_merged_weights(
     case: Case, tmp_path: Path, name: str, tile_bytes: int, monkeypatch: pytest.MonkeyPatch
@@ -58,13 +63,15 @@ def test_codes_are_those_of_the_quantiser_that_saw_the_merged_weights(
     """In one tile, or in several that are done each by itself."""
     monkeypatch.setattr(weights, "TILE_BYTES", tile_bytes)
     base, merged = quantise(case, name, case.float_base), tmp_path / "merged.onnx"
-    receipt = loraformat.merge(base, [case.adapter], merged, base_checkpoint=case.checkpoint)
+    options = {"base_checkpoint": case.checkpoint, "min_retained": 0}
+    receipt = loraformat.merge(base, [case.adapter], merged, **options)
     assert len(receipt.weights) == 3
     found, afresh = tensors(merged), tensors(quantise(case, name, case.float_merged))
     assert found.keys() == afresh.keys()
-    assert any("Q4" in each for each in found)
+    coded = [each for each in found if "Q4" in each or "Q2" in each or "zero" in each]
+    assert coded
     for each, values in found.items():
-        if "Q4" in each or "zero" in each:
+        if each in coded:
             np.testing.assert_array_equal(values, afresh[each])
         else:
             np.testing.assert_allclose(values, afresh[each], rtol=2e-6, atol=1e-6)

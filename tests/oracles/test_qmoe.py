@@ -259,3 +259,18 @@ def _decode(path: Path, is_down: bool) -> Array:
         zeros = np.repeat(apart[..., : scales.shape[2]].astype(np.float64), size, axis=2)
     values = (codes - zeros) * np.repeat(scales, size, axis=2)
     return values if is_down else np.concatenate([values[:, ::2], values[:, 1::2]], axis=1)
+
+
+def test_what_moe_does_not_read_keeps_its_codes(tmp_path: Path, weights: tuple[Array, Array], adapted: Any) -> None:
+    """Weights of the router apart from its scores, and codes that may be laid out for CUDA's kernels."""
+    model = onnx.load(_make(tmp_path / "base.onnx", weights, 4))
+    node = model.graph.node[0]
+    node.input.extend(["" for _ in range(14 - len(node.input))] + ["router"])
+    onnx.save(model, tmp_path / "weighed.onnx")
+    _make(tmp_path / "packed.onnx", weights, 4, weights_prepacked=1)
+    for name, why in (("weighed", "router_weights"), ("packed", "CUDA")):
+        with pytest.raises(loraformat.LoraformatError, match=why) as caught:
+            loraformat.merge(
+                tmp_path / f"{name}.onnx", [adapted[0]], tmp_path / "merged.onnx", on_quantized="dequantize"
+            )
+        assert set(caught.value.codes) <= {"LF619", "LF447"}

@@ -192,7 +192,11 @@ def torchao(config: str, **options: Any) -> Made:
         quantization.quantize_(whole, getattr(quantization, config)(**options))
         tensors, _ = flatten_tensor_state_dict(whole.state_dict())
         decoded = whole[0].weight.dequantize()
-    return {name.removeprefix("0."): each for name, each in tensors.items()}, decoded.float(), {"quantization_config": {"quant_method": "torchao"}}
+    return (
+        {name.removeprefix("0."): each for name, each in tensors.items()},
+        decoded.float(),
+        {"quantization_config": {"quant_method": "torchao"}},
+    )
 
 
 def quanto(form: str) -> Made:

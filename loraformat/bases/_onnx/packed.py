@@ -27,7 +27,7 @@ _MEMBERS: Final = (
 )
 """What the modules of q, k and v are called in families of models; an adapter has one of these sets."""
 _FUSED: Final = {"qkv_proj": _MEMBERS[1], "gate_up_proj": ("gate_proj", "up_proj")}
-"""What the builder puts into one matrix, in this order."""
+"""What models, or the builder, have in one matrix, in this order: either may have it apart."""
 _STEPS: Final = 4
 
 
@@ -58,7 +58,7 @@ def _open_attention(site: RawSite) -> Iterator[RawSite]:
 
 
 def _open_built(sites: Sequence[RawSite], inputs: Collection[str]) -> Iterator[RawSite]:
-    """Yield what onnxruntime-genai's builder has: other names, q, k and v in one, gate and up apart."""
+    """Yield what onnxruntime-genai's builder has: other names, and in one what models have apart, or the reverse."""
     renamed = [
         replace(site, module=name) for site in sites if site.module for name in rename_built(site.module, inputs)
     ]
@@ -70,7 +70,9 @@ def _open_built(sites: Sequence[RawSite], inputs: Collection[str]) -> Iterator[R
         sizes = _read_parts(site, len(members)) if members else []
         if len(sizes) == len(members):
             yield from _cut(site, [f"{module}.{name}" for name in members], sizes)
-    yield from _join(named, "gate_up_proj", _FUSED["gate_up_proj"])
+    whole = [site for site in named if site.rows is None]
+    for name, members in _FUSED.items():
+        yield from _join(whole, name, members)
 
 
 def _join(sites: Iterable[RawSite], whole: str, members: Sequence[str]) -> Iterator[RawSite]:
