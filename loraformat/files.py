@@ -15,6 +15,8 @@ _CANNOT_CLONE: Final = frozenset(
     if hasattr(errno, name)
 )
 
+_UNFIT_IN_LOCATIONS: Final = re.compile(r"[\\\x00\ud800-\udfff]|^[A-Za-z]:")
+
 _HUB_FOLDER: Final = "models--"
 """What a hub's cache puts before `owner--name`, the folder of a repository."""
 _REVISION_BYTES: Final = 200
@@ -32,6 +34,12 @@ _MISSPELT: Final = (
 """What a path looks like that was meant otherwise, and what to say to it."""
 
 
+def is_location(name: str) -> bool:
+    """Say whether a model may call a file so: a relative path that means the same on every system, and is UTF-8."""
+    forbidden = name.startswith("/") or ".." in PurePosixPath(name).parts or _UNFIT_IN_LOCATIONS.search(name)
+    return bool(name) and not forbidden
+
+
 def resolve_inside(model: Path, location: str) -> Path:
     """Return the path that a model's own `location` names, which must stay under the model's folder.
 
@@ -41,12 +49,10 @@ def resolve_inside(model: Path, location: str) -> Path:
     Raises:
         RefusedError: LF903 absolute, `..`, drive letters, backslashes, NUL, or a symlink that leaves the folder.
     """
-    parts = PurePosixPath(location).parts
-    forbidden = not location or location.startswith("/") or ".." in parts or re.search(r"[\\\x00]|^[A-Za-z]:", location)
-    if forbidden:
+    if not is_location(location):
         raise refuse("LF903", model, f"the location {location!r}", "a relative path below the model's folder")
     model = model.absolute()
-    candidate = model.parent.joinpath(*parts)
+    candidate = model.parent.joinpath(*PurePosixPath(location).parts)
     real = Path(os.path.realpath(candidate))
     allowed = {Path(os.path.realpath(model.parent)), Path(os.path.realpath(model)).parent}
     if not any(real.is_relative_to(folder) for folder in allowed):

@@ -101,6 +101,7 @@ class TestResolveInside:
             "C:model.data",
             "c:/windows/win.ini",
             "model.data\0.txt",
+            "model.\udcff.data",
         ],
     )
     def test_attacks_are_refused(self, model: Path, location: str) -> None:

@@ -148,6 +148,17 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
     refuse(Shop(tmp_path), tmp_path / "merged.onnx")
 
 
+@pytest.mark.parametrize("name", ["a\\b.onnx", "C:b.onnx", "a\udcff.onnx"])
+def test_a_base_whose_name_no_model_may_refer_to_is_refused(tmp_path: Path, name: str) -> None:
+    shop = Mixed(tmp_path)
+    shop.base = shop.base.rename(shop.folder / name)
+    before = shop.list_files()
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        shop.merge()
+    assert caught.value.codes == ("LF608",)
+    assert shop.list_files() == before
+
+
 # --- weights inside the base's own file ------------------------------------------------------------------------------
 
 

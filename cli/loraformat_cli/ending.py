@@ -50,6 +50,7 @@ def _report_failure(error: Exception, screen: Screen) -> int:
     from loraformat.errors import LoraformatError
     from loraformat.reasons import EXIT_OUTPUT
 
+    error = _explain(error)
     if isinstance(error, LoraformatError):
         if screen.json:
             _print_document([problem.as_json() for problem in error.problems], error.exit_code, screen)
@@ -60,6 +61,29 @@ def _report_failure(error: Exception, screen: Screen) -> int:
         reason = os.strerror(error.errno or 0)
         return _report_line("output", "standard output cannot be written", reason, EXIT_OUTPUT, screen)
     return _report_bug(error, screen)
+
+
+def _explain(error: Exception) -> Exception:
+    """Return LF100 for what the system says of a path before any reader does; everything else as it is."""
+    if not isinstance(error, OSError):
+        return error
+    from loraformat.errors import refuse
+
+    if error.errno == errno.ENAMETOOLONG:
+        return refuse("LF100", error.filename or "path", os.strerror(error.errno), "a path that the system takes")
+    if error.errno == errno.ENOENT and not _has_working_directory():
+        return refuse(
+            "LF100", "the working directory", "it was removed", "absolute paths, or a directory that is there"
+        )
+    return error
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def _report_bug(error: Exception, screen: Screen) -> int:

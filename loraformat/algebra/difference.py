@@ -231,7 +231,8 @@ def _sum_up(name: str, pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]]) -> Co
     """Return the norms of two arrays and of their difference, given in pieces; float64."""
     parts = [(0.0, 0.0, 0.0)]
     for pair in pairs:
-        one, other = (piece.reshape(-1).astype(np.float64) for piece in pair)
+        with np.errstate(invalid="ignore"):  # Some NaN are signals, and the cast makes quiet ones of them.
+            one, other = (piece.reshape(-1).astype(np.float64) for piece in pair)
         parts.append((_norm(one), _norm(other), _norm(_subtract(other, one))))
     return Compared(name, *(math.hypot(*column) for column in zip(*parts, strict=True)))
 

@@ -152,10 +152,12 @@ def test_models_that_cannot_be_compared(rng: np.random.Generator, tmp_path: Path
 
 def test_numbers_that_are_none_and_squares_that_no_float64_holds(tmp_path: Path) -> None:
     arrays = {"nan": [1.0, np.nan], "infinite": [np.inf, 2.0], "large": [1e300, 3.0], "plain": [1.0, 2.0]}
+    signal = np.array([0x7F800001, 0], np.uint32).view(np.float32)
     paths = {
         name: write_tensors(tmp_path / f"{name}.safetensors", {"w": np.array(values)})
         for name, values in arrays.items()
     }
+    paths["signal"] = write_tensors(tmp_path / "signal.safetensors", {"w": signal})
     for one, other in itertools.product(paths, paths):
         found = loraformat.diff(paths[one], paths[other])
         assert found.is_same == (one == other)

@@ -56,6 +56,22 @@ def test_long_lines_are_not_broken(run, face) -> None:
     assert name in run("inspect", "file").stderr
 
 
+def test_a_path_that_the_system_does_not_take(run) -> None:
+    result = run("inspect", "/".join(["long" * 50] * 25))
+    assert result.exit_code == 3
+    assert result.stderr.startswith("error: LF100 ")
+
+
+def test_a_working_directory_that_is_gone(run, tmp_path, monkeypatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    result = run("inspect", "file")
+    assert result.exit_code == 3
+    assert result.stderr.startswith("error: LF100 no such file: the working directory")
+
+
 def test_a_bug_is_one_line(run, face) -> None:
     face.answer("inspect", ZeroDivisionError("oh\nno"))
     result = run("inspect", "file")

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+import loraformat
 from laws.container_laws import ContainerLaws, rewrite
 from loraformat.containers.onnx_file import CONTAINER, OnnxFile, open_onnx
 from loraformat.errors import LoraformatError
@@ -22,6 +23,7 @@ from loraformat.limits import KEEP_INLINE_BYTES
 from loraformat.problems import Problem
 from loraformat.receipt import RECEIPT_KEY
 from loraformat.spans import Span, StoredTensor
+from models import files_below, write_adapter, write_base
 
 DICE = [np.random.default_rng(7)]
 FRESH = "0a1b2c3d"
@@ -792,3 +794,14 @@ def test_a_damaged_model_is_read_as_onnx_reads_it_or_refused(tmp_path, mutations
             continue
         if isinstance(stored, StoredTensor):
             assert stored.read().tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("name", ["a\\b.onnx", "C:b.onnx", "a\udcff.onnx"])
+@pytest.mark.parametrize("files", ["one", "many"])
+def test_an_output_after_which_no_data_file_may_be_called_is_refused(tmp_path: Path, name: str, files: str) -> None:
+    base, adapter = write_base(tmp_path / "in", files), write_adapter(tmp_path / "adapter")
+    before = files_below(tmp_path)
+    with pytest.raises(LoraformatError) as caught:
+        loraformat.merge(base, [adapter], tmp_path / name)
+    assert caught.value.codes == ("LF608",)
+    assert files_below(tmp_path) == before

@@ -28,6 +28,8 @@ STRANGERS = {
     "ones": b"\xff" * 100,
 }
 """Files that belong to no container."""
+EXTREMES = (0, 1, 2**7, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
+"""Counts, sizes and offsets that arithmetic has been known to overflow at."""
 
 
 def rewrite(path: Path, data: bytes) -> None:
@@ -185,6 +187,20 @@ class ContainerLaws:
             for _ in range(dice.choice((1, 1, 2, 8))):
                 damaged[dice.randrange(len(data))] = dice.randrange(256)
             self._open_or_refuse(example[0], bytes(damaged))
+
+    def test_every_file_with_other_parts_is_an_index_or_an_error(self, example: tuple[Path, Any]) -> None:
+        data = example[0].read_bytes()
+        dice = random.Random(2)
+        for _ in range(self.mutations // 2):
+            start = dice.randrange(min(len(data), dice.choice((64, 512, len(data)))))
+            stop = start + dice.choice((1, 4, 8, 30, 100))
+            others = (
+                data[start:stop] * dice.choice((2, 3, 50)),
+                b"",
+                bytes(dice.randrange(1, 40)),
+                dice.choice(EXTREMES).to_bytes(8, "little")[: dice.choice((2, 4, 8))],
+            )
+            self._open_or_refuse(example[0], data[:start] + dice.choice(others) + data[stop:])
 
     def _open_or_refuse(self, path: Path, data: bytes) -> None:
         """Read what there is; a changed order or stride may leave a sound tensor without a span."""

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
 from loraformat.errors import refuse
+from loraformat.files import is_location
 
 if TYPE_CHECKING:
     import onnx
@@ -57,6 +58,12 @@ def _number(text: str, key: str, name: str, where: object) -> int:
     return int(text)
 
 
+def check_location(output: Path, name: str) -> None:
+    """Refuse (LF608) to call a data file of a new model as no model may, which no reader would follow."""
+    if not is_location(name):
+        raise refuse("LF608", output, f"a data file called {name!r}", "a name of UTF-8 without backslash and drive")
+
+
 @dataclass(frozen=True, slots=True)
 class DataNames:
     """How the data files of a model are called beside a copy of it.
@@ -79,11 +86,15 @@ class DataNames:
         Args:
             old: the location in the model.
             taken: locations that other data files of the copy have, case folded.
+
+        Raises:
+            RefusedError: LF608 a name from which no location can be made.
         """
         name = self._rename(old.name)
         wanted, attempt = old.with_name(name), 0
         while self._is_taken(wanted, taken) and attempt < _MAX_ATTEMPTS:
             wanted, attempt = old.with_name(self._freshen(name, attempt)), attempt + 1
+        check_location(self.output, str(wanted))
         return wanted
 
     def _is_taken(self, wanted: PurePosixPath, taken: Collection[str]) -> bool:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Final
 
 from loraformat.containers._onnx.copies import NewTensor, TensorCopy, add_copies, leave_room
-from loraformat.containers._onnx.external import DataNames
+from loraformat.containers._onnx.external import DataNames, check_location
 from loraformat.containers._onnx.floats import GraphChange, change_graph, find_dropped
 from loraformat.containers._onnx.sharing import OwnData, move_out, read_entries, redirect
 from loraformat.containers._onnx.walk import ExternalSite, InlineSite
@@ -100,8 +100,11 @@ def describe_extended(model: ModelParts, wanted: Wanted, edits: Sequence[Leaf], 
         edits: what is new in the model's file.
         share: whether it refers to the base's data files rather than to copies.
     """
-    moved = [move_out(each, model.file.path.name, each.numbers.begin) for each in model.inlines]
-    data, leaves = ([], moved) if share else _copy_data(model, wanted, ())[:2]
+    if share:
+        data: list[FileImage] = []
+        leaves = [_refer_to_base(model, wanted, each) for each in model.inlines]
+    else:
+        data, leaves, _ = _copy_data(model, wanted, ())
     return [*data, FileImage(wanted.output.path.absolute(), edit_file(model.file, splice([*leaves, *edits])))]
 
 
@@ -174,11 +177,18 @@ def describe_sharer(model: ModelParts, wanted: Wanted, own: OwnData, mark: str =
     for inline in (inline for inline in model.inlines if not _holds(dropped, inline.tensor.field.begin)):
         begin, end = inline.numbers.begin, inline.numbers.end
         place = own.find(model.file.path, begin, end - begin)
-        leaves.append(move_out(inline, *((location, place[0]) if place else (model.file.path.name, begin))))
+        leaves.append(move_out(inline, location, place[0]) if place else _refer_to_base(model, wanted, inline))
     places = own.leave_room([each for each in wanted.added if each.beside in model.shareable], mark)
     leaves += add_copies(model.file, model.graph, wanted.copies, places)
     leaves += change_graph(model.file, model.graph, wanted.change, dropped, places)
     return _make_model(model, leaves, wanted)
+
+
+def _refer_to_base(model: ModelParts, wanted: Wanted, inline: InlineSite) -> Leaf:
+    """Return the edit after which a tensor has its numbers in the base's own file."""
+    name = model.file.path.name
+    check_location(wanted.output.path, name)
+    return move_out(inline, name, inline.numbers.begin)
 
 
 def _lies_in(site: ExternalSite, dropped: Iterable[Field]) -> bool:
