@@ -144,13 +144,17 @@ def test_every_call_of_the_action_exists() -> None:
     assert any("--format sarif" in call for call in calls)
 
 
-def run_action(folder: Path, **inputs: str) -> tuple["subprocess.CompletedProcess[str]", str]:
+THE_PROGRAM = f'exec {shlex.quote(sys.executable)} -m loraformat "$@"'
+
+
+def run_action(
+    folder: Path, program: str = THE_PROGRAM, **inputs: str
+) -> tuple["subprocess.CompletedProcess[str]", str]:
     """Run the action's script as the runner does; return how it ended and the outputs that it set."""
     programs = folder / "programs"
     programs.mkdir()
-    program = programs / "loraformat"
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m loraformat "$@"\n')
-    program.chmod(0o755)
+    (programs / "loraformat").write_text(f"#!/bin/sh\n{program}\n")
+    (programs / "loraformat").chmod(0o755)
     outputs = folder / "outputs"
     outputs.touch()
     env = {
@@ -189,19 +193,29 @@ def test_the_script_of_the_action(work: Path) -> None:
     assert '"LF111"' in (work / "report.sarif").read_text()
 
 
-def test_inputs_reach_the_program(work: Path) -> None:
-    for folder, paths, fail_on, code in (
-        ("a", "good one\n\nsilent\n", "error", 0),
-        ("b", "silent", "warning", 1),
-        ("c", "good one\n$(touch pwned)\n", "error", 1),
-    ):
-        inner = work / folder
-        inner.mkdir()
-        (inner / "work").symlink_to(work / "work")
-        done, outputs = run_action(inner, PATHS=paths, FAIL_ON=fail_on)
-        assert done.returncode == code, done.stderr
-        assert outputs
-    assert not (work / "work" / "pwned").exists()
+@pytest.mark.parametrize(
+    ("paths", "fail_on", "base", "expected"),
+    [
+        ("good one\n\nsilent\n", "error", "", ["good one", "silent"]),
+        ("silent", "warning", "a base.onnx", ["silent"]),
+        ("good one\n$(touch pwned)\n", "error", "", ["good one", "$(touch pwned)"]),
+    ],
+)
+@pytest.mark.parametrize("code", [0, 1])
+def test_inputs_reach_the_program(
+    tmp_path: Path, paths: str, fail_on: str, base: str, expected: list[str], code: int
+) -> None:
+    """As words, whatever is in them; the program's second run decides how the job ends."""
+    (tmp_path / "work").mkdir()
+    notes = f"printf '%s\\n' \"$@\" . >> {shlex.quote(str(tmp_path / 'words'))}; exit {code}"
+    done, _ = run_action(tmp_path, notes, PATHS=paths, FAIL_ON=fail_on, BASE=base)
+    assert done.returncode == code, done.stderr
+    first, last = (words.splitlines() for words in (tmp_path / "words").read_text().split("\n.\n")[:2])
+    chosen = ["validate", "--fail-on", fail_on, *(["--base", base] if base else [])]
+    report = ["--quiet", "--format", "sarif", "--output", str(tmp_path / "report.sarif"), "--force"]
+    assert first == [*chosen, *report, "--", *expected]
+    assert last == [*chosen, "--format", "github", "--", *expected]
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_a_base_that_is_missing_fails_the_job(work: Path) -> None:

@@ -14,7 +14,7 @@ from loraformat.errors import InputError
 from loraformat.limits import MAX_JSON_DEPTH, MAX_JSON_INTEGER_DIGITS
 from loraformat.strict_json import JsonValue, as_object, parse_json, parse_json_object, write_canonical
 
-TEXTS = st.text(st.characters(codec="utf-8"))
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 NUMBERS = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXTS,
@@ -143,7 +143,7 @@ def test_what_is_written_reads_back_and_writes_the_same(value: Any) -> None:
     assert write_canonical(again) == text
 
 
-@given(st.dictionaries(st.text(st.characters(codec="utf-8")), st.integers(0, 9), min_size=2))
+@given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), st.integers(0, 9), min_size=2))
 def test_the_order_of_keys_does_not_matter(value: dict[str, int]) -> None:
     assert write_canonical(value) == write_canonical(dict(reversed(value.items())))
 

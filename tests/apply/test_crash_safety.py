@@ -6,6 +6,7 @@ itself at the n-th call of a function that writes or moves, for every n until th
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import loraformat
 import models
@@ -25,6 +27,7 @@ from builders import write_peft, write_tensors
 from graphs import dyadic, dyadic_factors, linear_net, read_state, stored_weights, write_model
 from killing import KILL_AT
 from loraformat.apply.undo import name_journal
+from loraformat_cli.group import root
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
@@ -445,6 +448,19 @@ MADE = {
 }
 
 
+@contextmanager
+def _capped(size_bytes: int) -> Iterator[None]:
+    """Have the kernel refuse files of more bytes, as it refuses them in `LIMITED`."""
+    limits, writes_none = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        sys.dont_write_bytecode = writes_none
+
+
 @pytest.mark.parametrize("command", MADE)
 def test_a_full_disk_under_an_adapter_is_told_and_leaves_nothing(tmp_path: Path, command: str) -> None:
     """Containers write through plain files: their errors are the output's, not those of stdout."""
@@ -452,10 +468,9 @@ def test_a_full_disk_under_an_adapter_is_told_and_leaves_nothing(tmp_path: Path,
     before = files_below(tmp_path)
     *options, name = MADE[command]
     arguments = [command.split()[0], str(adapter), *options, str(tmp_path / name)]
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, "100", *arguments], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 5, done.stderr
+    with _capped(100):
+        done = CliRunner().invoke(root, arguments)
+    assert done.exit_code == 5, done.output
     assert "LF604" in done.stderr
     assert files_below(tmp_path) == before
     assert not (tmp_path / "out").exists()

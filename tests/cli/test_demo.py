@@ -112,7 +112,7 @@ def test_a_demo_that_fails_says_so(run, monkeypatch, files) -> None:
     assert "the demo failed: the merged model differs" in result.stderr
 
 
-def test_merge_end_to_end(spawn, files, tmp_path) -> None:
+def test_merge_end_to_end(spawn, run, files, tmp_path) -> None:
     output = tmp_path / "out" / "merged.onnx"
     output.parent.mkdir()
     words = ("merge", files / "base.onnx", files / "adapter", "-o", output)
@@ -123,12 +123,12 @@ def test_merge_end_to_end(spawn, files, tmp_path) -> None:
     assert b"Traceback" not in done.stderr
     report = _report(files / "base.onnx", output, files / "reference.onnx")
     assert report.passed, report.failures
-    again = spawn(*words)
-    assert (again.returncode, again.stdout) == (4, b"")
-    assert b"LF601" in again.stderr
+    again = run(*words)
+    assert (again.exit_code, again.stdout) == (4, "")
+    assert "LF601" in again.stderr
     before = output.read_bytes()
-    forced = spawn(*words, "--force", "--json", "-j", "1", "--max-memory", "64MiB")
-    assert forced.returncode == 0
+    forced = run(*words, "--force", "--json", "-j", "1", "--max-memory", "64MiB")
+    assert forced.exit_code == 0
     assert json.loads(forced.stdout)["output"] == str(output)
     assert output.read_bytes() == before
 
