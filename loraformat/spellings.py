@@ -111,6 +111,7 @@ class SpellingTable:
         classes: what configurations call it.
         schemes: how schemes call its components.
         architectures: model types to what GGUF calls the architecture.
+        asks_base: whether its names are read so only for a base of one of its classes, since other models have them too.
     """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
@@ -127,6 +128,7 @@ class SpellingTable:
             for name, each in fields.get("schemes", {}).items()
         }
         self.architectures: Mapping[str, str] = fields.get("architectures", {})
+        self.asks_base: bool = fields.get("asks_base", False)
         self.rows: tuple[ModuleRow, ...] = tuple(_read_row(row) for row in fields["modules"])
 
     @cached_property
@@ -189,14 +191,22 @@ class Reading:
         return f"{known} of {self.total} names are those of {self.table.title} ({self.spelling})"
 
 
-def read_names(paths: Iterable[str], *, flat: bool = False) -> list[Reading]:
-    """Return every table and spelling that knows some of the paths, those that know most first."""
+def read_names(paths: Iterable[str], *, flat: bool = False, architecture: str = "") -> list[Reading]:
+    """Return every table and spelling that knows some of the paths, those that know most first.
+
+    Args:
+        paths: names of modules in one component.
+        flat: whether `_` stands for every dot.
+        architecture: what the base calls itself, for tables that are of use only then.
+    """
     distinct = set(paths)
     listed: dict[str, list[str]] = {}
     for path in distinct:
         listed.setdefault(_NUMBER.sub("#", path), []).append(path)
     readings = []
     for table in all_tables():
+        if table.asks_base and architecture not in table.classes:
+            continue
         for spelling in table.spellings:
             missed = table.find_missing(listed, spelling, flat=flat)
             if len(missed) < len(distinct):

@@ -2,7 +2,8 @@
 
 Nothing is unpacked: the checkpoint is read where it lies in the archive. One that was saved in shards of a parallel
 model is refused. Of the settings, which OmegaConf writes one to a line, indented, only plain numbers are looked for,
-those of `_SETTINGS`; they become annotations. Source: NVIDIA/NeMo, core/connectors/save_restore_connector.py; POSIX.1-1988 for the headers.
+those of `_SETTINGS`; they become annotations. Source: NVIDIA/NeMo, core/connectors/save_restore_connector.py;
+POSIX.1-1988 for the headers.
 """
 
 import re

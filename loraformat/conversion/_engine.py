@@ -8,6 +8,7 @@ from typing import Any
 from loraformat.adapter import Adapter, Target
 from loraformat.base_facts import NO_FACTS, BaseFacts
 from loraformat.conversion._account import Account, Step, account, find_unaccounted, list_written
+from loraformat.conversion._expanding import expand_slices
 from loraformat.conversion._proof import Proof, prove
 from loraformat.conversion._respelling import respell, respell_like
 from loraformat.conversion._writing import check_outputs, pending_files, place_files
@@ -183,6 +184,7 @@ def convert_source(source: Source, scheme: WritingScheme, facts: BaseFacts, roun
         result = account(source.bundle.tensors, adapter, ())
         return Converted(source, scheme, adapter, WrittenBundle({}), (*adapter.problems, *unfit), (), result)
     if adapter.scheme != scheme.name:  # In its own scheme it keeps its spelling.
+        adapter = expand_slices(adapter, scheme.holds.kinds)
         adapter, found = respell(adapter, scheme.names or scheme.name, facts)
     written = scheme.write(adapter, facts)
     problems = [*source.adapter.problems, *found, *written.problems]

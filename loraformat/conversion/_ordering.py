@@ -51,11 +51,19 @@ def _group(target: Target, factor: Factor, order: Order, facts: BaseFacts, undo:
     return operation.undo() if undo else operation
 
 
+def _alternate(target: Target, factor: Factor, order: Order, facts: BaseFacts, undo: bool) -> Operation | None:
+    """Rows of two parts, one below the other, to rows that take turns."""
+    axis = _row_axis(factor)
+    operation = Permute((2, factor.shape[axis] // 2), (1, 0), axis)
+    return operation.undo() if undo else operation
+
+
 RULES: Final[Mapping[str, Rule]] = {
     "halves-swapped": _swap_halves,
     "halves-swapped-where-there-are-two": _swap_two,
     "rotary-interleaved": _interleave,
     "grouped-by-kv-heads": _group,
+    "alternating": _alternate,
 }
 
 

@@ -87,7 +87,7 @@ def _compare(one: Target, other: Target) -> tuple[float, float]:
     """Return the largest difference, and the largest number; infinite where the two have not the same form."""
     if _is_same(one, other):
         return 0.0, 0.0
-    if one.options != other.options:
+    if _options_of(one) != _options_of(other):
         return math.inf, 1.0
     largest = size = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
@@ -97,6 +97,11 @@ def _compare(one: Target, other: Target) -> tuple[float, float]:
             size = max(size, float(np.max(np.abs(left), initial=0.0, where=np.isfinite(left))))
             largest = max(largest, _measure(left, right))
     return largest, size
+
+
+def _options_of(target: Target) -> dict[str, Any]:
+    """Return the options but those that say which rows have factors: that is seen in the change."""
+    return {name: value for name, value in target.options.items() if name not in _OF_SLICES}
 
 
 def _measure(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
@@ -141,8 +146,25 @@ def _low_rank(target: Target, factors: Numbers) -> Iterator[tuple[str, NDArray[n
     if middle is not None:
         down = np.einsum("rs...,si->ri...", middle, down.reshape(down.shape[0], -1))
     right, left = down.reshape(down.shape[0], -1), up.reshape(up.shape[0], -1)
+    if "enable_lora" in target.options:
+        left = _spread(target, left)
     for start in range(0, left.shape[0], _ROWS):
         yield "weight", target.scale * (left[start : start + _ROWS] @ right)
+
+
+def _spread(target: Target, up: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return B `(out, slices * rank)` of one that has the rows of the adapted slices alone."""
+    options: Mapping[str, Any] = target.options
+    enabled, groups, rank = options["enable_lora"], options.get("groups", 1), up.shape[1]
+    sizes = options.get("sizes") or [len(up) // sum(enabled)] * len(enabled)
+    slice_of_row = np.tile(np.repeat(np.arange(len(sizes)), [size // groups for size in sizes]), groups)
+    wide = np.zeros((len(slice_of_row), sum(enabled) * rank))
+    first = column = 0
+    for number, size in enumerate(sizes):
+        if enabled[number]:
+            wide[slice_of_row == number, column : column + rank] = up[first : first + size]
+            first, column = first + size, column + rank
+    return wide
 
 
 def _embedding(target: Target, factors: Numbers) -> Iterator[tuple[str, NDArray[np.float64]]]:
@@ -167,4 +189,5 @@ _FORMULAS: Final[tuple[tuple[tuple[str, ...], Callable[..., Iterator[tuple[str, 
 )
 _MAGNITUDES: Final = frozenset({"lora_magnitude_vector", "dora_scale", "m"})
 """Roles of DoRA, which no scale multiplies."""
+_OF_SLICES: Final = frozenset({"enable_lora", "sizes", "groups"})
 _OPTIONAL: Final = ("lora_mid.weight", "lora_B.bias")

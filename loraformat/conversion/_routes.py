@@ -31,7 +31,9 @@ def choose_route(
     """Return the route for the names of one component, or why none can be chosen."""
     known = [
         reading
-        for reading in read_names(split_component(target.name)[1] for target in targets)
+        for reading in read_names(
+            (split_component(target.name)[1] for target in targets), architecture=facts.architecture
+        )
         if _may_be(reading, component)
     ]
     spelled = [(reading, speller(reading)) for reading in known if not reading.missed]

@@ -149,8 +149,8 @@ UNMERGEABLE: Final = (
     Unmergeable(
         "an adapter of SpeechBrain",
         "its LoRA and Houlsby's adapters, which have a nonlinearity, have the same names there",
-        "If it is LoRA: save adapter_down_proj as lora_A and adapter_up_proj as lora_B, both with .weight behind it, and "
-        "put an adapter_config.json of PEFT's with r and lora_alpha beside them.",
+        "If it is LoRA: save adapter_down_proj as lora_A and adapter_up_proj as lora_B, both with .weight behind it, "
+        "and put an adapter_config.json of PEFT's with r and lora_alpha beside them.",
         keys=(r"\.adapter_(?:down|up)_proj\.weight$",),
     ),
     Unmergeable(

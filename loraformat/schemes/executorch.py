@@ -2,8 +2,8 @@
 
 Rotary rows are as the model that runs has them: interleaved for Llama, in halves for Qwen. One rank and one alpha for
 all, in ExecuTorch's case in a configuration in PEFT's form; torchtitan's checkpoints state none. Since its 0.3 the
-module of queries is `attention.qkv_linear.wq`. Source: pytorch/executorch 1.5, examples/models/llama; pytorch/torchtitan
-0.3, components/lora.py and models/llama3/state_dict_adapter.py.
+module of queries is `attention.qkv_linear.wq`. Source: pytorch/executorch 1.5, examples/models/llama;
+pytorch/torchtitan 0.3, components/lora.py and models/llama3/state_dict_adapter.py.
 """
 
 from typing import Final

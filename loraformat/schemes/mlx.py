@@ -12,9 +12,10 @@ from functools import partial
 from typing import Final
 
 from loraformat.adapter import Adapter, Factor, ScalingRule, SlotKind, Target
+from loraformat.base_facts import BaseFacts
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.problems import Problem
-from loraformat.schemes import Bundle, Holds, Layout, StatedScale
+from loraformat.schemes import Bundle, Holds, Layout, StatedScale, WrittenBundle
 from loraformat.schemes._experts import EXPERTS_A, EXPERTS_B, is_stack, join_stacks, part_stacks
 from loraformat.schemes._files import FiledScheme, level_multipliers, multiplier_of, pad_ranks
 from loraformat.schemes._marks import Marks
@@ -86,6 +87,10 @@ def _find_stack(name: str, stack: str = _STACK) -> tuple[str, int] | None:
     return f"{match['module']}{stack}.{projection}", int(match["expert"])
 
 
+_PLAIN_STACKS: Final = frozenset({"gpt_oss", "gpt-oss"})
+"""Families whose stacks of experts mlx-lm calls `experts`."""
+
+
 class _Mlx(FiledScheme):
     layout = Layout(
         ("adapters.safetensors", "adapters.npz", "*_adapters.safetensors", "*_adapters.npz"), ("adapter_config.json",)
@@ -105,6 +110,13 @@ class _Mlx(FiledScheme):
             return parted
         memory = {**find_memory(adapter.provenance, self.name), "stack": _EXPERTS}
         return replace(parted, provenance={**adapter.provenance, self.name: memory})
+
+    def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
+        """Return tensors and configuration; the family of the base says what a stack of experts is called."""
+        if facts.architecture in _PLAIN_STACKS:
+            memory = {**find_memory(adapter.provenance, self.name), "stack": _EXPERTS}
+            adapter = replace(adapter, provenance={**adapter.provenance, self.name: memory})
+        return super().write(adapter, facts)
 
     def fit(self, adapter: Adapter) -> tuple[Adapter, list[Problem]]:
         """Return the adapter with targets that the scheme can hold, experts in stacks."""

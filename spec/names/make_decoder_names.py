@@ -183,6 +183,25 @@ def gpt2() -> list[Row]:
     return [{"paths": {"transformers": one, "gguf": two}} for one, two in pairs]
 
 
+def gpt_oss() -> list[Row]:
+    """Return the rows of gpt-oss, in whose packed experts gate and up take turns."""
+    three = ("mlx", "transformers", "gguf")
+    expert, packed = "model.layers.{i}.mlp.experts.{e}", "blk.{i}.ffn_%s_exps.{e}"
+    gate_up: Row = {
+        "paths": {
+            "mlx": [f"{expert}.gate_proj", f"{expert}.up_proj"],
+            "transformers": f"{expert}.gate_up_proj",
+            "gguf": [packed % "gate", packed % "up"],
+        },
+        "shares": [1, 1],
+        "orders": {"transformers": {"rule": "alternating"}},
+    }
+    pairs = [(PARTS["transformers"][role], PARTS["gguf"][role]) for role in "qkvo"]
+    pairs += [(f"{expert}.down_proj", packed % "down"), ("model.layers.{i}.mlp.router", "blk.{i}.ffn_gate_inp")]
+    pairs += list(zip(ENDS["transformers"], ENDS["gguf"], strict=True))
+    return [gate_up, *({"paths": dict(zip(three, (one, one, two), strict=True))} for one, two in pairs)]
+
+
 def write(name: str, title: str, rows: list[Row], classes: dict[str, str]) -> None:
     """Write a table; `classes` is model type to the architecture that GGUF has for it."""
     spellings = {spelling for row in rows for spelling in row["paths"]}
@@ -223,6 +242,17 @@ def main() -> None:
     write("gemma-decoder", "Gemma", decoder(no_megatron, ["torchtune"]), gemma)
     write("phi3-decoder", "Phi-3", phi3(), {"phi3": "phi3"})
     write("gpt2-decoder", "GPT-2", gpt2(), {"gpt2": "gpt2"})
+    own = {"mlx": "mlx", "gguf": "gguf", **dict.fromkeys(("peft", "onnx_adapter", "loralib"), "transformers")}
+    table(
+        "gpt-oss-decoder",
+        "gpt-oss",
+        ["language_model"],
+        gpt_oss(),
+        classes=["gpt-oss", "gpt_oss"],
+        architectures={"gpt_oss": "gpt-oss"},
+        asks_base=True,
+        schemes={name: {"spelling": spelling} for name, spelling in own.items()},
+    )
 
 
 if __name__ == "__main__":
