@@ -33,7 +33,7 @@ from loraformat.bases import BaseModel, Site
 from loraformat.dtypes import BY_NAME
 from loraformat.engine import Progress
 from loraformat.errors import error_for
-from loraformat.problems import Problem
+from loraformat.problems import Problem, escape_surrogates
 
 _PURPOSE: Final = "loraformat-extract-1"
 _SHORT_SHARE: Final = 8
@@ -96,9 +96,10 @@ def extract_adapter(
     pieces += [_Piece(ExtractedParameter(name, Outcome.LEFT_OUT, why=why)) for name, why in apart]
     if all(piece.factors is None and piece.values is None for piece in pieces):
         raise error_for([Problem("LF720", f"{tuned.path} and {base.path}", _describe_nothing(pieces))])
+    tuned_name, base_name = (escape_surrogates(model.path.name) for model in (tuned, base))
     adapter = Adapter(
         targets=tuple(sorted(_join(pieces), key=lambda target: target.name)),
-        provenance={"extracted": {"tuned": tuned.path.name, "base": base.path.name, "seed": seed}},
+        provenance={"extracted": {"tuned": tuned_name, "base": base_name, "seed": seed}},
     )
     records = tuple(piece.record for piece in pieces)
     return Extraction(adapter, records, (*_report(records), *_report_shared(pieces, base)))

@@ -14,7 +14,7 @@ from typing import Any, Final
 from loraformat.bases import BaseModel
 from loraformat.containers.safetensors import CONTAINER, frame_header
 from loraformat.errors import refuse
-from loraformat.files import resolve_inside
+from loraformat.files import is_location, resolve_inside
 from loraformat.images import Copy, FileImage, Literal, Piece
 from loraformat.output_forms import list_touched
 from loraformat.outputs import FOLDER_UNDO, JOURNAL
@@ -94,18 +94,25 @@ def describe_undo(
         plan: what overwrites the bytes; none of its weights has a new form.
         base: the opened base.
         record: what it says beside the plan's digest, as `record_in_place` makes it.
+
+    Raises:
+        RefusedError: LF608 a file whose name an undo file cannot hold.
     """
     entries: dict[str, JsonValue] = {}
     pieces: list[Piece] = []
     end = 0
     for file, span in _list_overwritten(plan, base):
-        name = next(
-            f"{os.path.relpath(image.path, root)}@{offset}"
+        name, offset = next(
+            (os.path.relpath(image.path, root), offset)
             for image in images
             if (offset := image.locate(span)) is not None
         )
+        if not is_location(name):
+            raise refuse(
+                "LF608", root / name, f"bytes to keep of {name!r}", "a name of UTF-8 without backslash and drive"
+            )
         begin, end = end, end + span.length
-        entries[name] = {"dtype": "U8", "shape": [span.length], "data_offsets": [begin, end]}
+        entries[f"{name}@{offset}"] = {"dtype": "U8", "shape": [span.length], "data_offsets": [begin, end]}
         pieces.append(Copy(file, span.offset, span.length))
     stated: dict[str, JsonValue] = {"version": "1.0", "plan_sha256": plan.sha256, **record}
     header = entries | {"__metadata__": {UNDO_KEY: write_canonical(stated).decode()}}

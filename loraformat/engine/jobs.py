@@ -19,6 +19,7 @@ from loraformat.images import Copy, FileImage, Literal
 from loraformat.output_forms import index_weights
 from loraformat.plan import Plan, WeightedAdapter
 from loraformat.plan.weights import PlannedWeight
+from loraformat.problems import escape_surrogates
 
 _RUN_BYTES: Final = 8 << 20
 
@@ -129,7 +130,7 @@ class JobList:
         span = self._weights[weight.key].tensor.span
         carry = partial(_merge_coded, work, self._buffers, places)
         copied = f" {weight.name}" if weight.is_copy else ""
-        key = f"coded {span.path.name}@{span.offset}{copied}"
+        key = f"coded {escape_surrogates(span.path.name)}@{span.offset}{copied}"
         return Job((str(span.path), span.offset), key, number, weight.nbytes, carry)
 
     def _list_dequantised(self, number: int, weight: PlannedWeight, work: CodedWork) -> Job:

@@ -1,6 +1,7 @@
 """Merging into the base's own files: what is refused, what is left when it fails, and that it is undone to the bit."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,3 +269,25 @@ def _spoil_checksums(archive: Path) -> None:
                 data[place + at] ^= 0x55
             place = data.find(mark, place + 1)
     archive.write_bytes(data)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+@pytest.mark.parametrize("form", FORMS)
+def test_names_that_are_no_text(tmp_path: Path, form: str) -> None:
+    """Of files named in Latin-1, say: what is written names them escaped, and a model refers to none of them."""
+    base = write_base(tmp_path / "in", form)
+    odd = base.rename(base.with_name(f"b\udcff{base.suffix}"))
+    adapter = write_adapter(tmp_path / "a\udcfe")
+    output = tmp_path / f"out{base.suffix}"
+    loraformat.merge(odd, [adapter], output, resume=True)
+    assert loraformat.verify(output, odd, [adapter]).holds
+    loraformat.save(loraformat.extract(output, odd).adapter, tmp_path / "extracted.safetensors")
+    before = files_below(tmp_path)
+    if odd.is_dir() or form in ("one", "many"):  # Their numbers are in files of other names.
+        loraformat.merge_into(odd, [adapter])
+        assert read_model(odd) == read_model(output)
+    else:
+        with pytest.raises(loraformat.LoraformatError) as caught:
+            loraformat.merge_into(odd, [adapter])
+        assert caught.value.codes == ("LF608",)
+        assert files_below(tmp_path) == before

@@ -13,7 +13,7 @@ from loraformat.bases._onnx.scopes import Visit
 from loraformat.bases._onnx.sites import RawSite, agree_on_views
 from loraformat.bases._onnx.views import list_readers
 from loraformat.containers.onnx_file import OnnxFile
-from loraformat.problems import Problem
+from loraformat.problems import Problem, escape_surrogates
 from loraformat.spans import Part
 
 
@@ -90,5 +90,5 @@ def _find_weight(
         return None, Problem("LF403", name, f"no numbers: its shape is {stored.shape}", "a matrix or a kernel")
     overlapping = [f"the tensor {other!r}, whose bytes overlap its own" for other in opened.overlaps(stored)]
     file = os.path.relpath(stored.span.path, opened.path.parent)
-    key = f"{file}@{stored.span.offset}" + (f" {name}" if overlapping else "")
+    key = f"{escape_surrogates(file)}@{stored.span.offset}" + (f" {name}" if overlapping else "")
     return Weight(key, name, stored, readers.union(overlapping), coding), raw.obstacle
