@@ -243,6 +243,19 @@ UNMERGEABLE: Final = (
         keys=(r"^(?:single_)?transformer_blocks\.\d+\.(?:qkv|out|mlp)_\w+\.lora_(?:down|up)$",),
     ),
     Unmergeable(
+        "T-LoRA",
+        "it counts against singular vectors of the base's weights, which it does not hold, and fewer of its ranks act in "
+        "the first steps of sampling",
+        "Run it with LyCORIS, or train again with algo=lora.",
+        keys=(r"\.lambda_layer$",),
+    ),
+    Unmergeable(
+        "refiners LoRA",
+        "its modules are called by refiners' own chains of layers, which no other model has",
+        "Take the file that was loaded into refiners, with the names of kohya or diffusers.",
+        keys=(r"(?:^|\.)\d+\.(?:Linear|Conv2d)\.(?:down|up)\.weight$",),
+    ),
+    Unmergeable(
         "SVDQuant model",
         "it is a whole model in codes of 4 bits, with its own low-rank part, and no adapter",
         "Merge into the model that it was quantised from, and quantise that again.",

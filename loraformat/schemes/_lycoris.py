@@ -16,6 +16,7 @@ from loraformat.operations import Scale
 from loraformat.schemes import Bundle, StatedScale, WrittenBundle
 from loraformat.schemes._beside import ALPHA
 from loraformat.schemes._engine import TableScheme
+from loraformat.schemes._foreign import refuse_tensor
 from loraformat.schemes._groups import TOKEN
 from loraformat.schemes._memory import find_memory
 from loraformat.schemes._naming import BUNDLED
@@ -106,7 +107,7 @@ class LycorisScheme(TableScheme):
 
     def read(self, bundle: Bundle, stated: StatedScale) -> Adapter:
         """Return the adapter, biases beside a LoRA as it has them."""
-        adapter = take_shapes(super().read(bundle, stated), self.name)
+        adapter = take_shapes(_doubt_weights(super().read(bundle, stated)), self.name)
         if not any(_is_biased(target) for target in adapter.targets):
             return adapter
         targets = tuple(_divide(target) if _is_biased(target) else target for target in adapter.targets)
@@ -119,6 +120,16 @@ class LycorisScheme(TableScheme):
             adapter = replace(adapter, targets=tuple(map(_multiply, adapter.targets)))
         stated = find_memory(adapter.provenance, self.name).get(SHAPES)
         return super().write(adapter if _are_by_bfl(adapter) and not stated else state_shapes(adapter), facts)
+
+
+def _doubt_weights(adapter: Adapter) -> Adapter:
+    """Refuse tensors called `weight` that no (IA)³ wrote: beside its own the side stands that they multiply."""
+    problems = [
+        refuse_tensor(target.factors["weight"].name, target.factors["weight"])
+        for target in adapter.targets
+        if target.kind == "lycoris_ia3" and "weight" in target.factors and ON_INPUT not in target.options
+    ]
+    return replace(adapter, problems=(*adapter.problems, *problems)) if problems else adapter
 
 
 def _are_by_bfl(adapter: Adapter) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 from make_names import BLOCK, DOUBLE, Row, table
 from make_transformer_names import ADDED, QKV, hunyuan_video, rows, schemes, split, three, write
 
-
 PIXART_INPUTS = [4, 256, 384, 1152, 4096, 4608]
 """Of all published models. Their names in diffusers are those of many others."""
 

@@ -46,6 +46,8 @@ TENSORS = {
     "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.conditioning1.0.weight": "ControlNet-LLLite",
     "transformer_blocks.0.qkv_proj.lora_down": "Nunchaku LoRA",
     "single_transformer_blocks.3.mlp_fc1.lora_up": "Nunchaku LoRA",
+    "lora_unet_down_blocks_0_attentions_0_proj_in.lambda_layer": "T-LoRA",
+    "SD1UNet.DownBlocks.Chain_2.CrossAttentionBlock.Attention.Distribute.1.Linear.down.weight": "refiners LoRA",
     "transformer_blocks.0.qkv_proj.smooth_factor": "SVDQuant model",
     "lora_controlnet": "Control-LoRA",
     "ip_adapter.1.to_k_ip.weight": "IP-Adapter",

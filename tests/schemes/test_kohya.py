@@ -418,3 +418,13 @@ def test_rotations_of_the_parts_of_a_fused_weight(tmp_path: Path) -> None:
     save_file(dict.fromkeys(fused, np.ones((28, 6), np.float32)), tmp_path / "bfl.safetensors")
     with pytest.raises(LoraformatError, match=r"LF315(?s:.*)lycoris_oft"):
         loraformat.merge(tmp_path / "bfl.safetensors", tmp_path / "oft.safetensors", tmp_path / "no.safetensors")
+
+
+@pytest.mark.parametrize("role", ["bm.weight", "oft_S.weight"])
+def test_a_weight_that_is_none_of_ia3_is_refused(role: str) -> None:
+    """(IA)³ has its side beside it; anything else called so is some other tool's."""
+    dotted = "diffusion_model.double_blocks.0.img_attn.proj"
+    for scheme, module, code in ((DOTTED, dotted, "LF202"), (SCHEME, TO_Q, "LF314")):
+        tensors = payload(module, {role: (6, 5), DOWN: (2, 5), UP: (6, 2)})
+        problems = scheme.read(bundle_of(tensors), NOT_STATED).problems
+        assert code in {problem.code for problem in problems if problem.severity == "error"}
