@@ -31,6 +31,7 @@ class PaddedLora(FactoredKind):
     """The kind `padded_lora`."""
 
     name = "padded_lora"
+    is_beside_bias = False
     formula = "[W 0] + s·B·A"
     source = "BFL's control adapters of FLUX.1; ComfyUI, reshape_weight; diffusers 0.42, FluxControlPipeline"
     layouts = (Layout((SlotKind.LINEAR,), {_DOWN: "rank in", _UP: "out rank"}, {_BIAS: "out"}),)

@@ -106,6 +106,7 @@ STANDING = {
     "alora_invocation_tokens": ([[1, 2], []], [None]),
     "arrow_config": ([{"arrow_top_k": 2}], [None, {}]),
     "use_qalora": ([True], [False, None]),
+    "swift_type": (["LORA"], [None]),
     "layer_replication": ([[[0, 4], [2, 5]]], [None, []]),
     "init_lora_weights": (
         ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "PiSSA", "OLoRA"],
