@@ -36,7 +36,7 @@ LORA_IGNORED: Final = (
 LORA_HEEDED: Final = (
     "lora_alpha r rank_pattern alpha_pattern use_rslora use_dora lora_bias trainable_token_indices target_parameters "
     "use_bdlora kasa_config enable_lora ensure_weight_tying init_lora_weights loftq_config layer_replication "
-    "arrow_config alora_invocation_tokens use_qalora lora_B_layout unsloth_fused_expert_lora"
+    "arrow_config alora_invocation_tokens use_qalora lora_B_layout unsloth_fused_expert_lora swift_type"
 )
 
 
