@@ -78,7 +78,7 @@ def respell_like(adapter: Adapter, model: Adapter, facts: BaseFacts) -> tuple[Ad
         component, path = split_component(target.name)
         groups[component].append(path)
     for paths in groups.values():
-        for reading in read_names(paths):
+        for reading in read_names(paths, architecture=facts.architecture):
             if not reading.missed:
                 known.setdefault(reading.table.name, reading.spelling)
     return respell_by(adapter, lambda reading, component: known.get(reading.table.name), facts)

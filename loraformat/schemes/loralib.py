@@ -30,6 +30,8 @@ _MASKS: Final[Mapping[int, tuple[int, ...]]] = {2: (0, 2), 3: (0, 1, 2)}
 """Number of groups to the parts of q, k, v that they are."""
 _CONV1D: Final = re.compile(r"(?:^|\.)h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)$")
 """Modules of GPT-2, whose weight is stored `(in, out)`."""
+_LIT_LLAMA: Final = re.compile(r"(?:^|\.)h\.\d+\.mlp\.c_fc1$")
+"""A module of lit-llama, which calls the others as GPT-2 does and stores them `(out, in)`."""
 _TABLES: Final = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte)\.lora_[AB]$")
 _LITGPT: Final = r"transformer\.h\.\d+\.(?:attn\.(?:qkv|attn|proj)|mlp\.(?:fc|fc_1|fc_2|proj))\.lora_[AB]$"
 _CONFIGURED: Final = frozenset({"lora_config", "rslora", "trainable_bias"})
@@ -66,8 +68,10 @@ class _Loralib(FiledScheme):
             up = tensors[f"{module}.lora_B"]
             tensors[f"{module}.lora_B"] = place_rows(up, _divide(module, up, count, bundle))
         adapter = super().read(replace(bundle, tensors=tensors), stated)
+        turned = None if any(map(_LIT_LLAMA.search, bundle.facts.modules)) else _CONV1D
         targets = tuple(
-            _see_kernel(_finish(target, merged.get(target.name, 1)), bundle.facts.kernels) for target in adapter.targets
+            _see_kernel(_finish(target, merged.get(target.name, 1), turned), bundle.facts.kernels)
+            for target in adapter.targets
         )
         notes = [
             Problem("LF343", module, f"{count} groups, read as those of q and v", "enable_lora", severity="warning")
@@ -105,12 +109,13 @@ def _divide(module: str, up: Factor, count: int, bundle: Bundle) -> Groups:
     return Groups((up.shape[0] // count,) * 3, _MASKS[count])
 
 
-def _finish(target: Target, groups: int) -> Target:
+def _finish(target: Target, groups: int, turned: re.Pattern[str] | None) -> Target:
     """Return the target with the scale of one group, and in the slot of its module."""
     scaling = target.scaling
     if groups > 1 and scaling.rule is ScalingRule.ALPHA_OVER_RANK:
         scaling = replace(scaling, value=scaling.value * groups)
-    slot = SlotKind.LINEAR_TRANSPOSED if _CONV1D.search(target.name) and target.rank else target.slot
+    is_turned = turned is not None and turned.search(target.name) and target.rank
+    slot = SlotKind.LINEAR_TRANSPOSED if is_turned else target.slot
     return replace(target, scaling=scaling, slot=slot)
 
 

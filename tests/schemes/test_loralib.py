@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+import loraformat
+from builders import write_tensors
 from laws.scheme_laws import SchemeLaws
 from loraformat.adapter import SlotKind
 from loraformat.base_facts import BaseFacts
@@ -111,3 +114,19 @@ def test_an_output_layer_beside_other_modules_is_no_mark_of_litgpt() -> None:
     head = d.factors({"lm_head": (12, 7)}, A, B)
     assert SCHEME.detect(bundle_of(head | d.factors({"model.layers.0.self_attn.q_proj": (10, 7)}, A, B)))
     assert not SCHEME.detect(bundle_of(head))
+
+
+def test_lit_llama_stores_the_same_names_the_other_way(tmp_path: Path) -> None:
+    dice = np.random.default_rng(0)
+    name = "transformer.h.0.attn.c_attn"
+    down, up = (dice.standard_normal(shape).astype(np.float32) for shape in ((8, 10), (20, 4)))
+    base = {
+        f"{name}.weight": np.ones((30, 10), np.float32),
+        "transformer.h.0.mlp.c_fc1.weight": np.ones((7, 10), np.float32),
+    }
+    write_tensors(tmp_path / "a.safetensors", {f"{name}.lora_A": down, f"{name}.lora_B": up})
+    write_tensors(tmp_path / "b.safetensors", base)
+    loraformat.merge(tmp_path / "b.safetensors", tmp_path / "a.safetensors", output=tmp_path / "m.safetensors", alpha=8)
+    merged = load_file(tmp_path / "m.safetensors")[f"{name}.weight"]
+    want = 1 + 2 * np.concatenate([up[:10] @ down[:4], np.zeros((10, 10)), up[10:] @ down[4:]])
+    assert np.allclose(merged, want, atol=1e-5)
