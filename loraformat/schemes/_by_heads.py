@@ -1,13 +1,12 @@
-"""MiniMax-H3's fused q, k and v: by heads in its own shards and DiffSynth-Studio's files, else one below the other.
+"""Fused q, k and v that stand by heads in some files, and one below the other in all others, under the same names.
 
-Names and shapes are the same in both orders. What tells the files apart is the name of PEFT's adapter in their keys,
-which no other tool writes beside these names; adapters are held with q, k and v one below the other, as all others have
-them. Source: diffusers 0.42, loaders/lora_conversion_utils.py and single_file_utils.py.
+Names and shapes are the same in both orders. What tells the files apart is how their keys end; adapters are held with
+q, k and v one below the other. A model and a tool that do so are a row of `ROWS`.
 """
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from loraformat.adapter import Adapter, Factor, Target
@@ -17,36 +16,67 @@ from loraformat.row_orders import GroupHeads
 from loraformat.schemes._naming import split_component
 from loraformat.spellings import read_names
 
-_SPELLED: Final = ("minimax-h3-transformer", "native")
-_HEAD_ROWS: Final = 128
-"""Rows of a head in every released model."""
-_FUSED: Final = re.compile(r"(?:token_refiner\.)?blocks\.\d+\.attn\.qkv_proj")
-_WRITTEN: Final = re.compile(r"\.lora_[AB]\.default\.weight$")
 _ROLES: Final = ("lora_B.weight", "lora_B.bias", "lora_magnitude_vector")
 
 
-def are_by_heads(keys: Iterable[str]) -> bool:
-    """Say whether the keys of a file's tensors are those that DiffSynth-Studio writes."""
-    return any(map(_WRITTEN.search, keys))
+@dataclass(frozen=True, slots=True)
+class HeadRows:
+    """Modules of one model whose rows a tool writes by heads.
+
+    Attributes:
+        table: the model's table of names.
+        spelling: the spelling in which the modules are.
+        fused: what they are called.
+        written: how a key of the tool's files ends, and of no others of these names.
+        head_rows: rows of a head in every released model.
+    """
+
+    table: str
+    spelling: str
+    fused: re.Pattern[str]
+    written: re.Pattern[str]
+    head_rows: int
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of q, k and v of one head."""
+        return 3 * self.head_rows
+
+    def turn(self, rows: int) -> GroupHeads:
+        """Return the operation that puts rows that stand one below the other by heads."""
+        heads = rows // self.group_rows
+        return GroupHeads(heads, heads, self.head_rows)
+
+
+ROWS: Final = (
+    # MiniMax-H3, DiffSynth-Studio: diffusers 0.42, loaders/lora_conversion_utils.py and single_file_utils.py.
+    HeadRows(
+        table="minimax-h3-transformer",
+        spelling="native",
+        fused=re.compile(r"(?:token_refiner\.)?blocks\.\d+\.attn\.qkv_proj"),
+        written=re.compile(r"\.lora_[AB]\.default\.weight$"),
+        head_rows=128,
+    ),
+)
 
 
 def find_fused(adapter: Adapter) -> frozenset[str]:
     """Return the targets whose rows may stand in either order."""
-    fused = frozenset(target.name for target in adapter.targets if _FUSED.fullmatch(_path(target)))
-    if not fused:
-        return fused
-    readings = read_names(map(_path, adapter.targets))
-    known = any(not each.missed and (each.table.name, each.spelling) == _SPELLED for each in readings)
-    return fused if known else frozenset()
+    return _find(adapter)[1]
 
 
-def stack_heads(adapter: Adapter) -> Adapter:
-    """Return an adapter whose rows are by heads with q, k and v one below the other; LF315 where heads do not fit."""
-    fused = find_fused(adapter)
-    found = [target for target in adapter.targets if target.name in fused]
-    if not found:
+def stack_heads(adapter: Adapter, keys: Iterable[str]) -> Adapter:
+    """Return what was read from a file with q, k and v one below the other; LF315 where heads do not fit.
+
+    Args:
+        adapter: with its rows as the file has them.
+        keys: of the file's tensors.
+    """
+    row, fused = _find(adapter)
+    if row is None or not any(map(row.written.search, keys)):
         return adapter
-    group = 3 * _HEAD_ROWS
+    found = [target for target in adapter.targets if target.name in fused]
+    group = row.group_rows
     unfit = [
         Problem("LF315", target.name, f"{factor.shape[0]} rows", f"a multiple of {group}, for q, k and v of every head")
         for target in found
@@ -55,27 +85,37 @@ def stack_heads(adapter: Adapter) -> Adapter:
     ]
     said = f"{len(found)} modules such as {found[0].name}, by heads"
     problems = unfit or [Problem("LF328", adapter.source, said, "q, k and v one below the other", severity="note")]
-    turned = adapter if unfit else _turn(adapter, fused, lambda operation: operation.undo())
+    turned = adapter if unfit else _turn(adapter, fused, lambda rows: row.turn(rows).undo())
     return replace(turned, problems=(*adapter.problems, *problems))
 
 
-def interleave_heads(adapter: Adapter) -> Adapter:
-    """Return an adapter with q, k and v one below the other with its rows by heads."""
-    return _turn(adapter, find_fused(adapter), lambda operation: operation)
+def interleave_heads(adapter: Adapter, keys: Iterable[str]) -> Adapter:
+    """Return an adapter with its rows as a file with these keys has them; itself where that is as they are."""
+    row, fused = _find(adapter)
+    if row is None or not any(map(row.written.search, keys)):
+        return adapter
+    return _turn(adapter, fused, row.turn)
 
 
-def _turn(adapter: Adapter, fused: frozenset[str], choose: Callable[[GroupHeads], GroupHeads]) -> Adapter:
+def _find(adapter: Adapter) -> tuple[HeadRows | None, frozenset[str]]:
+    """Return the row that an adapter's names are of, and the targets that it is about."""
+    for row in ROWS:
+        fused = frozenset(target.name for target in adapter.targets if row.fused.fullmatch(_path(target)))
+        readings = read_names(map(_path, adapter.targets)) if fused else []
+        if any(not each.missed and (each.table.name, each.spelling) == (row.table, row.spelling) for each in readings):
+            return row, fused
+    return None, frozenset()
+
+
+def _turn(adapter: Adapter, fused: frozenset[str], choose: Callable[[int], GroupHeads]) -> Adapter:
     targets = tuple(_turn_target(target, choose) if target.name in fused else target for target in adapter.targets)
     return replace(adapter, targets=targets)
 
 
-def _turn_target(target: Target, choose: Callable[[GroupHeads], GroupHeads]) -> Target:
-    factors = dict(target.factors)
-    for role in _ROLES:
-        if role in factors:
-            heads = factors[role].shape[0] // (3 * _HEAD_ROWS)
-            factors[role] = derive(choose(GroupHeads(heads, heads, _HEAD_ROWS)), factors[role])
-    return replace(target, factors=factors)
+def _turn_target(target: Target, choose: Callable[[int], GroupHeads]) -> Target:
+    rows = {role: target.factors[role] for role in _ROLES if role in target.factors}
+    turned = {role: derive(choose(factor.shape[0]), factor) for role, factor in rows.items()}
+    return replace(target, factors={**target.factors, **turned})
 
 
 def _list_rows(target: Target) -> list[Factor]:

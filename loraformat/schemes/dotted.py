@@ -12,7 +12,7 @@ from loraformat.adapter import Adapter, SlotKind
 from loraformat.base_facts import BaseFacts
 from loraformat.manifest import MANIFEST_KEY
 from loraformat.schemes import LORA_SLOTS, PIPELINES, Bundle, Holds, StatedScale, WrittenBundle
-from loraformat.schemes._by_heads import are_by_heads, find_fused, interleave_heads, stack_heads
+from loraformat.schemes._by_heads import interleave_heads, stack_heads
 from loraformat.schemes._header_scales import ADAPTER_METADATA
 from loraformat.schemes._known_names import find_model
 from loraformat.schemes._lycoris import LYCORIS_KINDS, LYCORIS_ROWS, QUERY_NORM, LycorisScheme
@@ -69,13 +69,13 @@ class _Dotted(LycorisScheme):
         """Return the adapter, rows of fused q, k and v as other files have them."""
         adapter = super().read(bundle, stated)
         adapter = pad_first_layer(adapter) if any(key.endswith(_CONTROL) for key in bundle.tensors) else adapter
-        return stack_heads(adapter) if are_by_heads(bundle.tensors) else adapter
+        return stack_heads(adapter, bundle.tensors)
 
     def write(self, adapter: Adapter, facts: BaseFacts) -> WrittenBundle:
         """Return the tensors; rows of fused q, k and v stand by heads where the names say so."""
         written = super().write(adapter, facts)
-        by_heads = are_by_heads(written.tensors) and find_fused(adapter)
-        return super().write(interleave_heads(adapter), facts) if by_heads else written
+        turned = interleave_heads(adapter, written.tensors)
+        return written if turned is adapter else super().write(turned, facts)
 
 
 SCHEME: Final = _Dotted(
