@@ -57,13 +57,31 @@ _SIGNATURES: Final = (
         "It is compiled for a phone. Give the PEFT folder that it was converted from.",
         at=4,
     ),
+    Signature(
+        b"ORTM",
+        "a model in onnxruntime's own format, which is optimised for one machine",
+        "Merge into the .onnx model that it was made from, and convert the merged one: "
+        "python -m onnxruntime.tools.convert_onnx_models_to_ort merged.onnx",
+        at=4,
+    ),
     Signature(b"{", "JSON text", "Name the file with the tensors, or its folder."),
+)
+
+
+_ONNX_TEXT: Final = re.compile(rb"(?:<\s*)?ir_version\s*:|\{\s*\"ir_?[vV]ersion\"\s*:")
+_AS_TEXT: Final = Signature(
+    b"",
+    "an ONNX model written as text",
+    "Write it as protobuf, which loses nothing: onnx.save(onnx.load(P, format=F), 'model.onnx'), where F is "
+    "textproto, json or onnxtxt.",
 )
 
 
 def describe_head(head: bytes) -> Signature | None:
     """Return what a file that starts with `head` is, None when it is none of these."""
     text = head.lstrip()
+    if _ONNX_TEXT.match(text):
+        return _AS_TEXT
     return next((known for known in _SIGNATURES if known.magic in (_cut(head, known), _cut(text, known))), None)
 
 

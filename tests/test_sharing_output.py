@@ -279,3 +279,16 @@ def test_a_model_with_inputs_for_adapters_reads_the_base_s_own_file(tmp_path: Pa
     assert places == ["base.onnx"] * len(TOUCHED)
     for one, other in zip(run(output, shop.feeds), run(shop.base, shop.feeds), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["base.onnx", "merged.onnx"])
+def test_neither_is_merged_into_in_place(tmp_path: Path, name: str) -> None:
+    """Each reads the other's file: that its numbers change would be seen by nobody."""
+    shop = Shop(tmp_path)
+    shop.merge()
+    before = shop.list_files()
+    other = write_peft(tmp_path / "other", {"model.layers.1.fc": dyadic_factors(np.random.default_rng(3), 40, 24, 2)})
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge_into(shop.folder / name, [other])
+    assert caught.value.codes == ("LF638",)
+    assert shop.list_files() == before

@@ -6,10 +6,16 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
+import loraformat
 from builders import write_onnx, write_tensors
+from graphs import linear_net, write_model
 from loraformat.signatures import HEAD_BYTES, describe_head, describe_text
+
+FC = {"fc": np.ones((4, 3), np.float32)}
 
 
 def zip_head() -> bytes:
@@ -56,6 +62,32 @@ def test_what_we_read_is_no_stranger(tmp_path: Path) -> None:
         write_onnx(tmp_path / "b.onnx", weights),
     ):
         assert describe_head(path.read_bytes()[:HEAD_BYTES]) is None
+
+
+@pytest.mark.filterwarnings("ignore:The onnxtxt format")
+@pytest.mark.parametrize("form", ["textproto", "json", "onnxtxt"])
+def test_onnx_as_text_is_told_how_to_be_protobuf(tmp_path: Path, form: str) -> None:
+    model = linear_net(FC).model()
+    path = tmp_path / "model.onnx"
+    onnx.save(model, str(path), format=form)
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.inspect(path)
+    assert caught.value.codes == ("LF111",)
+    assert "onnx.load(P, format=F)" in str(caught.value)
+    onnx.save(onnx.load(str(path), format=form), tmp_path / "protobuf.onnx")
+    assert loraformat.inspect(tmp_path / "protobuf.onnx").base.format == "onnx"
+
+
+@pytest.mark.parametrize("name", ["model.ort", "model.onnx"])
+def test_the_own_format_of_onnxruntime_is_named(tmp_path: Path, name: str) -> None:
+    source, path = write_model(tmp_path / "source.onnx", linear_net(FC).model()), tmp_path / name
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(path), 3
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    with pytest.raises(loraformat.LoraformatError, match="onnxruntime's own format") as caught:
+        loraformat.inspect(path)
+    assert caught.value.codes == ("LF111",)
 
 
 def test_a_line_that_a_download_left() -> None:

@@ -6,16 +6,17 @@ merge was killed, and the model is neither base nor merged until it has been rol
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from loraformat.apply import Work
 from loraformat.apply.accounting import draft_receipt, finish_receipt
 from loraformat.apply.disk_space import check_space
 from loraformat.apply.side_receipt import name_side_receipt
 from loraformat.apply.undo import Undo, check_undo, describe_undo, name_journal, name_undo, open_undo, record_in_place
-from loraformat.bases import BaseModel
+from loraformat.bases import BaseModel, SharedBase
 from loraformat.engine import carry_out
 from loraformat.engine.jobs import Assignment
 from loraformat.engine.sinks import FileSink, PatchSink, put_image
@@ -28,6 +29,11 @@ from loraformat.plan import Plan
 from loraformat.receipt import Receipt
 from loraformat.spans import InputFile, read_small
 
+_BESIDE: Final = (
+    "A model that has more than its base is a new file. Leave out --in-place: -o writes a copy, and with "
+    "--external-data share a small model beside the base, without a second copy of the weights that stay."
+)
+_LISTED: Final = 8
 _Sinks = Sequence[PatchSink | None]
 
 
@@ -56,15 +62,15 @@ def merge_in_place(base: BaseModel, order: Order, work: Work) -> Receipt:
         raise refuse("LF620", base.path, "changes of sizes or number forms", "a merge that only changes numbers")
     if plan.floats or plan.ranges:
         found = "codes that become floats" if plan.floats else "ranges of activations in other forms"
-        raise refuse("LF620", base.path, found, "a merge that only changes numbers", "Leave out --in-place.")
+        raise refuse("LF620", base.path, found, "a merge that only changes numbers", _BESIDE)
     if plan.biases:
         names = ", ".join(repr(each.name) for each in plan.biases)
         found = f"biases more: {names}, and what reads them"
-        raise refuse("LF620", base.path, found, "a merge that only changes numbers", "Leave out --in-place.")
+        raise refuse("LF620", base.path, found, "a merge that only changes numbers", _BESIDE)
     if plan.copies:
         names = ", ".join(repr(each.name) for each in plan.copies)
         found = f"tensors more: {names}, copies of what others read too"
-        raise refuse("LF620", base.path, found, "a merge that only changes numbers", "Leave out --in-place.")
+        raise refuse("LF620", base.path, found, "a merge that only changes numbers", _BESIDE)
     if work.keep_undo and name_undo(base.path).exists() and not work.force:
         mend = "Undo that merge first, move the file away, or give it up with --force."
         raise refuse("LF601", name_undo(base.path), "what an earlier merge has overwritten", "no such file", mend)
@@ -72,6 +78,7 @@ def merge_in_place(base: BaseModel, order: Order, work: Work) -> Receipt:
     touched = {span.path for span in list_touched(plan, base)}
     _check_names(touched)
     _check_neighbours(order.plan)
+    _check_sharers(base, touched)
     with _open_for_patches(images, touched) as sinks:
         _write_journal(base, order, images)
         try:
@@ -94,6 +101,14 @@ def _check_neighbours(plan: Plan) -> None:
     if needy:
         found = f"{needy[0]!r}, computed from the base's values of another weight as well"
         raise refuse("LF237", plan.output, found, "changes of each weight by itself")
+
+
+def _check_sharers(base: BaseModel, touched: Set[Path]) -> None:
+    """Refuse to overwrite what other models read (LF638)."""
+    others = base.find_sharers(touched) if isinstance(base, SharedBase) else []
+    if others:
+        names = ", ".join(each.name for each in others[:_LISTED])
+        raise refuse("LF638", base.path, f"data files that {names} has numbers in as well", "files of its own")
 
 
 def _rewrite(base: BaseModel, order: Order, images: Sequence[FileImage], sinks: _Sinks, work: Work) -> Receipt:

@@ -51,6 +51,10 @@ class SharedBase(Protocol):
         """
         ...
 
+    def find_sharers(self, files: Set[Path]) -> list[Path]:
+        """Return other models beside it that have numbers in some of its files."""
+        ...
+
     def list_shared(self) -> Mapping[str, InputFile]:
         """Return the data files by their paths from the model's folder; none for a base without."""
         ...

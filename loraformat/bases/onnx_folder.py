@@ -30,6 +30,7 @@ from loraformat.bases.checkpoint_folder import BASE as SAFETENSORS_FOLDER
 from loraformat.bases.onnx_graph import OnnxGraph
 from loraformat.bases.pipeline_folder import has_components
 from loraformat.bases.torch_folder import BASE as TORCH_FOLDER
+from loraformat.containers.onnx_file import list_data
 from loraformat.errors import refuse
 from loraformat.files import resolve_inside
 from loraformat.images import FileImage, NewOutput
@@ -159,6 +160,12 @@ class OnnxFolder(JoinedFolder):
         if any(len(member.graph.files) > 1 and not files for member, files in found):
             return {}
         return {member.place(name): file for member, files in found for name, file in files.items()}
+
+    def find_sharers(self, files: Set[Path]) -> list[Path]:
+        """Return other models in the folder that have numbers in some of its files: those of sets."""
+        own = {member.graph.path for member in self._members}
+        beside = (each for each in _list_graphs(self.path) if each not in own)
+        return [each for each in beside if not files.isdisjoint(list_data(each))]
 
     def list_stale(self, output: Path) -> list[Path]:
         """Return the files of a set that is about to be replaced."""

@@ -30,12 +30,12 @@ from loraformat.bases._onnx.experts import find_experts
 from loraformat.bases._onnx.offered_copies import describe_copy, offer_copies
 from loraformat.bases._onnx.packed import expand_packed
 from loraformat.bases._onnx.ranges import Ranges, check_ranges, find_measured, set_ranges
-from loraformat.bases._onnx.remarks import find_branches, find_halves
+from loraformat.bases._onnx.remarks import find_branches, find_compiled, find_fed, find_halves
 from loraformat.bases._onnx.scopes import GraphIndex, Visit
 from loraformat.bases._onnx.sites import RawSite, find_sites
 from loraformat.bases._onnx.traces import Trace
 from loraformat.bases._onnx.weights import list_weight_sites
-from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, open_onnx
+from loraformat.containers.onnx_file import CONTAINER, GraphChange, OnnxFile, TensorCopy, list_data, open_onnx
 from loraformat.images import FileImage, NewOutput
 from loraformat.problems import Problem
 from loraformat.spans import InputFile, Span, StoredTensor
@@ -73,6 +73,8 @@ class OnnxGraph(Checksums):
         self._biases: Sequence[PlacedBias] = ()
         self._found, self._index, self._change = found, index, GraphChange()
         self._beside: Sequence[Problem] = ()
+        graph = self._opened.model.graph
+        self._odd = [*find_branches(self.sites), *find_compiled(index.visits), *find_fed(graph)]
         self.structure_sha256: str = self._opened.structure_sha256
         self.parent_receipt: Mapping[str, Any] | None = self._opened.receipt
 
@@ -219,7 +221,7 @@ class OnnxGraph(Checksums):
     @property
     def problems(self) -> Sequence[Problem]:
         """What is odd about the files, and what stands against any merge."""
-        return [*self._opened.problems, *find_branches(self.sites), *self._beside]
+        return [*self._opened.problems, *self._odd, *self._beside]
 
     def list_tensors(self) -> Sequence[StoredTensor]:
         """Return every stored tensor, in graphs, attributes and functions."""
@@ -241,6 +243,11 @@ class OnnxGraph(Checksums):
     def list_shared(self) -> Mapping[str, InputFile]:
         """Return the data files that a model beside this one may refer to, by their paths from its folder."""
         return self._opened.shared_files()
+
+    def find_sharers(self, files: Set[Path]) -> list[Path]:
+        """Return other models in its folder that have numbers in some of its files."""
+        beside = (each for each in sorted(self.path.parent.glob("*.onnx")) if each != self.path)
+        return [each for each in beside if not files.isdisjoint(list_data(each))]
 
     def as_branchable(self) -> "BranchableGraph":
         """Return the graph as one that run-time branches are put beside."""

@@ -11,7 +11,7 @@ from typing import Final
 from loraformat.containers import TensorFile
 from loraformat.containers._onnx.copies import GraphStep, InputEdit, TensorCopy
 from loraformat.containers._onnx.floats import GraphChange, NodeEdit, TensorFloats
-from loraformat.containers._onnx.opened import OnnxFile, open_onnx
+from loraformat.containers._onnx.opened import OnnxFile, list_data, open_onnx
 from loraformat.containers._protobuf import Leaf, decode_varint
 from loraformat.errors import LoraformatError, refuse
 from loraformat.problems import Problem
@@ -29,6 +29,7 @@ __all__ = [
     "OnnxFile",
     "TensorCopy",
     "TensorFloats",
+    "list_data",
     "open_onnx",
 ]
 

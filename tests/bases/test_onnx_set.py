@@ -184,3 +184,12 @@ def test_the_set_is_named_after_the_adapter(tmp_path: Path) -> None:
     assert loraformat.merge(base, [adapter], external_data="share").output == str(base / "style.graphs.json")
     receipts = loraformat.merge_each(base, [write_peft(tmp_path / "b", FACTORS)], base, external_data="share")
     assert [receipt.output for receipt in receipts] == [str(base / "b.graphs.json")]
+
+
+def test_a_folder_with_sets_is_not_merged_into_in_place(tmp_path: Path) -> None:
+    base, adapter = write_folder(tmp_path / "base"), write_peft(tmp_path / "adapter", FACTORS, alpha=8.0)
+    merge_as(base, adapter, "x.graphs.json")
+    with pytest.raises(loraformat.LoraformatError) as caught:
+        loraformat.merge_into(base, [adapter])
+    assert caught.value.codes == ("LF638",)
+    assert loraformat.verify(base / "x.graphs.json", base, [adapter]).holds

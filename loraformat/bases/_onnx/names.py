@@ -50,6 +50,7 @@ _CONVS: Final[Mapping[str, tuple[int, int]]] = {
     "QLinearConv": (3, 8),
 }
 """Convolutions, and their inputs with weight and bias."""
+_COMPOSED: Final = "//"
 _UNCALLED: Final = "out_proj"
 """The module in torch's MultiheadAttention whose weight that applies without calling it; PEFT adapts both."""
 _QUANTISED: Final = "_quantized"
@@ -148,7 +149,8 @@ def _list_owners(visit: Visit, position: int, trace: Trace, parameter: str) -> I
 
 
 def _strip_endings(names: Iterable[str], ending: str) -> Iterator[str]:
-    return (name.removesuffix(ending) for name in names if name.endswith(ending))
+    """Yield the modules of parameters; what `onnx.compose` put before a name ends at a slash."""
+    return (name.removesuffix(ending).replace("/", ".") for name in names if name.endswith(ending))
 
 
 def _find_uncalled(path: str, visit: Visit, position: int, trace: Trace, parameter: str) -> str:
@@ -190,11 +192,10 @@ def find_repeated(paths: Iterable[str]) -> set[str]:
 
 def module_of_tensor(visit: Visit, trace: Trace) -> tuple[str, str]:
     """Return the module path that the tensor's name, or the name of a bias beside it, gives."""
-    if trace.tensor is not None and trace.tensor.name.endswith(".weight"):
-        return trace.tensor.name.removesuffix(".weight"), "initializer name"
-    for name in _bias_names(visit):
-        if name.endswith(".bias"):
-            return name.removesuffix(".bias"), "bias name"
+    own = [trace.tensor.name] if trace.tensor is not None else []
+    for names, ending, evidence in ((own, ".weight", "initializer name"), (_bias_names(visit), ".bias", "bias name")):
+        for module in _strip_endings(names, ending):
+            return module, evidence
     # Tools that rename nodes keep the names of values; a fused node has that of its last operator.
     path = next(filter(None, (read_node_path(name) for name in visit.node.output)), "")
     return path, OUTPUT_NAME if path else ""
@@ -237,11 +238,12 @@ def read_node_path(name: str) -> str:
     """Return the module path in a node name that the TorchScript exporter wrote, or nothing.
 
     `/model/layers.0/self_attn/q_proj/MatMul` is `model.layers.0.self_attn.q_proj`. A Sequential that is called stands
-    twice: `/classifier/classifier.1/Gemm` is `classifier.1`.
+    twice: `/classifier/classifier.1/Gemm` is `classifier.1`. What `onnx.compose` put before it ends at a slash too:
+    `first//model/fc/MatMul` is `first.model.fc`.
     """
-    if not name.startswith("/"):
+    if not name.startswith("/") and _COMPOSED not in name:
         return ""
-    parts = name[1:].split("/")[:-1]
+    parts = name.removeprefix("/").replace(_COMPOSED, "/", 1).split("/")[:-1]
     kept = [part for part, after in zip(parts, [*parts[1:], ""], strict=False) if not _is_repeated(part, after)]
     return ".".join(kept)
 

@@ -277,14 +277,17 @@ class OnnxFile:
     @staticmethod
     def stale_data(output: Path) -> list[Path]:
         """Return the data files of a model about to be replaced that are its own by name; none when unreadable."""
-        try:
-            walk = walk_model(InputFile(output))
-            paths = {resolve_inside(output, site.location) for site in walk.externals}
-        except LoraformatError:
-            return []
         # A model may have its numbers in another one's file, which is nobody's but that one's.
-        own = (path for path in paths if path.name.startswith(output.stem) and path.suffix != output.suffix)
+        own = (path for path in list_data(output) if path.name.startswith(output.stem) and path.suffix != output.suffix)
         return sorted(path for path in own if path.is_file())
+
+
+def list_data(path: Path) -> set[Path]:
+    """Return the data files that a model names; none for one that cannot be read."""
+    try:
+        return {resolve_inside(path, site.location) for site in walk_model(InputFile(path)).externals}
+    except LoraformatError:
+        return set()
 
 
 def open_onnx(path: str | os.PathLike[str] | InputFile) -> OnnxFile:
