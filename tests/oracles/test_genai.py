@@ -231,11 +231,11 @@ def _read_expert(state: dict[str, NDArray[Any]], experts: str, number: int, name
 
 
 FORMS = {
-    "mixed bits by k-quant": ("int4", "algo_config=k_quant_mixed"),
+    "k-quant": ("int4", "algo_config=k_quant"),
     "zero points, blocks of 16": ("int4", "is_symmetric=false", "block_size=16"),
     "DequantizeLinear": ("int4", "use_qdq=true"),
     "a table in codes": ("int4", "op_types_to_quantize=MatMul/Gather"),
-    "gate and up in one": ("int4", "fuse_mlp_gate_up=true", "algo_config=rtn_last"),
+    "gate and up in one": ("int4", "fuse_mlp_gate_up=true", "algo_config=rtn"),
     "8 bits": ("int8", "is_symmetric=false"),
 }
 
