@@ -228,3 +228,60 @@ def _read_expert(state: dict[str, NDArray[Any]], experts: str, number: int, name
         return state[f"{experts}.{name}"][number]
     members = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}[name]
     return np.concatenate([state[f"{experts}.{number}.{member}.weight"] for member in members])
+
+
+FORMS = {
+    "k-quant": ("int4", "algo_config=k_quant"),
+    "zero points, blocks of 16": ("int4", "is_symmetric=false", "block_size=16"),
+    "DequantizeLinear": ("int4", "use_qdq=true"),
+    "a table in codes": ("int4", "op_types_to_quantize=MatMul/Gather"),
+    "gate and up in one": ("int4", "fuse_mlp_gate_up=true", "algo_config=rtn"),
+    "8 bits": ("int8", "is_symmetric=false"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_that_the_builder_quantises(lab: "Lab", tmp_path: Path, form: str) -> None:
+    """In floats from the checkpoint it is PEFT's unmerged model; in codes, off by what these are off in the base."""
+    import zoo_built
+    from builders_of_graphs import HEAD_DIM, build_genai, run_cached
+    from lab import ABSOLUTE_TOLERANCE
+
+    import loraformat
+
+    trained = lab.trained(zoo_built.WIDE)
+    folder = lab.root / f"genai-{form.replace(' ', '-')}"
+    base = build_genai(trained.specimen, folder, *FORMS[form])
+    first = {name: values[:1] for name, values in trained.feeds.items()}
+    known: dict[str, Any] = {"base_checkpoint": folder / "torch"}
+    usual = np.linalg.norm(run_cached(base, first) - trained.base["logits"][:1])
+    apart = {}
+    for name, options in {"codes": {}, "floats": {"on_quantized": "dequantize"}}.items():
+        merged = tmp_path / f"{name}.onnx"
+        receipt = loraformat.merge(base, [trained.folder], merged, **known, **options)
+        assert {target for weight in receipt.weights for target in weight.targets} == set(trained.deltas)
+        found = loraformat.verify(merged, base, [trained.folder], run=True, sizes={"kv_cache_dim": HEAD_DIM}, **known)
+        assert found.holds, found.problems
+        apart[name] = run_cached(merged, first) - trained.unmerged["logits"][:1]
+    assert np.linalg.norm(apart["codes"]) <= 1.5 * usual
+    if FORMS[form][0] == "int4":  # Of 8 bits, the codes' own numbers become floats.
+        assert np.abs(apart["floats"]).max() <= ABSOLUTE_TOLERANCE < trained.effect / 100
+    else:
+        assert np.linalg.norm(apart["floats"]) <= 1.1 * usual
+
+
+def test_q_k_and_v_that_the_builder_takes_apart(lab: "Lab", tmp_path: Path) -> None:
+    import zoo_built  # noqa: F401 - more models
+    from builders_of_graphs import build_genai, run_cached
+    from lab import ABSOLUTE_TOLERANCE
+
+    import loraformat
+
+    trained = lab.trained("built_phi3")
+    base = build_genai(trained.specimen, lab.root / "genai-apart", "fp32", "fuse_qkv=false")
+    receipt = loraformat.merge(base, [trained.folder], tmp_path / "merged.onnx")
+    assert {target for weight in receipt.weights for target in weight.targets} == set(trained.deltas)
+    first = {name: values[:1] for name, values in trained.feeds.items()}
+    found = run_cached(tmp_path / "merged.onnx", first)
+    apart = np.abs(found - trained.unmerged["logits"][:1]).max()
+    assert apart <= ABSOLUTE_TOLERANCE < trained.effect / 100

@@ -129,3 +129,13 @@ BUILT: Final = {
     )
 }
 zoo.SPECIMENS.update(BUILT)
+
+WIDE: Final = "built_wide_llama"
+"""Rows of an even number of blocks, as k-quant wants them, and adapters of all that the builder quantises."""
+zoo.SPECIMENS[WIDE] = _specimen(
+    "wide_llama",
+    "llama",
+    {"target_modules": [*_LINEAR, "embed_tokens", "lm_head"]},
+    hidden_size=64,
+    intermediate_size=128,
+)
