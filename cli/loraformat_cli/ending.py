@@ -14,6 +14,8 @@ from loraformat_cli.signals import EXIT_INTERRUPTED
 
 TRACEBACK_VARIABLE: Final = "LORAFORMAT_TRACEBACK"
 _EXIT_USAGE: Final = 2
+_NO_THREAD: Final = "can't start new thread"
+"""As Python says it, which has no class of its own for it."""
 _STREAM_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
@@ -64,11 +66,13 @@ def _report_failure(error: Exception, screen: Screen) -> int:
 
 
 def _explain(error: Exception) -> Exception:
-    """Return LF100 for what the system says of a path before any reader does; everything else as it is."""
-    if not isinstance(error, OSError):
-        return error
+    """Return LF100 for what the system says of a path before any reader does, LF641 for want of threads."""
     from loraformat.errors import refuse
 
+    if isinstance(error, RuntimeError) and str(error) == _NO_THREAD:
+        return refuse("LF641", "the work", str(error), "a thread beside the first")
+    if not isinstance(error, OSError):
+        return error
     if error.errno == errno.ENAMETOOLONG:
         return refuse("LF100", error.filename or "path", os.strerror(error.errno), "a path that the system takes")
     if error.errno == errno.ENOENT and not _has_working_directory():

@@ -60,7 +60,7 @@ def adapter_options(function: Decorated) -> Decorated:
 
 def hint_options(function: Decorated) -> Decorated:
     """Add what targets may be found by, besides names."""
-    path = click.Path(path_type=Path)
+    path = click.Path(path_type=Path, readable=False)
     for add in (
         click.option(
             "--base-checkpoint",

@@ -5,14 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import click
 import pytest
 
 from loraformat.errors import error_for, refuse
 from loraformat.problems import Problem
 from loraformat.reasons import all_reasons
+from loraformat_cli.group import root
 
 SETTINGS = ("NO_COLOR", "FORCE_COLOR", "LINES")
 CLASSES = [("LF401", 1), ("LF100", 3), ("LF601", 4), ("LF604", 5)]
@@ -70,6 +73,32 @@ def test_a_working_directory_that_is_gone(run, tmp_path, monkeypatch) -> None:
     result = run("inspect", "file")
     assert result.exit_code == 3
     assert result.stderr.startswith("error: LF100 no such file: the working directory")
+
+
+def test_no_more_threads(run, face) -> None:
+    def start(*_: object, **__: object) -> None:
+        before = threading.stack_size(1 << 45)  # more than any system has addresses for
+        try:
+            threading.Thread(target=list).start()
+        finally:
+            threading.stack_size(before)
+
+    face.answer("inspect", start)
+    result = run("inspect", "file")
+    assert result.exit_code == 5
+    assert result.stderr.startswith("error: LF641 ")
+
+
+def test_what_cannot_be_read_is_said_by_the_readers() -> None:
+    """By a reason code, not as wrong usage."""
+    paths = [
+        parameter.type
+        for name in root.list_commands(click.Context(root))
+        for parameter in root.get_command(click.Context(root), name).params
+        if isinstance(parameter.type, click.Path)
+    ]
+    assert len(paths) > 10
+    assert not any(path.readable or path.exists for path in paths)
 
 
 def test_a_bug_is_one_line(run, face) -> None:

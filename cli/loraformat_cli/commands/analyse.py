@@ -12,7 +12,7 @@ from loraformat_cli.screen import Screen
 if TYPE_CHECKING:
     from loraformat.algebra.analysis import AdapterAnalysis, Comparison, TargetAnalysis
 
-_FILE: Final = click.Path(path_type=Path)
+_FILE: Final = click.Path(path_type=Path, readable=False)
 _HEADINGS: Final = (">targets", ">rank", ">norm", ">energy", ">eff. rank", ">stable rank")
 _AMPLIFIED: Final = (">along delta", ">along W", ">random", ">amplified")
 

@@ -10,7 +10,7 @@ from loraformat_cli.options import adapter_options, check_stated, common_options
 from loraformat_cli.params import FORMS, Finite, WeightedAdapter
 from loraformat_cli.screen import Screen
 
-_FILE: Final = click.Path(path_type=Path)
+_FILE: Final = click.Path(path_type=Path, readable=False)
 _METHODS: Final = ("sum", "task-arithmetic", "mean", "slerp", "magnitude-prune", "ties", "dare", "dare-ties")
 
 

@@ -14,7 +14,7 @@ from loraformat_cli.screen import Screen
 if TYPE_CHECKING:
     from loraformat.conversion import Conversion
 
-_FILE: Final = click.Path(path_type=Path)
+_FILE: Final = click.Path(path_type=Path, readable=False)
 _NUMBER: Final = re.compile(r"\d+")
 
 

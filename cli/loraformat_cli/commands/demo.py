@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Build a small model and an adapter, merge them, and check the result.")
 @click.option(
-    "--keep", type=click.Path(path_type=Path), metavar="DIR", help="Keep the files here: a new or an empty folder."
+    "--keep",
+    type=click.Path(path_type=Path, readable=False),
+    metavar="DIR",
+    help="Keep the files here: a new or an empty folder.",
 )
 @json_option
 @common_options

@@ -11,7 +11,7 @@ from loraformat_cli.screen import Screen
 if TYPE_CHECKING:
     from loraformat.algebra.difference import Difference
 
-_FILE: Final = click.Path(path_type=Path)
+_FILE: Final = click.Path(path_type=Path, readable=False)
 
 
 @click.command(short_help="Compare two adapters, or two models.")

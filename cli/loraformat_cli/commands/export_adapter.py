@@ -17,7 +17,7 @@ from loraformat_cli.options import (
 from loraformat_cli.params import WeightedAdapter
 from loraformat_cli.screen import Screen
 
-_FILE: Final = click.Path(path_type=Path)
+_FILE: Final = click.Path(path_type=Path, readable=False)
 
 
 @click.command(short_help="Write an .onnx_adapter for a model with run-time inputs.")

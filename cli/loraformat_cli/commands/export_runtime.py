@@ -19,7 +19,7 @@ from loraformat_cli.screen import Screen
 if TYPE_CHECKING:
     from loraformat.runtime.export import RuntimeExport
 
-_FILE: Final = click.Path(path_type=Path)
+_FILE: Final = click.Path(path_type=Path, readable=False)
 
 
 @click.command(short_help="Write an ONNX model that takes adapters as inputs.")

@@ -12,7 +12,7 @@ from loraformat_cli.screen import Screen
 if TYPE_CHECKING:
     from loraformat.algebra.extraction import Extraction
 
-_FILE: Final = click.Path(path_type=Path)
+_FILE: Final = click.Path(path_type=Path, readable=False)
 
 
 @click.command(short_help="Make an adapter of a full fine-tune.")

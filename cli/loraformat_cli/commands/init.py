@@ -9,7 +9,7 @@ from loraformat_cli.options import common_options, force_option, json_option
 from loraformat_cli.params import Finite
 from loraformat_cli.screen import Screen
 
-_FILE: Final = click.Path(path_type=Path)
+_FILE: Final = click.Path(path_type=Path, readable=False)
 
 
 @click.command(short_help="Make a new adapter to start training from.")

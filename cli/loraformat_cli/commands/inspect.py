@@ -24,7 +24,7 @@ _NUMBER: Final = re.compile(r"\d+")
 
 
 @click.command(short_help="Show what an adapter or a base model holds.")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path, readable=False))
 @json_option
 @adapter_options
 @click.option("--targets", "--all", "every", is_flag=True, help="List every target or weight instead of groups.")

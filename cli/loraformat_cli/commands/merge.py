@@ -26,7 +26,7 @@ from loraformat_cli.screen import Screen
 if TYPE_CHECKING:
     from loraformat.receipt import Receipt
 
-_FILE: Final = click.Path(path_type=Path)
+_FILE: Final = click.Path(path_type=Path, readable=False)
 _ONLY_MERGING: Final = frozenset(
     {"min_retained", "warn_retained", "force", "durable", "jobs", "max_memory_bytes", "resume", "link", "keep_undo"}
 )
@@ -36,7 +36,13 @@ _ONLY_MERGING: Final = frozenset(
 @click.command(short_help="Merge adapters into a base model.")
 @click.argument("base", type=_FILE)
 @click.argument("adapters", type=WeightedAdapter(), nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
-@click.option("-o", "--output", type=click.Path(), metavar="PATH", help="Where to write; beside the base if not given.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(readable=False),
+    metavar="PATH",
+    help="Where to write; beside the base if not given.",
+)
 @force_option
 @click.option("--durable", is_flag=True, help="Wait for the disk before the output appears; a power cut loses nothing.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; reads no weights, writes nothing.")

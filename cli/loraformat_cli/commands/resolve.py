@@ -16,7 +16,7 @@ from loraformat_cli.options import (
 )
 from loraformat_cli.screen import Screen
 
-_FILE: Final = click.Path(path_type=Path)
+_FILE: Final = click.Path(path_type=Path, readable=False)
 
 
 @click.command(short_help="Say which weight each target is.")

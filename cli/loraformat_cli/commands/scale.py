@@ -10,7 +10,7 @@ from loraformat_cli.options import adapter_options, check_stated, common_options
 from loraformat_cli.params import Finite, NamedNumber
 from loraformat_cli.screen import Screen
 
-_FILE: Final = click.Path(path_type=Path)
+_FILE: Final = click.Path(path_type=Path, readable=False)
 
 
 @click.command(short_help="Strengthen or weaken an adapter.", context_settings={"ignore_unknown_options": True})

@@ -8,7 +8,7 @@ import click
 from loraformat_cli.options import adapter_options, check_stated, common_options, force_option, json_option
 from loraformat_cli.screen import Screen
 
-_FILE: Final = click.Path(path_type=Path)
+_FILE: Final = click.Path(path_type=Path, readable=False)
 
 
 @click.command(short_help="Bind an adapter to its base by fingerprints.")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loraformat.problems import Severity
     from loraformat.validation import Verdict
 
-_FILE: Final = click.Path(path_type=Path)
+_FILE: Final = click.Path(path_type=Path, readable=False)
 _STANDARD_OUTPUT: Final = Path("-")
 
 
