@@ -3,8 +3,10 @@
 Profiles: `HYPOTHESIS_PROFILE=thorough` looks four times longer, `nightly` a hundred times.
 """
 
+import gc
 import os
 import sys
+from collections.abc import Generator
 
 import pytest
 import pytest_socket
@@ -18,6 +20,17 @@ settings.register_profile("default", max_examples=60, derandomize=True, database
 settings.register_profile("thorough", max_examples=240, derandomize=True, database=None, **_SHARED)
 settings.register_profile("nightly", max_examples=6000, print_blob=True, **_SHARED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage while tests are collected, nor later among them: all of it stays, and there is much of it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
