@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 from loraformat.errors import LoraformatError, refuse
 from loraformat.files import advise_missing
 from loraformat.limits import MAX_IDLE_DESCRIPTORS
+from loraformat.system import READING
 
 
 class FileState(NamedTuple):
@@ -123,7 +124,7 @@ def _open_regular(path: Path) -> int:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             raise refuse("LF905", path, f"a {_name_of(mode)}", "a regular file")
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(path, READING)
     except FileNotFoundError as error:
         raise refuse("LF100", path, "nothing at this path", mend=advise_missing(path)) from error
     except (OSError, ValueError) as error:

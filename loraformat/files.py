@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from loraformat.errors import refuse
+from loraformat.system import read_at, write_some
 
 _CANNOT_CLONE: Final = frozenset(
     getattr(errno, name)
@@ -59,6 +60,11 @@ def resolve_inside(model: Path, location: str) -> Path:
         found = f"the location {location!r}, which leads to {real}"
         raise refuse("LF903", model, found, "a file below the model's folder")
     return candidate
+
+
+def name_from(path: Path, folder: Path) -> str:
+    """Return what a file is called from a folder, with slashes, whatever this system puts between names."""
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def find_snapshot(path: Path) -> Path:
@@ -138,7 +144,7 @@ def copy_range(source: int, source_offset: int, sink: int, sink_offset: int, len
         done = _copy_in_kernel(source, source_offset, sink, sink_offset, length)
         source_offset, sink_offset, length = source_offset + done, sink_offset + done, length - done
     while length:
-        data = os.pread(source, min(length, 1 << 20), source_offset)
+        data = read_at(source, min(length, 1 << 20), source_offset)
         if not data:
             raise refuse("LF906", f"descriptor {source}", f"the input ends at byte {source_offset}", "the size it had")
         write_at(sink, data, sink_offset)
@@ -165,4 +171,4 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data).cast("B")
     done = 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done : done + _WRITE_BYTES], offset + done)
+        done += write_some(descriptor, view[done : done + _WRITE_BYTES], offset + done)

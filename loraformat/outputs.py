@@ -20,6 +20,7 @@ from typing import Final, Self
 
 from loraformat.errors import LoraformatError, OutputError, refuse
 from loraformat.parts import check_alone, is_held, open_part
+from loraformat.system import IS_POSIX, close_unreachable, is_running, set_mode, sync_folder
 
 FOLDER_UNDO: Final = "merge.undo"
 """What a merge into a folder overwrites, kept to be undone, is in this file of it."""
@@ -141,7 +142,7 @@ class PendingOutput:
             self.descriptors.append(open_part(part, taken_up=self._resume is not None, mode=mode, final=final))
             self._parts.append(part)
             if existing is not None:
-                os.fchmod(self.descriptors[-1], existing)
+                set_mode(self.descriptors[-1], existing)
 
     @property
     def parts(self) -> Sequence[Path]:
@@ -152,10 +153,14 @@ class PendingOutput:
         """Move the parts into place, in order; on failure nothing new remains."""
         placed: list[Path] = []
         try:
-            for descriptor, part, final in zip(self.descriptors, self._parts, self._finals, strict=True):
+            for descriptor, final in zip(self.descriptors if self._durable else (), self._finals, strict=False):
                 with output_errors(final):
-                    if self._durable:
-                        os.fsync(descriptor)
+                    os.fsync(descriptor)
+            if not IS_POSIX:
+                self._close()
+                close_unreachable()
+            for part, final in zip(self._parts, self._finals, strict=True):
+                with output_errors(final):
                     existed = os.path.lexists(final)
                     _place(part, final, force=self._force)
                     if not existed:
@@ -169,9 +174,12 @@ class PendingOutput:
                     final.unlink()
             raise
 
-    def _discard(self, *, keep: bool = False) -> None:
+    def _close(self) -> None:
         while self.descriptors:
             os.close(self.descriptors.pop())
+
+    def _discard(self, *, keep: bool = False) -> None:
+        self._close()
         for part in () if keep else self._parts:
             with contextlib.suppress(OSError):
                 part.unlink()
@@ -243,17 +251,6 @@ def refuse_appeared(final: Path) -> LoraformatError:
     return refuse("LF601", final, "a file of this name, made during the run", "no file, or --force")
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names in a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # Some network file systems refuse; the rename itself has happened.
-        pass
-    finally:
-        os.close(descriptor)
-
-
 def remove_stale_parts(final: Path, resume: str | None = None) -> None:
     """Remove parts that runs of ours left beside `final` when they were killed, but for those of the token `resume`.
 
@@ -262,7 +259,8 @@ def remove_stale_parts(final: Path, resume: str | None = None) -> None:
     resumable = f".{final.name}.loraformat-resume-"
     for entry in final.parent.iterdir():
         match = _PART.match(entry.name)
-        dead = match is not None and not _is_alive(int(match["pid"]))
+        running = is_running(int(match["pid"])) if match is not None else True
+        dead = not running and (running is not None or entry.is_file())  # A file that is held is told below.
         foreign = entry.name.startswith(resumable) and not entry.name.startswith(f"{resumable}{resume}.")
         if (dead or foreign) and not is_held(entry):
             remove(entry)
@@ -275,13 +273,3 @@ def remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True

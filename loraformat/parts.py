@@ -4,7 +4,6 @@ A process id says whether a run is alive on this machine only, and a folder may 
 containers that count processes of their own. A lock (`flock`) is known to all of them and ends with its process.
 """
 
-import fcntl
 import os
 import stat
 from contextlib import suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from loraformat.errors import refuse
+from loraformat.system import IS_POSIX, MAKING, READING_ITSELF, hold, may_hold, open_folder, refuse_link
 
 _HERE: Final = -100
 _EXCHANGE: Final = 2
@@ -32,7 +32,8 @@ def open_part(path: Path, *, taken_up: bool, mode: int = 0o666, final: Path | No
         OSError: what the system says, and of a link that it is one.
     """
     fresh = 0 if taken_up else os.O_EXCL
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | fresh, mode)
+    refuse_link(path)
+    descriptor = os.open(path, MAKING | fresh, mode)
     state = os.fstat(descriptor)
     if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1 + _stands_at(state, final):
         os.close(descriptor)
@@ -47,31 +48,26 @@ def _stands_at(state: os.stat_result, final: Path | None) -> bool:
     return False
 
 
-def open_part_folder(path: Path) -> int:
-    """Return a descriptor of a folder in the making, locked; raises as `open_part`."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    _hold(descriptor, path)
+def open_part_folder(path: Path) -> int | None:
+    """Return a descriptor of a folder in the making, locked; None where folders have none. Raises as `open_part`."""
+    descriptor = open_folder(path)
+    if descriptor is not None:
+        _hold(descriptor, path)
     return descriptor
 
 
 def _hold(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not hold(descriptor):
         os.close(descriptor)
-        raise refuse("LF606", path, "a run that is writing it", "one run at a time") from error
-    except OSError:  # A file system without locks: then process ids must do.
-        pass
+        raise refuse("LF606", path, "a run that is writing it", "one run at a time")
 
 
 def is_held(path: Path) -> bool:
     """Say whether a running process, here or elsewhere, has a part open; False where nothing tells."""
     with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, READING_ITSELF)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            return not may_hold(descriptor)
         finally:
             os.close(descriptor)
     return False
@@ -94,7 +90,7 @@ def swap_names(one: Path, other: Path) -> bool:
     """Let two names change places in one step; False where system or file system cannot (Linux can, `renameat2`)."""
     import ctypes
 
-    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None) if IS_POSIX else None
     if exchange is None:
         return False
     return bool(exchange(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0)

@@ -19,6 +19,7 @@ from loraformat.descriptors import Descriptor, read_state, refuse_changed
 from loraformat.dtypes import Dtype
 from loraformat.errors import refuse
 from loraformat.limits import MAX_CONFIG_BYTES
+from loraformat.system import read_into
 
 _COMPARE_BYTES: Final = 1 << 20
 
@@ -122,7 +123,7 @@ class InputFile:
         done = 0
         while done < len(view):
             try:
-                count = os.preadv(descriptor, [view[done:]], offset + done)
+                count = read_into(descriptor, view[done:], offset + done)
             except OSError as error:
                 found = f"cannot be read at byte {offset + done}: {error.strerror or error}"
                 raise refuse("LF100", self.path, found, "a readable file") from error

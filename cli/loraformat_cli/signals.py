@@ -5,7 +5,7 @@ from types import FrameType
 from typing import Final, NoReturn
 
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
-_ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
+_ENDING_SIGNALS: Final = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def catch_signals() -> None:

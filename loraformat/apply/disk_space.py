@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from loraformat.errors import refuse
+from loraformat.system import count_disk_bytes
 
 
 def check_space(needs: Iterable[tuple[Path, int]]) -> None:
@@ -31,6 +32,6 @@ def check_space(needs: Iterable[tuple[Path, int]]) -> None:
 def count_held_bytes(path: Path) -> int:
     """Return the bytes of the disk that a file holds already, 0 where there is none."""
     try:
-        return os.stat(path).st_blocks * 512
+        return count_disk_bytes(os.stat(path))
     except OSError:
         return 0

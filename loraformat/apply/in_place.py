@@ -21,13 +21,14 @@ from loraformat.engine import carry_out
 from loraformat.engine.jobs import Assignment
 from loraformat.engine.sinks import FileSink, PatchSink, put_image
 from loraformat.errors import refuse
-from loraformat.files import copy_range
+from loraformat.files import copy_range, name_from
 from loraformat.images import Copy, FileImage
 from loraformat.output_forms import Order, list_touched
-from loraformat.outputs import PendingOutput, output_errors, sync_folder
+from loraformat.outputs import PendingOutput, output_errors
 from loraformat.plan import Plan
 from loraformat.receipt import Receipt
 from loraformat.spans import InputFile, read_small
+from loraformat.system import CHANGING, sync_folder
 
 _BESIDE: Final = (
     "A model that has more than its base is a new file. Leave out --in-place: -o writes a copy, and with "
@@ -164,6 +165,7 @@ def roll_back(model: Path, files: Mapping[str, InputFile]) -> int:
     journal = name_journal(model)
     undo = open_undo(journal)
     restore_in_place(model, files, undo)
+    undo.file.close()
     journal.unlink()
     return undo.kept_bytes
 
@@ -171,7 +173,7 @@ def roll_back(model: Path, files: Mapping[str, InputFile]) -> int:
 def name_files(model: BaseModel) -> dict[str, InputFile]:
     """Return those of a model's files that numbers lie in, by the names that undo files give them."""
     root, holding = find_root(model.path), {tensor.span.path for tensor in model.list_tensors()}
-    return {os.path.relpath(file.path, root): file for file in model.files if file.path in holding}
+    return {name_from(file.path, root): file for file in model.files if file.path in holding}
 
 
 def find_root(model: Path) -> Path:
@@ -215,7 +217,7 @@ def _open_for_patches(images: Sequence[FileImage], touched: set[Path]) -> Iterat
             sink = None
             if image.path in touched:
                 with output_errors(image.path):
-                    sink = PatchSink(os.open(image.path, os.O_RDWR | os.O_CLOEXEC), image.path)
+                    sink = PatchSink(os.open(image.path, CHANGING), image.path)
             sinks.append(sink)
         yield sinks
     finally:

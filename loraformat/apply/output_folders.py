@@ -15,9 +15,9 @@ from loraformat.outputs import (
     refuse_appeared,
     remove,
     remove_stale_parts,
-    sync_folder,
 )
 from loraformat.parts import check_alone, open_part, open_part_folder, swap_names
+from loraformat.system import IS_POSIX, close_unreachable, sync_folder
 
 _NO_LINKS: Final[Mapping[Path, Path]] = MappingProxyType({})
 
@@ -54,7 +54,8 @@ class PendingFolder:
         self._resume = resume
         self._links = links
         self._part = name_part(self._final, resume)
-        self._held = -1
+        self._is_ours = False
+        self._held: int | None = None
         self.descriptors: list[int] = []
 
     def __enter__(self) -> Self:
@@ -63,6 +64,7 @@ class PendingFolder:
             with output_errors(self._final):
                 self._part.mkdir(exist_ok=self._resume is not None)
                 self._held = open_part_folder(self._part)
+                self._is_ours = True
             check_alone(self._final, frozenset({self._part}))
             self._remove_strays()
             for name in self._names:
@@ -106,6 +108,9 @@ class PendingFolder:
                     if descriptor >= 0:
                         os.fsync(descriptor)
                 sync_folder(self._part)
+            if not IS_POSIX:
+                self._close()
+                close_unreachable()
             if not os.path.lexists(self._final):
                 os.rename(self._part, self._final)
             elif self._force:
@@ -130,17 +135,19 @@ class PendingFolder:
                 raise
         remove(aside)
 
-    def _discard(self, *, keep: bool = False) -> None:
+    def _close(self) -> None:
         while self.descriptors:
             descriptor = self.descriptors.pop()
             if descriptor >= 0:
                 os.close(descriptor)
-        if self._held < 0:  # It is not ours.
-            return
-        if not keep:
+
+    def _discard(self, *, keep: bool = False) -> None:
+        self._close()
+        if self._is_ours and not keep:
             remove(self._part)
-        os.close(self._held)
-        self._held = -1
+        if self._held is not None:
+            os.close(self._held)
+        self._is_ours, self._held = False, None
 
 
 def check_output_folder(folder: Path, source: Path, mark: str, *, force: bool) -> None:

@@ -4,7 +4,6 @@ The file is a safetensors file of byte arrays, one for each rewritten span, call
 the merged model that it belongs to.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +13,7 @@ from typing import Any, Final
 from loraformat.bases import BaseModel
 from loraformat.containers.safetensors import CONTAINER, frame_header
 from loraformat.errors import refuse
-from loraformat.files import is_location, resolve_inside
+from loraformat.files import is_location, name_from, resolve_inside
 from loraformat.images import Copy, FileImage, Literal, Piece
 from loraformat.output_forms import list_touched
 from loraformat.outputs import FOLDER_UNDO, JOURNAL
@@ -103,9 +102,7 @@ def describe_undo(
     end = 0
     for file, span in _list_overwritten(plan, base):
         name, offset = next(
-            (os.path.relpath(image.path, root), offset)
-            for image in images
-            if (offset := image.locate(span)) is not None
+            (name_from(image.path, root), offset) for image in images if (offset := image.locate(span)) is not None
         )
         if not is_location(name):
             raise refuse(

@@ -1,8 +1,8 @@
 """How an output is finished once all of its numbers are written."""
 
-import os
 from collections.abc import Mapping, Sequence
 
+from loraformat.files import write_at
 from loraformat.images import FileImage
 from loraformat.spans import Span
 
@@ -19,4 +19,4 @@ class Checksums:
     def finish_output(self, image: FileImage, descriptor: int, touched: Sequence[Span], jobs: int = 1) -> None:
         """Write the checksums to their offsets."""
         for offset, checksum in self.compute_checksums(image, descriptor, touched, jobs).items():
-            os.pwrite(descriptor, checksum, offset)
+            write_at(descriptor, checksum, offset)

@@ -1,6 +1,5 @@
 """The checksums of a zip archive whose members changed after they were written."""
 
-import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
@@ -8,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from loraformat.errors import refuse
+from loraformat.files import write_at
 from loraformat.spans import Span
+from loraformat.system import read_at
 
 _CRC: Final = struct.Struct("<L")
 _STEP_BYTES: Final = 1 << 20
@@ -33,7 +34,7 @@ def compute_crcs(descriptor: int, fields: Mapping[Span, Iterable[int]], jobs: in
 def _compute_crc(descriptor: int, span: Span) -> bytes:
     crc, position = 0, span.offset
     while position < span.end:
-        data = os.pread(descriptor, min(_STEP_BYTES, span.end - position), position)
+        data = read_at(descriptor, min(_STEP_BYTES, span.end - position), position)
         if not data:
             raise refuse("LF906", span.path, f"the copy ends at byte {position}", "the size it had")
         crc, position = zlib.crc32(data, crc), position + len(data)
@@ -43,4 +44,4 @@ def _compute_crc(descriptor: int, span: Span) -> bytes:
 def mend_crcs(descriptor: int, fields: Mapping[Span, Iterable[int]]) -> None:
     """Write what `compute_crcs` returns; the copy must be open for writing too."""
     for offset, crc in compute_crcs(descriptor, fields).items():
-        os.pwrite(descriptor, crc, offset)
+        write_at(descriptor, crc, offset)

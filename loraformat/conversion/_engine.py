@@ -11,7 +11,7 @@ from loraformat.conversion._account import Account, Step, account, find_unaccoun
 from loraformat.conversion._expanding import expand_slices
 from loraformat.conversion._proof import Proof, prove
 from loraformat.conversion._respelling import respell, respell_like
-from loraformat.conversion._writing import check_outputs, pending_files, place_files
+from loraformat.conversion._writing import check_outputs, pending_files, place_files, read_back
 from loraformat.errors import error_for, refuse
 from loraformat.loading import list_files, open_bundle, read_bundle
 from loraformat.loading.readers import choose_scheme
@@ -213,9 +213,10 @@ def write_converted(
     inputs = [file.path for file in list_files(converted.source.adapter)]
     check_outputs(converted.written, output, inputs, force=force)
     proof, broken = None, list[Problem]()
-    with pending_files(converted.written, output, broken, force=force) as (pending, bundle):
-        if verify:
-            proof = verify_bundle(converted, replace(bundle, facts=facts), rounding)
+    with pending_files(converted.written, output, broken, force=force) as pending:
+        with read_back(pending, converted.written, output) as bundle:
+            if verify:
+                proof = verify_bundle(converted, replace(bundle, facts=facts), rounding)
         place_files(pending, converted.written, output, force=force)
     carried = [replace(each, severity="warning", expected=_CARRIED) for each in broken]
     return replace(converted, problems=(*converted.problems, *carried)).report(output, proof)

@@ -70,8 +70,8 @@ def check_outputs(written: WrittenBundle, output: Path, inputs: Sequence[Path], 
 @contextmanager
 def pending_files(
     written: WrittenBundle, output: Path, found: list[Problem], *, force: bool
-) -> Iterator[tuple[PendingOutput, Bundle]]:
-    """Write a bundle aside, and yield it with what a reader finds in the new files; `commit` moves them into place.
+) -> Iterator[PendingOutput]:
+    """Write a bundle aside, and yield it; `commit` moves it into place.
 
     Args:
         written: the bundle.
@@ -95,12 +95,21 @@ def pending_files(
             if outputs.config is not None:
                 text = json.dumps(written.config, indent=2, sort_keys=False, ensure_ascii=False, allow_nan=False)
                 write_at(pending.descriptors[0], f"{text}\n".encode(), 0)
-            opened = container.open(pending.parts[-1])
-            yield pending, Bundle(output, opened.tensors, opened.metadata, written.config)
+            yield pending
     finally:
         if made:
             with suppress(OSError):  # What has files in it stays.
                 output.rmdir()
+
+
+@contextmanager
+def read_back(pending: PendingOutput, written: WrittenBundle, output: Path) -> Iterator[Bundle]:
+    """Yield what a reader finds in files that are written aside; they are closed again before they are moved."""
+    opened = CONTAINERS.find(name_outputs(written, output).container).open(pending.parts[-1])
+    try:
+        yield Bundle(output, opened.tensors, opened.metadata, written.config)
+    finally:
+        opened.file.close()
 
 
 def place_files(pending: PendingOutput, written: WrittenBundle, output: Path, *, force: bool) -> None:

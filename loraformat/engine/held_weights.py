@@ -1,7 +1,6 @@
 """Merged weights in memory: computed by the engine of every merge."""
 
 import math
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -19,6 +18,7 @@ from loraformat.images import Copy, FileImage, Fresh
 from loraformat.output_forms import Order, index_weights, list_written
 from loraformat.plan.weights import PlannedWeight
 from loraformat.spans import Span
+from loraformat.system import map_memory
 
 Place: TypeAlias = Span | str
 """Where merged bytes go: over a tensor of the base, or into a new one of this name."""
@@ -76,4 +76,4 @@ def _list_rooms(weight: PlannedWeight, sources: Mapping[str, Weight]) -> Mapping
 
 def _reserve(length: int) -> NDArray[np.uint8]:
     """Return memory that goes back to the system when it is let go; what malloc gives may not, among others' memory."""
-    return np.frombuffer(mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    return np.frombuffer(map_memory(length), np.uint8)

@@ -13,6 +13,7 @@ from loraformat.apply.side_receipt import find_receipt
 from loraformat.apply.undo import Undo, check_undo, name_journal, name_undo, open_undo, restore_pieces
 from loraformat.bases import BaseModel
 from loraformat.errors import LoraformatError, refuse
+from loraformat.files import name_from
 from loraformat.images import NewOutput
 from loraformat.loading import open_base
 from loraformat.problems import Problem
@@ -79,7 +80,7 @@ def _name_half_done(model: Path) -> dict[str, InputFile]:
     beside = [InputFile(path) for path in sorted(model.iterdir()) if path.is_file()] if model.is_dir() else []
     files = beside or [InputFile(model)]
     archives = [file for file in files if file.read(0, min(len(ZIP_MAGIC), file.size_bytes)) == ZIP_MAGIC]
-    return {os.path.relpath(file.path, find_root(model)): file for file in archives}
+    return {name_from(file.path, find_root(model)): file for file in archives}
 
 
 def undo_merge(model: BaseModel, output: Path | None, work: Work) -> Undone | None:
@@ -108,9 +109,9 @@ def undo_merge(model: BaseModel, output: Path | None, work: Work) -> Undone | No
         return Undone(output, exact=True, restored_bytes=undo.kept_bytes)
     if not undo.is_in_place:
         raise refuse("LF601", model.path, "a model that was not merged in place", "-o with another name")
-    os.replace(
-        path, name_journal(model.path)
-    )  # A model that is half restored must not be taken for a whole one either.
+    undo.file.close()
+    # A model that is half restored must not be taken for a whole one either.
+    os.replace(path, name_journal(model.path))
     return Undone(model.path, exact=True, restored_bytes=roll_back(model.path, files))
 
 

@@ -5,7 +5,6 @@ factors.
 """
 
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import Any, Final, Unpack
 from loraformat.bases import BaseModel, DequantisingBase, LayeredBase
 from loraformat.errors import error_for
 from loraformat.evidence import Hints
-from loraformat.files import name_in_hub
+from loraformat.files import name_from, name_in_hub
 from loraformat.plan import Plan, PlannedAdapter, WeightedAdapter
 from loraformat.plan.weights import PlannedWeight
 from loraformat.planning.gathering import Found
@@ -141,7 +140,7 @@ def _is_anew(weight: PlannedWeight, base: BaseModel) -> bool:
 def describe_base(base: BaseModel) -> dict[str, Any]:
     """Return what a plan and a receipt say about the base: names, sizes, and the digest of its structure."""
     root = base.path if base.path.is_dir() else base.path.parent
-    files = sorted((os.path.relpath(file.path, root), file.size_bytes) for file in base.files)
+    files = sorted((name_from(file.path, root), file.size_bytes) for file in base.files)
     return {
         "name": escape_surrogates(base.path.name),
         "structure_sha256": base.structure_sha256,

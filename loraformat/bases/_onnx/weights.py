@@ -1,6 +1,5 @@
 """What the sites of an ONNX graph have as weights: the stored tensor, its coding and readers, the module's part."""
 
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
@@ -13,6 +12,7 @@ from loraformat.bases._onnx.scopes import Visit
 from loraformat.bases._onnx.sites import RawSite, agree_on_views
 from loraformat.bases._onnx.views import list_readers
 from loraformat.containers.onnx_file import OnnxFile
+from loraformat.files import name_from
 from loraformat.problems import Problem, escape_surrogates
 from loraformat.spans import Part
 
@@ -89,6 +89,6 @@ def _find_weight(
     if not stored.elements:
         return None, Problem("LF403", name, f"no numbers: its shape is {stored.shape}", "a matrix or a kernel")
     overlapping = [f"the tensor {other!r}, whose bytes overlap its own" for other in opened.overlaps(stored)]
-    file = os.path.relpath(stored.span.path, opened.path.parent)
+    file = name_from(stored.span.path, opened.path.parent)
     key = f"{escape_surrogates(file)}@{stored.span.offset}" + (f" {name}" if overlapping else "")
     return Weight(key, name, stored, readers.union(overlapping), coding), raw.obstacle

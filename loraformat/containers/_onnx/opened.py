@@ -285,7 +285,11 @@ class OnnxFile:
 def list_data(path: Path) -> set[Path]:
     """Return the data files that a model names; none for one that cannot be read."""
     try:
-        return {resolve_inside(path, site.location) for site in walk_model(InputFile(path)).externals}
+        file = InputFile(path)
+        try:
+            return {resolve_inside(path, site.location) for site in walk_model(file).externals}
+        finally:
+            file.close()
     except LoraformatError:
         return set()
 
