@@ -85,8 +85,7 @@ def pending_files(
         output.mkdir()
     try:
         with PendingOutput(outputs.list_paths(), force=force) as pending:
-            container = CONTAINERS.find(outputs.container)
-            assert isinstance(container, WritableContainer), f"no writer of {outputs.container}"
+            container = _find_container(outputs)
             tensors = [
                 (name, each.dtype, each.shape, watch_numbers(name, each, found))
                 for name, each in written.tensors.items()
@@ -105,7 +104,7 @@ def pending_files(
 @contextmanager
 def read_back(pending: PendingOutput, written: WrittenBundle, output: Path) -> Iterator[Bundle]:
     """Yield what a reader finds in files that are written aside; they are closed again before they are moved."""
-    opened = CONTAINERS.find(name_outputs(written, output).container).open(pending.parts[-1])
+    opened = _find_container(name_outputs(written, output)).open(pending.parts[-1])
     try:
         yield Bundle(output, opened.tensors, opened.metadata, written.config)
     finally:
@@ -123,3 +122,9 @@ def place_files(pending: PendingOutput, written: WrittenBundle, output: Path, *,
         with output_errors(outputs.tensors):
             outputs.tensors.unlink(missing_ok=True)
     pending.commit()
+
+
+def _find_container(outputs: Outputs) -> WritableContainer:
+    container = CONTAINERS.find(outputs.container)
+    assert isinstance(container, WritableContainer), f"no writer of {outputs.container}"
+    return container
