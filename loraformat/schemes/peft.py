@@ -18,7 +18,14 @@ from loraformat.problems import Problem
 from loraformat.schemes import ALL_SLOTS, Bundle, ConfigReading, Holds, StatedScale, WrittenBundle
 from loraformat.schemes._known_names import find_model, find_original
 from loraformat.schemes._memory import recall
-from loraformat.schemes._peft.checks import StoredModule, announced_kinds, check_numbers, find_lost, find_oddities
+from loraformat.schemes._peft.checks import (
+    StoredModule,
+    announced_kinds,
+    check_numbers,
+    find_lost,
+    find_lost_biases,
+    find_oddities,
+)
 from loraformat.schemes._peft.config import PeftConfig, is_lora, read_config
 from loraformat.schemes._peft.groups import BASE, COPY, REPLACE, SHARED, TOKENS, Group
 from loraformat.schemes._peft.keys import PREFIX, choose_adapter, group_tensors, name_adapters
@@ -142,7 +149,8 @@ class Peft:
         """Return an adapter of LORA or TRAINABLE_TOKENS."""
         groups, problems = group_tensors(bundle, config, TABLE)
         targets, found = TargetReader(groups, config, stated, bundle).read_all()
-        lost = find_lost(config, _summarise(groups))
+        stored = _summarise(groups)
+        lost = [*find_lost(config, stored), *find_lost_biases(config, stored)]
         if not targets and not found:
             raise refuse("LF212", bundle.path, f"{len(bundle.tensors)} tensors, none of a target", "LoRA factors")
         used = {id(origin) for target in targets for each in target.factors.values() for origin in find_origins(each)}

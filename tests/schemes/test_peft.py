@@ -582,3 +582,9 @@ def test_other_keys_are_no_evidence() -> None:
     for key in ("m.lora_down.weight", "m.lora_a", "m.lora_A", "lora_A.weight", "m.flora_A.weight"):
         tensors = {key: MemoryFactor(key, np.ones((2, 5), np.float32))}
         assert SCHEME.detect(Bundle(Path("f"), tensors)) is None
+
+
+def test_biases_that_were_trained_and_not_saved_are_missed() -> None:
+    """PEFT 0.10 to 0.20 saved none with `lora_only`; a base without biases has none to lose."""
+    (problem,) = SCHEME.read(make_bundle({"m.q": LINEAR}, {**CONFIG, "bias": "lora_only"}), NOT_STATED).problems
+    assert (problem.code, problem.severity) == ("LF218", "warning")

@@ -23,6 +23,8 @@ from loraformat.schemes.peft import SCHEME
 PREFIX = "base_model.model."
 Shapes = Mapping[str, tuple[int, ...]]
 
+BOFT = {"boft_R": (1, 6, 4, 4), "boft_s": (12, 1), "boft_P": (1, 24, 24)}
+
 
 def make_bundle(peft_type: str, shapes: Shapes, whole: tuple[str, ...] = (), **fields: Any) -> Bundle:
     tensors = {
@@ -85,6 +87,32 @@ def test_the_scale_of_two_whole_factors_is_alpha_over_the_stated_rank() -> None:
     (target,) = read(make_bundle("LOKR", shapes, r=16, alpha=8, rank_pattern={"q": 4})).targets
     assert target.scale == 2.0
     assert errors(make_bundle("LOKR", shapes, alpha=8)) == ["LF213"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "scale", "said"),
+    [
+        ({"rank_dropout": 0.0}, 1.0, ["LF247"]),
+        ({"rank_dropout": 0.0, "exclude_modules": None}, 0.5, []),
+        ({"rank_dropout": 0.0, "peft_version": "0.20.0"}, 0.5, []),
+        ({"rank_dropout": 0.0, "alpha": 16}, 1.0, []),
+    ],
+    ids=str,
+)
+def test_the_first_versions_of_lokr_had_no_scale(fields: dict[str, Any], scale: float, said: list[str]) -> None:
+    """PEFT 0.6 to 0.13 computed w1 ⊗ w2, whatever alpha was."""
+    shapes = {"base_model.model.m.q.lokr_w1": (2, 3), "base_model.model.m.q.lokr_w2": (3, 4)}
+    adapter = read(make_bundle("LOKR", shapes, **({"r": 16, "alpha": 8} | fields)))
+    assert adapter.targets[0].scale == scale
+    assert [(each.code, each.severity) for each in adapter.problems] == [(code, "warning") for code in said]
+
+
+def test_permutations_of_boft_are_left_out() -> None:
+    """PEFT 0.11 saved them, though the sizes of the blocks tell them."""
+    shapes = {f"base_model.model.q.{role}": shape for role, shape in BOFT.items()}
+    adapter = read(make_bundle("BOFT", shapes))
+    assert [each.code for each in adapter.problems] == ["LF226"]
+    assert adapter.targets[0].factors.keys() == {"boft_R", "boft_s"}
 
 
 def test_a_line_of_lokr_is_counted_as_peft_does() -> None:

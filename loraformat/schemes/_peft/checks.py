@@ -146,7 +146,8 @@ def _lies_below(name: str, module: str) -> bool:
     return f".{module}." in f".{name}."
 
 
-def _check_biases(config: PeftConfig, stored: Stored) -> Iterator[Problem]:
+def find_lost_biases(config: PeftConfig, stored: Stored) -> Iterator[Problem]:
+    """Return a warning of biases that were trained and not saved, as PEFT 0.10 to 0.20 did with `lora_only`."""
     trained = config.fields.get("bias") or "none"
     # A bias beside a full weight belongs to a saved module.
     own = ("bias", "base_layer.bias")
@@ -194,7 +195,6 @@ def _check_patterns(config: PeftConfig, stored: Stored) -> Iterator[Problem]:
 
 _RULES: Final[tuple[Callable[[PeftConfig, Stored], Iterator[Problem]], ...]] = (
     _check_saved,
-    _check_biases,
     _check_target_modules,
     _check_patterns,
 )

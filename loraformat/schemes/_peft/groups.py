@@ -24,10 +24,10 @@ _OF_THE_BASE: Final = frozenset({BASE, REPLACE, COPY})
 _ADDED: Final = _OF_THE_BASE | {LORA, TOKENS}
 """Kinds that have a place for the base's own values."""
 _BUFFERS: Final = re.compile(
-    r"\.lora_(?:velora|monteclora)_\w+(?:\.|$)|\.ranknum(?:\.|$)|\.rotary_emb\.inv_freq$|\.position_ids$"
+    r"\.lora_(?:velora|monteclora)_\w+(?:\.|$)|\.ranknum(?:\.|$)|\.boft_P(?:\.|$)|\.rotary_emb\.inv_freq$|\.position_ids$"
 )
 """Tensors of the training run: VeLoRA's and MonteCLoRA's (the merged weight is that of plain LoRA), AdaLoRA's count of
-ranks, and what a model computes when it is made."""
+ranks, the permutations that BOFT of PEFT 0.11 saved and its sizes tell, and what a model computes when it is made."""
 _QUANTISED: Final = re.compile(
     r"(?P<weight>.+\.weight)\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)"
     r"|(?P<module>.+)\.(?:SCB|weight_format|qweight|qzeros|scales|g_idx)"

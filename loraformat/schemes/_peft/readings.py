@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from loraformat.adapter import SlotKind, Target
+from loraformat.adapter import Scaling, ScalingRule, SlotKind, Target
 from loraformat.derived import derive
 from loraformat.errors import refuse
 from loraformat.problems import Problem
@@ -46,6 +46,24 @@ def count_lokr_axes(config: PeftConfig, target: str, factors: Factors) -> Mappin
     """Say where a w2 of three axes has the kernel's."""
     whole = factors.get("lokr_w2")
     return {"kron_axes": "leading"} if whole is not None and len(whole.shape) == 3 else {}
+
+
+def unscale_lokr(target: Target, config: PeftConfig) -> Target:
+    """Return a target at the scale at which PEFT before 0.14 trained it: it left alpha and rank out."""
+    return replace(target, scaling=Scaling(ScalingRule.MULTIPLIER, 1.0)) if _is_unscaled(config) else target
+
+
+def remark_lokr(config: PeftConfig) -> list[Problem]:
+    """Return a warning where the scale that is stated is not the one of the training run."""
+    if not _is_unscaled(config) or config.fields.get("alpha") == config.fields.get("r"):
+        return []
+    found = "a scale of 1, as PEFT 0.6 to 0.13 trained it; newer ones load it with alpha / r"
+    return [Problem("LF247", f"{config.where}: alpha", found, "alpha = r", severity="warning")]
+
+
+def _is_unscaled(config: PeftConfig) -> bool:
+    """Say whether PEFT 0.6 to 0.13 wrote a configuration: it has all fields of that time, and none of 0.14."""
+    return "rank_dropout" in config.fields and not {"exclude_modules", "peft_version"} & set(config.fields)
 
 
 def scale_adalora(config: PeftConfig, factors: Factors) -> float:

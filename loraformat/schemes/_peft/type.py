@@ -74,6 +74,7 @@ class PeftType:
         adjust: what is done with a target in the end; it may become a problem.
         scaling: how its scale follows where neither field says it.
         obstacles: fields under which it cannot be merged.
+        remarks: what is to be said of it, and does not stand against it.
         drawn: roles that all targets share, and that are drawn again from a seed where they were not saved.
         shared: roles that all targets share, which PEFT stores once.
         arrange: gives targets what they share in groups, each under a name of its own.
@@ -93,6 +94,7 @@ class PeftType:
     adjust: Callable[[Target, PeftConfig], Target | Problem] = field(default=lambda target, config: target)
     scaling: Callable[[PeftConfig, Factors], float] = field(default=lambda config, factors: 1.0)
     obstacles: Sequence["Barrier"] = ()
+    remarks: Callable[[PeftConfig], list[Problem]] = field(default=lambda config: [])
     drawn: Sequence[str] = ()
     shared: Sequence[str] = ()
     arrange: Callable[[Factors, PeftConfig], Factors | Problem] = field(default=lambda tensors, config: tensors)
@@ -142,6 +144,7 @@ class PeftType:
                 for each in self.obstacles
                 if each.holds(config.fields.get(each.field, each.default))
             ),
+            *self.remarks(config),
             *find_unknown(config.fields, config.where, self.fields),
         ]
 

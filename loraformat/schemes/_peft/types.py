@@ -18,12 +18,14 @@ from loraformat.schemes._peft.readings import (
     halve_rank,
     read_miss_variant,
     read_oft_generation,
+    remark_lokr,
     scale_adalora,
     scale_deft,
     scale_gralora,
     scale_supra,
     see_convolution,
     see_feedforward,
+    unscale_lokr,
 )
 from loraformat.schemes._peft.type import Barrier, PeftType
 
@@ -70,6 +72,8 @@ TYPES: Final[Mapping[str, PeftType]] = {
         rank=(("lokr_w1_b", 0), ("lokr_w2_b", 0)),
         alpha="alpha",
         more=count_lokr_axes,
+        adjust=unscale_lokr,
+        remarks=remark_lokr,
         convolves=("lokr_w2", "lokr_t2"),
         complete=complete_lokr,
         heeds="decompose_both decompose_factor",
