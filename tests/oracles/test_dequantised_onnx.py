@@ -19,7 +19,7 @@ from loraformat.errors import LoraformatError
 pytestmark = pytest.mark.oracle
 pytest.importorskip("onnxruntime.quantization")
 
-from quantised import FLOATS_BETWEEN, QDQ, RANGES, SHAPES, Case, compute, nbits  # noqa: E402
+from quantised import FLOATS_BETWEEN, QDQ, RANGES, SHAPES, Case, compute, decode, nbits  # noqa: E402
 
 FEW: dict[str, Callable[[Path, Path], None]] = {
     "MatMulNBits 4": nbits(4, block_size=32, is_symmetric=True),
@@ -150,12 +150,21 @@ def test_with_the_checkpoint_the_floats_are_its_own(case: Case, tmp_path: Path) 
     assert loraformat.verify(merged, base, [case.adapter], **options).holds
 
 
-def test_codes_of_both_factors_are_refused(case: Case, tmp_path: Path) -> None:
-    RANGES["QOperator"](case.float_base, tmp_path / "base.onnx")
-    options = {"on_quantized": "dequantize", "accept_ranges": True}
-    with pytest.raises(LoraformatError) as caught:
-        loraformat.merge(tmp_path / "base.onnx", [case.adapter], tmp_path / "merged.onnx", **options)
-    assert set(caught.value.codes) == {"LF619"}
+def test_operators_on_codes_of_both_factors_round_their_result_as_before(case: Case, tmp_path: Path) -> None:
+    base, merged = tmp_path / "base.onnx", tmp_path / "merged.onnx"
+    RANGES["QOperator"](case.float_base, base)
+    loraformat.merge(base, [case.adapter], merged, on_quantized="dequantize", accept_ranges=True)
+    model = onnx.load(merged)
+    onnx.checker.check_model(model)
+    assert {"QLinearMatMul", "QGemm"}.isdisjoint(node.op_type for node in model.graph.node)
+    rounded = [sum(node.op_type == "QuantizeLinear" for node in onnx.load(path).graph.node) for path in (base, merged)]
+    assert rounded[1] == rounded[0] + len(SHAPES)
+    before = decode(base)
+    for module, delta in case.delta.items():
+        np.testing.assert_allclose(read_weight(merged, module), before[module] + delta, atol=1e-6)
+    found = loraformat.verify(merged, base, [case.adapter], run=True)
+    assert found.holds
+    assert abs(found.runs[0].kept - 1) < 0.1
 
 
 def test_a_models_own_files_are_not_rewritten_for_it(case: Case, tmp_path: Path) -> None:

@@ -5,30 +5,22 @@ have their other factor in floats at hand. Nodes and tensors that nothing needs 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final
 
 from loraformat.bases import FloatForm, Weight
 from loraformat.bases._onnx.float_experts import replace_experts
-from loraformat.bases._onnx.opened_codes import open_operator
-from loraformat.bases._onnx.operands import CODE_ENDING, QMOE
+from loraformat.bases._onnx.float_nodes import REPLACED
+from loraformat.bases._onnx.operands import CODE_ENDING, DEQUANTISE, GATHER, MATMUL_BNB4, MATMUL_NBITS, QMOE
 from loraformat.bases._onnx.scopes import Visit
 from loraformat.bases._onnx.sites import RawSite
 from loraformat.containers.onnx_file import GraphChange, NodeEdit, TensorFloats
 from loraformat.problems import Problem
 
-if TYPE_CHECKING:
-    import onnx
-
 _BUILT: Final = ".qweight"
 """What onnxruntime-genai's builder has in the place of `.weight`."""
-_SCALED: Final = ("Cast", "Mul")
-_SECOND_CODES: Final = 3
-"""The input of an operator on codes that has those of its weight."""
-_INTEGERS: Final = {"MatMulInteger": "MatMul", "ConvInteger": "Conv"}
-"""Operators on codes that give whole numbers, and those that do the same with floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +38,6 @@ class Surgery:
     beside: Path
     edits: tuple[NodeEdit, ...]
     doomed: tuple[Visit, ...] = ()
-
-
-_Plan: TypeAlias = "tuple[list[NodeEdit], list[Visit]] | None"
-_Reader: TypeAlias = "Callable[[Visit, str], _Plan]"
 
 
 def plan_surgery(found: RawSite, weight: Weight, names: set[str]) -> Surgery | Problem:
@@ -78,7 +66,7 @@ def plan_copy(found: Sequence[RawSite], weight: Weight, names: set[str], name: s
         names: all names of values in the model.
         name: of a copy of the codes, or of the floats.
     """
-    between = next((step for raw in found for step in raw.trace.steps if step.op == _DEQUANTISE), None)
+    between = next((step for raw in found for step in raw.trace.steps if step.op == DEQUANTISE), None)
     if between is not None:
         where = f"{weight.name} at {between.op} {between.node.name!r}"
         return Problem(
@@ -110,7 +98,7 @@ def _plan(readers: Sequence[Visit], form: FloatForm, weight: Weight) -> Surgery 
     edits: list[NodeEdit] = []
     doomed: list[Visit] = []
     for visit in readers:
-        made = _REPLACED[visit.op](visit, form.name) if visit.op in _REPLACED else None
+        made = REPLACED[visit.op](visit, form.name) if visit.op in REPLACED else None
         if made is None or visit.scope.path != () or visit.op != readers[0].op:
             where = f"{weight.name} at {visit.op} {visit.node.name!r}"
             return Problem("LF619", where, "codes that this node needs", "a node beside which there are floats")
@@ -124,11 +112,11 @@ def _describe(visit: Visit, weight: Weight, names: set[str], codes: str) -> Floa
     coding = weight.coding
     assert coding is not None, "only quantised weights are asked for"
     rows, columns = coding.matrix[0], coding.matrix[1] - coding.padding
-    turned = visit.op in (_NBITS, _BNB4)
-    shape = (columns, rows) if turned else (rows, columns) if visit.op == _GATHER else weight.tensor.shape
+    turned = visit.op in (MATMUL_NBITS, MATMUL_BNB4)
+    shape = (columns, rows) if turned else (rows, columns) if visit.op == GATHER else weight.tensor.shape
     if visit.op == QMOE:
         shape = (weight.tensor.shape[0], rows // weight.tensor.shape[0], columns)
-    name = visit.node.output[0] if visit.op == _DEQUANTISE else _choose_name(codes, names)
+    name = visit.node.output[0] if visit.op == DEQUANTISE else _choose_name(codes, names)
     return FloatForm(name, coding.companions["scales"].dtype, shape, turned, coding.padding)
 
 
@@ -144,134 +132,6 @@ def _choose_name(codes: str, names: set[str]) -> str:
         number += 1
         wanted = f"{plain}_{number}"
     return wanted
-
-
-def _drop_dequantising(visit: Visit, name: str) -> _Plan:
-    if visit.node.output[0] == name:
-        return [NodeEdit(visit.index, ())], []
-    return [NodeEdit(visit.index, (_make(visit, "Identity", [name], visit.node.output[0]),))], []
-
-
-def _replace_nbits(visit: Visit, name: str) -> _Plan:
-    return _multiply(visit, visit, visit.node.input[0], name, 5), []
-
-
-def _replace_lookup(visit: Visit, name: str) -> _Plan:
-    return [NodeEdit(visit.index, (_make(visit, "Gather", [name, visit.node.input[1]], visit.node.output[0]),))], []
-
-
-def _replace_codes_lookup(visit: Visit, name: str) -> _Plan:
-    """Y = DequantizeLinear(Gather(W)): the lookup is one of floats, and what dequantises goes."""
-    readers = visit.scope.readers.get(visit.node.output[0], ())
-    if len(readers) != 1 or readers[0][0].op != _DEQUANTISE:
-        return None
-    after, made = readers[0][0], _make(visit, "Gather", [name, visit.node.input[1]], "")
-    made.output[0] = after.node.output[0]
-    made.attribute.extend(visit.node.attribute)
-    return [NodeEdit(visit.index, (made,)), NodeEdit(after.index, ())], []
-
-
-def _replace_dynamic(visit: Visit, name: str) -> _Plan:
-    return _multiply(visit, visit, visit.node.input[0], name, 4), []
-
-
-def _replace_to_float(visit: Visit, name: str) -> _Plan:
-    source = _find_quantising(visit)
-    return (_multiply(visit, visit, source.node.input[0], name, 6), [source]) if source else None
-
-
-def _replace_integer(visit: Visit, name: str) -> _Plan:
-    """Y = Mul(Cast(op(xq, W)), sx·sw): the last node becomes the same operator on floats, the others go."""
-    source, chain = _find_quantising(visit), [visit]
-    for op in _SCALED:
-        readers = chain[-1].scope.readers.get(chain[-1].node.output[0], ())
-        if source is None or len(readers) != 1 or readers[0][0].op != op or chain[-1].node.output[0] in _outputs(visit):
-            return None
-        chain.append(readers[0][0])
-    last, codes = chain[-1], chain[-2].node.output[0]
-    other = next((each for each in last.node.input if each != codes), "")
-    made_by = last.scope.producer(other)
-    if source is None or not isinstance(made_by, Visit) or made_by.op != "Mul":
-        return None
-    made = _make(visit, _INTEGERS[visit.op], [source.node.input[0], name], last.node.output[0])
-    made.attribute.extend(visit.node.attribute)
-    edits = [*(NodeEdit(each.index, ()) for each in chain[:-1]), NodeEdit(last.index, (made,))]
-    return edits, [made_by, source]
-
-
-def _replace_static(visit: Visit, name: str) -> _Plan:
-    """An operator on codes that rounds its result: X is dequantised, and the result of floats quantised as before."""
-    from onnx import NodeProto
-
-    node = NodeProto()
-    node.CopyFrom(visit.node)
-    node.input[_SECOND_CODES] = name
-    made = open_operator(node, {node.input[0]})
-    return ([NodeEdit(visit.index, tuple(made))], []) if made is not None else None
-
-
-def _replace_attention(visit: Visit, name: str) -> _Plan:
-    """Y = QAttention(xq, W): the same of floats, whose other inputs are the bias, the mask and the past."""
-    source, inputs = _find_quantising(visit), [visit.read_input(position) for position in (2, 5, 8)]
-    if source is None:
-        return None
-    while not inputs[-1]:
-        inputs.pop()
-    made = _make(visit, "Attention", [source.node.input[0], name, *inputs], visit.node.output[0])
-    made.domain, made.output[:] = visit.node.domain, visit.node.output[:]
-    made.attribute.extend(visit.node.attribute)
-    return [NodeEdit(visit.index, (made,))], [source]
-
-
-def _find_quantising(visit: Visit) -> Visit | None:
-    """Return the DynamicQuantizeLinear that makes codes of the other factor."""
-    made_by = visit.scope.producer(visit.node.input[0])
-    return made_by if isinstance(made_by, Visit) and made_by.op == "DynamicQuantizeLinear" else None
-
-
-def _outputs(visit: Visit) -> set[str]:
-    return visit.scope.outputs
-
-
-def _multiply(last: Visit, named: Visit, x: str, name: str, bias: int) -> list[NodeEdit]:
-    """Return the edit after which a node is X·W, and plus the bias at its input `bias` where it has one."""
-    output, inputs = last.node.output[0], last.node.input
-    added = inputs[bias] if 0 < bias < len(inputs) else ""
-    product = _make(named, "MatMul", [x, name], f"{output}_product" if added else output)
-    nodes = [product]
-    if added:
-        total = _make(named, "Add", [product.output[0], added], output)
-        total.name = f"{total.name}_bias"
-        nodes.append(total)
-    return [NodeEdit(last.index, tuple(nodes))]
-
-
-def _make(like: Visit, op: str, inputs: Sequence[str], output: str) -> "onnx.NodeProto":
-    """Return a node with the name and the notes of another."""
-    from onnx import helper
-
-    node = helper.make_node(op, list(inputs), [output], name=like.node.name, doc_string=like.node.doc_string)
-    node.metadata_props.extend(like.node.metadata_props)
-    return node
-
-
-_DEQUANTISE: Final = "DequantizeLinear"
-_NBITS: Final = "com.microsoft.MatMulNBits"
-_BNB4: Final = "com.microsoft.MatMulBnb4"
-_GATHER: Final = "com.microsoft.GatherBlockQuantized"
-_REPLACED: Final[Mapping[str, _Reader]] = {
-    _DEQUANTISE: _drop_dequantising,
-    _NBITS: _replace_nbits,
-    _BNB4: _replace_nbits,
-    _GATHER: _replace_lookup,
-    "Gather": _replace_codes_lookup,
-    "com.microsoft.DynamicQuantizeMatMul": _replace_dynamic,
-    "com.microsoft.MatMulIntegerToFloat": _replace_to_float,
-    **dict.fromkeys(_INTEGERS, _replace_integer),
-    **dict.fromkeys(("QLinearMatMul", "QLinearConv", "com.microsoft.QGemm"), _replace_static),
-    "com.microsoft.QAttention": _replace_attention,
-}
-"""Operators on codes, and what they become where the weight stands in floats."""
 
 
 def join_surgeries(
