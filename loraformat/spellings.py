@@ -111,7 +111,8 @@ class SpellingTable:
         classes: what configurations call it.
         schemes: how schemes call its components.
         architectures: model types to what GGUF calls the architecture.
-        asks_base: whether its names are read so only for a base of one of its classes, since other models have them too.
+        asks_base: whether its names are read so only for a base of one of its classes, since other models have them
+            too.
     """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:

@@ -73,7 +73,8 @@ def prove(source: Sequence[Target], output: Sequence[Target]) -> Proof:
         if largest:
             differences.append(Difference(name, largest, largest / size if size else math.inf))
     ordered = sorted(differences, key=lambda each: -each.relative)
-    alone = [target for one, other in ((left, right), (right, left)) for name, target in one.items() if name not in other]
+    sides = ((left, right), (right, left))
+    alone = (target for one, other in sides for name, target in one.items() if name not in other)
     lacking = sorted(target.name for target in alone if _acts(target))
     return Proof(len(set(left) & set(right)), tuple(ordered), tuple(lacking))
 
