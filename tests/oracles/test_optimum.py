@@ -3,6 +3,7 @@
 Needs optimum-onnx, whose transformers is older than that of the other oracle tests: an environment of its own.
 """
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,27 @@ def test_the_whole_folder(lab: "Lab", tmp_path: Path, model: str) -> None:
     check_steps(encoder, (merged, merged), trained)
     check_steps(encoder, (graphs["decoder_model"], graphs["decoder_with_past_model"]), trained)
     assert loraformat.verify(tmp_path / "out", base, [trained.folder]).holds
+
+
+@pytest.mark.parametrize("model", HALVES)
+def test_a_set_beside_the_folder(lab: "Lab", tmp_path: Path, model: str) -> None:
+    """Small graphs that refer to the folder's data: the same tokens, and a decoder alone where only it is chosen."""
+    import loraformat
+
+    base = tmp_path / "onnx"
+    shutil.copytree(export(lab, model)["encoder_model"].parent, base)
+    trained = lab.trained(model)
+    loraformat.merge(base, [trained.folder], base / "own.graphs.json", external_data="share")
+    thin = {path.stem.removesuffix("-own"): path for path in base.glob("*-own.onnx")}
+    encoder = thin.get("encoder_model", base / "encoder_model.onnx")
+    check_steps(encoder, (thin["decoder_model_merged"], thin["decoder_model_merged"]), trained)
+    check_steps(encoder, (thin["decoder_model"], thin["decoder_with_past_model"]), trained)
+    assert loraformat.verify(base / "own.graphs.json", base, [trained.folder]).holds
+    halves = [name for name in trained.deltas if "encoder" in name.split(".")]
+    some = {"graphs": ["decoder_model.onnx"], "allow_unmatched": halves}
+    receipt = loraformat.merge(base, [trained.folder], tmp_path / "some", **some)
+    assert {weight.name.partition(":")[0] for weight in receipt.weights} == {"decoder_model.onnx"}
+    assert loraformat.verify(tmp_path / "some", base, [trained.folder]).holds
 
 
 @pytest.mark.parametrize("model", HALVES)
