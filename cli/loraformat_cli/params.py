@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 if TYPE_CHECKING:
+    from click import ParamType
     from click.shell_completion import CompletionItem
+else:
+
+    class ParamType(click.ParamType):
+        """That of click, which older versions do not let say what its values are."""
+
+        def __class_getitem__(cls, values: object) -> type:
+            """Return the class as it is."""
+            return cls
+
 
 _UNITS: Final = {"": 1} | {
     prefix + unit: base**power
@@ -23,7 +33,7 @@ FORMS: Final = ("float32", "float16", "bfloat16", "float64")
 """Number forms that factors may be rounded to."""
 
 
-class Finite(click.ParamType[float]):
+class Finite(ParamType[float]):
     """A number that is neither NaN nor infinite, between bounds."""
 
     name = "number"
@@ -42,7 +52,7 @@ class Finite(click.ParamType[float]):
         return number
 
 
-class ByteSize(click.ParamType[int]):
+class ByteSize(ParamType[int]):
     """A number of bytes with a unit: `512MiB`, `2GB`, `1.5G`."""
 
     name = "size"
@@ -58,7 +68,7 @@ class ByteSize(click.ParamType[int]):
         return int(number * unit)
 
 
-class WeightedAdapter(click.ParamType[tuple[Path, float | None]]):
+class WeightedAdapter(ParamType[tuple[Path, float | None]]):
     """`ADAPTER` or `ADAPTER:WEIGHT`; what names an existing path is a path, colons and all."""
 
     name = "adapter[:weight]"
@@ -98,7 +108,7 @@ class WeightedAdapter(click.ParamType[tuple[Path, float | None]]):
         return [CompletionItem(incomplete, type="file")]
 
 
-class NamedNumber(click.ParamType[tuple[str, float]]):
+class NamedNumber(ParamType[tuple[str, float]]):
     """`GLOB=NUMBER`: a pattern of target names and a number for what it matches; `whole` asks for 1, 2, 3 ..."""
 
     name = "glob=number"
