@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from loraformat.validation import Verdict
     from loraformat.verification import Verification
 
+    __version__: str
+
 __all__ = [
     "Adapter",
     "AdapterInspection",
@@ -118,6 +120,10 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # here: it imports parsers of mail
+
+        return version("loraformat")
     if name in _ROOMS:
         return import_module(f"loraformat.{name}")
     if name not in _HOME_OF:

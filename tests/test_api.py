@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from pkgutil import iter_modules
 from types import FunctionType
@@ -66,6 +67,10 @@ def test_the_names_are_sorted_and_all_there() -> None:
     for name in loraformat.__all__:
         assert getattr(loraformat, name).__name__ == name
         assert name in dir(loraformat)
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert loraformat.__version__ == version("loraformat")
 
 
 def test_every_name_is_documented() -> None:

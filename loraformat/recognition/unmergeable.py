@@ -244,8 +244,8 @@ UNMERGEABLE: Final = (
     ),
     Unmergeable(
         "T-LoRA",
-        "it counts against singular vectors of the base's weights, which it does not hold, and fewer of its ranks act in "
-        "the first steps of sampling",
+        "it counts against singular vectors of the base's weights, which it does not hold, and fewer of its ranks act "
+        "in the first steps of sampling",
         "Run it with LyCORIS, or train again with algo=lora.",
         keys=(r"\.lambda_layer$",),
     ),
