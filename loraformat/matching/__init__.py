@@ -174,7 +174,10 @@ def fits_site(want: Want, site: Site) -> bool:
     if fits_shape(stored, wanted):
         return True
     if want.change.open and len(stored) == len(wanted):
-        return stored[0] >= wanted[0] and stored[1:] == wanted[1:]
+        (rows, *inner), (least, *others) = (
+            s[::-1] if site.transposed[want.change.slot] else s for s in (stored, wanted)
+        )
+        return rows >= least and inner == others
     if want.change.widens and is_narrower(want, site):
         return True
     grown = site.grows and len(stored) == len(wanted) and wanted[0] > stored[0] and wanted[1:] == stored[1:]

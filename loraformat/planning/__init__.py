@@ -21,6 +21,7 @@ from loraformat.plan.weights import PlannedWeight
 from loraformat.planning.gathering import Found
 from loraformat.planning.layers import place_anew
 from loraformat.planning.new_sizes import follow_weights
+from loraformat.planning.parted_tables import follow_ties
 from loraformat.planning.rewriting import plan_rewriting
 from loraformat.planning.wishes import SettledWishes, list_unusual
 from loraformat.problems import Problem, escape_surrogates
@@ -83,6 +84,7 @@ def _resolve_adapter(found: Found, position: int, item: WeightedAdapter, wishes:
         new_biases=wishes.get("new_biases", False),
         clues=clues,
     )
+    resolution = follow_ties(resolution, found.base, untie=wishes.get("untie", False))
     found.add(position, item, replace(resolution, unmatched=(*resolution.unmatched, *unread)), clues)
 
 

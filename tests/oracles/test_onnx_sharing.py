@@ -135,3 +135,35 @@ def test_tied_tables_in_codes_of_8_bits(lab: "Lab", tmp_path: Path, exporter: An
     noise = difference(coded, plain)
     assert difference(merged, trained.unmerged) < 2 * noise < trained.effect / 10
     assert loraformat.verify(tmp_path / "merged.onnx", base, [trained.folder], run=True).holds
+
+
+@pytest.mark.parametrize("own_type", [False, True])
+@pytest.mark.parametrize(("exporter", "form"), [("ts", "fp32"), ("dynamo", "one_file"), ("dynamo_noopt", "cloned")])
+def test_trained_tokens_of_tied_tables_that_an_export_parts(
+    tmp_path: Path, exporter: Any, form: str, own_type: bool
+) -> None:
+    """PEFT gives the head the table's rows, and saves them once."""
+    import peft
+    import torch
+    import zoo
+    from lab import difference
+
+    specimen, tokens = zoo.SPECIMENS["llama_tied"], [5, 61, 96, 17]
+    config: Any = peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=tokens)
+    if own_type:
+        config = peft.TrainableTokensConfig(token_indices=tokens)
+    trained = zoo.train(specimen, tmp_path / "adapter", lora=config)
+    model = specimen.make()
+    if form == "cloned":
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    base = zoo.export(specimen, tmp_path / "base.onnx", exporter, model)
+    base = zoo.to_external(base, tmp_path / "external.onnx", one_file=True) if form == "one_file" else base
+    merged = tmp_path / "merged.onnx"
+    receipt = loraformat.merge(base, [trained.folder], merged)
+    assert [problem.code for problem in receipt.problems if problem.code in ("LF648", "LF649")] == ["LF648"]
+    assert trained.effect > 1e-2
+    assert difference(zoo.run_onnx(merged, trained.feeds, specimen.outputs), trained.unmerged) <= 1e-4
+    assert loraformat.verify(merged, base, [trained.folder], run=True).holds
+    loraformat.merge(base, [trained.folder], tmp_path / "table.onnx", untie=True)
+    alone = zoo.run_onnx(tmp_path / "table.onnx", trained.feeds, specimen.outputs)
+    assert difference(alone, trained.unmerged) > 1e-2
