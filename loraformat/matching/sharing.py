@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from loraformat.adapter import SlotKind
 from loraformat.bases import Site
 from loraformat.kinds import Nature
 from loraformat.matching import Match
@@ -39,6 +40,7 @@ def settle_sharing(
         sites: the base's.
         untie: whether tables that the configuration ties may part.
     """
+    sites = list(sites)
     tied = {site.id: site for site in sites if site.tied}
     settled: list[Match] = []
     problems: list[Problem] = []
@@ -49,7 +51,7 @@ def settle_sharing(
         else:
             groups[_readers(match), match.want.parameter, match.want.change.nature].append(match)
     for group in groups.values():
-        kept, found = _settle(group, tied, untie=untie)
+        kept, found = _settle(group, tied, sites, untie=untie)
         settled += kept
         problems += found
     return settled, problems
@@ -63,30 +65,37 @@ def _find_strangers(match: Match) -> list[str]:
     return sorted(_readers(match) - {site.id for site in match.sites})
 
 
-def _settle(group: list[Match], tied: Mapping[str, Site], *, untie: bool) -> tuple[list[Match], list[Problem]]:
+def _settle(
+    group: list[Match], tied: Mapping[str, Site], sites: Sequence[Site], *, untie: bool
+) -> tuple[list[Match], list[Problem]]:
     first, names = group[0], " and ".join(dict.fromkeys(match.target.name for match in group))
     covered = {site.id for match in group for site in match.sites}
     if len(group) == 1 and first.want.change.shared and all(name in tied for name in _find_strangers(first)):
         return [_reach_all(first, tied)], []
+    if len(group) == 1 and first.want.change.shared and not untie:
+        alike = _list_alike(first, sites)
+        if _readers(first) <= alike.keys():
+            found = f"{first.weight.name!r} is also read by {', '.join(_find_strangers(first)[:_LISTED])}"
+            return [_reach_all(first, alike)], [Problem("LF648", names, found, severity="note")]
     if covered >= _readers(first) and all(_say_the_same(first, other) for other in group[1:]):
         note = Problem("LF411", names, f"the same change of {first.weight.name!r}, made once", severity="note")
         also = tuple(dict.fromkeys(match.target.name for match in group))
         kept = _one_for_each_weight(group)
         return [replace(match, sites=_sites_of(match, group), also=also) for match in kept], [note]
     if not all(name in tied for name in _readers(first)):
-        return _copy_or_refuse(group)
+        return _copy_or_refuse(group, untie=untie)
     if not untie:
         return [], [_report_sharing(match, group, _UNTIE) for match in group]
     note = Problem("LF412", names, f"{first.weight.name!r} is tied to another table; each is changed alone")
     return [replace(match, apart=match.sites[0].tied) for match in group], [replace(note, severity="note")]
 
 
-def _copy_or_refuse(group: Sequence[Match]) -> tuple[list[Match], list[Problem]]:
+def _copy_or_refuse(group: Sequence[Match], *, untie: bool) -> tuple[list[Match], list[Problem]]:
     """Return the matches that get a copy of their weight, with a note on each, and what is wrong with the others."""
     kept: list[Match] = []
     problems: list[Problem] = []
     for match in group:
-        if match.want.change.shared or not all(site.own_name for site in match.sites):
+        if (match.want.change.shared and not untie) or not all(site.own_name for site in match.sites):
             mend = next((site.part_mend for site in match.sites if site.part_mend), "")
             problems.append(_report_sharing(match, group, mend))
             continue
@@ -107,6 +116,17 @@ def _report_sharing(match: Match, group: Iterable[Match], mend: str) -> Problem:
     others = ", ".join(dict.fromkeys(other.target.name for other in rivals[:_LISTED]))
     found = f"{others} changes the same tensor, {match.weight.name!r}, in another way"
     return Problem("LF402", match.want.name, found, "the same change of all that reads it", mend)
+
+
+def _list_alike(match: Match, sites: Iterable[Site]) -> Mapping[str, Site]:
+    """Return the sites that read a match's tensor as it does, by their ids: tied tables in one tensor of a graph."""
+    manner = match.weight.key, match.transposed, match.divisor, match.part, match.section
+    return {site.id: site for site in sites if _read_in_manner(site) == manner and site.parameter == "weight"}
+
+
+def _read_in_manner(site: Site) -> tuple[Any, ...]:
+    turned = site.transposed.get(SlotKind.PARAMETER, site.transposed.get(SlotKind.LINEAR))
+    return (site.weight.key if site.weight is not None else "", turned, site.divisor, site.part, site.section)
 
 
 def _reach_all(match: Match, tied: Mapping[str, Site]) -> Match:

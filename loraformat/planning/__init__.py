@@ -21,7 +21,7 @@ from loraformat.plan.weights import PlannedWeight
 from loraformat.planning.gathering import Found
 from loraformat.planning.layers import place_anew
 from loraformat.planning.new_sizes import follow_weights
-from loraformat.planning.parted_tables import follow_ties
+from loraformat.planning.parted_tables import follow_ties, keeps_apart
 from loraformat.planning.rewriting import plan_rewriting
 from loraformat.planning.wishes import SettledWishes, list_unusual
 from loraformat.problems import Problem, escape_surrogates
@@ -74,17 +74,18 @@ def _resolve_adapter(found: Found, position: int, item: WeightedAdapter, wishes:
         found.counts.append(0)
         return
     clues = gather_clues(item.adapter, found.base, hints, strip_prefix=wishes.get("strip_prefix"))
+    untie = wishes.get("untie", False)
     resolution = resolve(
         item.adapter,
         found.base.sites,
         allow_unmatched=wishes.get("allow_unmatched", ()),
         strip_prefix=wishes.get("strip_prefix"),
         ignore_fingerprints=wishes.get("ignore_fingerprints", False),
-        untie=wishes.get("untie", False),
+        untie=untie or keeps_apart(item.adapter, found.base),
         new_biases=wishes.get("new_biases", False),
         clues=clues,
     )
-    resolution = follow_ties(resolution, found.base, untie=wishes.get("untie", False))
+    resolution = follow_ties(resolution, found.base, untie=untie)
     found.add(position, item, replace(resolution, unmatched=(*resolution.unmatched, *unread)), clues)
 
 

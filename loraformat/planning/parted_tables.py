@@ -11,14 +11,14 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from loraformat.adapter import SlotKind
+from loraformat.adapter import Adapter, SlotKind
 from loraformat.bases import BaseModel, Site, ToldBase
 from loraformat.bases._state_dict import read_model_config
 from loraformat.bases._tied_tables import read_tie
 from loraformat.evidence._columns import is_coded, read_columns
 from loraformat.evidence._decoded import is_alike, is_rounded, read_decoded
 from loraformat.kinds import Nature
-from loraformat.matching import Match, cut_rows
+from loraformat.matching import Match, cut_rows, list_wants
 from loraformat.matching.sharing import settle_sharing
 from loraformat.problems import Problem
 from loraformat.resolve import Resolution
@@ -78,6 +78,17 @@ def follow_ties(resolution: Resolution, base: BaseModel, *, untie: bool) -> Reso
             problems += found
             changed |= {weight.key for each in kept for weight in each.weights}
     return replace(resolution, matches=tuple(matches), problems=tuple(problems))
+
+
+def keeps_apart(adapter: Adapter, base: BaseModel) -> bool:
+    """Say whether a base ties no tables, though an adapter has something for all that are tied.
+
+    Its `config.json` is only read for such an adapter. A graph may still have two equal tables in one tensor.
+    """
+    changes = (want.change for target in adapter.targets for want in list_wants(target))
+    if not any(change.shared for change in changes) or any(site.tied for site in base.sites):
+        return False
+    return read_tie(_read_config(base)) is False
 
 
 def _read_config(base: BaseModel) -> Mapping[str, JsonValue]:

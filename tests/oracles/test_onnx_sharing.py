@@ -138,17 +138,19 @@ def test_tied_tables_in_codes_of_8_bits(lab: "Lab", tmp_path: Path, exporter: An
 
 
 @pytest.mark.parametrize("own_type", [False, True])
-@pytest.mark.parametrize(("exporter", "form"), [("ts", "fp32"), ("dynamo", "one_file"), ("dynamo_noopt", "cloned")])
-def test_trained_tokens_of_tied_tables_that_an_export_parts(
-    tmp_path: Path, exporter: Any, form: str, own_type: bool
-) -> None:
-    """PEFT gives the head the table's rows, and saves them once."""
+@pytest.mark.parametrize(
+    ("exporter", "form"),
+    [("ts", "fp32"), ("dynamo", "one_file"), ("dynamo_noopt", "cloned"), ("ts_nofold", "fp32")],
+    ids=["folded", "optimised", "cloned", "one tensor"],
+)
+def test_trained_tokens_of_tied_tables(tmp_path: Path, exporter: Any, form: str, own_type: bool) -> None:
+    """PEFT gives the head the table's rows; it saves them once, but twice for a type of their own."""
     import peft
     import torch
     import zoo
     from lab import difference
 
-    specimen, tokens = zoo.SPECIMENS["llama_tied"], [5, 61, 96, 17]
+    specimen, tokens = zoo.SPECIMENS["llama_tied"], [5, 61, 82, 17]
     config: Any = peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=tokens)
     if own_type:
         config = peft.TrainableTokensConfig(token_indices=tokens)
@@ -160,10 +162,13 @@ def test_trained_tokens_of_tied_tables_that_an_export_parts(
     base = zoo.to_external(base, tmp_path / "external.onnx", one_file=True) if form == "one_file" else base
     merged = tmp_path / "merged.onnx"
     receipt = loraformat.merge(base, [trained.folder], merged)
-    assert [problem.code for problem in receipt.problems if problem.code in ("LF648", "LF649")] == ["LF648"]
+    noted = [problem.code for problem in receipt.problems if problem.code in ("LF411", "LF648", "LF649")]
+    assert noted == ((["LF411"] if exporter == "ts_nofold" else []) if own_type else ["LF648"])
     assert trained.effect > 1e-2
     assert difference(zoo.run_onnx(merged, trained.feeds, specimen.outputs), trained.unmerged) <= 1e-4
     assert loraformat.verify(merged, base, [trained.folder], run=True).holds
+    if own_type:
+        return
     loraformat.merge(base, [trained.folder], tmp_path / "table.onnx", untie=True)
     alone = zoo.run_onnx(tmp_path / "table.onnx", trained.feeds, specimen.outputs)
     assert difference(alone, trained.unmerged) > 1e-2

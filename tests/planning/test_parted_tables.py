@@ -90,6 +90,33 @@ def test_the_head_gets_the_rows_of_the_table(tmp_path: Path, product: str) -> No
     assert loraformat.verify(merged, base, [adapter()]).holds
 
 
+def write_one_tensor(path: Path) -> Path:
+    net = start()
+    turned = net.op("Transpose", [f"{EMBED}.weight"], "turned", f"/{HEAD}/Transpose", perm=[1, 0])
+    net.op("MatMul", [net.feed("x"), turned], net.result("logits"), f"/{HEAD}/MatMul")
+    return write_model(path, net.model())
+
+
+def test_one_tensor_for_both_is_changed_once(tmp_path: Path) -> None:
+    base, merged = write_one_tensor(tmp_path / "base.onnx"), tmp_path / "merged.onnx"
+    receipt = loraformat.merge(base, [adapter()], merged)
+    assert (said(receipt), len(receipt.weights)) == ([("LF648", "note")], 1)
+    np.testing.assert_allclose(run(merged, FEEDS)[1], FEEDS["x"] @ replaced(TABLE).T, atol=1e-5)
+    assert loraformat.verify(merged, base, [adapter()]).holds
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_one_tensor_of_tables_that_are_not_tied(tmp_path: Path, stated: bool) -> None:
+    """Exporters store equal tensors once: the table gets a copy, as the configuration or the user says."""
+    base, merged = write_one_tensor(tmp_path / "base.onnx"), tmp_path / "merged.onnx"
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": false}' if stated else "{}")
+    receipt = loraformat.merge(base, [adapter()], merged, untie=not stated)
+    assert said(receipt) == [("LF417", "note")]
+    embedded, logits = run(merged, FEEDS)
+    np.testing.assert_array_equal(embedded[0], replaced(TABLE))
+    np.testing.assert_array_equal(logits, run(base, FEEDS)[1])
+
+
 def test_a_head_of_other_numbers_is_left(tmp_path: Path) -> None:
     base, merged = write_floats(tmp_path / "base.onnx", OTHER), tmp_path / "merged.onnx"
     assert said(loraformat.merge(base, [adapter()], merged)) == []
