@@ -2,9 +2,9 @@
 
 A change is sound when everything that reads the tensor is meant to change alike: the target leads to all of it, or
 several targets lead to all of it and say the same (PEFT saves tied tables, and the factors of tied modules, on both
-sides), or it is of a kind that a library applies to all tied tables. Otherwise what is meant to change gets a copy of
-its own where the base can have one, as graphs can; or, for tables that the configuration ties, the tables part on
-request; or it is refused.
+sides), or it is of a kind that a library applies to all tied tables, and nothing but tables and heads reads it.
+Otherwise what is meant to change gets a copy of its own where the base can have one, as graphs can; or, for tables that
+the configuration ties, the tables part on request; or it is refused.
 """
 
 from collections import defaultdict

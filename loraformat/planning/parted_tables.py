@@ -60,7 +60,7 @@ def follow_ties(resolution: Resolution, base: BaseModel, *, untie: bool) -> Reso
         base: the base.
         untie: leave the other tables as they are.
     """
-    shared = [match for match in resolution.matches if match.want.change.shared]
+    shared = [match for match in resolution.matches if match.want.change.shared and match.section is None]
     tie = read_tie(_read_config(base)) if shared else False
     if tie is False:
         return resolution

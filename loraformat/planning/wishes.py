@@ -39,7 +39,8 @@ class Wishes(NumberWishes, total=False):
 
     Attributes:
         graphs: of a base of several models, patterns of the files to merge into, or folders of them; else all.
-        untie: let tables part that `config.json` ties, where adapters change them apart.
+        untie: let tables part that `config.json` ties, where adapters change them apart; and rows of trained tokens
+            change the table that they are for alone, where tied ones stand apart or in one tensor of a graph.
         new_biases: give biases to modules that have none, where adapters change them.
         external_data: `share` writes, beside an ONNX base, a small model that refers to the base's data files, and to
             one of its own for what differs; otherwise all are copied.
