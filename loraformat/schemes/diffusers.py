@@ -13,6 +13,7 @@ from typing import Final
 
 from loraformat.adapter import Adapter, SlotKind, Target
 from loraformat.manifest import MANIFEST_KEY
+from loraformat.problems import Problem
 from loraformat.schemes import PIPELINES, Bundle, Holds, StatedScale
 from loraformat.schemes._beside import ALPHA, Module
 from loraformat.schemes._engine import TableScheme
@@ -25,7 +26,7 @@ from loraformat.schemes._marks import BARE, BARE_TENSOR, NOISE, Alias, Marks
 from loraformat.schemes._memory import find_texts
 from loraformat.schemes._naming import COMPONENTS, ComponentNaming, split_component
 from loraformat.schemes._padding import PADDED, is_of_flux1, pad_first_layer
-from loraformat.schemes._peft.writing import says_the_same
+from loraformat.schemes._peft.writing import find_uneven, says_the_same
 from loraformat.schemes._scales import AlphaTensors, ScalesRead, ScalesWritten
 from loraformat.schemes._table import NameTable, Row
 from loraformat.strict_json import JsonValue, write_canonical
@@ -78,12 +79,14 @@ class _AdapterMetadata:
             return ScalesWritten(metadata={ADAPTER_METADATA: known})
         bare = remembered.get("bare")
         fields: dict[str, JsonValue] = {}
+        problems: list[Problem] = []
         low_rank = [target for target in targets if target.rank]
         for component in dict.fromkeys(_component(target.name) for target in low_rank):
             own = {split_component(each.name)[1]: each for each in low_rank if _component(each.name) == component}
             prefix = "" if component in (bare, "") else f"{component}."
             fields |= {f"{prefix}{name}": value for name, value in describe_lora(own).items()}
-        return ScalesWritten(metadata={ADAPTER_METADATA: write_canonical(fields).decode("utf-8")})
+            problems += find_uneven(own)
+        return ScalesWritten(metadata={ADAPTER_METADATA: write_canonical(fields).decode("utf-8")}, problems=problems)
 
 
 def _says_all(text: str, targets: Sequence[Target]) -> bool:

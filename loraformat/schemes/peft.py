@@ -202,6 +202,10 @@ class Peft:
         ]
         targets = [each for each in found if isinstance(each, Target)]
         left = [each for each in found if isinstance(each, Problem)]
+        if other.alpha:
+            left += config.note_older(
+                [(each.name, each.rank) for each in targets if each.name not in saved], other.alpha
+            )
         if not targets:
             nothing = Problem("LF212", str(bundle.path), f"{len(bundle.tensors)} tensors, none of a target", "a target")
             against = [*other.find_obstacles(config), *left]

@@ -25,7 +25,8 @@ PATH = Path("folder")
 
 
 def config_of(**fields: Any) -> PeftConfig:
-    return read_config({"peft_type": "LORA", **fields}, PATH)
+    """Return a configuration of PEFT 0.15 or newer, which writes `trainable_token_indices`."""
+    return read_config({"peft_type": "LORA", "trainable_token_indices": None, **fields}, PATH)
 
 
 def scale_of(target: str = "m.q", **fields: Any) -> float:

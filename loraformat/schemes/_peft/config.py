@@ -1,8 +1,8 @@
 """PEFT's `adapter_config.json`: what of it changes the numbers, and what of it stands against a merge."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +13,7 @@ from loraformat.problems import Problem
 from loraformat.recognition import recognise_fields, recognise_type, spell_type
 from loraformat.schemes import Bundle, StatedScale
 from loraformat.schemes._peft.fields import OF_LORA, find_unknown
+from loraformat.schemes._peft.generations import NEWEST, Numbers, Reading, find_readings
 from loraformat.schemes._peft.patterns import fits, fits_whole
 from loraformat.strict_json import JsonValue
 
@@ -85,11 +86,17 @@ class PeftConfig:
         fields: the JSON object; empty without a configuration.
         where: for messages.
         present: whether there was one.
+        readings: how the PEFT that wrote it may read its patterns, the newest first.
     """
 
     fields: Mapping[str, JsonValue]
     where: str
     present: bool
+    readings: tuple[Reading, ...] = (NEWEST,)
+    _chosen: dict[tuple[str, str], list[tuple[Reading, Numbers]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """Target and field of alpha to what each reading chooses: with a pattern for each module, looked up once."""
 
     def check_type(self, bundle: Bundle, known: Collection[str] = ()) -> str:
         """Return the type, LORA or one of `known`; refuse any other by name."""
@@ -157,22 +164,22 @@ class PeftConfig:
 
     def rank_of(self, target: str, stored: int) -> int:
         """Return the rank that the configuration states for `target`, or the tensors' own without a statement."""
-        value = self._by_pattern("rank_pattern", target, "r")
+        value = self._read_fitting(target, stored, "lora_alpha")[0][1].rank
         if value is None:
             return stored
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise refuse("LF213", f"{self.where}: r", f"{value!r:.80}", "a whole number, not negative")
         return value
 
-    def scaling_of(self, target: str, stated: StatedScale, path: Path) -> Scaling:
-        """Return the scaling of `target`: the configuration's, else what the user states.
+    def scaling_of(self, target: str, stated: StatedScale, path: Path, stored: int = 0) -> Scaling:
+        """Return the scaling of `target`, of rank `stored` or 0: the configuration's, else what the user states.
 
         Raises:
-            FindingError: LF207 not finite, LF211 stated by neither.
+            FindingError: LF207 not finite, LF211 stated by neither, LF248 one or another by the version of PEFT.
         """
         root = self.flag("use_rslora")
         rule = ScalingRule.ALPHA_OVER_SQRT_RANK if root else ScalingRule.ALPHA_OVER_RANK
-        alpha = self._by_pattern("alpha_pattern", target, "lora_alpha")
+        alpha = self.numbers_of(target, stored).alpha
         if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, int | float)):
             raise refuse("LF213", f"{self.where}: lora_alpha", f"{alpha!r:.80}", "a number")
         if not alpha and stated.multiplier is not None:
@@ -183,15 +190,58 @@ class PeftConfig:
             raise refuse("LF211", path, found, "the scale of the training run")
         return _finite(Scaling(rule, float(alpha)), target)
 
-    def _by_pattern(self, table: str, target: str, default: str) -> JsonValue:
-        """Return the value of the first pattern that fits, as PEFT's `get_pattern_key` chooses, else the default."""
+    def numbers_of(self, target: str, stored: int, alpha: str = "lora_alpha") -> Numbers:
+        """Return what is stated for `target`, of rank `stored` or 0; the field `alpha` holds where no pattern does.
+
+        Raises:
+            FindingError: LF248 versions of PEFT read different numbers, and the rank fits several of them.
+        """
+        (reading, first), *others = self._read_fitting(target, stored, alpha)
+        for other, numbers in others:
+            if numbers[bool(stored) :] != first[bool(stored) :]:  # The tensors' rank is the one of all that fit.
+                found = f"{_spell(first)} by {reading.versions}, {_spell(numbers)} by {other.versions}"
+                raise refuse("LF248", f"{self.where}: {target}", found, "one reading")
+        return first
+
+    def note_older(self, ranks: Iterable[tuple[str, int]], alpha: str = "lora_alpha") -> list[Problem]:
+        """Return a warning of targets, each with its tensors' rank, that only an older PEFT reads as they are."""
+        if len(self.readings) == 1:
+            return []
+        chosen = {name: self._read_fitting(name, rank, alpha)[0] for name, rank in ranks}
+        older = {name: each for name, each in chosen.items() if each[0] is not NEWEST}
+        if not older:
+            return []
+        name, (reading, numbers) = next(iter(older.items()))
+        more = f" and of {len(older) - 1} more targets" if len(older) > 1 else ""
+        found = f"the rank of {name}{more} is what {reading.versions} reads: {_spell(numbers)}"
+        return [
+            Problem("LF249", f"{self.where}: alpha_pattern", found, f"that of {NEWEST.versions}", severity="warning")
+        ]
+
+    def _read_fitting(self, target: str, stored: int, alpha: str) -> list[tuple[Reading, Numbers]]:
+        """Return the readings that state the rank of the tensors; where there is none, the newest."""
+        if (target, alpha) not in self._chosen:
+            self._chosen[target, alpha] = self._read_all(target, Numbers(self.fields.get("r"), self.fields.get(alpha)))
+        found = self._chosen[target, alpha]
+        return [each for each in found if not stored or each[1].rank in (None, stored)] or found[:1]
+
+    def _read_all(self, target: str, usual: Numbers) -> list[tuple[Reading, Numbers]]:
+        ranks, alphas = self._patterns("rank_pattern"), self._patterns("alpha_pattern")
+        try:
+            return [(each, each.choose(target, ranks, alphas, usual)) for each in self.readings]
+        except ValueError as error:
+            where = f"{self.where}: rank_pattern, alpha_pattern"
+            raise refuse("LF213", where, str(error), "a simple regular expression") from error
+
+    def _patterns(self, table: str) -> Mapping[str, JsonValue]:
         patterns = self.fields.get(table) or {}
         if not isinstance(patterns, Mapping):
             raise refuse("LF213", f"{self.where}: {table}", f"{patterns!r:.80}", "an object of patterns")
-        for pattern, value in patterns.items():
-            if fits_pattern(pattern, target, f"{self.where}: {table}"):
-                return value
-        return self.fields.get(default)
+        return patterns
+
+
+def _spell(numbers: Numbers) -> str:
+    return f"rank {numbers.rank}, alpha {numbers.alpha}"
 
 
 def read_config(fields: Mapping[str, JsonValue] | None, path: Path) -> PeftConfig:
@@ -203,7 +253,7 @@ def read_config(fields: Mapping[str, JsonValue] | None, path: Path) -> PeftConfi
         own["peft_type"] = spell_type(stated)
     elif stated is None and is_lora(own):
         own["peft_type"] = _LORA
-    return PeftConfig(own, where, fields is not None)
+    return PeftConfig(own, where, fields is not None, find_readings(own))
 
 
 def is_lora(fields: Mapping[str, JsonValue]) -> bool:

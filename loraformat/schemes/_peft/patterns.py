@@ -20,6 +20,20 @@ def fits(pattern: str, target: str) -> bool:
     return bool(read_expression(pattern).ends(target, starts) >> len(target))
 
 
+def fits_behind_dot(pattern: str, target: str) -> bool:
+    r"""Say whether LORA of PEFT before 0.15 did: `re.match(rf".*\.{pattern}$", target)`; raises as `fits` does."""
+    if _PLAIN.fullmatch(pattern):
+        return len(target) > len(pattern) and _ends_with(target, pattern)
+    return bool(read_expression(rf".*\.{pattern}$").ends(target, 1))
+
+
+def fits_unbound(pattern: str, target: str) -> bool:
+    r"""Say whether LOHA of PEFT before 0.15 did: `re.match(rf"(.*\.)?{pattern}$", target)`; raises as `fits` does."""
+    if _PLAIN.fullmatch(pattern):
+        return _ends_with(target, pattern)
+    return bool(read_expression(rf"(.*\.)?{pattern}$").ends(target, 1))
+
+
 def fits_whole(pattern: str, target: str) -> bool:
     """Say whether all of `target` is as `pattern` says: `re.fullmatch(pattern, target)`; raises as `fits` does."""
     return bool(read_expression(pattern, flags=True).ends(target, 1) >> len(target))
@@ -27,6 +41,8 @@ def fits_whole(pattern: str, target: str) -> bool:
 
 def _ends_with(target: str, pattern: str) -> bool:
     """Compare a pattern without operators, in which a dot is any character, with the end of `target` behind a dot."""
+    if not target.endswith(pattern.rpartition(".")[2]):  # Without a dot, and so word by word: most end here, at once.
+        return False
     start = len(target) - len(pattern)
     if start < 0 or (start and target[start - 1] != "."):
         return False

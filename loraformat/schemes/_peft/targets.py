@@ -53,10 +53,12 @@ class TargetReader:
         self._path = bundle.path
         self._last = LastRead()
         self._problems: list[Problem] = []
+        self._ranks: dict[str, int] = {}
 
     def read_all(self) -> tuple[list[Target], list[Problem]]:
         """Return the targets, and what stands against them or is to be said."""
         targets = [target for name, group in sorted(self._groups.items()) for target in self._read_one(name, group)]
+        self._problems += self._config.note_older(self._ranks.items())
         self._problems += _find_files_beside(self._path)
         self._note_biases(targets)
         return targets, self._problems
@@ -124,8 +126,10 @@ class TargetReader:
     def _make(self, name: str, stated_for: str, factors: Mapping[str, Factor], kind: str) -> Target:
         """Return a target of factors; rank and scale are those that the configuration states for a name."""
         down = factors.get(A) or factors.get("lora_embedding_A")
-        rank = self._config.rank_of(stated_for, down.shape[0] if down is not None and down.shape else 0)
-        scaling = self._config.scaling_of(stated_for, self._stated, self._path)
+        stored = down.shape[0] if down is not None and down.shape else 0
+        self._ranks[stated_for] = stored
+        rank = self._config.rank_of(stated_for, stored)
+        scaling = self._config.scaling_of(stated_for, self._stated, self._path, stored)
         return Target(name, kind, _slot_of(factors, self._config), factors, rank, scaling)
 
     def _note_biases(self, targets: list[Target]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from loraformat.adapter import Factor, Scaling, ScalingRule, SlotKind, Target
 from loraformat.errors import refuse
 from loraformat.problems import Problem
-from loraformat.schemes._peft.config import PeftConfig, fits_pattern
+from loraformat.schemes._peft.config import PeftConfig
 from loraformat.schemes._peft.fields import Fields, find_unknown, name_fields
 from loraformat.schemes._peft.groups import BASE, COPY, REPLACE, SHARED
 from loraformat.schemes._table import NameTable, Row
@@ -166,24 +166,13 @@ class PeftType:
             return Scaling(ScalingRule.MULTIPLIER, read_number(config, self.scale, config.fields.get(self.scale)))
         if not self.alpha:
             return Scaling(ScalingRule.MULTIPLIER, self.scaling(config, factors))
-        alpha = read_number(config, self.alpha, by_pattern(config, "alpha_pattern", name, self.alpha))
+        stated, of_patterns = config.numbers_of(name, rank, self.alpha)
+        alpha = read_number(config, self.alpha, of_patterns)
         if rank:
             return Scaling(ScalingRule.ALPHA_OVER_RANK, alpha)
-        stated = by_pattern(config, "rank_pattern", name, "r")
         if not isinstance(stated, int) or isinstance(stated, bool) or stated < 1:
             raise refuse("LF213", f"{config.where}: r", f"{stated!r:.80}", "a whole number of at least 1")
         return Scaling(ScalingRule.MULTIPLIER, alpha / stated)
-
-
-def by_pattern(config: PeftConfig, table: str, target: str, default: str) -> JsonValue:
-    """Return the value of the first pattern that fits a target, else that of the field `default`."""
-    patterns = config.fields.get(table) or {}
-    if not isinstance(patterns, Mapping):
-        raise refuse("LF213", f"{config.where}: {table}", f"{patterns!r:.80}", "an object of patterns")
-    for pattern, value in patterns.items():
-        if fits_pattern(pattern, target, f"{config.where}: {table}"):
-            return value
-    return config.fields.get(default)
 
 
 def spread_shared(groups: Mapping[str, dict[str, Factor]]) -> dict[str, dict[str, Factor]]:

@@ -121,7 +121,7 @@ def fill_lora(adapter: Adapter, targets: Targets, ends: Mapping[str, str]) -> Fo
     tensors, problems = place(packed.plain, ends)
     config = _write_config(adapter, kept, packed)
     config = state_rank_major(config) if packed.parameters else config
-    against = [*_find_slices(adapter, kept), *_find_uneven(packed.plain), *packed.problems, *problems]
+    against = [*_find_slices(adapter, kept), *find_uneven(packed.plain), *packed.problems, *problems]
     return Folder(tensors | packed.tensors, config, against)
 
 
@@ -157,11 +157,11 @@ def _find_slices(adapter: Adapter, kept: Mapping[str, Any]) -> list[Problem]:
     return [Problem("LF312", where, f"{_SLICES} of the source, whose tensors were taken apart", "plain factors")]
 
 
-def _find_uneven(targets: Targets) -> list[Problem]:
+def find_uneven(targets: Targets) -> list[Problem]:
     """Return the targets without a factor that one field of the configuration gives all: PEFT would make one up."""
     factored = {name: target for name, target in targets.items() if target.rank}
     return [
-        Problem("LF312", target.name, f"no {role}", f"one, as other targets have it: {field} is of the whole folder")
+        Problem("LF312", target.name, f"no {role}", f"one, as other targets have it: {field} is said of all")
         for role, field in _FOR_ALL.items()
         if any(role in target.factors for target in factored.values())
         for target in factored.values()
