@@ -189,3 +189,14 @@ def test_ai_toolkit_s_magnitudes() -> None:
     magnitude = m.tensors({"transformer.transformer_blocks.0.attn.to_q.magnitude": np.ones(6, np.float32)})
     (target,) = SCHEME.read(bundle_of({**tensors, **magnitude}), NOT_STATED).targets
     assert target.kind == "dora"
+
+
+def test_magnitudes_at_some_targets_of_a_component_are_refused() -> None:
+    """`use_dora` is said of a whole component: PEFT would make up the magnitudes that are missing."""
+    magnitude = m.tensors({f"{QUERY}.to_q.lora_magnitude_vector": np.ones(8, np.float32)})
+    beside = m.lora({"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (6, 5)}, A, B)
+    whole = read(bundle_of({**m.lora({f"{QUERY}.to_q": (8, 5)}, A, B), **magnitude, **beside}))
+    assert not SCHEME.write(whole, NO_FACTS).problems
+    some = read(bundle_of({**m.lora({f"{QUERY}.to_q": (8, 5), f"{QUERY}.to_k": (8, 5)}, A, B), **magnitude, **beside}))
+    (problem,) = SCHEME.write(some, NO_FACTS).problems
+    assert (problem.code, problem.where) == ("LF312", f"{QUERY}.to_k")
