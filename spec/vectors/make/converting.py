@@ -79,6 +79,7 @@ def _patterns() -> Files:
         "lora_alpha": 8,
         "rank_pattern": {"layers.1.q_proj": 1, "q_proj": 4},
         "alpha_pattern": {r"layers\.\d+\.v_proj": 3},
+        "peft_version": "0.21.2",  # Before 0.15 this alpha was that of no target.
     }
     alphas = {"layers.0.q_proj": 8, "layers.0.v_proj": 3, "layers.1.q_proj": 8, "layers.1.v_proj": 3}
     scaling = {name: ("alpha/rank", alpha) for name, alpha in alphas.items()}
