@@ -33,8 +33,9 @@ LACKS = {
     "qwen3moe": r"_shexp|ffn_(?:gate|up|down)$",
     "qwen2moe": r"ffn_(?:gate|up|down)$",
     "olmoe": r"_shexp|ffn_(?:gate|up|down)$",
+    "gpt-oss": r"_(?:gate|up)_exps",
 }
-"""Architectures of a table to what others of it have and they have not."""
+"""Architectures of a table to what others of it have and they have not, or what llama.cpp splits without this map."""
 
 
 def test_there_are_tables_to_look_at() -> None:
