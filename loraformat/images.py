@@ -168,6 +168,21 @@ class FileImage:
         """Yield every piece with its offset in this file."""
         yield from zip(self._starts, self.pieces, strict=False)
 
+    def fill_blank(self, data: bytes) -> tuple[int, bytes]:
+        """Return where the blank of a receipt stands, and the receipt padded with spaces to its length.
+
+        Raises:
+            ValueError: it is longer than its blank.
+        """
+        offset, length = self.find_blank()
+        if len(data) > length:
+            raise ValueError("the receipt outgrew its draft")
+        return offset, data.ljust(length)
+
+    def find_blank(self) -> tuple[int, int]:
+        """Return offset and length of the blank of a receipt."""
+        return next((start, piece.length) for start, piece in self.placed() if isinstance(piece, Blank))
+
     def locate(self, span: Span) -> int | None:
         """Return the offset in this file at which the input's `span` lands whole, or None."""
         index = bisect_right(self._copies, (span.path, span.offset, float("inf"), 0)) - 1

@@ -15,7 +15,7 @@ from loraformat.engine.jobs import Assignment
 from loraformat.engine.sinks import FileSink, put_image
 from loraformat.errors import refuse
 from loraformat.files import write_at
-from loraformat.images import Blank, FileImage
+from loraformat.images import FileImage
 from loraformat.output_forms import Order, choose_form, describe_output, list_inputs, list_touched
 from loraformat.outputs import FOLDER_UNDO, PendingOutput, name_log, output_errors
 from loraformat.plan import Plan
@@ -141,9 +141,9 @@ def _open(base: BaseModel, order: Order, place: Place) -> Iterator[_Delivery]:
             FileSink(descriptor, image.path) if descriptor >= 0 else None
             for descriptor, image in zip(pending.descriptors, images, strict=True)
         ]
-        blank = next(piece for piece in images[-1].pieces if isinstance(piece, Blank))
+        _, room_bytes = images[-1].find_blank()
         assignment = Assignment(plan, base, order.adapters, images, sinks, log, order.checkpoint)
-        yield _Delivery(order, assignment, pending, log, blank.length)
+        yield _Delivery(order, assignment, pending, log, room_bytes)
 
 
 def _describe_undo(plan: Plan, base: BaseModel, images: Sequence[FileImage]) -> FileImage:
@@ -176,9 +176,7 @@ def write_copies(place: Place, receipt: bytes, inputs: Sequence[InputFile]) -> N
 
 
 def _fill_blank(image: FileImage, descriptor: int, data: bytes) -> None:
-    """Write the receipt into its blank and pad the rest with spaces."""
-    offset, blank = next((offset, piece) for offset, piece in image.placed() if isinstance(piece, Blank))
-    if len(data) > blank.length:
-        raise ValueError("the receipt outgrew its draft")
+    """Write the receipt into its blank."""
+    offset, padded = image.fill_blank(data)
     with output_errors(image.path):
-        write_at(descriptor, data.ljust(blank.length), offset)
+        write_at(descriptor, padded, offset)

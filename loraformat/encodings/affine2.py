@@ -4,12 +4,10 @@ What onnxruntime's MatMulNBits with 2 bits reads, and DequantizeLinear from int2
 weights encoded; what was decoded, changed a little and encoded again has lost the change.
 """
 
-from dataclasses import dataclass
 from typing import Final
 
-from loraformat.dtypes import Dtype
-from loraformat.encodings import Coder, Coding
-from loraformat.encodings._affine import Layout, bind_affine
+from loraformat.encodings._affine import Layout
+from loraformat.encodings._affine_codes import AffineCodes
 
 _LAYOUTS: Final = {
     "int2": Layout(-2, 1, narrow=(0, -1), bits=2, signed=True),
@@ -17,18 +15,4 @@ _LAYOUTS: Final = {
     "uint2": Layout(0, 3, narrow=(0, -1), bits=2),
 }
 
-
-@dataclass(frozen=True, slots=True)
-class Affine2:
-    """Codes of 2 bits."""
-
-    name: str = "affine2"
-    bits: int = 2
-    is_read_only: bool = False
-
-    def bind(self, coding: Coding, form: Dtype) -> Coder:
-        """Return the coder of a weight."""
-        return bind_affine(coding, _LAYOUTS[form.name])
-
-
-CODED: Final = Affine2()
+CODED: Final = AffineCodes("affine2", 2, _LAYOUTS)

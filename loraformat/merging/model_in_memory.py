@@ -29,7 +29,7 @@ from loraformat.engine.jobs import Assignment
 from loraformat.engine.sinks import MemorySink
 from loraformat.errors import LoraformatError, refuse
 from loraformat.files import resolve_inside
-from loraformat.images import Blank, FileImage
+from loraformat.images import FileImage
 from loraformat.limits import MAX_PROTOBUF_BYTES, RETAINED_REFUSE, RETAINED_WARN
 from loraformat.output_forms import Order, describe_output
 from loraformat.planning import build_plan
@@ -94,7 +94,8 @@ def merge_model(
     (sums,) = carry_out([assignment], read_effort(options))
     least = options.get("min_retained", RETAINED_REFUSE), options.get("warn_retained", RETAINED_WARN)
     receipt = finish_receipt(plan, base, sums, *least, room_bytes=room_bytes)
-    _fill_blank(images[-1], rooms[images[-1].path], base.encode_receipt(receipt.embedded_text()))
+    offset, text = images[-1].fill_blank(base.encode_receipt(receipt.embedded_text()))
+    rooms[images[-1].path][offset : offset + len(text)] = np.frombuffer(text, np.uint8)
     return MergedModel(_put_together(images[-1].path, rooms), receipt)
 
 
@@ -128,11 +129,6 @@ def _reserve(images: Sequence[FileImage]) -> dict[Path, NDArray[np.uint8]]:
     if whole > MAX_PROTOBUF_BYTES:
         raise _refuse_size(f"{whole} bytes")
     return {image.path: np.empty(image.size_bytes, np.uint8) for image in images}
-
-
-def _fill_blank(image: FileImage, room: NDArray[np.uint8], data: bytes) -> None:
-    offset, blank = next((offset, piece) for offset, piece in image.placed() if isinstance(piece, Blank))
-    room[offset : offset + blank.length] = np.frombuffer(data.ljust(blank.length), np.uint8)
 
 
 def _put_together(path: Path, rooms: Mapping[Path, NDArray[Any]]) -> "onnx.ModelProto":
